@@ -1,0 +1,320 @@
+"""The protocol through which an extension enters the model: eight seams and nothing else.
+
+An extension is a subclass of `Extension`, named in the entry-point group `llava.extensions`. Every hook has a
+do-nothing default. `llava` itself imports no extension; `docs/architecture.md` explains the seams with examples.
+
+Shape letters used throughout the project: B batch, T text tokens, P image patches, L = T + P sequence length,
+D width, r rank, E experts, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from llava.errors import FlagError
+
+if TYPE_CHECKING:
+    from transformers import Cache, TrainerCallback
+
+    from llava.train.arguments import RunArguments
+
+ENTRY_POINT_GROUP = "llava.extensions"
+
+Config = dict[str, Any]
+"""What an extension needs to rebuild itself: JSON values only. Stored in `config.json` under `extensions`."""
+
+
+class Span(NamedTuple):
+    """Half-open range of positions `[start, end)` in the multimodal sequence of one sample."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the parts of one sample lie in the spliced sequence, padding included (Dynamic-LLaVA, segment rules).
+
+    `instruct` reaches from the last image to the last answer and so holds earlier turns; `last_instruct` is the part
+    of it that begins at the last user marker. Empty spans have `start == end`.
+    """
+
+    system: Span
+    images: tuple[Span, ...]
+    instruct: Span
+    last_instruct: Span
+    answer: Span
+
+    @property
+    def has_image(self) -> bool:
+        """True if at least one image was spliced in."""
+        return bool(self.images)
+
+
+@dataclass
+class MultimodalInputs:
+    """A batch after images were spliced into text (seam 2).
+
+    Attributes:
+        inputs_embeds: (B, L, D), padding positions zero.
+        labels: (B, L) int64 with -100 where ignored, or None.
+        attention_mask: (B, L) bool, False at padding, or None when nothing is padded.
+        position_ids: (B, L) int64 counting real tokens from 0, or None.
+        segments: one `Segments` per sample.
+    """
+
+    inputs_embeds: Tensor
+    labels: Tensor | None
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    segments: list[Segments]
+
+
+@dataclass
+class DecoderState:
+    """Everything that travels from one decoder layer to the next (seam 4).
+
+    Attributes:
+        hidden_states: (B, L, D).
+        attention_mask: (B, L_total) 2-D mask that `causal_mask` was made from, or None.
+        position_ids: (B, L) or (1, L) int64.
+        position_embeddings: rotary cosine and sine, each (B or 1, L, D/H).
+        causal_mask: the mask in the form the attention implementation wants; None where it needs none.
+        cache: key-value cache, or None.
+        segments: one per sample during prefill and training, None while single tokens are decoded.
+        layer_kwargs: extra keyword arguments for every following layer; they reach the attention function.
+    """
+
+    hidden_states: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor
+    position_embeddings: tuple[Tensor, Tensor]
+    causal_mask: Any
+    cache: Cache | None
+    segments: list[Segments] | None
+    layer_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ParameterGroup:
+    """Parameters with a learning rate and weight decay of their own (seam 7).
+
+    `None` means the value of the run (`--learning_rate`, `--weight_decay`).
+    """
+
+    name: str
+    parameters: list[nn.Parameter]
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+
+
+@dataclass
+class ImportedState:
+    """What an extension read from a folder written by the original code (seam 8).
+
+    Attributes:
+        config: configuration to `attach` with.
+        tensors: the extension's tensors under our names, relative to the LLaVA model.
+        claimed: file names in the folder, or keys in `non_lora_trainables.bin`, that nobody else needs to read.
+    """
+
+    config: Config
+    tensors: dict[str, Tensor]
+    claimed: frozenset[str]
+
+
+class Extension:
+    """Base class of all extensions; override what is needed.
+
+    `model` is always the bare `LlavaLlamaForCausalLM`, never a PEFT or DeepSpeed wrapper. `config` is the value that
+    `configure` (training) or a checkpoint (loading) gave.
+    """
+
+    name: ClassVar[str]
+    """Key in `config.json`, folder name under `extensions/`, prefix of logged values."""
+
+    options: ClassVar[type | None] = None
+    """Dataclass of command-line options, or None. Names must not collide with any other option."""
+
+    # 1. Flags
+    def configure(self, args: RunArguments) -> Config | None:
+        """Turn the parsed flags into a configuration; None leaves the extension off. May set options of the core.
+
+        Raises:
+            FlagError: the options contradict each other; the message names the flags.
+        """
+        return None
+
+    # 2. Inputs
+    def on_inputs(self, model: nn.Module, config: Config, inputs: MultimodalInputs) -> MultimodalInputs:
+        """See and change a spliced batch. Called once at the start of every full forward pass, not per decoded token."""
+        return inputs
+
+    # 3. Modules
+    def attach(self, model: nn.Module, config: Config) -> None:
+        """Replace or wrap sub-modules in place, found by class. Base weights keep their state-dict keys."""
+
+    # 4. Layer boundary
+    def before_layer(self, model: nn.Module, config: Config, index: int, state: DecoderState) -> DecoderState:
+        """Transform what enters decoder layer `index`; tokens may be dropped here and nowhere else."""
+        return state
+
+    # 5. Attention and cache
+    def attention_implementation(self, config: Config) -> str | None:
+        """Name registered with transformers' `AttentionInterface` and `AttentionMaskInterface`, or None for no wish."""
+        return None
+
+    def make_cache(self, model: nn.Module, config: Config) -> Cache | None:
+        """A cache of the extension's own for generation, or None for the default one."""
+        return None
+
+    # 6. Losses
+    def losses(self, model: nn.Module, config: Config, inputs: MultimodalInputs) -> dict[str, Tensor]:
+        """Extra losses by name, each a weighted scalar averaged over the samples; added to the LM loss and logged."""
+        return {}
+
+    def metrics(self, model: nn.Module, config: Config) -> dict[str, float]:
+        """Values to log beside the losses since the last call; called when the trainer logs."""
+        return {}
+
+    # 7. Training
+    def parameter_groups(self, model: nn.Module, config: Config, args: RunArguments) -> list[ParameterGroup]:
+        """Groups for the extension's own parameters that need another learning rate or weight decay."""
+        return []
+
+    def callbacks(self, model: nn.Module, config: Config, args: RunArguments) -> list[TrainerCallback]:
+        """Trainer callbacks, for example a temperature schedule."""
+        return []
+
+    # 8. State
+    def named_parameters(self, model: nn.Module, config: Config) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter that the extension added, by its name in `model`: exactly these are trained and saved."""
+        return iter(())
+
+    def import_checkpoint(self, folder: Path) -> ImportedState | None:
+        """Read a folder written by the original code of the method; None if the folder is not of that kind."""
+        return None
+
+    def export_checkpoint(self, model: nn.Module, config: Config, folder: Path) -> None:
+        """Add the extension's part to a folder in the original's layout (`non_lora_trainables.bin` and the like)."""
+        raise FlagError(f"the extension '{self.name}' has no original layout to export to")
+
+
+@dataclass(frozen=True)
+class Attached:
+    """An extension that is switched on, with its configuration."""
+
+    extension: Extension
+    config: Config
+
+
+class ExtensionSet:
+    """The extensions attached to one model, in the order in which they were attached."""
+
+    def __init__(self, attached: Iterable[Attached] = ()) -> None:
+        self._attached: list[Attached] = list(attached)
+
+    def __iter__(self) -> Iterator[Attached]:
+        return iter(self._attached)
+
+    def __len__(self) -> int:
+        return len(self._attached)
+
+    @property
+    def configs(self) -> dict[str, Config]:
+        """Configuration by name, as written into `config.json`."""
+        return {item.extension.name: item.config for item in self}
+
+    def attach(self, model: nn.Module, extension: Extension, config: Config) -> None:
+        """Attach one more extension to `model`.
+
+        Raises:
+            FlagError: it is attached already.
+        """
+        if extension.name in self.configs:
+            raise FlagError(f"the extension '{extension.name}' is attached to this model already")
+        extension.attach(model, config)
+        self._attached.append(Attached(extension, config))
+
+    def on_inputs(self, model: nn.Module, inputs: MultimodalInputs) -> MultimodalInputs:
+        """Seam 2 of all extensions in turn."""
+        for item in self:
+            inputs = item.extension.on_inputs(model, item.config, inputs)
+        return inputs
+
+    def before_layer(self, model: nn.Module, index: int, state: DecoderState) -> DecoderState:
+        """Seam 4 of all extensions in turn."""
+        for item in self:
+            state = item.extension.before_layer(model, item.config, index, state)
+        return state
+
+    def make_cache(self, model: nn.Module) -> Cache | None:
+        """The first cache that an extension offers (seam 5).
+
+        Raises:
+            FlagError: two extensions want a cache of their own.
+        """
+        offers = [(item, item.extension.make_cache(model, item.config)) for item in self]
+        offers = [(item, cache) for item, cache in offers if cache is not None]
+        if len(offers) > 1:
+            names = ", ".join(item.extension.name for item, _ in offers)
+            raise FlagError(f"these extensions each want a key-value cache of their own: {names}; switch one off")
+        return offers[0][1] if offers else None
+
+    def losses(self, model: nn.Module, inputs: MultimodalInputs) -> dict[str, Tensor]:
+        """Extra losses of all extensions, as `<extension>/<loss>` (seam 6)."""
+        return {
+            f"{item.extension.name}/{name}": loss
+            for item in self
+            for name, loss in item.extension.losses(model, item.config, inputs).items()
+        }
+
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """Logged values of all extensions, as `<extension>/<metric>` (seam 6)."""
+        return {
+            f"{item.extension.name}/{name}": value
+            for item in self
+            for name, value in item.extension.metrics(model, item.config).items()
+        }
+
+    def named_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Parameters of all extensions by their name in `model` (seam 8)."""
+        return {
+            name: parameter
+            for item in self
+            for name, parameter in item.extension.named_parameters(model, item.config)
+        }
+
+
+def installed_extensions(names: Sequence[str] | None = None) -> dict[str, Extension]:
+    """Instances of the extensions that installed packages declare, by name, sorted.
+
+    Args:
+        names: load only these; None loads all.
+
+    Raises:
+        FlagError: two packages declare the same name, an entry point is not an `Extension`, or one of `names` is
+            not installed (the message lists those that are).
+    """
+    found: dict[str, Extension] = {}
+    for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name):
+        if names is not None and point.name not in names:
+            continue
+        loaded = point.load()
+        if not (isinstance(loaded, type) and issubclass(loaded, Extension)):
+            raise FlagError(f"entry point '{point.name}' = '{point.value}' is no subclass of llava.extension.Extension")
+        if point.name != loaded.name:
+            raise FlagError(f"entry point '{point.name}' names an extension that calls itself '{loaded.name}'")
+        if point.name in found and type(found[point.name]) is not loaded:
+            raise FlagError(f"two installed packages declare the extension '{point.name}'; uninstall one of them")
+        found[point.name] = loaded()
+    missing = sorted(set(names or ()) - set(found))
+    if missing:
+        raise FlagError(f"extension(s) {missing} not installed; installed: {sorted(found) or 'none'}")
+    return found
