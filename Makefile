@@ -1,0 +1,74 @@
+# Everything from a fresh clone, on a machine that has Python 3.11 or 3.12 and make. `make` alone lists the targets.
+
+EXTRAS ?= dev,quant,eval,analysis
+WORKERS ?= 2
+ARGS ?=
+
+VENV := .venv
+CORE := .venv-core
+BIN := $(VENV)/bin
+UV := $(BIN)/uv
+PINNED := --constraint constraints.txt --build-constraint constraints.txt
+# One thread per test process: the tiny models are too small to gain from more, and two workers share two cores.
+TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+
+# A name on PATH may be a shim of a version that is not installed, so each candidate is run.
+VERSION_CHECK := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for name in python3.11 python3.12 python3 python; do \
+	"$$name" -c '$(VERSION_CHECK)' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-core lint types format check constraints clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed ## Install the package, its extras and the tools into .venv
+
+demo: install ## Train, evaluate and reload a tiny model on the CPU; writes playground/out
+	$(TEST_ENV) $(BIN)/python -m playground.demo $(ARGS)
+
+test: install test-core ## Run all tests (ARGS="tests/data -x" selects)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not network" $(ARGS)
+
+test-core: install $(CORE)/.installed ## Import every module with the core dependencies only
+	$(TEST_ENV) $(CORE)/bin/python tests/import_everything.py
+
+lint: install types ## Check style and formatting with ruff, then the types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install ## Check the types of the layers, the configurations and the extension protocol
+	$(BIN)/mypy
+
+format: install ## Format the code and mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint test ## lint, types and test
+
+constraints: install ## Write constraints.txt anew from the newest versions that pyproject.toml allows
+	$(UV) venv --quiet --clear --seed --python $(BIN)/python .venv-constraints
+	$(UV) pip install --quiet --python .venv-constraints ".[dev,train,quant,openclip,serve,eval,analysis]"
+	grep '^#' constraints.txt > .venv-constraints/pins
+	$(UV) pip freeze --python .venv-constraints | grep -vE '^(llava-extensions|pip)\b' >> .venv-constraints/pins
+	mv .venv-constraints/pins constraints.txt
+	rm -rf .venv-constraints
+
+clean: ## Remove the environments and everything that tools have cached
+	rm -rf $(VENV) $(CORE) .venv-constraints build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@"$(PYTHON)" -c '$(VERSION_CHECK)' 2>/dev/null || { \
+		echo "llava-extensions needs Python 3.11 or 3.12; found: $$(python3 --version 2>&1). Install one, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) cannot create environments: install its venv module (Debian, Ubuntu: the package python3-venv or python3.11-venv)"; exit 1; }
+	"$(PYTHON)" -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	$(UV) pip install --python $(VENV) $(PINNED) --editable ".[$(EXTRAS)]"
+	@touch $@
+
+$(CORE)/.installed: $(VENV)/.installed
+	$(UV) venv --quiet --clear --python $(BIN)/python $(CORE)
+	$(UV) pip install --quiet --python $(CORE) $(PINNED) --editable .
+	@touch $@
