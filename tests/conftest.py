@@ -1,0 +1,61 @@
+"""Settings and fixtures of all tests: no network, fixed seeds, few threads, nothing left behind in global state."""
+
+from __future__ import annotations
+
+import os
+
+# Before the first import of transformers: the hub client reads these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["WANDB_MODE"] = "disabled"
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SEED = 0
+
+
+def pytest_configure() -> None:
+    """One thread per process: the tensors are tiny, and two workers share two cores."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests, with the reason, where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds_and_clean_state() -> Iterator[None]:
+    """Every test starts from the same seeds and leaves the default dtype as it found it."""
+    random.seed(SEED)
+    np.random.seed(SEED)  # the pictures of some tests come from numpy's global generator
+    torch.manual_seed(SEED)
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Folder beside the checkout with the larger reference data; most machines do not have it."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("the reference data lies beside some checkouts only (folder ../shared); not here")
+    return folder

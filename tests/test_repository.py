@@ -1,0 +1,172 @@
+"""The repository keeps its own rules: who may import whom, documented modules, file sizes, nothing left unfinished."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("llava", "hydralora", "playground")
+EXTENSIONS = ("hydralora", "dynamic", "mma", "moe_patch")
+MAX_LINES = 500
+
+MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+PYTHON_FILES = sorted(MODULES + [path for path in (ROOT / "tests").rglob("*.py") if "golden" not in path.parent.parts])
+LAYERS = [path for path in MODULES if path.name == "layer.py"]
+THIS_FILE = Path(__file__).resolve()
+
+SOURCE_FOLDERS = (*PACKAGES, "tests", "docs", "scripts", "run", "benchmarks", ".ci")
+NOT_WRITTEN = ("tests/golden", "playground/data", "playground/out")
+BINARY_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".safetensors", ".bin", ".pth", ".model", ".npz"})
+
+
+def _id(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def _each(paths: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", paths, ids=_id)
+
+
+def _module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imported_modules(path: Path) -> set[str]:
+    """Full names of the modules that a file imports anywhere, inside functions and `if TYPE_CHECKING` included."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # A relative import stays inside the package of the file.
+            found.add((node.module or "") if node.level == 0 else path.relative_to(ROOT).parts[0])
+    return found
+
+
+def _imported_packages(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in _imported_modules(path)}
+
+
+def _written_files() -> list[Path]:
+    """Everything people write: the files at the top and in the source folders, without golden data and outputs."""
+    paths = [path for path in ROOT.iterdir() if path.is_file()]
+    paths += [path for folder in SOURCE_FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
+    skipped = [ROOT / folder for folder in NOT_WRITTEN]
+    return sorted(
+        path
+        for path in paths
+        if path != THIS_FILE  # has to spell what it forbids
+        and "__pycache__" not in path.parts
+        and not any(path.is_relative_to(folder) for folder in skipped)
+    )
+
+
+def _texts() -> Iterator[tuple[Path, str]]:
+    for path in _written_files():
+        if path.suffix not in BINARY_SUFFIXES:
+            yield path, path.read_text(encoding="utf-8")
+
+
+def test_the_lists_of_cases_are_not_empty() -> None:
+    """Without this, a renamed folder would turn the tests below into tests of nothing."""
+    assert {_module_name(path).partition(".")[0] for path in MODULES} == set(PACKAGES)
+    assert len(MODULES) > 30
+    assert [_id(path) for path in LAYERS] == ["hydralora/layer.py"]
+    assert ROOT / "Makefile" in _written_files()
+
+
+@_each(MODULES)
+def test_every_module_imports_and_says_what_it_is_for(path: Path) -> None:
+    module = importlib.import_module(_module_name(path))
+    assert module.__doc__, f"{_id(path)} has no docstring"
+    assert (path.parent / "__init__.py").exists(), f"{_id(path)} lies in a folder without __init__.py"
+
+
+@_each(PYTHON_FILES)
+def test_every_file_has_a_docstring_and_a_readable_length(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text)), f"{_id(path)} has no docstring"
+    lines = text.count("\n")
+    assert lines <= MAX_LINES, f"{_id(path)} has {lines} lines; split it by idea"
+
+
+@_each([path for path in MODULES if path.is_relative_to(ROOT / "llava")])
+def test_llava_knows_no_extension(path: Path) -> None:
+    assert not _imported_packages(path) & {*EXTENSIONS, "playground"}
+
+
+@_each(LAYERS)
+def test_layers_import_torch_and_the_standard_library_only(path: Path) -> None:
+    foreign = _imported_packages(path) - set(sys.stdlib_module_names) - {"torch"}
+    assert not foreign, f"{_id(path)} holds mathematics and imports {sorted(foreign)}"
+
+
+@_each([path for path in MODULES if path.relative_to(ROOT).parts[0] in EXTENSIONS and path.name != "extension.py"])
+def test_only_extension_py_knows_the_seams_of_llava(path: Path) -> None:
+    names = {name for name in _imported_modules(path) if name.partition(".")[0] == "llava"}
+    assert names <= {"llava.errors"}, f"{_id(path)} imports {sorted(names)}; only extension.py may"
+
+
+FORBIDDEN = {
+    "unfinished work": r"\b(TODO|FIXME|XXX)\b|NotImplementedError",
+    "path of one machine": r"(?<![\w./~-])/(home|root|mnt|work|Users)/\w|(?<![\w./~-])/tmp/wk",
+    "choice of a package registry": r"index[-_]url|find[-_]links",
+    "unsafe load": r"weights_only\s*=\s*False|trust_remote_code\s*=\s*True",
+    "swallowed error": r"except (Exception|BaseException)?:\s*\n?\s*pass\b",
+    "conflict marker": r"^(<{7}|>{7}) ",
+}
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_nothing_forbidden_is_in_the_tree(what: str) -> None:
+    pattern = re.compile(FORBIDDEN[what], re.MULTILINE)
+    hits = [
+        f"{_id(path)}:{text.count(chr(10), 0, match.start()) + 1}: {match.group()!r}"
+        for path, text in _texts()
+        for match in pattern.finditer(text)
+    ]
+    assert not hits, f"{what}: " + "; ".join(hits[:10])
+
+
+@pytest.mark.parametrize("name", ["Makefile", "constraints.txt", "pyproject.toml", ".ci/run"])
+def test_the_installation_leaves_the_registry_to_the_machine(name: str) -> None:
+    assert "://" not in (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_no_lock_file() -> None:
+    assert not [path.name for path in _written_files() if path.suffix == ".lock" or path.name.endswith("-lock.json")]
+
+
+def test_every_dependency_is_pinned_once() -> None:
+    """One exact version for every requirement of every extra; `flash` aside, which needs CUDA to build."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    assert set(extras) == {"train", "quant", "flash", "openclip", "serve", "eval", "analysis", "dev"}
+    wanted = [
+        *project["dependencies"],
+        *(name for extra, names in extras.items() if extra != "flash" for name in names),
+    ]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [_normal(line.partition("==")[0]) for line in lines if not line.startswith("#")]
+    assert len(pins) == len(set(pins))
+    assert all("==" in line for line in lines if not line.startswith("#"))
+    missing = {_normal(re.split(r"[<>=!~\[ ]", name)[0]) for name in wanted} - set(pins)
+    assert not missing, f"run `make constraints`: no version for {sorted(missing)}"
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_the_two_commands_of_continuous_integration() -> None:
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith("make")] == ["make test", "make lint"]
