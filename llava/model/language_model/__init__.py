@@ -1,0 +1,1 @@
+"""Language models with vision (upstream `llava/model/language_model`)."""

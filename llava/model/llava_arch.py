@@ -1,0 +1,207 @@
+"""The multimodal parts of a LLaVA: tower, projector, and the step from ids and pictures to embeddings.
+
+Mixins for a decoder and its causal language model, with upstream's method names (`llava/model/llava_arch.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava.errors import FlagError
+from llava.extension import ExtensionSet, MultimodalInputs
+from llava.mm_utils import get_anyres_image_grid_shape
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.splice import SpliceOptions, splice
+from llava.model.tiles import merge_tiles
+
+Images = Tensor | Sequence[Tensor]
+"""Pictures of a batch: (N, 3, H, W), or (N, tiles, 3, H, W), or a list of (3, H, W) and (tiles, 3, H, W)."""
+
+
+class LlavaMetaModel:
+    """Adds a vision tower and a projector to a decoder."""
+
+    config: Any
+    vision_tower: CLIPVisionTower | None
+    mm_projector: nn.Module | None
+
+    def init_vision_parts(self) -> None:
+        """Create what the configuration says is in the checkpoint; the tower is added by `load_vision_tower`."""
+        self.vision_tower = None
+        self.mm_projector = None
+        if getattr(self.config, "mm_hidden_size", None) is not None:
+            self.mm_projector = build_vision_projector(self.config)
+            if "unpad" in getattr(self.config, "mm_patch_merge_type", "flat"):
+                self.image_newline = nn.Parameter(torch.zeros(self.config.hidden_size))
+
+    def get_vision_tower(self) -> CLIPVisionTower | None:
+        """The tower, or None for a model without vision."""
+        return self.vision_tower
+
+    def load_vision_tower(self, near: Iterable[str | Path] = (), dtype: torch.dtype | None = None) -> CLIPVisionTower:
+        """Read the tower named in the configuration, looking inside and beside the folders `near`.
+
+        Raises:
+            CheckpointError: the tower cannot be found.
+        """
+        tower = build_vision_tower(self.config, near)
+        tower.load_model(dtype)
+        self.vision_tower = tower
+        return tower
+
+    def initialize_vision_modules(self, model_args: Any, near: Iterable[str | Path] = ()) -> None:
+        """Give a language model its tower and projector, as `train.py` is told by its flags.
+
+        An existing projector is kept. `--pretrain_mm_mlp_adapter` is read by the caller, which knows file formats.
+
+        Args:
+            model_args: `ModelArguments` of the run.
+            near: folders searched for a tower given by a bare name.
+        """
+        config = self.config
+        config.mm_vision_tower = model_args.vision_tower
+        config.mm_vision_select_layer = model_args.mm_vision_select_layer
+        config.mm_vision_select_feature = model_args.mm_vision_select_feature
+        config.mm_patch_merge_type = model_args.mm_patch_merge_type
+        config.use_mm_proj = True
+        tower = self.load_vision_tower(near)
+        width_changed = getattr(config, "mm_hidden_size", tower.hidden_size) != tower.hidden_size
+        if self.mm_projector is not None and width_changed:
+            raise FlagError(
+                f"--vision_tower {model_args.vision_tower} is {tower.hidden_size} wide, but the projector of the base "
+                f"model takes {config.mm_hidden_size}; use the tower that the base was trained with"
+            )
+        config.mm_hidden_size = tower.hidden_size
+        if self.mm_projector is None:
+            config.mm_projector_type = model_args.mm_projector_type
+            self.mm_projector = build_vision_projector(config)
+        elif config.mm_projector_type != model_args.mm_projector_type:
+            raise FlagError(
+                f"--mm_projector_type is '{model_args.mm_projector_type}', but the base model has a "
+                f"'{config.mm_projector_type}' projector; give that value"
+            )
+
+
+class LlavaMetaForCausalLM:
+    """Turns ids and pictures into the embeddings that the decoder reads."""
+
+    config: Any
+    extensions: ExtensionSet
+
+    def get_model(self) -> Any:
+        """The decoder, with tower and projector."""
+        raise TypeError(f"{type(self).__name__} must define get_model()")
+
+    def get_vision_tower(self) -> CLIPVisionTower | None:
+        """The tower, or None for a model without vision."""
+        return self.get_model().get_vision_tower()
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Project pictures into the language model's width.
+
+        Args:
+            images: (N, 3, H, W).
+
+        Returns:
+            (N, P, D).
+        """
+        model = self.get_model()
+        features = model.get_vision_tower()(images)  # (N, P, D_vision)
+        return model.mm_projector(features)  # (N, P, D)
+
+    def image_features(self, images: Images, image_sizes: Sequence[tuple[int, int]] | None = None) -> list[Tensor]:
+        """Features of every picture, tiles merged.
+
+        Args:
+            images: see `Images`.
+            image_sizes: width and height in pixels of each picture; needed by the spatial merge types.
+
+        Returns:
+            One (P_i, D) per picture.
+        """
+        if isinstance(images, Tensor) and images.ndim == 4:
+            return list(self.encode_images(images))
+        stacks = [image[None] if image.ndim == 3 else image for image in images]
+        encoded = self.encode_images(torch.cat(list(stacks))).split([len(stack) for stack in stacks])
+        merge_type = getattr(self.config, "mm_patch_merge_type", "flat")
+        newline = getattr(self.get_model(), "image_newline", None)
+        merged = []
+        for index, features in enumerate(encoded):
+            size = None if image_sizes is None else tuple(image_sizes[index])
+            merged.append(merge_tiles(features, merge_type, self._tile_grid(size), size, newline))
+        return merged
+
+    def _tile_grid(self, size: tuple[int, int] | None) -> tuple[int, int] | None:
+        """Tiles across and down of an `anyres` picture; None for any other aspect setting."""
+        if getattr(self.config, "image_aspect_ratio", None) != "anyres" or size is None:
+            return None
+        tower = self.get_vision_tower()
+        return get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, tower.image_size)
+
+    def splice_options(self) -> SpliceOptions:
+        """Lengths and sides as the configuration has them."""
+        return SpliceOptions(
+            max_length=getattr(self.config, "tokenizer_model_max_length", None),
+            padding_side=getattr(self.config, "tokenizer_padding_side", "right"),
+            user_marker=tuple(getattr(self.config, "user_marker_ids", ()) or ()),
+        )
+
+    def build_inputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        images: Images | None = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        padding_side: str | None = None,
+    ) -> MultimodalInputs:
+        """Embeddings, labels, masks and segments of a batch, before any extension has seen them.
+
+        Args:
+            input_ids: (B, T) with image tokens.
+            attention_mask: (B, T), zero at padding, or None.
+            labels: (B, T) or None.
+            images: pictures in row order, or None.
+            image_sizes: see `image_features`.
+            padding_side: overrides the configuration; generation pads on the left.
+
+        Raises:
+            ValueError: pictures and image tokens do not match in number.
+        """
+        features = None
+        if images is not None and self.get_vision_tower() is not None:
+            features = self.image_features(images, image_sizes)
+        options = self.splice_options()
+        if padding_side is not None:
+            options = SpliceOptions(options.max_length, padding_side, options.user_marker)
+        return splice(input_ids, labels, attention_mask, features, self.get_model().embed_tokens, options)
+
+    def prepare_inputs_labels_for_multimodal(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        labels: Tensor | None,
+        images: Images | None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> tuple[None | Tensor, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]:
+        """Upstream's entry point with upstream's return value, for code written against it.
+
+        Returns:
+            (input_ids or None, position_ids, attention_mask, past_key_values, inputs_embeds or None, labels); mask
+            and positions are None where None was given, the mask keeps its dtype.
+        """
+        if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        inputs = self.build_inputs(input_ids, attention_mask, labels, images, image_sizes)
+        mask = None if attention_mask is None else inputs.attention_mask.to(attention_mask.dtype)
+        positions = None if position_ids is None else inputs.position_ids
+        return None, positions, mask, past_key_values, inputs.inputs_embeds, inputs.labels

@@ -1,0 +1,1 @@
+"""Vision towers: from pixels to patch features (upstream `llava/model/multimodal_encoder`)."""
