@@ -1,0 +1,232 @@
+"""The answers file: appended batch by batch, continued after an interruption, in question order at the end.
+
+Rows are those of upstream `model_vqa_loader.py`. Beside the file lies `<answers file>.run.json`: the settings that
+decide the answers, so that answers of another model or other options are never continued by mistake.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava.errors import BadSampleError, FlagError
+from llava.eval.questions import read_jsonl
+from llava.eval.record import package_versions
+
+Row = dict[str, Any]
+
+IDENTITY = ("question_id", "round_id", "prompt")
+"""The keys that tell which question an answer belongs to. The id alone does not: TextVQA's is that of the image."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question to be answered.
+
+    Attributes:
+        question_id: copied into the answer row.
+        question: what the user says, without image markers; the runner adds them.
+        prompt: what the answer row shows as the prompt; not necessarily all of `question`.
+        images: what the runner's `open_image` needs to open each image; empty for a text-only question.
+        where: `file:line` of the question, for error messages.
+    """
+
+    question_id: int | str
+    question: str
+    prompt: str
+    images: tuple[str, ...]
+    where: str
+
+
+ToRow = Callable[[Task, str, str], Row]
+"""From task, answer text and model id to the row that is written."""
+
+
+def answer_row(task: Task, text: str, model_id: str) -> Row:
+    """The row of upstream's programs.
+
+    `answer_id` follows from the content, where upstream draws it at random: equal runs write equal files.
+    """
+    content = json.dumps([model_id, task.where.rpartition(":")[2], task.question_id, task.prompt, text])
+    return {
+        "question_id": task.question_id,
+        "prompt": task.prompt,
+        "text": text,
+        "answer_id": uuid.uuid5(uuid.NAMESPACE_OID, content).hex,
+        "model_id": model_id,
+        "metadata": {},
+    }
+
+
+def row_keys(rows: Iterable[Row]) -> list[str]:
+    """A key for each row: its identity and, for the n-th row of the same identity, n."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for row in rows:
+        identity = json.dumps([row.get(key) for key in IDENTITY])
+        keys.append(f"{identity}#{seen[identity]}")
+        seen[identity] += 1
+    return keys
+
+
+def repair_torn_line(path: Path) -> int:
+    """Cut off a last line that a killed program left unfinished; give a complete one its missing line feed.
+
+    Returns:
+        the number of bytes cut off.
+    """
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    tail = content[end:]
+    if not tail:
+        return 0
+    try:
+        complete = isinstance(json.loads(tail), dict)
+    except ValueError:
+        complete = False
+    with path.open("r+b") as file:
+        if complete:
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
+            return 0
+        file.truncate(end)
+    return len(tail)
+
+
+class AnswersFile:
+    """The answers to a list of tasks in one file.
+
+    Args:
+        path: the answers file; its folder is made if needed.
+        tasks: all tasks, in the order that the finished file will have.
+        model_id: goes into each row.
+        settings: JSON values that decide the answers; compared with those of the interrupted run.
+        arguments: JSON values that are written beside the settings and compared with nothing.
+        to_row: makes the row of an answer.
+        restart: start anew even if there are answers.
+
+    Raises:
+        FlagError: the file there was made by another model or with other settings.
+        BadSampleError: two tasks cannot be told apart, or the file there holds a broken row or an answer to none of
+            the tasks.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        tasks: Sequence[Task],
+        *,
+        model_id: str,
+        settings: dict[str, Any],
+        arguments: dict[str, Any] | None = None,
+        to_row: ToRow = answer_row,
+        restart: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.model_id = model_id
+        self.to_row = to_row
+        self.settings = json.loads(json.dumps(settings))
+        self.keys = dict(zip(row_keys(to_row(task, "", model_id) for task in tasks), tasks, strict=True))
+        self.rows: dict[str, Row] = {}
+        _refuse_ambiguous(self.keys)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and self.path.stat().st_size and not restart:
+            self._resume()
+        else:
+            self.path.write_bytes(b"")
+        record = {"settings": self.settings, "arguments": arguments or {}, "versions": package_versions()}
+        _write_atomically(self.settings_path, json.dumps(record, indent=2) + "\n")
+
+    @property
+    def settings_path(self) -> Path:
+        """Where the settings of the run are kept."""
+        return self.path.with_name(f"{self.path.name}.run.json")
+
+    @property
+    def pending(self) -> dict[str, Task]:
+        """The tasks without an answer, by key, in question order."""
+        return {key: task for key, task in self.keys.items() if key not in self.rows}
+
+    def append(self, texts: dict[str, str]) -> None:
+        """Write the answers of one batch, given by key, as whole lines."""
+        rows = {key: self.to_row(self.keys[key], text, self.model_id) for key, text in texts.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_lines(rows.values()))
+        self.rows |= rows
+
+    def finish(self) -> None:
+        """Put the rows into question order, in one step that cannot leave half a file.
+
+        Raises:
+            RuntimeError: not every task has an answer.
+        """
+        if self.pending:
+            raise RuntimeError(f"{self.path}: {len(self.pending)} of {len(self.keys)} questions have no answer yet")
+        _write_atomically(self.path, _lines(self.rows[key] for key in self.keys))
+
+    def _resume(self) -> None:
+        self._compare_settings()
+        cut = repair_torn_line(self.path)
+        if cut:
+            print(f"{self.path}: cut off an unfinished last line of {cut} bytes")
+        rows = read_jsonl(self.path)
+        for (where, row), key in zip(rows, row_keys(row for _, row in rows), strict=True):
+            if row.get("model_id", self.model_id) != self.model_id:
+                raise FlagError(
+                    f"{where}: an answer of the model '{row['model_id']}', but this run asks '{self.model_id}'; name "
+                    f"another --answers-file, or replace this one with --restart"
+                )
+            if key not in self.keys:
+                raise BadSampleError(
+                    f"{where}: an answer to question_id {row.get('question_id')!r} that is not, or not so often, among "
+                    f"the {len(self.keys)} questions of this run (with the same prompt); name another --answers-file, "
+                    f"or replace this one with --restart"
+                )
+            self.rows[key] = row
+
+    def _compare_settings(self) -> None:
+        if not self.settings_path.exists():
+            return
+        before = json.loads(self.settings_path.read_text(encoding="utf-8"))["settings"]
+        changed = sorted(
+            name for name in before.keys() | self.settings.keys() if before.get(name) != self.settings.get(name)
+        )
+        if changed:
+            differences = ", ".join(
+                f"{name}: {before.get(name)} then, {self.settings.get(name)} now" for name in changed
+            )
+            raise FlagError(
+                f"{self.path} holds answers made with other settings ({differences}); name another --answers-file, or "
+                f"replace this one with --restart"
+            )
+
+
+def _refuse_ambiguous(tasks: dict[str, Task]) -> None:
+    """Rows of equal id and prompt are numbered; that is only sound if they ask the same."""
+    first: dict[str, Task] = {}
+    for key, task in tasks.items():
+        other = first.setdefault(key.rpartition("#")[0], task)
+        if (other.images, other.question) != (task.images, task.question):
+            raise BadSampleError(
+                f"{task.where}: same question_id {task.question_id!r} and text as {other.where}, but other images; "
+                f"their answers could not be told apart: give them different ids"
+            )
+
+
+def _lines(rows: Iterable[Row]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,141 @@
+"""How the next token is chosen: greedy, beam search, or sampling that does not depend on the batch.
+
+transformers samples with one random stream for a whole batch, so an answer would change with its neighbours and after
+an interruption. Here every question has a stream of its own, seeded by `--seed` and the question's key.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from llava.errors import FlagError
+
+TOP_K = 50
+"""Sampling keeps the 50 best tokens: the default of transformers, in force upstream without being named there."""
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """The decoding options of the original programs.
+
+    Attributes:
+        temperature: 0 is greedy decoding (or plain beam search), above 0 is sampling.
+        top_p: nucleus size in (0, 1], or None for no limit; only used in sampling.
+        num_beams: number of beams; 1 is no beam search.
+        max_new_tokens: limit on the tokens of one answer, the end-of-sequence token included.
+        seed: seed of sampling; the same seed gives the same answers, whatever the batch size.
+    """
+
+    temperature: float = 0.2
+    top_p: float | None = None
+    num_beams: int = 1
+    max_new_tokens: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise FlagError(f"--temperature {self.temperature}: must not be negative; 0 is greedy decoding")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise FlagError(f"--top_p {self.top_p}: must be above 0 and at most 1")
+        if self.num_beams < 1:
+            raise FlagError(f"--num_beams {self.num_beams}: must be at least 1")
+        if self.max_new_tokens < 1:
+            raise FlagError(f"--max_new_tokens {self.max_new_tokens}: must be at least 1")
+
+    @property
+    def samples(self) -> bool:
+        """True if tokens are drawn at random."""
+        return self.temperature > 0
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Refuse what cannot give the same answers as one question at a time.
+
+        Raises:
+            FlagError: `batch_size` is below 1, or above 1 for beam search with sampling, which has one random stream
+                for the whole batch.
+        """
+        if batch_size < 1:
+            raise FlagError(f"--batch-size {batch_size}: must be at least 1")
+        if batch_size > 1 and self.samples and self.num_beams > 1:
+            raise FlagError(
+                f"--num_beams {self.num_beams} with --temperature {self.temperature} draws from one random stream for "
+                f"a whole batch, so --batch-size {batch_size} would change the answers; use --batch-size 1 or "
+                f"--temperature 0"
+            )
+
+    def arguments(self, keys: Sequence[str]) -> dict[str, Any]:
+        """Keyword arguments of `generate` for a batch.
+
+        Seeds torch's global generator in the one case that needs it, beam search with sampling.
+
+        Args:
+            keys: one string for each row of the batch; the random stream of a row follows from it and `seed`.
+        """
+        arguments: dict[str, Any] = {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens}
+        if not self.samples:
+            return arguments | {"do_sample": False}
+        if self.num_beams == 1:
+            # The processor leaves one token standing, so that greedy decoding carries out its choice.
+            return arguments | {"do_sample": False, "logits_processor": LogitsProcessorList([RowSampler(self, keys)])}
+        torch.manual_seed(row_stream(self.seed, keys[0]).getrandbits(63))
+        return arguments | {
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "top_k": TOP_K,
+        }
+
+
+def row_stream(seed: int, key: str) -> random.Random:
+    """The random stream of one question; seeding by a string is stable between processes and machines."""
+    return random.Random(f"{seed}/{key}")
+
+
+class RowSampler(LogitsProcessor):
+    """Draws each row's token from the row's own stream and masks all others.
+
+    The draw inverts the cumulative distribution at one uniform number for each row and step.
+
+    Args:
+        options: temperature, top_p and seed.
+        keys: one for each row of the batch.
+    """
+
+    def __init__(self, options: GenerationOptions, keys: Sequence[str]) -> None:
+        self.streams = [row_stream(options.seed, key) for key in keys]
+        self.warpers = LogitsProcessorList([TemperatureLogitsWarper(options.temperature)])
+        if options.top_p is not None and options.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(options.top_p))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Mask all but the drawn token.
+
+        Args:
+            input_ids: (B, T) tokens so far; unused.
+            scores: (B, V) logits of the next token.
+
+        Returns:
+            (B, V) of the same dtype: 0 for the drawn token, -inf elsewhere.
+        """
+        best, tokens = scores.topk(min(TOP_K, scores.shape[-1]))  # (B, K)
+        # In the order of the token ids: the order of equal logits may depend on the batch.
+        tokens, order = tokens.sort()
+        best = best.gather(-1, order).cpu().double()
+        cumulative = self.warpers(input_ids, best).softmax(-1).cumsum(-1)  # (B, K)
+        uniform = torch.tensor([[stream.random()] for stream in self.streams], dtype=torch.float64)
+        # right=True: the first token whose cumulative probability exceeds the target, never one of probability 0.
+        drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # (B, 1)
+        drawn = tokens.gather(-1, drawn.clamp(max=tokens.shape[-1] - 1).to(tokens.device))
+        return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
