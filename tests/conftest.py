@@ -12,10 +12,14 @@ os.environ["WANDB_MODE"] = "disabled"
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from playground.tiny import TinyFolders
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 0
@@ -59,3 +63,11 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("the reference data lies beside some checkouts only (folder ../shared); not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> TinyFolders:
+    """A tiny CLIP tower and a tiny Llama with random weights, in the published layouts. Do not write into the folders."""
+    from playground.tiny import build_tiny
+
+    return build_tiny(tmp_path_factory.mktemp("tiny"))

@@ -142,6 +142,22 @@ def test_the_installation_leaves_the_registry_to_the_machine(name: str) -> None:
     assert "://" not in (ROOT / name).read_text(encoding="utf-8")
 
 
+def test_the_tree_in_the_readme_is_the_tree() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = text.partition("```text\n")[2].partition("```")[0]
+    drawn = set(re.findall(r"^(\w+)/", tree, re.MULTILINE))
+    written = {path.relative_to(ROOT).parts[0] for path in _written_files() if path.parent != ROOT}
+    assert drawn == {name for name in written if not name.startswith(".")}
+    for name in re.findall(r"^  (\w+)/", tree, re.MULTILINE):
+        assert (ROOT / "llava" / name).is_dir(), f"README.md draws llava/{name}"
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=_id)
+def test_links_between_documents_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+        assert "://" in target or (path.parent / target).exists(), f"{_id(path)} links to {target}"
+
+
 def test_no_lock_file() -> None:
     assert not [path.name for path in _written_files() if path.suffix == ".lock" or path.name.endswith("-lock.json")]
 

@@ -53,7 +53,7 @@ class ScaleExtension(Extension):
 
     def configure(self, args: RunArguments) -> Config | None:
         """Off unless `--scale_layer` is given."""
-        options: ScaleOptions = args.extensions[self.name]
+        options: ScaleOptions = args.options[self.name]
         if options.scale_layer is None:
             return None
         if options.scale_layer < 0:
@@ -84,7 +84,7 @@ class ScaleExtension(Extension):
 
     def parameter_groups(self, model: nn.Module, config: Config, args: RunArguments) -> list[ParameterGroup]:
         """The scale, with `--scale_lr` and without weight decay towards zero."""
-        options: ScaleOptions = args.extensions[self.name]
+        options: ScaleOptions = args.options[self.name]
         weight = model.get_model().example_scale.weight
         return [ParameterGroup(self.name, [weight], learning_rate=options.scale_lr, weight_decay=0.0)]
 
