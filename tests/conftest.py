@@ -67,7 +67,7 @@ def shared_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> TinyFolders:
-    """A tiny CLIP tower and a tiny Llama with random weights, in the published layouts. Do not write into the folders."""
+    """A tiny CLIP tower and a tiny Llama with random weights, in the published layouts; read-only by convention."""
     from playground.tiny import build_tiny
 
     return build_tiny(tmp_path_factory.mktemp("tiny"))
