@@ -286,9 +286,7 @@ class ExtensionSet:
     def named_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Parameters of all extensions by their name in `model` (seam 8)."""
         return {
-            name: parameter
-            for item in self
-            for name, parameter in item.extension.named_parameters(model, item.config)
+            name: parameter for item in self for name, parameter in item.extension.named_parameters(model, item.config)
         }
 
 

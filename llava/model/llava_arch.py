@@ -192,7 +192,7 @@ class LlavaMetaForCausalLM:
         labels: Tensor | None,
         images: Images | None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
-    ) -> tuple[None | Tensor, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]:
         """Upstream's entry point with upstream's return value, for code written against it.
 
         Returns:

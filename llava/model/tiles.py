@@ -62,10 +62,14 @@ def merge_tiles(
     if len(features) == 1:
         return base if merge_type == "spatial" else torch.cat([base, newline[None].to(base)])
     if grid is None:
-        raise FlagError(f"--mm_patch_merge_type {merge_type} merges several tiles only with --image_aspect_ratio anyres")
+        raise FlagError(
+            f"--mm_patch_merge_type {merge_type} merges several tiles only with --image_aspect_ratio anyres"
+        )
     side = int(base.shape[0] ** 0.5)
     if side * side != base.shape[0]:
-        raise FlagError(f"--mm_patch_merge_type {merge_type} needs square tiles without class token, not {len(base)} rows")
+        raise FlagError(
+            f"--mm_patch_merge_type {merge_type} needs square tiles without class token, not {len(base)} rows"
+        )
     columns, rows = grid
     tiles = features[1:].view(rows, columns, side, side, -1)
     canvas = tiles.permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)  # (D, rows * side, columns * side)

@@ -95,7 +95,7 @@ class CLIPVisionTower(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the weights."""
+        """Dtype of the weights."""
         return self._loaded().embeddings.class_embedding.dtype
 
     @property

@@ -39,7 +39,9 @@ def build_vision_projector(config: Any) -> nn.Module:
         return IdentityMap()
     match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
     if match is None:
-        raise FlagError(f"--mm_projector_type is '{kind}'; known: linear, identity, mlpNx_gelu (for example mlp2x_gelu)")
+        raise FlagError(
+            f"--mm_projector_type is '{kind}'; known: linear, identity, mlpNx_gelu (for example mlp2x_gelu)"
+        )
     layers: list[nn.Module] = [nn.Linear(width_in, width_out)]
     for _ in range(1, int(match.group(1))):
         layers += [nn.GELU(), nn.Linear(width_out, width_out)]

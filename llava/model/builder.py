@@ -1,0 +1,218 @@
+"""The one way into a trained model, for evaluation, serving and tests (upstream `llava/model/builder.py`).
+
+The kind of a checkpoint is found from its files. Read are: upstream full weights (one file or shards), upstream LoRA
+folders, projector-only folders, folders of an extension's original code, and our own layout.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import nn
+
+from llava.errors import CheckpointError, FlagError
+from llava.extension import Extension, ImportedState, installed_extensions
+from llava.model.checkpoint import load_extension_tensors, load_trained, weight_files
+from llava.model.formats import CheckpointContents, inspect_checkpoint, read_json, read_tensors
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.tokenizer import load_tokenizer
+
+DEFAULT_CONTEXT_LENGTH = 2048
+
+
+def load_pretrained_model(
+    model_path: str,
+    model_base: str | None = None,
+    model_name: str | None = None,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+    device_map: Any = "auto",
+    device: str = "cuda",
+    use_flash_attn: bool = False,
+    **kwargs: Any,
+) -> tuple[Any, LlavaLlamaForCausalLM, Any, int]:
+    """Load a model ready for `generate`.
+
+    Args:
+        model_path: checkpoint folder.
+        model_base: folder or hub id of the base weights, where the checkpoint has none of its own.
+        model_name: accepted as upstream has it; the format is found from the files instead.
+        load_8bit: quantise the weights to 8 bits with bitsandbytes.
+        load_4bit: quantise the weights to 4 bits (NF4) with bitsandbytes.
+        device_map: placement of the weights on several GPUs; used only when `device` is `cuda`.
+        device: `cuda`, `cpu`, or another torch device.
+        use_flash_attn: use FlashAttention 2 instead of SDPA.
+        kwargs: `torch_dtype` (or `dtype`); default is fp16 on a GPU, fp32 on the CPU. Others reach `from_pretrained`.
+
+    Returns:
+        Tokenizer, model in eval mode, image processor (None without a tower), context length in tokens.
+
+    Raises:
+        CheckpointError: the folder is incomplete, of an unknown kind, or does not fit the base.
+        FlagError: contradictory arguments, or an extension that is not installed.
+    """
+    if load_8bit and load_4bit:
+        raise FlagError("load_8bit and load_4bit exclude each other")
+    on_gpu = torch.device(device).type == "cuda"
+    dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or (torch.float16 if on_gpu else torch.float32)
+    contents = inspect_checkpoint(model_path)
+    base = _base_folder(contents, model_base)
+    options = dict(kwargs, dtype=dtype)
+    if use_flash_attn:
+        options["attn_implementation"] = "flash_attention_2"
+    if load_8bit or load_4bit:
+        options["quantization_config"] = _quantization(load_4bit, dtype)
+    if on_gpu and device == "cuda":
+        options["device_map"] = device_map
+    model, missing = _load_base(contents, base, options)
+    imported = _attach_extensions(model, contents)
+    model = _load_rest(model, contents, imported, missing, merge=not (load_8bit or load_4bit))
+    near = [contents.folder, *([Path(base)] if base else [])]
+    image_processor = None
+    if getattr(model.config, "mm_vision_tower", None):
+        image_processor = model.get_model().load_vision_tower(near, dtype).image_processor
+    if "device_map" in options or load_8bit or load_4bit:
+        _place_new_parts(model)
+    else:
+        model.to(device=device, dtype=dtype)
+    model.requires_grad_(False)
+    tokenizer = load_tokenizer(_tokenizer_folder(contents, base))
+    context_length = getattr(model.config, "max_sequence_length", DEFAULT_CONTEXT_LENGTH)
+    return tokenizer, model.eval(), image_processor, context_length
+
+
+def _base_folder(contents: CheckpointContents, model_base: str | None) -> str | None:
+    """Where the language model's weights come from, if not from the checkpoint itself."""
+    if not contents.needs_base:
+        return None
+    if model_base is not None:
+        return model_base
+    recorded = None
+    if contents.adapter is not None:
+        recorded = read_json(contents.folder / "adapter_config.json").get("base_model_name_or_path")
+    elif (contents.folder / "run.json").is_file():
+        recorded = read_json(contents.folder / "run.json")["arguments"]["model"]["model_name_or_path"]
+    if recorded and (Path(recorded) / "config.json").is_file():
+        return recorded
+    raise CheckpointError(
+        f"{contents.folder}: holds only what was trained on top of a base model; give that base by --model-base"
+        + (f" (recorded at training time: '{recorded}', which is no folder here)" if recorded else "")
+    )
+
+
+def _quantization(four_bit: bool, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    # Tower and projector are small and sensitive; upstream keeps them in full precision too.
+    keep = ["mm_projector", "vision_tower", "lm_head"]
+    if not four_bit:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=keep,
+    )
+
+
+def _load_base(
+    contents: CheckpointContents, base: str | None, options: dict[str, Any]
+) -> tuple[LlavaLlamaForCausalLM, set[str]]:
+    """The bare LLaVA with the base weights, and the names of the weights that these did not have."""
+    config = LlavaConfig.from_pretrained(contents.folder)
+    if base is None:
+        weight_files(contents)  # complains about missing shards by name
+    source = base or contents.folder
+    model, report = LlavaLlamaForCausalLM.from_pretrained(source, config=config, output_loading_info=True, **options)
+    return model, set(report["missing_keys"])
+
+
+def _attach_extensions(model: LlavaLlamaForCausalLM, contents: CheckpointContents) -> dict[str, ImportedState]:
+    """Attach what the checkpoint was trained with; returns the states read from original layouts."""
+    if contents.extensions:
+        wanted = {name: read_json(path / "config.json") for name, path in contents.extensions.items()}
+        available = installed_extensions(list(wanted))
+        for name in _order(model.config, wanted):
+            model.extensions.attach(model, available[name], wanted[name])
+        return {}
+    imported: dict[str, ImportedState] = {}
+    candidates: dict[str, Extension] = installed_extensions()
+    for name, extension in candidates.items():
+        state = extension.import_checkpoint(contents.folder)
+        if state is not None:
+            model.extensions.attach(model, extension, state.config)
+            imported[name] = state
+    return imported
+
+
+def _order(config: LlavaConfig, wanted: dict[str, Any]) -> list[str]:
+    """Names in the order in which they were attached at training time."""
+    recorded = [name for name in (getattr(config, "extensions", None) or {}) if name in wanted]
+    return recorded + [name for name in wanted if name not in recorded]
+
+
+def _load_rest(
+    model: LlavaLlamaForCausalLM,
+    contents: CheckpointContents,
+    imported: dict[str, ImportedState],
+    missing: set[str],
+    merge: bool,
+) -> LlavaLlamaForCausalLM:
+    """Everything beside the base: projector, extensions, adapter. Adapters are merged where the base allows it."""
+    for name, state in imported.items():
+        load_extension_tensors(model, name, state.tensors, contents.folder)
+    _check_claimed(contents, imported)
+    host: nn.Module = model
+    if contents.adapter is not None:
+        peft_config = PeftConfig.from_pretrained(str(contents.folder))
+        if not isinstance(peft_config, LoraConfig):
+            raise CheckpointError(f"{contents.adapter}: a '{peft_config.peft_type}' adapter; only LoRA is supported")
+        host = get_peft_model(model, peft_config)
+    load_trained(host, contents.folder)
+    projector_read = contents.projector is not None or contents.non_lora is not None
+    still_missing = {name for name in missing if not (projector_read and name.startswith("model.mm_projector."))}
+    if still_missing:
+        raise CheckpointError(
+            f"{contents.folder}: {len(still_missing)} weights are nowhere to be found (first: "
+            f"{sorted(still_missing)[:3]}); is --model-base the base that it was trained on?"
+        )
+    if contents.adapter is None:
+        return model
+    return host.merge_and_unload() if merge else model
+
+
+def _check_claimed(contents: CheckpointContents, imported: dict[str, ImportedState]) -> None:
+    """Everything in upstream's non-LoRA file must be somebody's: projector or an extension."""
+    if contents.non_lora is None:
+        return
+    claimed = frozenset().union(*(state.claimed for state in imported.values()))
+    names = read_tensors(contents.non_lora)
+    unknown = [name for name in names if "mm_projector" not in name.split(".") and name not in claimed]
+    if unknown:
+        raise CheckpointError(
+            f"{contents.non_lora}: {len(unknown)} of {len(names)} tensors belong to no installed extension (first: "
+            f"{unknown[:3]}); install the package that they come from"
+        )
+
+
+def _place_new_parts(model: LlavaLlamaForCausalLM) -> None:
+    """Put tower, projector and extensions where the embeddings are, when transformers placed the rest."""
+    decoder = model.get_model()
+    device = decoder.embed_tokens.weight.device
+    for part in (decoder.get_vision_tower(), decoder.mm_projector):
+        if part is not None:
+            part.to(device)
+    owners = dict(model.named_modules())
+    for name, parameter in model.extensions.named_parameters(model).items():
+        neighbours = owners[name.rpartition(".")[0]].parameters()
+        parameter.data = parameter.data.to(next((p.device for p in neighbours if p is not parameter), device))
+
+
+def _tokenizer_folder(contents: CheckpointContents, base: str | None) -> str:
+    """The checkpoint's own tokenizer if it has one, else that of the base."""
+    own = contents.folder / "tokenizer_config.json"
+    return str(contents.folder) if own.is_file() or base is None else base

@@ -1,0 +1,214 @@
+"""Writing and reading what a run has trained: one complete folder per checkpoint (layout: `docs/architecture.md`).
+
+`save_checkpoint` and `load_trained` are inverse to each other; evaluation, resuming and tests all go through them.
+The folder says by its files what was trained, so nothing has to be remembered elsewhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from llava.errors import CheckpointError
+from llava.extension import Config
+from llava.model.components import Component, components
+from llava.model.formats import (
+    EXTENSIONS_FOLDER,
+    TOWER_FOLDER,
+    CheckpointContents,
+    inspect_checkpoint,
+    read_json,
+    read_projector,
+    read_tensors,
+    strip_peft_prefix,
+)
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+
+
+def bare_model(model: nn.Module) -> LlavaLlamaForCausalLM:
+    """The LLaVA model itself, whatever PEFT wrapped around it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+
+
+def _portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU: what safetensors accepts, without storage shared between entries."""
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+
+
+def save_checkpoint(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> None:
+    """Write everything that is trained, with all that is needed to load it again.
+
+    A language model that is trained itself is written in full; otherwise only adapters, projector and extensions.
+
+    Args:
+        model: LLaVA model or the PEFT model around it.
+        folder: created if missing.
+        tokenizer: written along if given.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    llava = bare_model(model)
+    parts = components(model)
+    trained = {part for part, named in parts.items() if any(weight.requires_grad for weight in named.values())}
+    config = copy.deepcopy(llava.config)
+    config.architectures = [type(llava).__name__]
+    config.extensions = llava.extensions.configs
+    config.use_cache = True
+    if Component.LANGUAGE_MODEL in trained:
+        whole = parts[Component.LANGUAGE_MODEL] | parts[Component.PROJECTOR]
+        llava.save_pretrained(folder, state_dict={name: weight.detach() for name, weight in whole.items()})
+    elif Component.PROJECTOR in trained:
+        save_file(_portable(parts[Component.PROJECTOR]), folder / "mm_projector.safetensors", {"format": "pt"})
+    if Component.VISION_TOWER in trained:
+        tower = llava.get_vision_tower()
+        tower.vision_tower.save_pretrained(folder / TOWER_FOLDER)
+        tower.image_processor.save_pretrained(folder / TOWER_FOLDER)
+        config.mm_vision_tower = TOWER_FOLDER
+    if isinstance(model, PeftModel):
+        adapter = get_peft_model_state_dict(model, save_embedding_layers=False)
+        save_file(_portable(adapter), folder / "adapter_model.safetensors", {"format": "pt"})
+        model.active_peft_config.save_pretrained(folder)
+    _save_extensions(llava, folder)
+    config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _save_extensions(llava: LlavaLlamaForCausalLM, folder: Path) -> None:
+    for item in llava.extensions:
+        name = item.extension.name
+        target = folder / EXTENSIONS_FOLDER / name
+        target.mkdir(parents=True, exist_ok=True)
+        tensors = dict(item.extension.named_parameters(llava, item.config))
+        save_file(_portable(tensors), target / "model.safetensors", {"format": "pt"})
+        (target / "config.json").write_text(json.dumps(item.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_extensions(contents: CheckpointContents) -> dict[str, tuple[Config, dict[str, Tensor]]]:
+    """Configuration and tensors of each extension in a folder of our own layout."""
+    return {
+        name: (read_json(path / "config.json"), read_tensors(path / "model.safetensors"))
+        for name, path in contents.extensions.items()
+    }
+
+
+def load_extension_tensors(llava: LlavaLlamaForCausalLM, name: str, tensors: dict[str, Tensor], source: Path) -> None:
+    """Fill the parameters of an attached extension.
+
+    Raises:
+        CheckpointError: names or shapes differ from those of the attached extension.
+    """
+    attached = {item.extension.name: item for item in llava.extensions}
+    if name not in attached:
+        raise CheckpointError(f"{source}: holds the extension '{name}', but the model has only {sorted(attached)}")
+    parameters = dict(attached[name].extension.named_parameters(llava, attached[name].config))
+    copy_tensors(parameters, tensors, source)
+
+
+def copy_tensors(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], source: Path) -> None:
+    """Copy tensors into parameters of exactly the same names and shapes, keeping dtype and device.
+
+    Raises:
+        CheckpointError: a name is missing or unknown, or a shape differs; nothing has been copied then.
+    """
+    missing, unknown = sorted(set(parameters) - set(tensors)), sorted(set(tensors) - set(parameters))
+    if missing or unknown:
+        raise CheckpointError(
+            f"{source}: does not fit the model; {len(missing)} tensors are missing (first: {missing[:3]}), "
+            f"{len(unknown)} are unknown (first: {unknown[:3]})"
+        )
+    for name, parameter in parameters.items():
+        if parameter.shape != tensors[name].shape:
+            raise CheckpointError(
+                f"{source}: '{name}' has shape {tuple(tensors[name].shape)}, the model expects {tuple(parameter.shape)}"
+            )
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[name].to(device=parameter.device, dtype=parameter.dtype))
+
+
+def load_adapter(model: PeftModel, path: Path) -> None:
+    """Fill the adapter of a PEFT model.
+
+    Raises:
+        CheckpointError: names or shapes in the file differ from those of the adapter.
+    """
+    tensors = read_tensors(path)
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    wrong = [name for name in expected if name in tensors and expected[name].shape != tensors[name].shape]
+    if missing or unknown or wrong:
+        raise CheckpointError(
+            f"{path}: does not fit the adapter; missing {missing[:3]}, unknown {unknown[:3]}, other shape {wrong[:3]}"
+        )
+    set_peft_model_state_dict(model, tensors)
+
+
+def load_trained(model: nn.Module, folder: str | Path) -> None:
+    """Read into `model` all that a checkpoint of our own or of upstream's layout holds beside the base.
+
+    Args:
+        model: LLaVA model, or PEFT model if the folder has an adapter, with the folder's extensions attached.
+        folder: the checkpoint.
+
+    Raises:
+        CheckpointError: a part is damaged or does not fit the model.
+    """
+    contents = inspect_checkpoint(folder)
+    llava = bare_model(model)
+    parts = components(model)
+    if contents.projector is not None:
+        copy_tensors(parts[Component.PROJECTOR], read_projector(contents.projector), contents.projector)
+    if contents.non_lora is not None:
+        _load_non_lora(parts[Component.PROJECTOR], contents.non_lora)
+    for name, (_, tensors) in read_extensions(contents).items():
+        load_extension_tensors(llava, name, tensors, contents.extensions[name])
+    if contents.adapter is not None:
+        if not isinstance(model, PeftModel):
+            raise CheckpointError(f"{contents.adapter}: the run does not use adapters; give the LoRA flags of that run")
+        load_adapter(model, contents.adapter)
+
+
+def _load_non_lora(projector: dict[str, nn.Parameter], path: Path) -> None:
+    """Read the projector out of upstream's file; what extensions own in it is theirs to read."""
+    tensors = strip_peft_prefix(read_tensors(path))
+    wanted = {name: tensor for name, tensor in tensors.items() if name in projector}
+    if wanted:
+        copy_tensors(projector, wanted, path)
+
+
+def load_full_weights(llava: LlavaLlamaForCausalLM, contents: CheckpointContents) -> None:
+    """Read full weights into an existing model, to resume a run that trains the language model itself.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    parts = components(llava)
+    wanted = parts[Component.LANGUAGE_MODEL] | parts[Component.PROJECTOR]
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(contents):
+        tensors |= read_tensors(path)
+    tower_prefix = "model.vision_tower."
+    copy_tensors(wanted, {k: v for k, v in tensors.items() if not k.startswith(tower_prefix)}, contents.folder)
+
+
+def weight_files(contents: CheckpointContents) -> list[Path]:
+    """The files that hold the full weights, shards included.
+
+    Raises:
+        CheckpointError: the index names a file that is missing.
+    """
+    if contents.weights is None:
+        return []
+    if contents.weights.suffix != ".json":
+        return [contents.weights]
+    names = sorted(set(read_json(contents.weights)["weight_map"].values()))
+    missing = [name for name in names if not (contents.folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{contents.weights}: names {len(names)} files, of which {missing} are missing")
+    return [contents.folder / name for name in names]

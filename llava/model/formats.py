@@ -1,0 +1,153 @@
+"""What lies in a checkpoint folder, found from the files' content and never from words in a path.
+
+Covers our own layout and upstream's: full weights, LoRA adapters with `non_lora_trainables.bin`, and a projector
+alone. Pickled code is never run: `.bin` files are read by torch's weights-only loader.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llava.errors import CheckpointError
+
+WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+NON_LORA_FILE = "non_lora_trainables.bin"
+EXTENSIONS_FOLDER = "extensions"
+TOWER_FOLDER = "vision_tower"
+
+_PEFT_PREFIX = "base_model.model."
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: the file is missing, is no JSON, or holds something else than an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is no valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__} where a JSON object is expected")
+    return value
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of one file, safetensors or torch's format, told apart by their first bytes.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds anything else than named tensors.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+        if len(head) == 9 and head[8:9] == b"{":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    except Exception as error:  # damaged files surface as many kinds of error, all meaning the same here
+        raise CheckpointError(f"{path}: is damaged or no file of tensors ({error})") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{path}: holds something else than a table of named tensors")
+    return content
+
+
+def strip_peft_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names relative to the LLaVA model, as `model.mm_projector.0.weight`."""
+    return {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+@dataclass(frozen=True)
+class CheckpointContents:
+    """What a checkpoint folder holds; absent parts are None or empty.
+
+    Attributes:
+        folder: the folder.
+        weights: full weights: a file, or the index of several.
+        adapter: PEFT adapter weights; `adapter_config.json` lies beside.
+        projector: projector weights on their own.
+        non_lora: upstream's file of everything trained beside LoRA.
+        extensions: folder of each extension by name.
+        tower: folder of a vision tower trained along.
+    """
+
+    folder: Path
+    weights: Path | None
+    adapter: Path | None
+    projector: Path | None
+    non_lora: Path | None
+    extensions: dict[str, Path]
+    tower: Path | None
+
+    @property
+    def needs_base(self) -> bool:
+        """True if the language model's weights have to come from another folder."""
+        return self.weights is None
+
+
+def inspect_checkpoint(folder: str | Path) -> CheckpointContents:
+    """Look at a folder.
+
+    Raises:
+        CheckpointError: the folder does not exist, has no `config.json`, or nothing that could be loaded.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: has no config.json, so it is no checkpoint (found: {_listing(folder)})")
+    extension_root = folder / EXTENSIONS_FOLDER
+    contents = CheckpointContents(
+        folder=folder,
+        weights=_first(folder, WEIGHT_INDEXES) or _first(folder, WEIGHT_FILES),
+        adapter=_first(folder, ADAPTER_FILES),
+        projector=_first(folder, PROJECTOR_FILES),
+        non_lora=_first(folder, (NON_LORA_FILE,)),
+        extensions={path.parent.name: path.parent for path in sorted(extension_root.glob("*/config.json"))},
+        tower=folder / TOWER_FOLDER if (folder / TOWER_FOLDER / "config.json").is_file() else None,
+    )
+    if contents.adapter is not None and not (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"{contents.adapter}: there is no adapter_config.json beside it")
+    parts = (contents.weights, contents.adapter, contents.projector, contents.non_lora)
+    if not any(parts) and not contents.extensions:
+        raise CheckpointError(f"{folder}: holds no weights of any known kind (found: {_listing(folder)})")
+    return contents
+
+
+def read_projector(path: Path) -> dict[str, Tensor]:
+    """Projector weights by their name in the model, whatever prefix the file uses.
+
+    Raises:
+        CheckpointError: a tensor in the file belongs to something else.
+    """
+    marker = "mm_projector."
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in read_tensors(path).items():
+        _, found, rest = name.partition(marker)
+        if not found:
+            raise CheckpointError(f"{path}: '{name}' is no weight of a projector")
+        tensors[f"model.{marker}{rest}"] = tensor
+    return tensors
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "an empty folder"

@@ -1,0 +1,166 @@
+"""Every option of a training run, defined once, with upstream's names and defaults.
+
+`parse_args` composes the parser from upstream's three argument classes and the option classes of the installed
+extensions, translates options that transformers 5 dropped, and refuses what is contradictory or not carried out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import transformers
+
+from llava.errors import FlagError
+from llava.extension import Config, Extension, installed_extensions
+from llava.train.retired_flags import translate_retired_flags
+
+
+def _option(help_text: str, default: Any = None) -> Any:
+    """A command-line option with its help text."""
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class ModelArguments:
+    """What is trained: base model, tower and projector."""
+
+    model_name_or_path: str | None = _option(
+        "folder or hub id of the language model or LLaVA to start from", "facebook/opt-125m"
+    )
+    version: str | None = _option("conversation template: v1, vicuna_v1, plain, ...", "v0")
+    freeze_backbone: bool = _option("train nothing of the language model itself", False)
+    tune_mm_mlp_adapter: bool = _option("train the projector alone (stage 1)", False)
+    vision_tower: str | None = _option("folder or hub id of the vision tower; none: text only")
+    mm_vision_select_layer: int | None = _option("hidden layer of the tower to use; -1 is the last", -1)
+    pretrain_mm_mlp_adapter: str | None = _option("projector weights of stage 1 (mm_projector.bin or .safetensors)")
+    mm_projector_type: str | None = _option("linear, mlpNx_gelu or identity", "linear")
+    mm_use_im_start_end: bool = _option("wrap every image in <im_start> and <im_end> tokens", False)
+    mm_use_im_patch_token: bool = _option("add an <im_patch> token to the vocabulary", True)
+    mm_patch_merge_type: str | None = _option("how tiles of one image are merged: flat, spatial, spatial_unpad", "flat")
+    mm_vision_select_feature: str | None = _option("patch, or cls_patch to keep the class token", "patch")
+    unfreeze_mm_vision_tower: bool = _option("train the vision tower too; it is saved inside each checkpoint", False)
+    attn_implementation: str | None = _option("sdpa, eager or flash_attention_2; train_mem.py prefers the last")
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    data_path: str | None = _option("LLaVA conversations: a JSON list or JSON lines")
+    lazy_preprocess: bool = _option("accepted for compatibility: samples are always prepared when needed", False)
+    is_multimodal: bool = _option("accepted for compatibility: set whenever there is a vision tower", False)
+    image_folder: str | None = _option("folder that the image names in the data are relative to")
+    image_aspect_ratio: str = _option(
+        "square or resize (centre crop), pad (to a square), stretch (whole image)", "square"
+    )
+    on_bad_sample: str = _option("stop: end with an error; skip: leave the sample out and list it in a file", "stop")
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """How it is trained; everything else is transformers' `TrainingArguments`."""
+
+    remove_unused_columns: bool = _option("drop columns that the model does not take; does not apply here", False)
+    optim: str = _option("optimizer, by transformers' name", "adamw_torch")
+    cache_dir: str | None = _option("where files from a model hub are kept")
+    freeze_mm_mlp_adapter: bool = _option("do not train the projector", False)
+    mpt_attn_impl: str | None = _option("accepted for compatibility: no MPT model here", "triton")
+    model_max_length: int = _option("longest sequence in tokens and image patches; the rest is cut off", 512)
+    double_quant: bool = _option("4 bit: quantise the quantisation constants too", True)
+    quant_type: str = _option("4 bit: nf4 or fp4", "nf4")
+    bits: int = _option("precision of the frozen base: 16", 16)
+    lora_enable: bool = _option("train LoRA adapters instead of the language model", False)
+    lora_r: int = _option("rank of the LoRA adapters", 64)
+    lora_alpha: int = _option("LoRA is scaled by alpha / rank", 16)
+    lora_dropout: float = _option("dropout before the LoRA adapters", 0.05)
+    lora_weight_path: str = _option("accepted for compatibility: the original never reads it", "")
+    lora_bias: str = _option("biases to train beside LoRA: none", "none")
+    lora_target_modules: str | None = _option("linear layers of the decoder that get LoRA, by comma; none given: all")
+    mm_projector_lr: float | None = _option("learning rate of the projector; none given: that of the run")
+    mm_vision_tower_lr: float | None = _option("learning rate of the tower; none given: that of the run")
+    group_by_modality_length: bool = _option("batches of similar length, image and text samples apart", False)
+    loss_reduction: str = _option(
+        "target: mean over trained tokens; all: over every position, as MLLM-HydraLoRA", "target"
+    )
+
+
+@dataclass
+class RunArguments:
+    """All options of one run.
+
+    Attributes:
+        model: base model, tower, projector.
+        data: data files and image handling.
+        training: optimisation and everything of transformers' Trainer.
+        options: parsed options of each installed extension, by its name.
+        extensions: configuration of each extension that the options switch on, by its name.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments
+    options: dict[str, Any] = field(default_factory=dict)
+    extensions: dict[str, Config] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Resolved values as JSON types, for `run.json`."""
+        return {
+            "model": dataclasses.asdict(self.model),
+            "data": dataclasses.asdict(self.data),
+            "training": self.training.to_sanitized_dict(),
+            "options": {name: dataclasses.asdict(options) for name, options in self.options.items()},
+            "extensions": self.extensions,
+        }
+
+
+def build_parser(extensions: Mapping[str, Extension]) -> transformers.HfArgumentParser:
+    """Parser over the core's options and those of `extensions`.
+
+    Raises:
+        FlagError: an extension defines an option that exists already.
+    """
+    classes: list[type] = [ModelArguments, DataArguments, TrainingArguments]
+    owner = {option.name: cls.__name__ for cls in classes for option in dataclasses.fields(cls)}
+    for name, extension in extensions.items():
+        if extension.options is None:
+            continue
+        for option in dataclasses.fields(extension.options):
+            if option.name in owner:
+                raise FlagError(
+                    f"the extension '{name}' defines --{option.name}, which {owner[option.name]} has already"
+                )
+            owner[option.name] = name
+        classes.append(extension.options)
+    return transformers.HfArgumentParser(classes, allow_abbrev=False)
+
+
+def parse_args(argv: Sequence[str] | None = None, extensions: Mapping[str, Extension] | None = None) -> RunArguments:
+    """Options of a run, checked.
+
+    Args:
+        argv: command line without the program's name; None takes `sys.argv`.
+        extensions: the extensions to compose with; None takes all installed ones.
+
+    Raises:
+        FlagError: options are contradictory or not carried out; all problems are listed at once.
+        SystemExit: an option is unknown or has a value of the wrong type (argparse's message).
+    """
+    from llava.train.checks import check_arguments
+
+    extensions = installed_extensions() if extensions is None else extensions
+    argv = translate_retired_flags(sys.argv[1:] if argv is None else list(argv))
+    model, data, training, *options = build_parser(extensions).parse_args_into_dataclasses(
+        argv, look_for_args_file=False
+    )
+    with_options = [name for name, extension in extensions.items() if extension.options is not None]
+    args = RunArguments(model, data, training, dict(zip(with_options, options, strict=True)))
+    for name, extension in extensions.items():
+        config = extension.configure(args)
+        if config is not None:
+            args.extensions[name] = config
+    check_arguments(args)
+    return args

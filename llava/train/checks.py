@@ -1,0 +1,103 @@
+"""Checks of a run's options before anything is loaded; all problems are reported at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llava.data.images import ASPECT_RATIOS
+from llava.errors import FlagError
+from llava.model.loss import LossReduction
+from llava.train.arguments import RunArguments
+
+ON_BAD_SAMPLE = ("stop", "skip")
+
+
+def _not_yet(args: RunArguments) -> list[str]:
+    """Options of upstream that parse but are not carried out in this version."""
+    model, training = args.model, args.training
+    problems = []
+    if training.bits != 16:
+        problems.append(f"--bits {training.bits}: training on a quantised base is not supported yet; use --bits 16")
+    if model.mm_use_im_start_end:
+        problems.append("--mm_use_im_start_end True is not supported yet; every published recipe passes False")
+    if model.mm_use_im_patch_token:
+        problems.append("--mm_use_im_patch_token True (its default) is not supported yet; pass False as the recipes do")
+    if model.mm_patch_merge_type != "flat":
+        problems.append(f"--mm_patch_merge_type {model.mm_patch_merge_type} is not supported in training yet; use flat")
+    if training.deepspeed:
+        problems.append("--deepspeed is not supported yet; several GPUs run with torchrun and plain data parallelism")
+    if training.fsdp:
+        problems.append("--fsdp is not supported; several GPUs run with torchrun and plain data parallelism")
+    return problems
+
+
+def _values(args: RunArguments) -> list[str]:
+    """Values outside an option's range."""
+    problems = []
+    if args.data.image_aspect_ratio not in ASPECT_RATIOS:
+        problems.append(f"--image_aspect_ratio {args.data.image_aspect_ratio}: known values are {ASPECT_RATIOS}")
+    if args.data.on_bad_sample not in ON_BAD_SAMPLE:
+        problems.append(f"--on_bad_sample {args.data.on_bad_sample}: known values are {ON_BAD_SAMPLE}")
+    if args.training.loss_reduction not in list(LossReduction):
+        problems.append(
+            f"--loss_reduction {args.training.loss_reduction}: known values are {list(map(str, LossReduction))}"
+        )
+    if args.training.lora_bias != "none":
+        problems.append(f"--lora_bias {args.training.lora_bias}: the decoder has no biases; only none is possible")
+    if args.training.lora_weight_path:
+        problems.append(
+            "--lora_weight_path: the original never reads it; give the checkpoint by --resume_from_checkpoint"
+        )
+    if args.training.lora_enable and args.training.lora_r < 1:
+        problems.append(f"the LoRA rank is {args.training.lora_r}; it must be at least 1")
+    return problems
+
+
+def _files(args: RunArguments) -> list[str]:
+    """Missing files and folders."""
+    data, model = args.data, args.model
+    problems = []
+    if not data.data_path:
+        problems.append("--data_path is missing")
+    elif not Path(data.data_path).is_file():
+        problems.append(f"--data_path {data.data_path}: no such file")
+    if data.image_folder is not None and not Path(data.image_folder).is_dir():
+        problems.append(f"--image_folder {data.image_folder}: no such folder")
+    if model.pretrain_mm_mlp_adapter and not Path(model.pretrain_mm_mlp_adapter).is_file():
+        problems.append(f"--pretrain_mm_mlp_adapter {model.pretrain_mm_mlp_adapter}: no such file")
+    return problems
+
+
+def _contradictions(args: RunArguments) -> list[str]:
+    """Options that exclude each other."""
+    model, training = args.model, args.training
+    problems = []
+    if model.tune_mm_mlp_adapter and training.freeze_mm_mlp_adapter:
+        problems.append(
+            "--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter exclude each other: nothing would be trained"
+        )
+    if model.tune_mm_mlp_adapter and training.lora_enable:
+        problems.append("--tune_mm_mlp_adapter trains the projector alone; LoRA cannot be on as well")
+    if model.tune_mm_mlp_adapter and args.extensions:
+        problems.append(f"--tune_mm_mlp_adapter trains the projector alone; switch off {sorted(args.extensions)}")
+    if model.tune_mm_mlp_adapter and not model.vision_tower:
+        problems.append("--tune_mm_mlp_adapter needs --vision_tower")
+    if model.unfreeze_mm_vision_tower and not model.vision_tower:
+        problems.append("--unfreeze_mm_vision_tower needs --vision_tower")
+    if training.n_gpu > 1:
+        problems.append(
+            f"{training.n_gpu} GPUs are visible to one process; start with torchrun --nproc_per_node {training.n_gpu}, "
+            "or choose one by CUDA_VISIBLE_DEVICES"
+        )
+    return problems
+
+
+def check_arguments(args: RunArguments) -> None:
+    """Refuse a run that could not be carried out.
+
+    Raises:
+        FlagError: lists every problem, one per line.
+    """
+    problems = _values(args) + _files(args) + _contradictions(args) + _not_yet(args)
+    if problems:
+        raise FlagError("this run cannot start:\n  " + "\n  ".join(problems))

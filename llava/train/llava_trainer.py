@@ -1,0 +1,126 @@
+"""A thin `transformers.Trainer`: sampling by modality, parameter groups, named losses, complete checkpoints.
+
+Corresponds to upstream's `llava/train/llava_trainer.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from llava.data.sampler import LengthGroupedSampler
+from llava.model.checkpoint import bare_model, load_full_weights, load_trained, save_checkpoint
+from llava.model.formats import inspect_checkpoint
+from llava.model.loss import LossReduction
+from llava.model.splice import count_targets
+from llava.train.arguments import RunArguments
+from llava.train.optimizer import optimizer_groups
+from llava.train.run_record import copy_run_record
+
+
+class LLaVATrainer(Trainer):
+    """Trainer of a LLaVA with any set of extensions.
+
+    Args:
+        run: options of the run.
+        kwargs: as transformers' Trainer takes them.
+    """
+
+    def __init__(self, *, run: RunArguments, **kwargs: Any) -> None:
+        self.run = run
+        self._loss_sums: dict[str, Tensor] = {}
+        self._loss_count = 0
+        super().__init__(args=run.training, **kwargs)
+        # The loss is divided by the targets of the whole global batch in `compute_loss`, not by the Trainer.
+        self.model_accepts_loss_kwargs = True
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        if not self.args.group_by_modality_length:
+            return super()._get_train_sampler(train_dataset)
+        return LengthGroupedSampler(
+            self.args.train_batch_size,
+            world_size=self.args.world_size * self.args.gradient_accumulation_steps,
+            lengths=(train_dataset or self.train_dataset).modality_lengths,
+            group_by_modality=True,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Optimizer of the class that `--optim` names, over the groups of `optimizer_groups`."""
+        if self.optimizer is None:
+            target = self.model if model is None else model
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, target)
+            groups = [group for group in optimizer_groups(target, self.run) if group["params"]]
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        """Targets of all micro batches and ranks of one update; what truncation cuts off does not count."""
+        llava = bare_model(self.model)
+        tower = llava.get_vision_tower()
+        features = 0 if tower is None else tower.num_features
+        limit = getattr(llava.config, "tokenizer_model_max_length", None)
+        counts = [count_targets(b["input_ids"], b["labels"], features, limit) for b in batch_samples]
+        total = torch.stack(counts).sum().to(device) if counts else torch.zeros((), dtype=torch.long, device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum()
+        return total.clamp(min=1)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Sum of the LM loss and the extensions' losses, scaled so that one update sees their means.
+
+        The LM loss of a micro batch is its summed cross entropy over the targets of the global batch; data-parallel
+        averaging is undone by the number of ranks. Everything else is a mean per micro batch and is averaged over
+        the micro batches of an update.
+        """
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        losses: dict[str, Tensor] = outputs.losses
+        if num_items_in_batch is None:
+            loss = outputs.loss
+        else:
+            over_targets = bare_model(self.accelerator.unwrap_model(model)).loss_reduction is LossReduction.TARGET
+            world = self.args.world_size if self.args.average_tokens_across_devices else 1
+            steps = self.current_gradient_accumulation_steps
+            scales = {name: world if name == "lm" and over_targets else 1 / steps for name in losses}
+            losses = {name: value * scales[name] for name, value in losses.items()}
+            loss = torch.stack([value.float() for value in losses.values()]).sum()
+        if model.training:
+            self._record(losses)
+        return (loss, outputs) if return_outputs else loss
+
+    def _record(self, losses: dict[str, Tensor]) -> None:
+        for name, value in losses.items():
+            previous = self._loss_sums.get(name, torch.zeros((), device=value.device))
+            self._loss_sums[name] = previous + value.detach().float()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss and the extensions' metrics to a line of training progress."""
+        if "loss" in logs and self._loss_sums:
+            steps = max(1, self.state.global_step - self._loss_count)
+            for name, total in self._loss_sums.items():
+                mean = self.accelerator.gather(total.reshape(1)).mean() / steps
+                logs[f"loss/{name}"] = round(mean.item(), 6)
+            logs |= bare_model(self.model).extensions.metrics(bare_model(self.model))
+            self._loss_sums, self._loss_count = {}, self.state.global_step
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        save_checkpoint(self.model, folder, self.processing_class)
+        copy_run_record(Path(self.args.output_dir), folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self.model if model is None else model
+        contents = inspect_checkpoint(resume_from_checkpoint)
+        if contents.weights is not None:
+            load_full_weights(bare_model(target), contents)
+        load_trained(target, resume_from_checkpoint)

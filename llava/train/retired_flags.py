@@ -1,0 +1,98 @@
+"""Options of transformers 4 that published scripts use and transformers 5 no longer has.
+
+Each is turned into today's option, dropped with a printed word when it has become meaningless, or refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llava.errors import FlagError
+
+RENAMED = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu"}
+"""Same values under another name."""
+
+MEANINGLESS = {
+    "overwrite_output_dir": "an output folder with checkpoints is always resumed",
+    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR instead",
+    "half_precision_backend": "PyTorch's own mixed precision is the only one left",
+    "fp16_backend": "PyTorch's own mixed precision is the only one left",
+    "fp16_opt_level": "it belonged to Apex, which is gone",
+}
+"""Dropped, with the reason that is printed."""
+
+REFUSED = {
+    "per_gpu_train_batch_size": "use --per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "use --per_device_eval_batch_size",
+    "fsdp_transformer_layer_cls_to_wrap": "use --fsdp_config",
+    "fsdp_min_num_params": "use --fsdp_config",
+    "sharded_ddp": "use DeepSpeed ZeRO",
+    "use_ipex": "Intel's extension is not supported",
+    "torchdynamo": "use --torch_compile",
+}
+"""Options whose effect cannot be had under the old name."""
+
+
+def _is_true(value: str | None) -> bool:
+    return value is None or value.lower() in ("true", "1", "yes", "y", "t")
+
+
+def _warmup_ratio(value: str | None) -> list[str]:
+    # transformers 5 reads a number of warm-up steps below 1 as a share of all updates.
+    return ["--warmup_steps", value] if value is not None and float(value) > 0 else []
+
+
+def _group_by_length(value: str | None) -> list[str]:
+    return ["--train_sampling_strategy", "group_by_length"] if _is_true(value) else []
+
+
+def _save_safetensors(value: str | None) -> list[str]:
+    if not _is_true(value):
+        raise FlagError("--save_safetensors False: checkpoints are safetensors; export the original layout instead")
+    return []
+
+
+TRANSLATED: dict[str, Callable[[str | None], list[str]]] = {
+    "warmup_ratio": _warmup_ratio,
+    "group_by_length": _group_by_length,
+    "save_safetensors": _save_safetensors,
+}
+"""Options whose value changes too."""
+
+
+def _split(argv: list[str]) -> list[tuple[str, list[str]]]:
+    """Options with their values: `--a=1 --b 2 3` gives `("a", ["1"]), ("b", ["2", "3"])`; stray words keep name ""."""
+    options: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            options.append((name, [value] if equals else []))
+        elif options:
+            options[-1][1].append(word)
+        else:
+            options.append(("", [word]))
+    return options
+
+
+def translate_retired_flags(argv: list[str]) -> list[str]:
+    """`argv` in the options of today's transformers.
+
+    Raises:
+        FlagError: an option cannot be carried out any more; the message says what to use.
+    """
+    options = _split(argv)
+    explicit_steps = any(name == "warmup_steps" and values and float(values[0]) > 0 for name, values in options)
+    result: list[str] = []
+    for name, values in options:
+        if name in REFUSED:
+            raise FlagError(f"--{name} no longer exists: {REFUSED[name]}")
+        if name in MEANINGLESS:
+            print(f"--{name} is ignored: {MEANINGLESS[name]}")
+        elif name == "warmup_ratio" and explicit_steps:
+            continue  # as in transformers 4, a number of steps wins over a ratio
+        elif name in TRANSLATED:
+            result += TRANSLATED[name](values[0] if values else None)
+        else:
+            result += [f"--{RENAMED.get(name, name)}"] if name else []
+            result += values
+    return result

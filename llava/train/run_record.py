@@ -1,0 +1,75 @@
+"""`run.json`: resolved options, seed, package versions and commit of a run, written before the first step."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from llava.train.arguments import RunArguments
+
+RUN_FILE = "run.json"
+PACKAGES = (
+    "llava-extensions",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "flash-attn",
+    "bitsandbytes",
+)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that influence numbers; packages that are absent are left out."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _commit() -> str | None:
+    """Commit of the source tree this package is run from; None for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    result = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
+
+
+def write_run_record(args: RunArguments) -> Path:
+    """Write `run.json` into the output folder of a run.
+
+    Returns:
+        Path of the file. It is written whole or not at all.
+    """
+    folder = Path(args.training.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "arguments": args.to_dict(),
+        "seed": args.training.seed,
+        "versions": package_versions(),
+        "commit": _commit(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    path = folder / RUN_FILE
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def copy_run_record(output_dir: Path, checkpoint: Path) -> None:
+    """Put the record of a run into one of its checkpoints."""
+    source = output_dir / RUN_FILE
+    if source.is_file() and source.parent.resolve() != checkpoint.resolve():
+        shutil.copyfile(source, checkpoint / RUN_FILE)

@@ -1,0 +1,51 @@
+"""What a finished run prints: how long, how good, where it is, and what to run next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.panel import Panel
+
+from llava.data.dataset import count_skipped
+
+if TYPE_CHECKING:
+    from llava.train.train import Run
+
+
+def next_command(run: Run) -> str:
+    """The command that answers questions with the trained model."""
+    args = run.args
+    output = args.training.output_dir
+    base = f" --model-base {args.model.model_name_or_path}"
+    trains_language_model = not (
+        args.training.lora_enable or args.model.freeze_backbone or args.model.tune_mm_mlp_adapter
+    )
+    return (
+        f"python -m llava.eval.model_vqa_loader --model-path {output}{'' if trains_language_model else base} "
+        f"--question-file QUESTIONS.jsonl --image-folder {args.data.image_folder} --answers-file ANSWERS.jsonl "
+        f"--temperature 0 --conv-mode {args.model.version}"
+    )
+
+
+def print_summary(run: Run, metrics: dict[str, Any]) -> None:
+    """Print the summary of a finished run.
+
+    Args:
+        run: the run.
+        metrics: what the Trainer returned (`train_runtime` in seconds, `train_loss`).
+    """
+    history = [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry]
+    lines = [
+        f"{run.trainer.state.global_step} updates in {metrics.get('train_runtime', 0.0):.0f} s, "
+        f"{metrics.get('train_samples_per_second', 0.0):.1f} samples/s",
+    ]
+    if history:
+        lines.append(f"loss: {history[0]:.4f} at first, {history[-1]:.4f} at last")
+    skipped = count_skipped(run.skipped_file)
+    if skipped:
+        lines.append(f"{skipped} samples were skipped; they are listed in {run.skipped_file}")
+    lines += [f"checkpoint: {Path(run.args.training.output_dir)}", "", "Next:"]
+    Console().print(Panel("\n".join(lines), title="Training finished", title_align="left", expand=False))
+    print(next_command(run))

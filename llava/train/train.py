@@ -1,0 +1,215 @@
+"""Training a LLaVA from the command line (upstream `llava/train/train.py`).
+
+The order of `main` is the order in which data and weights flow: options, tokenizer, base model, tower and projector,
+extensions, LoRA, freezing, data, trainer, checkpoint, summary. `--help` lists every option.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from llava.conversation import Conversation, template_for_version
+from llava.data.collator import DataCollatorForSupervisedDataset
+from llava.data.dataset import LazySupervisedDataset
+from llava.extension import installed_extensions
+from llava.model.checkpoint import copy_tensors
+from llava.model.components import Component, components
+from llava.model.formats import read_projector
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.loss import LossReduction
+from llava.tokenizer import load_tokenizer
+from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments, parse_args
+from llava.train.freeze import freeze, print_trainable
+from llava.train.llava_trainer import LLaVATrainer
+from llava.train.lora import add_lora
+from llava.train.run_record import write_run_record
+from llava.train.summary import print_summary
+
+__all__ = ["DataArguments", "ModelArguments", "Run", "TrainingArguments", "build_run", "main", "parse_args"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """Everything that a run is made of, before its first step."""
+
+    args: RunArguments
+    tokenizer: Any
+    model: nn.Module
+    dataset: LazySupervisedDataset
+    trainer: LLaVATrainer
+
+    @property
+    def skipped_file(self) -> Path:
+        """Where samples are listed that `--on_bad_sample skip` left out."""
+        return Path(self.args.training.output_dir) / "skipped_samples.jsonl"
+
+
+def weight_dtype(args: RunArguments) -> torch.dtype:
+    """Dtype in which the base is kept: half precision only for what is frozen.
+
+    Weights that are trained stay in fp32 under autocast; an optimizer step on bf16 weights would lose small updates.
+    """
+    base_is_frozen = args.training.lora_enable or args.model.freeze_backbone or args.model.tune_mm_mlp_adapter
+    if not base_is_frozen:
+        return torch.float32
+    return torch.bfloat16 if args.training.bf16 else torch.float16 if args.training.fp16 else torch.float32
+
+
+def load_base(args: RunArguments, attn_implementation: str | None) -> LlavaLlamaForCausalLM:
+    """The language model or LLaVA named by `--model_name_or_path`, without its tower."""
+    name = args.model.model_name_or_path
+    options: dict[str, Any] = {"dtype": weight_dtype(args), "cache_dir": args.training.cache_dir}
+    implementation = args.model.attn_implementation or attn_implementation
+    if implementation is not None:
+        options["attn_implementation"] = implementation
+    config = LlavaConfig.from_pretrained(name, cache_dir=args.training.cache_dir)
+    model = LlavaLlamaForCausalLM.from_pretrained(name, config=config, **options)
+    model.config.use_cache = False
+    model.loss_reduction = LossReduction(args.training.loss_reduction)
+    return model
+
+
+def add_vision(model: LlavaLlamaForCausalLM, args: RunArguments) -> None:
+    """Tower and projector, the latter with the weights of `--pretrain_mm_mlp_adapter` if given.
+
+    Raises:
+        CheckpointError: tower or projector file is missing or does not fit.
+    """
+    near = [args.model.model_name_or_path]
+    model.get_model().initialize_vision_modules(args.model, near)
+    if args.model.pretrain_mm_mlp_adapter:
+        source = Path(args.model.pretrain_mm_mlp_adapter)
+        copy_tensors(components(model)[Component.PROJECTOR], read_projector(source), source)
+    if not args.model.unfreeze_mm_vision_tower:
+        model.get_vision_tower().to(dtype=weight_dtype(args))
+    # Trained in fp32; a base loaded in half precision brings a projector in half precision along.
+    model.get_model().mm_projector.to(torch.float32)
+
+
+def record_settings(model: LlavaLlamaForCausalLM, args: RunArguments, tokenizer: Any) -> None:
+    """Write into the configuration what evaluation needs to know about the training, under upstream's names."""
+    config = model.config
+    config.image_aspect_ratio = args.data.image_aspect_ratio
+    config.tokenizer_padding_side = tokenizer.padding_side
+    config.tokenizer_model_max_length = tokenizer.model_max_length
+    config.tune_mm_mlp_adapter = args.model.tune_mm_mlp_adapter
+    config.freeze_mm_mlp_adapter = args.training.freeze_mm_mlp_adapter
+    config.mm_use_im_start_end = args.model.mm_use_im_start_end
+    config.mm_use_im_patch_token = args.model.mm_use_im_patch_token
+    config.mm_projector_lr = args.training.mm_projector_lr
+
+
+def build_model(args: RunArguments, tokenizer: Any, attn_implementation: str | None = None) -> nn.Module:
+    """Base, tower, projector, extensions and LoRA, frozen and unfrozen as the options say; prints the table.
+
+    Raises:
+        CheckpointError: weights are missing or do not fit.
+        FlagError: options that cannot be carried out on this model.
+    """
+    llava = load_base(args, attn_implementation)
+    if args.model.vision_tower is not None:
+        add_vision(llava, args)
+    record_settings(llava, args, tokenizer)
+    available = installed_extensions(list(args.extensions)) if args.extensions else {}
+    for name, config in args.extensions.items():
+        llava.extensions.attach(llava, available[name], config)
+    model: nn.Module = add_lora(llava, args.training) if args.training.lora_enable else llava
+    counts = freeze(model, args)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    if args.training.should_log:
+        print_trainable(counts)
+    return model
+
+
+def build_dataset(args: RunArguments, tokenizer: Any, model: LlavaLlamaForCausalLM) -> LazySupervisedDataset:
+    """The training data of a run."""
+    template: Conversation = template_for_version(args.model.version)
+    tower = model.get_vision_tower()
+    return LazySupervisedDataset(
+        args.data.data_path,
+        tokenizer,
+        None if tower is None else tower.image_processor,
+        template=template,
+        image_folder=args.data.image_folder,
+        image_aspect_ratio=args.data.image_aspect_ratio,
+        is_multimodal=tower is not None,
+        mm_use_im_start_end=args.model.mm_use_im_start_end,
+        model_max_length=tokenizer.model_max_length,
+        on_bad_sample=args.data.on_bad_sample,
+        skipped_file=Path(args.training.output_dir) / "skipped_samples.jsonl",
+    )
+
+
+def build_run(args: RunArguments, attn_implementation: str | None = None) -> Run:
+    """Everything up to the first step."""
+    training = args.training
+    set_seed(training.seed)
+    tokenizer = load_tokenizer(args.model.model_name_or_path, model_max_length=training.model_max_length)
+    if training.gradient_checkpointing and training.gradient_checkpointing_kwargs is None:
+        training.gradient_checkpointing_kwargs = {"use_reentrant": False}
+    model = build_model(args, tokenizer, attn_implementation)
+    llava = model.get_base_model() if training.lora_enable else model
+    dataset = build_dataset(args, tokenizer, llava)
+    callbacks = [
+        callback for item in llava.extensions for callback in item.extension.callbacks(llava, item.config, args)
+    ]
+    trainer = LLaVATrainer(
+        run=args,
+        model=model,
+        train_dataset=dataset,
+        data_collator=DataCollatorForSupervisedDataset(tokenizer),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    return Run(args, tokenizer, model, dataset, trainer)
+
+
+def main(argv: Sequence[str] | None = None, attn_implementation: str | None = None) -> Path:
+    """Train as the command line says; an output folder that holds checkpoints is resumed.
+
+    Args:
+        argv: options; None takes those of the process.
+        attn_implementation: used where `--attn_implementation` is not given.
+
+    Returns:
+        The output folder, a complete checkpoint.
+
+    Raises:
+        LlavaError: a problem with options, data or checkpoints that the user can mend.
+    """
+    args = parse_args(argv)
+    output = Path(args.training.output_dir)
+    resume_from = args.training.resume_from_checkpoint or (get_last_checkpoint(output) if output.is_dir() else None)
+    if args.training.should_save:
+        write_run_record(args)
+    run = build_run(args, attn_implementation)
+    result = run.trainer.train(resume_from_checkpoint=resume_from)
+    run.trainer.save_model()
+    run.trainer.save_state()
+    if args.training.should_save:
+        print_summary(run, result.metrics)
+    return output
+
+
+def preferred_attention() -> str:
+    """FlashAttention 2 where it can run, SDPA elsewhere."""
+    available = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if available else "sdpa"
+
+
+if __name__ == "__main__":
+    main()
