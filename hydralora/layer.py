@@ -1,0 +1,212 @@
+"""The mathematics of the routed MLP block of MLLM-HydraLoRA: shared A, experts B, one router per block.
+
+HydraLoRA (Tian et al., NeurIPS 2024, arXiv 2404.19245, section 3) adapts a frozen projection W0 with one matrix A that
+all experts share and one matrix B_i per expert, weighted by a router:
+
+    y = W0 x + s * sum_i w_i B_i A x,        w = softmax(W_g x),        s = alpha / rank
+
+MLLM-HydraLoRA (`moe.py` of its repository) puts this on the gate, up and down projection of a gated MLP and routes once
+per block, from the input of the block. Needs torch >= 2.1 and nothing else.
+
+Shape letters: B batch, L sequence length, D width, M width inside the MLP, r rank, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Routing(NamedTuple):
+    """How one block distributed its tokens.
+
+    Attributes:
+        probabilities: (..., E) float32, softmax of the router.
+        choice: (..., E) float32, one-hot of the most probable expert in value, the gradient of `probabilities` in
+            backward (straight-through estimator).
+    """
+
+    probabilities: Tensor
+    choice: Tensor
+
+
+def one_hot_argmax(probabilities: Tensor) -> Tensor:
+    """One-hot code of the largest entry along the last dimension, without gradient; same shape and dtype."""
+    best = probabilities.argmax(dim=-1, keepdim=True)
+    return torch.zeros_like(probabilities).scatter_(-1, best, 1.0)
+
+
+def routed_low_rank(x: Tensor, shared_a: Tensor, experts_b: Tensor, weights: Tensor) -> Tensor:
+    """`sum_e weights_e * B_e A x` as two matrix products, whatever the number of experts.
+
+    The weights scale the r-dimensional code A x, giving (..., E * r) numbers that one product with the stacked B
+    turns into the sum; no tensor is larger than the input or the output by a factor of E.
+
+    Args:
+        x: (..., in_features), in the dtype of `shared_a`.
+        shared_a: (r, in_features).
+        experts_b: (E, out_features, r).
+        weights: (..., E) weight of each expert for each token, float32.
+
+    Returns:
+        (..., out_features) in the dtype of `experts_b`.
+    """
+    code = F.linear(x, shared_a)  # (..., r)
+    weighted = (weights.unsqueeze(-1) * code.unsqueeze(-2)).flatten(-2)  # (..., E * r)
+    stacked_b = experts_b.transpose(0, 1).flatten(1)  # (out_features, E * r)
+    return F.linear(weighted.to(experts_b.dtype), stacked_b)
+
+
+class RoutedMLP(nn.Module):
+    """Gated MLP whose three frozen projections carry routed low-rank experts.
+
+    The given projections become children under the names they have in a Llama MLP, so the state-dict keys of the base
+    model do not change. Added parameters, all in `dtype`: `shared_A_gate` and `shared_A_up` (r, D), `shared_A_down`
+    (r, M), `experts_B_gate` and `experts_B_up` (E, M, r), `experts_B_down` (E, D, r), and the linear layer `router`
+    (D -> E).
+
+    In dense mode the experts are weighted with the router's probabilities; in sparse mode the most probable expert
+    alone acts, with weight 1, so the output gives the router no gradient and only the balance loss trains it.
+
+    Args:
+        gate_proj: D -> M; like the other two any `nn.Linear`, quantised ones included.
+        up_proj: D -> M.
+        down_proj: M -> D.
+        act_fn: activation after the gate.
+        experts: number of experts E.
+        rank: rank r of the experts.
+        alpha: the update is scaled by alpha / rank.
+        dropout: probability of dropping an input of A in training. One mask per projection serves all experts.
+        dense: weight all experts (True) or use the most probable one (False).
+        dtype: of the added parameters; float32 beside a half-precision base trains more precisely.
+    """
+
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+
+    def __init__(
+        self,
+        gate_proj: nn.Linear,
+        up_proj: nn.Linear,
+        down_proj: nn.Linear,
+        act_fn: Callable[[Tensor], Tensor],
+        *,
+        experts: int,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        dense: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate_proj, up_proj, down_proj, act_fn
+        self.experts, self.rank, self.alpha, self.dropout, self.dense = experts, rank, alpha, dropout, dense
+        self.observers: list[Callable[[Routing], None]] = []
+        """Called with the routing of every forward pass, recomputation under gradient checkpointing included."""
+
+        device = gate_proj.weight.device
+        width, inner = gate_proj.in_features, gate_proj.out_features  # D, M
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.shared_A_gate, self.experts_B_gate = empty(rank, width), empty(experts, inner, rank)
+        self.shared_A_up, self.experts_B_up = empty(rank, width), empty(experts, inner, rank)
+        self.shared_A_down, self.experts_B_down = empty(rank, inner), empty(experts, width, rank)
+        self.router = nn.Linear(width, experts, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self, identity: bool = True) -> None:
+        """Draw initial values: A uniform in +-1/sqrt(fan_in) (Kaiming with a = sqrt 5), the router as `nn.Linear`.
+
+        Args:
+            identity: B = 0, so that the block starts as the base MLP. False draws B like A: tests need a block
+                whose experts act and differ.
+        """
+        for matrix in (self.shared_A_gate, self.shared_A_up, self.shared_A_down):
+            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+        for stacked in (self.experts_B_gate, self.experts_B_up, self.experts_B_down):
+            if identity:
+                nn.init.zeros_(stacked)
+            else:
+                nn.init.uniform_(stacked, -1 / math.sqrt(self.rank), 1 / math.sqrt(self.rank))
+        self.router.reset_parameters()
+
+    def added_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Everything that is trained, by name; the wrapped projections are not among it."""
+        base = {id(p) for layer in (self.gate_proj, self.up_proj, self.down_proj) for p in layer.parameters()}
+        return ((name, p) for name, p in self.named_parameters() if id(p) not in base)
+
+    def route(self, x: Tensor) -> Routing:
+        """Routing of tokens `x` (..., D), computed in the router's dtype with a float32 softmax."""
+        logits = self.router(x.to(self.router.weight.dtype))  # (..., E)
+        probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
+        choice = one_hot_argmax(probabilities) - probabilities.detach() + probabilities
+        return Routing(probabilities, choice)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Output of the block, (..., D) for `x` (..., D), in the dtype that the base MLP would return.
+
+        All three projections use the routing of `x`, the down projection too.
+        """
+        routing = self.route(x)
+        for observe in self.observers:
+            observe(routing)
+        weights = routing.probabilities if self.dense else one_hot_argmax(routing.probabilities)
+        weights = self.alpha / self.rank * weights  # (..., E), cheaper to scale than the updates
+        gate = self._adapted(self.gate_proj, self.shared_A_gate, self.experts_B_gate, x, weights)  # (..., M)
+        up = self._adapted(self.up_proj, self.shared_A_up, self.experts_B_up, x, weights)  # (..., M)
+        return self._adapted(self.down_proj, self.shared_A_down, self.experts_B_down, self.act_fn(gate) * up, weights)
+
+    def _adapted(self, base: nn.Linear, shared_a: Tensor, experts_b: Tensor, x: Tensor, weights: Tensor) -> Tensor:
+        """`W0 x + sum_e weights_e B_e A x` for one projection, in the dtype of `W0 x`."""
+        output: Tensor = base(x)
+        kept = F.dropout(x, self.dropout, self.training).to(shared_a.dtype)
+        return output + routed_low_rank(kept, shared_a, experts_b, weights).to(output.dtype)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows beside the children."""
+        mode = "dense" if self.dense else "sparse"
+        return f"experts={self.experts}, rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, {mode}"
+
+
+def expert_balance_loss(routings: Sequence[Routing], attention_mask: Tensor | None) -> Tensor:
+    """Loss that is smallest when every expert gets the same share of tokens.
+
+    With f_e the share of tokens whose most probable expert is e (no gradient) and P_e the mean probability of e, both
+    over all blocks and all valid tokens of one sample, the loss is `mean over samples of sum_e f_e P_e`: 1/E when
+    balanced, 1 when one expert takes everything. This is the auxiliary loss of Switch Transformer (arXiv 2101.03961,
+    equation 4) per sample and without its factor E.
+
+    Args:
+        routings: of each block, (B, L, E).
+        attention_mask: (B, L), true at valid tokens (images included, padding not); None: all are valid. A sample
+            without any valid token contributes 0.
+
+    Returns:
+        Scalar float32, not yet weighted.
+
+    Raises:
+        ValueError: mask and routings have different shapes.
+    """
+    B, L, E = routings[0].probabilities.shape
+    device = routings[0].probabilities.device
+    valid = torch.ones(B, L, 1, device=device) if attention_mask is None else attention_mask.to(device)[..., None]
+    share = probability = torch.zeros(B, E, device=device)
+    for routing in routings:
+        if routing.probabilities.shape[:2] != valid.shape[:2]:
+            raise ValueError(
+                f"attention mask {tuple(valid.shape[:2])} and routing {tuple(routing.probabilities.shape[:2])} "
+                "differ in shape: tokens were dropped between the input and a block"
+            )
+        # Blocks of a model that is spread over devices meet on the device of the first one.
+        share = share + (routing.choice.detach().to(device) * valid).sum(dim=1)  # (B, E)
+        probability = probability + (routing.probabilities.to(device) * valid).sum(dim=1)  # (B, E)
+    tokens = (len(routings) * valid.sum(dim=(1, 2))).clamp(min=1)[:, None]  # (B, 1)
+    return (share / tokens * (probability / tokens)).sum(dim=-1).mean()
