@@ -1,0 +1,234 @@
+"""Tokenizers whose ids and character positions are known exactly.
+
+`LlamaTokenizer` gives the ids of the SentencePiece-based ("slow") Llama tokenizer that LLaVA was trained with, in its
+legacy and its corrected form; transformers 5 has only a re-implementation that differs for leading blanks. It also
+says which characters each token covers, which is what label masks are made from (`llava/data/labels.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sentencepiece
+from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase
+
+from llava.errors import CheckpointError
+from llava.extension import Span
+
+BLANK = "\u2581"
+"""SentencePiece writes a blank as this character."""
+
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+"""Protocol-buffer bytes of `normalizer_spec { add_dummy_prefix: false }`; appended to a model they override it."""
+
+
+class TokenSpan(NamedTuple):
+    """One token of a text: its SentencePiece piece or added-token text, and the characters it covers.
+
+    `characters` is empty for a dummy prefix and for all but the last byte of a character spelt in bytes; such a token
+    belongs to the character that follows.
+    """
+
+    token: str
+    characters: Span
+
+
+class LlamaTokenizer(PreTrainedTokenizer):
+    """SentencePiece tokenizer of Llama and Vicuna, equal to transformers 4.37 `LlamaTokenizer(use_fast=False)`.
+
+    Added tokens are cut out of the text first. Corrected form (`legacy=False`): one blank goes in front of the whole
+    text and a piece after an added token gets none. Legacy form: SentencePiece puts a blank before every piece.
+
+    Args:
+        vocab_file: path of `tokenizer.model`.
+        legacy: form as above; files that do not say are legacy, as in transformers 4.37.
+        add_bos_token: put `<s>` in front of every text.
+        add_eos_token: put `</s>` behind every text.
+        kwargs: passed on to transformers (special tokens, `model_max_length`, `padding_side`, ...).
+
+    Raises:
+        CheckpointError: an added token wants blanks around it removed, which no Llama tokenizer does.
+    """
+
+    vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012 (transformers' own way to declare it)
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        vocab_file: str,
+        legacy: bool | None = None,
+        add_bos_token: bool = True,
+        add_eos_token: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_file = vocab_file
+        self.legacy = True if legacy is None else legacy
+        self.add_bos_token = add_bos_token
+        self.add_eos_token = add_eos_token
+        model = Path(vocab_file).read_bytes()
+        self.sp_model = sentencepiece.SentencePieceProcessor(
+            model_proto=model if self.legacy else model + NO_DUMMY_PREFIX
+        )
+        pattern = {(True, False): "bos", (False, True): "eos", (True, True): "bos_eos", (False, False): "none"}
+        kwargs["special_tokens_pattern"] = pattern[add_bos_token, add_eos_token]
+        defaults = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+        super().__init__(legacy=self.legacy, **(defaults | kwargs))
+        for token in self.added_tokens_decoder.values():
+            if token.lstrip or token.rstrip or token.single_word:
+                raise CheckpointError(
+                    f"{vocab_file}: the added token {token.content!r} has lstrip, rstrip or single_word set, which "
+                    "this tokenizer does not carry out; set them to false in tokenizer_config.json"
+                )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces in `tokenizer.model`, added tokens not counted."""
+        return len(self._piece_ids)
+
+    @cached_property
+    def _piece_ids(self) -> dict[str, int]:
+        return {self.sp_model.id_to_piece(index): index for index in range(self.sp_model.get_piece_size())}
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every piece and added token with its id."""
+        return self._piece_ids | self._added_tokens_encoder
+
+    def token_spans(self, text: str) -> list[TokenSpan]:
+        """Tokens of `text`, without `<s>` and `</s>` around it, and the characters of `text` that each one covers.
+
+        The spans are in order, do not overlap and cover every character.
+
+        Raises:
+            CheckpointError: the pieces do not spell the text, because `tokenizer.model` normalises text.
+        """
+        has_prefix = bool(text) and not self.legacy
+        source = " " + text.replace(BLANK, " ") if has_prefix else text
+        position = -1 if has_prefix else 0
+        spans: list[TokenSpan] = []
+        for segment in self.tokens_trie.split(source):
+            if segment in self._added_tokens_encoder:
+                spans.append(TokenSpan(segment, Span(position, position + len(segment))))
+            elif segment:
+                spans.extend(self._align(segment, position))
+            position += len(segment)
+        if has_prefix and len(spans) > 1 and spans[0].token == BLANK and spans[1].token in self.all_special_tokens:
+            del spans[0]
+        return spans
+
+    def _align(self, segment: str, start: int) -> Iterator[TokenSpan]:
+        """Tokens of a text without added tokens whose first character has the position `start` (-1 for a prefix)."""
+        spelt = segment.replace(" ", BLANK)
+        first = max(start, 0)
+        if self.legacy:  # SentencePiece itself puts a blank in front
+            spelt, start = BLANK + spelt, start - 1
+        done = 0  # characters of `spelt` that are covered
+        pending_bytes = 0  # bytes of the next character that are covered
+        for piece in self.sp_model.encode(segment, out_type=str):
+            if self.sp_model.is_byte(self.sp_model.piece_to_id(piece)):
+                pending_bytes += 1
+                length = int(pending_bytes == len(spelt[done : done + 1].encode()))
+                pending_bytes -= pending_bytes * length
+            else:
+                length = len(piece)
+                if spelt[done : done + length] != piece:
+                    raise CheckpointError(
+                        f"{self.vocab_file}: piece {piece!r} does not spell {spelt[done : done + length]!r} in "
+                        f"{segment!r}; only models with identity normalisation can be aligned with their text"
+                    )
+            end = done + length
+            yield TokenSpan(piece, Span(max(start + done, first), max(start + end, first)))
+            done = end
+
+    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        """Pieces and added tokens of `text`, without `<s>` and `</s>` around it."""
+        return [token for token, _ in self.token_spans(text)]
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.sp_model.piece_to_id(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.sp_model.id_to_piece(index)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Text of the tokens; those that are not in `tokenizer.model` stand between blanks, as in transformers 4.37."""
+        appended = {token for token, index in self._added_tokens_encoder.items() if index >= self.vocab_size}
+        parts: list[str] = []
+        for is_appended, run in groupby(tokens, key=appended.__contains__):
+            tokens_of_run = list(run)
+            parts.extend(tokens_of_run if is_appended else [self._spell(tokens_of_run)])
+        return " ".join(parts)
+
+    def _spell(self, tokens: list[str]) -> str:
+        """Text of the tokens of `tokenizer.model`.
+
+        A blank in front of all tokens is dropped. Legacy also drops one in front of every run of pieces, and puts one
+        before a run that a special token ends.
+        """
+        parts: list[str] = []
+        for is_special, run in groupby(tokens, key=self._added_tokens_encoder.__contains__):
+            if not is_special:
+                parts.append(self.sp_model.decode([self.sp_model.piece_to_id(piece) for piece in run]))
+                continue
+            if self.legacy and parts:
+                parts[-1] = " " + parts[-1]
+            parts.append("".join(run))
+        text = "".join(parts)
+        return text.removeprefix(" ") if tokens[0].startswith(BLANK) else text
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        """Copy `tokenizer.model` into a folder."""
+        name = (f"{filename_prefix}-" if filename_prefix else "") + self.vocab_files_names["vocab_file"]
+        target = Path(save_directory) / name
+        if not (target.exists() and target.samefile(self.vocab_file)):
+            shutil.copyfile(self.vocab_file, target)
+        return (str(target),)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        """Save as transformers does, and also `add_bos_token` and `add_eos_token`, which transformers 5 leaves out."""
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+        path = Path(files[0])
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config |= {"add_bos_token": self.add_bos_token, "add_eos_token": self.add_eos_token}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        return files
+
+
+def load_tokenizer(
+    folder: str | os.PathLike[str],
+    *,
+    model_max_length: int | None = None,
+    padding_side: str = "right",
+    **kwargs: Any,
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint folder: `LlamaTokenizer` if it has a `tokenizer.model`, else its own fast one.
+
+    A tokenizer without padding token gets `<unk>`, as in every LLaVA recipe from v0.5 on.
+
+    Args:
+        folder: folder with `tokenizer.model` or `tokenizer.json`.
+        model_max_length: longest row in tokens; None keeps the value of the folder.
+        padding_side: `right` or `left`.
+        kwargs: override what the folder's `tokenizer_config.json` says (`legacy`, `add_bos_token`, ...).
+
+    Raises:
+        CheckpointError: the folder has neither file.
+    """
+    if model_max_length is not None:
+        kwargs["model_max_length"] = model_max_length
+    names = {path.name for path in Path(folder).glob("tokenizer.*")}
+    if "tokenizer.model" in names:
+        tokenizer = LlamaTokenizer.from_pretrained(folder, padding_side=padding_side, local_files_only=True, **kwargs)
+    elif "tokenizer.json" in names:
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=padding_side, local_files_only=True, **kwargs)
+    else:
+        raise CheckpointError(f"no tokenizer in {folder}: it holds neither tokenizer.model nor tokenizer.json")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
