@@ -1,0 +1,165 @@
+"""Task families: how each kind of question is worded and what its answer is.
+
+The base is trained on `BASE_FAMILIES`. `NEW_FAMILIES` are kept for fine-tuning: their question forms never occur in the
+base's data, while what they ask about (colours, shapes, places, digits) does. Answers are one or two words, so that an
+exact match is a fair score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from playground.scenes import COLOURS, DIGITS, PLACES, SHAPES, Scene, Thing
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its one right answer."""
+
+    family: str
+    text: str
+    answer: str
+
+
+Asked = tuple[str, str] | None
+"""Question text and answer; None if the question does not fit the scene."""
+
+
+@dataclass(frozen=True)
+class PictureFamily:
+    """Questions about a picture; `ask` draws one for a scene, or None if none fits."""
+
+    name: str
+    ask: Callable[[Scene, Random], Asked]
+
+
+@dataclass(frozen=True)
+class TextFamily:
+    """Questions without a picture; `ask` draws one."""
+
+    name: str
+    ask: Callable[[Random], tuple[str, str]]
+
+
+def caption(scene: Scene) -> str:
+    """The places that are not empty, row by row, each with what is there: "top left red circle, right blue 7"."""
+    return ", ".join(f"{place} {thing}" for place, thing in scene.placed)
+
+
+def _describe(scene: Scene, random: Random) -> Asked:
+    return "Describe the picture.", caption(scene)
+
+
+def _colour(scene: Scene, random: Random) -> Asked:
+    things = scene.unique_kinds()
+    if not things:
+        return None
+    thing = random.choice(things)
+    return f"What colour is the {thing.kind}?", thing.colour
+
+
+def _shape(scene: Scene, random: Random) -> Asked:
+    shapes = [(place, thing) for place, thing in scene.placed if not thing.is_digit]
+    if not shapes:
+        return None
+    place, thing = random.choice(shapes)
+    return f"Which shape is at the {place}?", thing.kind
+
+
+def _digit(scene: Scene, random: Random) -> Asked:
+    digits = [(place, thing) for place, thing in scene.placed if thing.is_digit]
+    if not digits:
+        return None
+    place, thing = random.choice(digits)
+    return f"Which digit is at the {place}?", thing.kind
+
+
+def _position(scene: Scene, random: Random) -> Asked:
+    place, thing = random.choice(scene.placed)
+    return f"Where is the {thing}?", place
+
+
+def _count(scene: Scene, random: Random) -> Asked:
+    return "How many things are there?", str(len(scene.things))
+
+
+def _recall(random: Random) -> tuple[str, str]:
+    kinds = random.sample(SHAPES, 3)
+    things = [Thing(kind, colour) for kind, colour in zip(kinds, random.sample(COLOURS, 3), strict=True)]
+    asked = random.choice(things)
+    return f"{things[0]}, {things[1]}, {things[2]}. What colour was the {asked.kind}?", asked.colour
+
+
+def _order(random: Random) -> tuple[str, str]:
+    first, second = random.sample(DIGITS, 2)
+    return f"Is {first} more than {second}?", "yes" if int(first) > int(second) else "no"
+
+
+def _exists(scene: Scene, random: Random) -> Asked:
+    """Half the questions are about a thing that is there; the others mix a kind and a colour that both are there."""
+    if random.random() < 0.5:
+        return f"Is there a {random.choice(scene.things)}?", "yes"
+    kinds = sorted({thing.kind for thing in scene.things})
+    colours = sorted({thing.colour for thing in scene.things})
+    absent = [thing for kind in kinds for colour in colours if (thing := Thing(kind, colour)) not in scene.things]
+    if not absent:
+        return None
+    return f"Is there a {random.choice(absent)}?", "no"
+
+
+def _colour_count(scene: Scene, random: Random) -> Asked:
+    """The answer is drawn first, then a colour with that count, so that small counts do not crowd out the others."""
+    counts: dict[int, list[str]] = {}
+    for colour in COLOURS:
+        counts.setdefault(scene.colour_count(colour), []).append(colour)
+    answer = random.choice(sorted(counts))
+    return f"How many are {random.choice(counts[answer])}?", str(answer)
+
+
+def _more(scene: Scene, random: Random) -> Asked:
+    counts = {colour: count for colour in COLOURS if (count := scene.colour_count(colour))}
+    pairs = [(one, two) for one in counts for two in counts if counts[one] > counts[two]]
+    if not pairs:
+        return None
+    larger, smaller = random.choice(pairs)
+    first, second = random.sample((larger, smaller), 2)
+    return f"Are there more {first} or {second} ones?", larger
+
+
+def _largest(scene: Scene, random: Random) -> Asked:
+    if len(scene.digits) < 2:
+        return None
+    return "Which digit is the largest?", max(thing.kind for thing in scene.digits)
+
+
+def _larger(random: Random) -> tuple[str, str]:
+    first, second = random.sample(DIGITS, 2)
+    return f"Which is larger, {first} or {second}?", max(first, second)
+
+
+BASE_PICTURE = (
+    PictureFamily("describe", _describe),
+    PictureFamily("colour", _colour),
+    PictureFamily("shape", _shape),
+    PictureFamily("digit", _digit),
+    PictureFamily("position", _position),
+    PictureFamily("count", _count),
+)
+BASE_TEXT = (TextFamily("recall", _recall), TextFamily("order", _order))
+NEW_PICTURE = (
+    PictureFamily("exists", _exists),
+    PictureFamily("colour-count", _colour_count),
+    PictureFamily("more", _more),
+    PictureFamily("largest", _largest),
+)
+NEW_TEXT = (TextFamily("larger", _larger),)
+
+BASE_FAMILIES = tuple(family.name for family in (*BASE_PICTURE, *BASE_TEXT))
+NEW_FAMILIES = tuple(family.name for family in (*NEW_PICTURE, *NEW_TEXT))
+
+
+def all_words() -> set[str]:
+    """Every colour, shape, digit, place and yes/no word."""
+    return {*COLOURS, *SHAPES, *DIGITS, *PLACES, "yes", "no"}
