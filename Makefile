@@ -60,9 +60,10 @@ clean: ## Remove the environments and everything that tools have cached
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@"$(PYTHON)" -c '$(VERSION_CHECK)' 2>/dev/null || { \
-		echo "llava-extensions needs Python 3.11 or 3.12; found: $$(python3 --version 2>&1). Install one, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
-	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
-		echo "$(PYTHON) cannot create environments: install its venv module (Debian, Ubuntu: the package python3-venv or python3.11-venv)"; exit 1; }
+		echo "llava-extensions needs Python 3.11 or 3.12; '$(or $(PYTHON),python3)' is: $$($(or $(PYTHON),python3) --version 2>&1)."; \
+		echo "Install one of them, or say where it is: make install PYTHON=/path/to/python3.11"; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip' 2>/dev/null || { \
+		echo "$(PYTHON) cannot create environments. Install its venv module; on Debian: apt-get install python3-venv"; exit 1; }
 	"$(PYTHON)" -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 	$(UV) pip install --python $(VENV) $(PINNED) --editable ".[$(EXTRAS)]"
