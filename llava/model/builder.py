@@ -59,7 +59,7 @@ def load_pretrained_model(
     on_gpu = torch.device(device).type == "cuda"
     dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or (torch.float16 if on_gpu else torch.float32)
     contents = inspect_checkpoint(model_path)
-    base = _base_folder(contents, model_base)
+    base = base_folder(contents, model_base)
     options = dict(kwargs, dtype=dtype)
     if use_flash_attn:
         options["attn_implementation"] = "flash_attention_2"
@@ -84,8 +84,12 @@ def load_pretrained_model(
     return tokenizer, model.eval(), image_processor, context_length
 
 
-def _base_folder(contents: CheckpointContents, model_base: str | None) -> str | None:
-    """Where the language model's weights come from, if not from the checkpoint itself."""
+def base_folder(contents: CheckpointContents, model_base: str | None) -> str | None:
+    """Folder or hub id of the base weights; None if the checkpoint has its own.
+
+    Raises:
+        CheckpointError: a base is needed, none is given, and the recorded one is not here.
+    """
     if not contents.needs_base:
         return None
     if model_base is not None:

@@ -149,17 +149,17 @@ def load_adapter(model: PeftModel, path: Path) -> None:
     set_peft_model_state_dict(model, tensors)
 
 
-def load_trained(model: nn.Module, folder: str | Path) -> None:
+def load_trained(model: nn.Module, checkpoint: str | Path | CheckpointContents) -> None:
     """Read into `model` all that a checkpoint of our own or of upstream's layout holds beside the base.
 
     Args:
         model: LLaVA model, or PEFT model if the folder has an adapter, with the folder's extensions attached.
-        folder: the checkpoint.
+        checkpoint: its folder, or what `inspect_checkpoint` found there.
 
     Raises:
         CheckpointError: a part is damaged or does not fit the model.
     """
-    contents = inspect_checkpoint(folder)
+    contents = checkpoint if isinstance(checkpoint, CheckpointContents) else inspect_checkpoint(checkpoint)
     llava = bare_model(model)
     parts = components(model)
     if contents.projector is not None:

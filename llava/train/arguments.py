@@ -84,7 +84,7 @@ class TrainingArguments(transformers.TrainingArguments):
     mm_vision_tower_lr: float | None = _option("learning rate of the tower; none given: that of the run")
     group_by_modality_length: bool = _option("batches of similar length, image and text samples apart", False)
     loss_reduction: str = _option(
-        "target: mean over trained tokens; all: over every position, as MLLM-HydraLoRA", "target"
+        "target: mean over the trained tokens of an update; micro_batch, all: as the originals do", "target"
     )
 
 

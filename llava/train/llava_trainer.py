@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from llava.data.sampler import LengthGroupedSampler
 from llava.model.checkpoint import bare_model, load_full_weights, load_trained, save_checkpoint
 from llava.model.formats import inspect_checkpoint
 from llava.model.loss import LossReduction
@@ -20,6 +19,7 @@ from llava.model.splice import count_targets
 from llava.train.arguments import RunArguments
 from llava.train.optimizer import optimizer_groups
 from llava.train.run_record import copy_run_record
+from llava.train.sampling import EpochSampler, modality_order, random_order
 
 
 class LLaVATrainer(Trainer):
@@ -39,14 +39,16 @@ class LLaVATrainer(Trainer):
         self.model_accepts_loss_kwargs = True
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        if not self.args.group_by_modality_length:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if self.args.group_by_modality_length:
+            ranks = self.args.world_size * self.args.gradient_accumulation_steps
+            order = modality_order(dataset.modality_lengths, self.args.train_batch_size, ranks)
+        elif self.args.train_sampling_strategy == "random":
+            order = random_order(len(dataset))
+        else:
             return super()._get_train_sampler(train_dataset)
-        return LengthGroupedSampler(
-            self.args.train_batch_size,
-            world_size=self.args.world_size * self.args.gradient_accumulation_steps,
-            lengths=(train_dataset or self.train_dataset).modality_lengths,
-            group_by_modality=True,
-        )
+        return EpochSampler(order, len(dataset), seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Optimizer of the class that `--optim` names, over the groups of `optimizer_groups`."""
@@ -82,12 +84,12 @@ class LLaVATrainer(Trainer):
         averaging is undone by the number of ranks. Everything else is a mean per micro batch and is averaged over
         the micro batches of an update.
         """
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        over_targets = bare_model(self.accelerator.unwrap_model(model)).loss_reduction is LossReduction.TARGET
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch if over_targets else None)
         losses: dict[str, Tensor] = outputs.losses
         if num_items_in_batch is None:
             loss = outputs.loss
         else:
-            over_targets = bare_model(self.accelerator.unwrap_model(model)).loss_reduction is LossReduction.TARGET
             world = self.args.world_size if self.args.average_tokens_across_devices else 1
             steps = self.current_gradient_accumulation_steps
             scales = {name: world if name == "lm" and over_targets else 1 / steps for name in losses}

@@ -266,11 +266,21 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
             **kwargs,
         )
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Segments belong to the prompt alone: they are dropped once single tokens are decoded."""
-        prepared = super().prepare_inputs_for_generation(*args, **kwargs)
-        if prepared.get("inputs_embeds") is None:
-            prepared.pop("segments", None)
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        segments: list[Segments] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Arguments of the next forward pass; segments go with the prompt alone, not with single tokens.
+
+        transformers asks this signature for `inputs_embeds` before it lets `generate` start from embeddings.
+        """
+        prepared = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if prepared.get("inputs_embeds") is not None and segments is not None:
+            copies = len(prepared["inputs_embeds"]) // len(segments)  # beams of one sample stand side by side
+            prepared["segments"] = [segment for segment in segments for _ in range(copies)]
         return prepared
 
 

@@ -1,0 +1,101 @@
+"""Writing a checkpoint in upstream's layout, for programs that read only that.
+
+Usage: `python -m llava.model.export CHECKPOINT OUTPUT [--model-base BASE]`. LoRA folders get `non_lora_trainables.bin`
+beside the adapter; extensions add what their original code wrote (MLLM-HydraLoRA: `moe_args.pth`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from llava.errors import CheckpointError
+from llava.extension import installed_extensions
+from llava.model.builder import base_folder
+from llava.model.checkpoint import load_trained
+from llava.model.formats import CheckpointContents, inspect_checkpoint, read_json, read_projector, read_tensors
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+
+PEFT_PREFIX = "base_model.model."
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this program."""
+    parser = argparse.ArgumentParser(prog="python -m llava.model.export", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", help="folder written by llava/train/train.py")
+    parser.add_argument("output", help="folder to write; must not exist")
+    parser.add_argument("--model-base", help="base of the checkpoint, where it is not the recorded one")
+    return parser
+
+
+def _export_adapter(contents: CheckpointContents, output: Path) -> None:
+    """Adapter weights as they are; target modules as upstream writes them, by their last names."""
+    # The keys of a LoRA file are PEFT's format: `<layer>.lora_A.weight`.
+    shutil.copyfile(contents.adapter, output / contents.adapter.name)
+    config = read_json(contents.folder / "adapter_config.json")
+    layers = {name.split(".lora_")[0] for name in read_tensors(contents.adapter)}
+    config["target_modules"] = sorted({layer.rpartition(".")[2] for layer in layers})
+    (output / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _export_extensions(contents: CheckpointContents, base: str, output: Path) -> None:
+    """Let each extension write what its original code would have written."""
+    config = LlavaConfig.from_pretrained(contents.folder)
+    model = LlavaLlamaForCausalLM.from_pretrained(base, config=config, dtype=torch.float32)
+    available = installed_extensions(list(contents.extensions))
+    for name, folder in contents.extensions.items():
+        model.extensions.attach(model, available[name], read_json(folder / "config.json"))
+    without_adapter = CheckpointContents(**{**vars(contents), "adapter": None})
+    load_trained(model, without_adapter)
+    for item in model.extensions:
+        item.extension.export_checkpoint(model, item.config, output)
+
+
+def export_original(checkpoint: str | Path, output: str | Path, model_base: str | None = None) -> Path:
+    """Write a LoRA checkpoint, with or without extensions, in upstream's layout.
+
+    Args:
+        checkpoint: folder in our layout.
+        output: folder to write.
+        model_base: base of the checkpoint, where it is not the recorded one.
+
+    Returns:
+        The folder written. It appears whole or not at all.
+
+    Raises:
+        CheckpointError: the folder holds no adapter, or `output` exists already.
+        FlagError: an extension has no original layout.
+    """
+    contents, output = inspect_checkpoint(checkpoint), Path(output)
+    if contents.adapter is None:
+        raise CheckpointError(f"{checkpoint}: holds no LoRA adapter; full weights are in upstream's layout already")
+    if output.exists():
+        raise CheckpointError(f"{output}: exists already; choose a folder that does not")
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config = read_json(contents.folder / "config.json")
+    config.pop("extensions", None)
+    (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _export_adapter(contents, partial)
+    trained = {} if contents.projector is None else read_projector(contents.projector)
+    torch.save({PEFT_PREFIX + name: tensor for name, tensor in trained.items()}, partial / "non_lora_trainables.bin")
+    if contents.extensions:
+        _export_extensions(contents, base_folder(contents, model_base), partial)
+    partial.rename(output)
+    return output
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program."""
+    args = build_parser().parse_args(argv)
+    print(f"written: {export_original(args.checkpoint, args.output, args.model_base)}")
+
+
+if __name__ == "__main__":
+    main()
