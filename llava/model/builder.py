@@ -175,6 +175,7 @@ def _load_rest(
         peft_config = PeftConfig.from_pretrained(str(contents.folder))
         if not isinstance(peft_config, LoraConfig):
             raise CheckpointError(f"{contents.adapter}: a '{peft_config.peft_type}' adapter; only LoRA is supported")
+        peft_config.base_model_name_or_path = model.config.name_or_path  # where the base is now, not where it was
         host = get_peft_model(model, peft_config)
     load_trained(host, contents.folder)
     projector_read = contents.projector is not None or contents.non_lora is not None

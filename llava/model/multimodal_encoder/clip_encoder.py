@@ -11,10 +11,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+from transformers.utils import logging
 
-from llava.errors import FlagError
+from llava.errors import CheckpointError, FlagError
 
 SELECT_FEATURES = ("patch", "cls_patch")
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Errors only, while a block runs."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 class CLIPVisionTower(nn.Module):
@@ -53,10 +65,22 @@ class CLIPVisionTower(nn.Module):
         return self.vision_tower is not None
 
     def load_model(self, dtype: torch.dtype | None = None) -> None:
-        """Read weights and image processor; the weights are frozen until `unfreeze`."""
+        """Read weights and image processor; the weights are frozen until `freeze.py` says otherwise.
+
+        Raises:
+            CheckpointError: weights are missing in the folder.
+        """
         # Pillow's bicubic filter is what every published LLaVA was trained with; torchvision's differs by up to 1/255.
         self.image_processor = CLIPImageProcessorPil.from_pretrained(self.vision_tower_name)
-        self.vision_tower = CLIPVisionModel.from_pretrained(self.vision_tower_name, dtype=dtype or torch.float32)
+        with _quiet_transformers():  # a full CLIP checkpoint has a text model too, which it would list key by key
+            self.vision_tower, report = CLIPVisionModel.from_pretrained(
+                self.vision_tower_name, dtype=dtype or torch.float32, output_loading_info=True
+            )
+        if report["missing_keys"]:
+            raise CheckpointError(
+                f"{self.vision_tower_name}: {len(report['missing_keys'])} weights of the vision tower are missing "
+                f"(first: {sorted(report['missing_keys'])[:3]})"
+            )
         self.vision_tower.requires_grad_(False)
         self.trainable = False
 
