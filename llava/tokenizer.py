@@ -232,3 +232,26 @@ def load_tokenizer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def encode_with_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[Span]]:
+    """Ids of a text, without `<s>` and `</s>` around it, and the characters that each one covers.
+
+    Raises:
+        CheckpointError: the tokenizer cannot tell which characters a token covers.
+    """
+    if isinstance(tokenizer, LlamaTokenizer):
+        spans = tokenizer.token_spans(text)
+        return tokenizer.convert_tokens_to_ids([token for token, _ in spans]), [span for _, span in spans]
+    if not tokenizer.is_fast:
+        raise CheckpointError(
+            f"{type(tokenizer).__name__} cannot tell which characters a token covers; use a folder with a "
+            "SentencePiece tokenizer.model or a tokenizer.json"
+        )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return encoded.input_ids, [Span(*span) for span in encoded.offset_mapping]
+
+
+def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """True if the tokenizer puts `<s>` in front of every text."""
+    return tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]

@@ -1,0 +1,151 @@
+"""Small functions that training, evaluation and the demos share (upstream `llava/mm_utils.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.errors import FlagError
+from llava.tokenizer import starts_with_bos
+
+PLAIN_ASPECT_RATIOS = (None, "square", "resize")
+"""Values of `--image_aspect_ratio` that mean the processor alone: shortest edge to size, then centre crop.
+
+`resize` has no code of its own in the original HydraLoRA code base; its recipes were trained with this crop.
+"""
+
+ASPECT_RATIOS = ("pad", "square", "resize", "stretch")
+"""Known values of `--image_aspect_ratio`."""
+
+
+def tokenizer_image_token(
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    image_token_index: int = IMAGE_TOKEN_INDEX,
+    return_tensors: str | None = None,
+) -> list[int] | Tensor:
+    """Ids of a prompt in which each `<image>` is one `image_token_index`.
+
+    The text between two images is tokenized as a text of its own, so the text after an image begins with a blank.
+
+    Args:
+        prompt: text.
+        tokenizer: any tokenizer; one that puts `<s>` in front gives it once.
+        image_token_index: id of an image.
+        return_tensors: `pt` for an int64 tensor (T,), None for a list.
+
+    Raises:
+        ValueError: another `return_tensors`.
+    """
+    if return_tensors not in (None, "pt"):
+        raise ValueError(f"return_tensors is {return_tensors!r}; it may be 'pt' or None")
+    ids = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
+    for number, chunk in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
+        ids += [image_token_index] * (number > 0)
+        ids += tokenizer(chunk, add_special_tokens=False).input_ids
+    return ids if return_tensors is None else torch.tensor(ids, dtype=torch.long)
+
+
+def expand2square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Centre an RGB image on a square canvas whose side is the image's longer one; the image itself if square."""
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    canvas = Image.new(image.mode, (side, side), background)
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return canvas
+
+
+def preprocess_image(image: Image.Image, image_processor: Any, aspect_ratio: str | None) -> Tensor:
+    """Pixel values of one image.
+
+    Args:
+        image: RGB image.
+        image_processor: CLIP processor; only one that works on Pillow images (`load_image_processor`) gives the
+            original's values.
+        aspect_ratio: `pad` centres the image on a square of the processor's mean colour; `square`, `resize` and None
+            cut out the centre; `stretch` scales both sides to the crop size.
+
+    Returns:
+        float32 (3, H, W), normalised.
+
+    Raises:
+        FlagError: another aspect ratio.
+    """
+    if aspect_ratio == "pad":
+        image = expand2square(image, tuple(int(255 * mean) for mean in image_processor.image_mean))
+    elif aspect_ratio == "stretch":
+        image = image.resize(crop_size(image_processor)[::-1], Image.Resampling.BICUBIC)
+    elif aspect_ratio not in PLAIN_ASPECT_RATIOS:
+        raise FlagError(f"--image_aspect_ratio {aspect_ratio}: not known; known: {', '.join(ASPECT_RATIOS)}")
+    return image_processor(image, return_tensors="pt")["pixel_values"][0]  # (3, H, W)
+
+
+def crop_size(image_processor: Any) -> tuple[int, int]:
+    """Height and width in pixels of what the processor gives."""
+    return image_processor.crop_size["height"], image_processor.crop_size["width"]
+
+
+def process_images(images: Sequence[Image.Image], image_processor: Any, model_cfg: Any) -> Tensor | list[Tensor]:
+    """Pixel values of several RGB images, treated as `model_cfg.image_aspect_ratio` says.
+
+    Returns:
+        float32 (N, 3, H, W), or a list of (3, H, W) if shapes differ.
+
+    Raises:
+        FlagError: the aspect ratio is not known.
+    """
+    aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
+    tensors = [preprocess_image(image, image_processor, aspect_ratio) for image in images]
+    return torch.stack(tensors) if len({tensor.shape for tensor in tensors}) == 1 else tensors
+
+
+def get_model_name_from_path(model_path: str) -> str:
+    """Last part of a path, with its parent's name in front for a `checkpoint-<step>` folder."""
+    path = PurePath(model_path)
+    return f"{path.parent.name}_{path.name}" if path.name.startswith("checkpoint-") else path.name
+
+
+class KeywordsStoppingCriteria(StoppingCriteria):
+    """Stops a row of a batch once it has generated one of several keywords.
+
+    A row stops if it ends with the ids of a keyword, or if the text of its last new tokens, as many as the longest
+    keyword has, contains one. Special tokens are no part of that text: `</s>` is only found by its id.
+
+    Args:
+        keywords: texts to stop at.
+        tokenizer: tokenizer of the model.
+        input_ids: (B, T) prompts; none of their tokens counts as new.
+    """
+
+    def __init__(self, keywords: Sequence[str], tokenizer: PreTrainedTokenizerBase, input_ids: Tensor) -> None:
+        self.keywords = list(keywords)
+        self.keyword_ids = [
+            torch.tensor(tokenizer(keyword, add_special_tokens=False).input_ids) for keyword in self.keywords
+        ]
+        self.max_keyword_len = max((len(ids) for ids in self.keyword_ids), default=0)
+        self.tokenizer = tokenizer
+        self.prompt = input_ids
+
+    def __call__(self, output_ids: Tensor, scores: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Which rows stop, as bool (B,), given the ids (B, T') so far, with or without the prompt in front."""
+        return torch.tensor([self._stops(row) for row in self._generated(output_ids)], device=output_ids.device)
+
+    def _generated(self, output_ids: Tensor) -> Tensor:
+        """The new ids: generation from embeddings passes no prompt, generation from ids does."""
+        start = self.prompt.shape[1]
+        has_prompt = output_ids.shape[1] >= start and torch.equal(output_ids[:, :start].cpu(), self.prompt.cpu())
+        return output_ids[:, start:] if has_prompt else output_ids
+
+    def _stops(self, row: Tensor) -> bool:
+        if any(torch.equal(row[-len(ids) :].cpu(), ids) for ids in self.keyword_ids):
+            return True
+        text = self.tokenizer.decode(row[max(0, len(row) - self.max_keyword_len) :], skip_special_tokens=True)
+        return any(keyword in text for keyword in self.keywords)
