@@ -1,7 +1,7 @@
 """HydraLoRA: low-rank experts with one shared A, several B and a router (NeurIPS 2024, arXiv 2404.19245).
 
 `layer.py` holds the mathematics, `config.py` what can be varied, `model.py` how the blocks enter a decoder,
-`extension.py` how they plug into llava, `convert.py` published checkpoints in and out.
+`extension.py` how they plug into llava, `convert.py` and `moe_args.py` published checkpoints in and out.
 """
 
 from hydralora.config import RoutedMLPConfig

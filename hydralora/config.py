@@ -1,10 +1,13 @@
-"""What can be varied about the routed MLP block; stored in `config.json` and `extensions/hydralora/config.json`."""
+"""What can be varied: the configuration of the routed MLP blocks, and the flags of MLLM-HydraLoRA.
+
+The configuration is what a checkpoint stores; the flags are what a command line offers.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -88,3 +91,25 @@ class RoutedMLPConfig:
         if unknown:
             raise ValueError(f"configuration of the routed MLP blocks: unknown {unknown}; known: {sorted(known)}")
         return cls(**values)
+
+
+def _option(default: Any, help_text: str) -> Any:
+    """A command-line option with its help text."""
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class HydraLoraOptions:
+    """Options of MLLM-HydraLoRA, with its names, types and defaults.
+
+    `--lora_alpha`, `--lora_dropout` and `--lora_bias` are options of the core and hold for the experts too.
+    """
+
+    use_lora: bool = _option(False, "train LoRA (and routed MLP blocks, see --llm_moe) instead of the language model")
+    lora_rank: int = _option(64, "rank of the LoRA on --lora_modules and of the experts")
+    lora_modules: str = _option("q_proj,k_proj,v_proj,o_proj", "linear layers of the decoder that get LoRA, by comma")
+    llm_moe: bool = _option(True, "replace every MLP of the decoder by a routed block; needs --use_lora True")
+    dense_moe: bool = _option(True, "weight all experts by the router (True) or use the most probable one (False)")
+    llm_moe_num_experts: int = _option(3, "experts per routed block")
+    moe_balance_w: float = _option(0.05, "weight of the expert-balance loss; 0: none")
+    vit_trainable: str = _option("", "refused unless empty: the original never reads it")

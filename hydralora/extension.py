@@ -7,19 +7,17 @@ LoRA on the attention projections and, with `--llm_moe True`, a routed block in 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from hydralora import convert
+from hydralora import convert, moe_args
 from hydralora import model as routed_model
-from hydralora.config import RoutedMLPConfig
+from hydralora.config import HydraLoraOptions, RoutedMLPConfig
 from hydralora.layer import expert_balance_loss
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, Extension, ImportedState, MultimodalInputs
@@ -28,28 +26,6 @@ if TYPE_CHECKING:
     from llava.train.arguments import RunArguments
 
 MLP_PROJECTIONS = frozenset({"gate_proj", "up_proj", "down_proj"})
-
-
-def _option(default: Any, help_text: str) -> Any:
-    """A command-line option with its help text."""
-    return field(default=default, metadata={"help": help_text})
-
-
-@dataclass
-class HydraLoraOptions:
-    """Options of MLLM-HydraLoRA, with its names, types and defaults.
-
-    `--lora_alpha`, `--lora_dropout` and `--lora_bias` are options of the core and hold for the experts too.
-    """
-
-    use_lora: bool = _option(False, "train LoRA (and routed MLP blocks, see --llm_moe) instead of the language model")
-    lora_rank: int = _option(64, "rank of the LoRA on --lora_modules and of the experts")
-    lora_modules: str = _option("q_proj,k_proj,v_proj,o_proj", "linear layers of the decoder that get LoRA, by comma")
-    llm_moe: bool = _option(True, "replace every MLP of the decoder by a routed block; needs --use_lora True")
-    dense_moe: bool = _option(True, "weight all experts by the router (True) or use the most probable one (False)")
-    llm_moe_num_experts: int = _option(3, "experts per routed block")
-    moe_balance_w: float = _option(0.05, "weight of the expert-balance loss; 0: none")
-    vit_trainable: str = _option("", "refused unless empty: the original never reads it")
 
 
 class HydraLoraExtension(Extension):
@@ -153,26 +129,10 @@ class HydraLoraExtension(Extension):
         Raises:
             CheckpointError: `moe_args.pth` is missing or unreadable, or tensors are missing or of the wrong shape.
         """
-        path = folder / convert.WEIGHTS_FILE
-        if not path.is_file():
-            return None
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        keys = frozenset(key for key in stored if convert.is_original_key(key))
-        if not keys:
-            return None
-        arguments_path = folder / convert.ARGUMENTS_FILE
-        if not arguments_path.is_file():
-            raise CheckpointError(
-                f"{path} holds routed MLP blocks ('{min(keys)}'), but {arguments_path} is missing: it alone tells how "
-                "they are wired (dense or sparse, alpha); copy it from where the checkpoint came from"
-            )
         try:
-            arguments = convert.read_training_arguments(arguments_path)
-            config = convert.config_from_arguments(arguments, arguments_path)
-            tensors = convert.from_original(stored, config, path)
+            return _import_original(folder)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-        return ImportedState(config.to_dict(), tensors, keys | {convert.ARGUMENTS_FILE})
 
     def export_checkpoint(self, model: nn.Module, config: Config, folder: Path) -> None:
         """Add the blocks to `non_lora_trainables.bin` in `folder` and write `moe_args.pth` beside it.
@@ -185,10 +145,31 @@ class HydraLoraExtension(Extension):
             CheckpointError: the attention LoRA in `folder` has another rank or alpha than the experts.
         """
         path = folder / convert.WEIGHTS_FILE
-        stored = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
-        attributes = _original_attributes(RoutedMLPConfig.from_dict(config), folder / "adapter_config.json")
+        try:
+            stored = convert.read_weights(path) if path.is_file() else {}
+            arguments = moe_args.arguments_of_config(RoutedMLPConfig.from_dict(config), folder / "adapter_config.json")
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
         torch.save(stored | convert.to_original(routed_model.added_parameters(model)), path)
-        convert.write_training_arguments(folder / convert.ARGUMENTS_FILE, attributes)
+        moe_args.write_training_arguments(folder / moe_args.ARGUMENTS_FILE, arguments)
+
+
+def _import_original(folder: Path) -> ImportedState | None:
+    """`import_checkpoint` with `ValueError` for whatever is wrong."""
+    path, arguments_path = folder / convert.WEIGHTS_FILE, folder / moe_args.ARGUMENTS_FILE
+    if not path.is_file():
+        return None
+    stored = convert.read_weights(path)
+    keys = frozenset(key for key in stored if convert.is_original_key(key))
+    if not keys:
+        return None
+    if not arguments_path.is_file():
+        raise ValueError(
+            f"{path} holds routed MLP blocks ('{min(keys)}'), but {arguments_path} is missing: it alone tells how they "
+            "are wired (dense or sparse, alpha); copy it from where the checkpoint came from"
+        )
+    config = moe_args.config_from_arguments(moe_args.read_training_arguments(arguments_path), arguments_path)
+    return ImportedState(config.to_dict(), convert.from_original(stored, config, path), keys | {arguments_path.name})
 
 
 def _refuse_options_without_use_lora(options: HydraLoraOptions) -> None:
@@ -215,34 +196,3 @@ def _lora_modules(options: HydraLoraOptions) -> str:
             "pass --llm_moe False"
         )
     return ",".join(names)
-
-
-def _original_attributes(config: RoutedMLPConfig, adapter_config: Path) -> dict[str, Any]:
-    """Attributes of the original's `TrainingArguments` that its loader and readers of its checkpoints want."""
-    attention: Mapping[str, Any] = {}
-    if adapter_config.is_file():
-        attention = json.loads(adapter_config.read_text(encoding="utf-8"))
-        differing = [
-            f"{name} {attention[name]} and {ours}"
-            for name, ours in (("r", config.rank), ("lora_alpha", config.alpha))
-            if attention[name] != ours
-        ]
-        if differing:
-            raise CheckpointError(
-                f"{adapter_config}: attention and experts differ ({', '.join(differing)}), one value is stored for both"
-            )
-    default = HydraLoraOptions()
-    targets = attention.get("target_modules")
-    return {
-        "use_lora": True,
-        "lora_rank": config.rank,
-        "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else config.alpha,
-        "lora_dropout": attention.get("lora_dropout", config.dropout),
-        "lora_bias": attention.get("bias", "none"),
-        "lora_modules": ",".join(sorted(targets)) if isinstance(targets, list) else default.lora_modules,
-        "llm_moe": True,
-        "dense_moe": config.dense,
-        "llm_moe_num_experts": config.experts,
-        "moe_balance_w": config.balance_weight,
-        "vit_trainable": "",
-    }

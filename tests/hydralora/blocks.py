@@ -27,9 +27,7 @@ def make_block(
         nn.Linear(inputs, outputs, bias=False).requires_grad_(False)
         for inputs, outputs in ((width, inner), (width, inner), (inner, width))
     )
-    block = RoutedMLP(
-        gate, up, down, nn.SiLU(), experts=experts, rank=rank, alpha=alpha, dropout=dropout, dense=dense
-    )
+    block = RoutedMLP(gate, up, down, nn.SiLU(), experts=experts, rank=rank, alpha=alpha, dropout=dropout, dense=dense)
     block.reset_parameters(identity=identity)
     return block
 

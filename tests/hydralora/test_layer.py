@@ -16,7 +16,8 @@ from tests.golden import load_case
 from tests.hydralora.blocks import make_block, original_gradients, set_original_weights
 
 GOLDEN_BLOCKS = ["moe_dense_e3", "moe_sparse_e3", "moe_dense_e2_r6a3"]
-# The golden data's own tolerances; measured worst cases: outputs 2.4e-7, gradients 3.8e-6 at magnitudes up to 20.
+# The golden data's own tolerances; measured worst cases: outputs 1.4e-6 at magnitudes up to 9, gradients 7.6e-6 at
+# magnitudes up to 53.
 OUTPUT = {"rtol": 1e-4, "atol": 1e-5}
 GRADIENT = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -174,7 +175,8 @@ def test_bfloat16_base(dense: bool, added_dtype: torch.dtype) -> None:
     base_error = (base_half - base_exact).abs().max() / base_exact.abs().max()
     assert (output - exact).abs().max() / exact.abs().max() <= 2 * base_error
     output.sum().backward()
-    assert block.experts_B_gate.grad is not None and block.experts_B_gate.grad.dtype == added_dtype
+    assert block.experts_B_gate.grad is not None
+    assert block.experts_B_gate.grad.dtype == added_dtype
 
 
 def test_autocast() -> None:
