@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from llava.errors import FlagError
 from llava.extension import ExtensionSet, MultimodalInputs
-from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import SpliceOptions, splice
-from llava.model.tiles import merge_tiles
+from llava.model.tiles import merge_tiles, tile_grid
 
 Images = Tensor | Sequence[Tensor]
 """Pictures of a batch: (N, 3, H, W), or (N, tiles, 3, H, W), or a list of (3, H, W) and (tiles, 3, H, W)."""
@@ -143,7 +142,7 @@ class LlavaMetaForCausalLM:
         if getattr(self.config, "image_aspect_ratio", None) != "anyres" or size is None:
             return None
         tower = self.get_vision_tower()
-        return get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, tower.image_size)
+        return tile_grid(size, self.config.image_grid_pinpoints, tower.image_size)
 
     def splice_options(self) -> SpliceOptions:
         """Lengths and sides as the configuration has them."""

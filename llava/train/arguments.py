@@ -146,16 +146,19 @@ def parse_args(argv: Sequence[str] | None = None, extensions: Mapping[str, Exten
         extensions: the extensions to compose with; None takes all installed ones.
 
     Raises:
-        FlagError: options are contradictory or not carried out; all problems are listed at once.
-        SystemExit: an option is unknown or has a value of the wrong type (argparse's message).
+        FlagError: options are unknown, contradictory or not carried out; all problems are listed at once.
+        SystemExit: a value is of the wrong type (argparse's message).
     """
     from llava.train.checks import check_arguments
 
     extensions = installed_extensions() if extensions is None else extensions
     argv = translate_retired_flags(sys.argv[1:] if argv is None else list(argv))
-    model, data, training, *options = build_parser(extensions).parse_args_into_dataclasses(
-        argv, look_for_args_file=False
+    parsed = build_parser(extensions).parse_args_into_dataclasses(
+        argv, look_for_args_file=False, return_remaining_strings=True
     )
+    model, data, training, *options, unknown = parsed
+    if unknown:
+        raise FlagError(f"unknown options {unknown}; --help lists all (installed extensions: {sorted(extensions)})")
     with_options = [name for name, extension in extensions.items() if extension.options is not None]
     args = RunArguments(model, data, training, dict(zip(with_options, options, strict=True)))
     for name, extension in extensions.items():

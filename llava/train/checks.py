@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava.data.images import ASPECT_RATIOS
 from llava.errors import FlagError
+from llava.mm_utils import ASPECT_RATIOS
 from llava.model.loss import LossReduction
 from llava.train.arguments import RunArguments
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from llava.conversation import Conversation, template_for_version
+from llava.conversation import Conversation, select_template
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset
 from llava.extension import installed_extensions
@@ -137,7 +137,7 @@ def build_model(args: RunArguments, tokenizer: Any, attn_implementation: str | N
 
 def build_dataset(args: RunArguments, tokenizer: Any, model: LlavaLlamaForCausalLM) -> LazySupervisedDataset:
     """The training data of a run."""
-    template: Conversation = template_for_version(args.model.version)
+    template: Conversation = select_template(args.model.version)
     tower = model.get_vision_tower()
     return LazySupervisedDataset(
         args.data.data_path,

@@ -53,9 +53,7 @@ def test_words_in_the_path_do_not_matter(tmp_path: Path) -> None:
     shutil.copytree(LLAVA / "tiny-llava-lora", folder)
     shutil.copytree(LLAVA / "tiny-clip", tmp_path / "tiny-clip")
     _, model, _, _ = load_pretrained_model(str(folder), str(LLAVA / "tiny-vicuna"), device="cpu")
-    _, base, _, _ = load_pretrained_model(
-        str(LLAVA / "tiny-llava-pretrain"), str(LLAVA / "tiny-vicuna"), device="cpu"
-    )
+    _, base, _, _ = load_pretrained_model(str(LLAVA / "tiny-llava-pretrain"), str(LLAVA / "tiny-vicuna"), device="cpu")
     name = "layers.0.self_attn.q_proj.weight"
     assert not torch.equal(model.model.get_parameter(name), base.model.get_parameter(name)), "the adapter is merged"
 
