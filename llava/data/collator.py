@@ -1,0 +1,52 @@
+"""Putting items of the training data set together (upstream `DataCollatorForSupervisedDataset`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from llava.constants import IGNORE_INDEX
+
+
+@dataclass
+class DataCollatorForSupervisedDataset:
+    """Pads items on the right and cuts them at the tokenizer's `model_max_length`.
+
+    Attributes:
+        tokenizer: gives the padding id and the length.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, instances: Sequence[dict[str, Tensor]]) -> dict[str, Tensor | list[Tensor]]:
+        """Collate B items.
+
+        Returns:
+            `input_ids` int64 (B, T); `labels` int64 (B, T) with -100 at padding; `attention_mask` bool (B, T), True
+            for every token of a row, `<unk>` included although padding has its id; if the items have images,
+            `images` float32 (N, 3, H, W) in the order of the rows, or a list of (3, H, W) if sizes differ.
+        """
+        end = self.tokenizer.model_max_length
+        rows = [instance["input_ids"][:end] for instance in instances]
+        labels = [instance["labels"][:end] for instance in instances]
+        mask = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+        batch: dict[str, Tensor | list[Tensor]] = {
+            "input_ids": pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+            "attention_mask": pad_sequence(mask, batch_first=True, padding_value=False),
+        }
+        if "image" in instances[0]:
+            images = [image for instance in instances for image in _as_batch(instance["image"])]
+            same_size = len({image.shape for image in images}) == 1
+            batch["images"] = torch.stack(images) if same_size else images
+        return batch
+
+
+def _as_batch(image: Tensor) -> Tensor:
+    """(k, 3, H, W) from (3, H, W) or (k, 3, H, W)."""
+    return image if image.dim() == 4 else image.unsqueeze(0)

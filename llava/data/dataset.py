@@ -1,0 +1,212 @@
+"""The training data set (upstream `LazySupervisedDataset` in `llava/train/train.py`)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from llava.conversation import Conversation
+from llava.data.images import ImageTransform, load_image
+from llava.data.labels import tokenize_conversation
+from llava.data.records import Row, open_records
+from llava.data.skipped import append_skipped
+from llava.errors import BadSampleError, FlagError
+
+logger = logging.getLogger(__name__)
+
+IMAGE_LENGTH = 128
+"""Words that an image counts as in `lengths` (upstream's estimate)."""
+
+ON_BAD_SAMPLE = ("stop", "skip")
+"""Values of `--on_bad_sample`."""
+
+
+class Size(NamedTuple):
+    """Number of blank-separated words and of images of a row."""
+
+    words: int
+    images: int
+
+
+class LazySupervisedDataset(Dataset[dict[str, Tensor]]):
+    """Rows of a LLaVA data file as token ids, labels and pixel values, made when they are asked for.
+
+    An item has `input_ids` and `labels`, int64 (T,), and `image`, float32 (3, H, W), or (k, 3, H, W) with k > 1 images.
+    With `is_multimodal` a row without image has a black picture; it adds nothing but keeps batches equal in kind.
+
+    Args:
+        data_path: JSON list or JSONL file.
+        tokenizer: see `load_tokenizer`.
+        image_processor: see `load_image_processor`; may be None without `is_multimodal`.
+        template: template without messages, see `select_template`.
+        image_folder: folder that the file's image names are relative to; may be None if it names none.
+        image_aspect_ratio: see `preprocess_image`.
+        is_multimodal: the model has a vision tower.
+        mm_use_im_start_end: write `<im_start>` and `<im_end>` around images.
+        model_max_length: longest sample in tokens.
+        patches_per_image: embeddings per image; only used to see whether a target lies within `model_max_length`.
+        on_bad_sample: `stop` raises the error of a bad row; `skip` writes it to `skipped_file` and gives the next good
+            row of the same modality in its place, so that steps and batch shapes stay as they are.
+        skipped_file: see `llava/data/skipped.py`.
+
+    Raises:
+        FlagError: options contradict each other, or the file is missing or empty; on access, a row names an image that
+            the options give no way to load.
+        BadSampleError: on access, a row cannot be trained on; the message names file, row and id.
+        BadImageError: on access, as above, because of its image.
+    """
+
+    def __init__(
+        self,
+        data_path: str | os.PathLike[str],
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: Any,
+        *,
+        template: Conversation,
+        image_folder: str | os.PathLike[str] | None,
+        image_aspect_ratio: str,
+        is_multimodal: bool,
+        mm_use_im_start_end: bool,
+        model_max_length: int,
+        patches_per_image: int = 1,
+        on_bad_sample: str = "stop",
+        skipped_file: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if on_bad_sample not in ON_BAD_SAMPLE:
+            raise FlagError(f"--on_bad_sample {on_bad_sample}: not known; known: {', '.join(ON_BAD_SAMPLE)}")
+        if on_bad_sample == "skip" and skipped_file is None:
+            raise FlagError("--on_bad_sample skip needs a file to list the skipped rows in")
+        if is_multimodal and image_processor is None:
+            raise FlagError("a model with a vision tower needs its image processor to prepare the data")
+        self.records = open_records(data_path)
+        self.tokenizer = tokenizer
+        self.transform = ImageTransform(image_processor, image_aspect_ratio) if is_multimodal else None
+        self.template = template
+        self.image_folder = image_folder
+        self.mm_use_im_start_end = mm_use_im_start_end
+        self.model_max_length = model_max_length
+        self.patches_per_image = patches_per_image
+        self.on_bad_sample = on_bad_sample
+        self.skipped_file = skipped_file
+        self._bad_rows: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if self.on_bad_sample == "stop":
+            return self._load(index)
+        has_image = self._size(index).images > 0
+        for candidate in (*range(index, len(self)), *range(index)):
+            if candidate in self._bad_rows or (self._size(candidate).images > 0) != has_image:
+                continue
+            try:
+                return self._load(candidate)
+            except BadSampleError as error:
+                self._skip(candidate, error)
+        kind = "with" if has_image else "without"
+        raise BadSampleError(f"{self.records.path}: no row {kind} image can be trained on; see {self.skipped_file}")
+
+    @property
+    def lengths(self) -> list[int]:
+        """Words of each row, and 128 for each image."""
+        return [size.words + IMAGE_LENGTH * size.images for size in self._sizes]
+
+    @property
+    def modality_lengths(self) -> list[int]:
+        """Words of each row, negative for a row without image."""
+        return [size.words if size.images else -size.words for size in self._sizes]
+
+    @cached_property
+    def _sizes(self) -> list[Size]:
+        return [self._size(index) for index in range(len(self))]
+
+    def _size(self, index: int) -> Size:
+        """Size of a row; one that has no words or cannot be read counts as one word if bad rows are skipped."""
+        skips = self.on_bad_sample == "skip"
+        try:
+            row = self.records[index]
+            words = sum(len(turn["value"].split()) for turn in row["conversations"])
+            return Size(max(words, int(skips)), len(image_names(row)))
+        except BadSampleError:
+            if not skips:
+                raise
+        except (LookupError, TypeError, AttributeError) as error:
+            if not skips:
+                raise BadSampleError(f"{self.records.name(index)}: its turns cannot be read: {error!r}") from error
+        return Size(1, 0)
+
+    def _load(self, index: int) -> dict[str, Tensor]:
+        row = self.records[index]
+        name = f"{self.records.name(index)} (id {row.get('id')!r})"
+        try:
+            names = image_names(row)
+            prompt = tokenize_conversation(
+                conversation_of(row),
+                self.tokenizer,
+                self.template,
+                image_count=len(names),
+                mm_use_im_start_end=self.mm_use_im_start_end,
+                max_length=self.model_max_length,
+                patches_per_image=self.patches_per_image,
+            )
+        except BadSampleError as error:
+            raise BadSampleError(f"{name}: {error}") from error
+        item = {"input_ids": prompt.input_ids, "labels": prompt.labels}
+        if names:
+            item["image"] = self._load_images(names, name)
+        elif self.transform is not None:
+            item["image"] = self.transform.dummy()
+        return item
+
+    def _load_images(self, names: list[str], row_name: str) -> Tensor:
+        """Pixel values (3, H, W), or (k, 3, H, W) of k > 1 images."""
+        if self.transform is None:
+            raise FlagError(f"{row_name} has an image but the model has no vision tower; set --vision_tower")
+        if self.image_folder is None:
+            raise FlagError(f"{row_name} names the image {names[0]!r}; set --image_folder")
+        images = [self.transform(load_image(self.image_folder, name, row_name)) for name in names]
+        return images[0] if len(images) == 1 else torch.stack(images)
+
+    def _skip(self, index: int, error: BadSampleError) -> None:
+        """Remember and list a bad row."""
+        self._bad_rows.add(index)
+        try:
+            sample_id = self.records[index].get("id")
+        except BadSampleError:
+            sample_id = None
+        append_skipped(self.skipped_file, index, sample_id, str(error))
+        logger.warning("skipped a sample: %s", error)
+
+
+def image_names(row: Row) -> list[str]:
+    """Names of a row's images: none if `image` is absent, null or an empty list.
+
+    Raises:
+        BadSampleError: `image` is neither a name nor a list of names.
+    """
+    value = row.get("image")
+    names = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(name, str) and name for name in names):
+        raise BadSampleError(f"'image' must be a file name or a list of file names, not {value!r}")
+    return names
+
+
+def conversation_of(row: Row) -> list[Mapping[str, Any]]:
+    """Turns of a row.
+
+    Raises:
+        BadSampleError: the row has no list of turns.
+    """
+    turns = row.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise BadSampleError(f"'conversations' must be a list of turns, not {turns!r:.80}; the row has {sorted(row)}")
+    return turns

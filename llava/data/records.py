@@ -1,0 +1,94 @@
+"""Rows of a LLaVA data file: one JSON list, or one JSON object per line (JSONL), told apart by their first character.
+
+A list is read once. Of a JSONL file only the byte offsets of its lines are kept, and rows are parsed when asked for, so
+files of any size start at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.errors import BadSampleError, FlagError
+
+Row = dict[str, Any]
+"""`{"id": ..., "image": name or list of names, "conversations": [{"from": ..., "value": ...}, ...]}`."""
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class Records(Sequence[Row]):
+    """Rows of one data file, parsed one at a time.
+
+    Raises:
+        BadSampleError: on access, the row is no JSON object; the message names file and row.
+    """
+
+    def __init__(self, path: Path, offsets: Sequence[int] | None, values: list[Any] | None) -> None:
+        self.path = path
+        self._offsets = offsets  # of a JSONL file
+        self._values = values  # of a JSON list
+
+    def __len__(self) -> int:
+        return len(self._offsets if self._values is None else self._values)
+
+    def __getitem__(self, index: int) -> Row:
+        value = self._parse_line(index) if self._values is None else self._values[index]
+        if not isinstance(value, dict):
+            raise BadSampleError(f"{self.name(index)} is no JSON object but {value!r:.80}")
+        return value
+
+    def name(self, index: int) -> str:
+        """What to call a row in a message; rows are counted from 0 and blank lines are not."""
+        return f"{self.path}, row {index}"
+
+    def _parse_line(self, index: int) -> Any:
+        with self.path.open("rb") as file:
+            file.seek(self._offsets[index])
+            line = file.readline()
+        try:
+            return json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadSampleError(f"{self.name(index)} is no JSON: {error}: {line!r:.80}") from error
+
+
+def open_records(path: str | os.PathLike[str]) -> Records:
+    """Open a data file.
+
+    Raises:
+        FlagError: the file is missing, empty, or a list that is no valid JSON.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FlagError(f"--data_path {path}: there is no such file")
+    with path.open("rb") as file:
+        first = next((line for line in file if line.removeprefix(BYTE_ORDER_MARK).strip()), b"")
+    if first.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
+        records = Records(path, None, _read_list(path))
+    else:
+        records = Records(path, array("Q", _line_offsets(path)), None)
+    if not len(records):
+        raise FlagError(f"--data_path {path}: the file holds no rows")
+    return records
+
+
+def _read_list(path: Path) -> list[Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise FlagError(f"--data_path {path}: the file begins like a JSON list but is none: {error}") from error
+
+
+def _line_offsets(path: Path) -> Iterator[int]:
+    """Byte offset of each line that is not blank."""
+    offset = 0
+    with path.open("rb") as file:
+        for line in file:
+            mark = len(BYTE_ORDER_MARK) if offset == 0 and line.startswith(BYTE_ORDER_MARK) else 0
+            if line[mark:].strip():
+                yield offset + mark
+            offset += len(line)
