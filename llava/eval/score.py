@@ -43,7 +43,7 @@ class Score:
         accuracy: their ratio, in [0, 1].
         low: lower end of the Wilson 95 % interval of the accuracy.
         high: its upper end.
-        majority: accuracy of always giving the most frequent label of the category, for comparison.
+        majority: accuracy of always giving the most frequent label of the question's category, for comparison.
     """
 
     n: int
@@ -85,23 +85,24 @@ def score_answers(questions: Sequence[Question], texts: dict[int | str, str]) ->
     Raises:
         BadSampleError: a question has no label, or a category is called `all`.
     """
-    groups: dict[str, list[tuple[str, str]]] = {}
+    right: dict[str, list[bool]] = {}
+    labels: dict[str, Counter[str]] = {}
     for question in questions:
         if question.label is None:
             raise BadSampleError(f"{question.where}: the row has no 'label' to compare the answer with")
         if question.category == ALL:
             raise BadSampleError(f"{question.where}: the category '{ALL}' is taken by the total; rename it")
-        pair = (normalize(question.label), normalize(texts[question.question_id]))
-        groups.setdefault(question.category, []).append(pair)
-    scores = {category: _score(groups[category]) for category in sorted(groups)}
-    return scores | {ALL: _score([pair for pairs in groups.values() for pair in pairs])}
+        label = normalize(question.label)
+        right.setdefault(question.category, []).append(normalize(texts[question.question_id]) == label)
+        labels.setdefault(question.category, Counter())[label] += 1
+    most_frequent = {category: max(counts.values()) for category, counts in labels.items()}
+    scores = {category: _score(right[category], most_frequent[category]) for category in sorted(right)}
+    return scores | {ALL: _score([one for group in right.values() for one in group], sum(most_frequent.values()))}
 
 
-def _score(pairs: Sequence[tuple[str, str]]) -> Score:
-    n = len(pairs)
-    correct = sum(label == text for label, text in pairs)
-    majority = Counter(label for label, _ in pairs).most_common(1)[0][1]
-    return Score(n, correct, correct / n, *wilson_interval(correct, n), majority / n)
+def _score(right: Sequence[bool], most_frequent: int) -> Score:
+    n, correct = len(right), sum(right)
+    return Score(n, correct, correct / n, *wilson_interval(correct, n), most_frequent / n)
 
 
 def read_answers(path: str | Path, questions: Sequence[Question]) -> dict[int | str, str]:

@@ -1,0 +1,85 @@
+"""The model of an evaluation program: from path, device and dtype on the command line to a model that can generate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llava.errors import FlagError
+from llava.mm_utils import get_model_name_from_path
+from llava.model.builder import load_pretrained_model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What `load_pretrained_model` gives, and the model's name.
+
+    Attributes:
+        name: from the last parts of the path; the `model_id` of answer rows.
+        image_processor: None if the model has no vision tower.
+    """
+
+    name: str
+    tokenizer: Any
+    model: Any
+    image_processor: Any
+
+    @property
+    def patches_per_image(self) -> int:
+        """Positions that one picture of the crop size takes in the sequence; 0 without a vision tower."""
+        tower = self.model.get_vision_tower()
+        return 0 if tower is None else int(tower.num_patches)
+
+
+def choose_device(device: str | None) -> str:
+    """`device`, or if None: cuda if there is one, else cpu.
+
+    Raises:
+        FlagError: cuda is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if device is None:
+        return "cuda" if available else "cpu"
+    if device.startswith("cuda") and not available:
+        raise FlagError(f"--device {device}: torch finds no CUDA device here; use --device cpu")
+    return device
+
+
+def choose_dtype(name: str, device: str) -> torch.dtype:
+    """The dtype named by `--torch-dtype`; `auto` is float16 on a GPU, as upstream, and float32 on a CPU.
+
+    Raises:
+        FlagError: unknown name.
+    """
+    if name == "auto":
+        return torch.float32 if device == "cpu" else torch.float16
+    if name not in DTYPES:
+        raise FlagError(f"--torch-dtype {name}: must be one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_model(
+    model_path: str, model_base: str | None = None, *, device: str | None = None, torch_dtype: str = "auto"
+) -> LoadedModel:
+    """Load a checkpoint of any known format for evaluation.
+
+    Args:
+        model_path: checkpoint folder.
+        model_base: base model, for a checkpoint that holds only adapters or a projector.
+        device: as `--device`.
+        torch_dtype: as `--torch-dtype`.
+
+    Raises:
+        FlagError: device or dtype is not available.
+        CheckpointError: the folder cannot be loaded.
+    """
+    device = choose_device(device)
+    name = get_model_name_from_path(model_path)
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        model_path, model_base, name, device=device, torch_dtype=choose_dtype(torch_dtype, device)
+    )
+    return LoadedModel(name, tokenizer, model.eval(), image_processor)

@@ -1,0 +1,57 @@
+r"""Answer a file of questions (upstream `llava/eval/model_vqa_loader.py`, with batches and continuation).
+
+python -m llava.eval.model_vqa_loader --model-path checkpoints/llava-v1.5-7b --question-file questions.jsonl \
+    --image-folder images --answers-file answers.jsonl --temperature 0 --conv-mode vicuna_v1 --batch-size 16
+
+A question is a JSON line with `question_id`, `text` and, unless it is about text only, `image`. The same command again
+continues an interrupted run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava.data.images import load_image
+from llava.eval.answers import Task
+from llava.eval.program import add_model_options, add_question_options, add_sampling_options, answer_questions
+from llava.eval.questions import Question, get_chunk, read_questions
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The original options with their defaults, and ours."""
+    parser = argparse.ArgumentParser(
+        prog="llava.eval.model_vqa_loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_options(parser)
+    add_question_options(parser)
+    add_sampling_options(parser, max_new_tokens=128)
+    return parser
+
+
+def make_task(question: Question) -> Task:
+    """The prompt in the answers file is the raw question."""
+    return Task(question.question_id, question.text, question.text, question.images, question.where)
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Run the program.
+
+    Returns:
+        the finished answers file.
+
+    Raises:
+        LlavaError: a flag, a row, an image or the checkpoint is wrong; the message says what to do.
+    """
+    args = build_parser().parse_args(argv)
+    questions = get_chunk(read_questions(args.question_file), args.num_chunks, args.chunk_idx)
+    return answer_questions(
+        args,
+        [make_task(question) for question in questions],
+        lambda name, where: load_image(args.image_folder, name, row=where),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""What the `model_vqa*` programs share: their common options, and the way from tasks to a finished answers file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava.eval.answers import AnswersFile, Task, ToRow, answer_row
+from llava.eval.generation import GenerationOptions
+from llava.eval.loading import DTYPES, choose_device, choose_dtype, load_model
+from llava.eval.prompts import check_conv_mode, plain_conv_mode
+from llava.eval.record import weights_fingerprint
+from llava.eval.runner import OpenImage, answer_tasks
+from llava.mm_utils import get_model_name_from_path
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """`--model-path` and `--model-base` as upstream, and our `--device` and `--torch-dtype`."""
+    parser.add_argument("--model-path", type=str, default="facebook/opt-350m", help="checkpoint folder")
+    parser.add_argument("--model-base", type=str, default=None, help="base model of an adapter or projector checkpoint")
+    parser.add_argument("--device", type=str, default=None, help="cuda, cuda:1, cpu, ...; default: cuda if available")
+    parser.add_argument(
+        "--torch-dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="dtype of the weights; auto: float16 on a GPU, float32 on a CPU",
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    """The decoding options of the original programs and `--seed`."""
+    parser.add_argument("--temperature", type=float, default=0.2, help="0: greedy decoding; above 0: sampling")
+    parser.add_argument(
+        "--top_p", type=float, default=None, help="sample from the most probable tokens up to this mass"
+    )
+    parser.add_argument("--num_beams", type=int, default=1, help="beams of beam search; 1: none")
+    parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, help="limit on the tokens of an answer")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling; has no effect with --temperature 0")
+
+
+def add_question_options(parser: argparse.ArgumentParser, *, conv_mode: str = "llava_v1") -> None:
+    """Files, template and chunks as upstream, and our options of a run."""
+    parser.add_argument("--image-folder", type=str, default="", help="folder that image names are relative to")
+    parser.add_argument("--question-file", type=str, default="tables/question.jsonl", help="the questions")
+    parser.add_argument(
+        "--answers-file", type=str, default="answer.jsonl", help="JSON lines, one answer each; continued"
+    )
+    parser.add_argument("--conv-mode", type=str, default=conv_mode, help="conversation template")
+    parser.add_argument("--num-chunks", type=int, default=1, help="cut the questions into this many chunks ...")
+    parser.add_argument("--chunk-idx", type=int, default=0, help="... and answer only this one, counted from 0")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="questions answered together; no effect on the answers"
+    )
+    parser.add_argument("--num-workers", type=int, default=4, help="threads that read images")
+    parser.add_argument("--restart", action="store_true", help="replace existing answers instead of continuing them")
+
+
+def sampling_options(args: argparse.Namespace) -> GenerationOptions:
+    """The values of `add_sampling_options`.
+
+    Raises:
+        FlagError: a value is out of range.
+    """
+    return GenerationOptions(args.temperature, args.top_p, args.num_beams, args.max_new_tokens, args.seed)
+
+
+def answer_questions(
+    args: argparse.Namespace, tasks: Sequence[Task], open_image: OpenImage, *, to_row: ToRow = answer_row
+) -> Path:
+    """Write the answers file of a program; whatever can be wrong without the model is checked before it is loaded.
+
+    Args:
+        args: the options of the three functions above.
+        tasks: what is to be answered, in file order, the chunk already chosen.
+        open_image: opens one image of a task.
+        to_row: makes the row of an answer.
+
+    Returns:
+        the finished answers file.
+
+    Raises:
+        LlavaError: a flag, a row, an image or the checkpoint is wrong; the message says what to do.
+    """
+    options = sampling_options(args)
+    options.check_batch_size(args.batch_size)
+    name = get_model_name_from_path(args.model_path)
+    conv_mode = plain_conv_mode(args.conv_mode, name)
+    if conv_mode != args.conv_mode:
+        print(f"'{name}' looks like a model after stage 1 only: using the template '{conv_mode}'")
+    check_conv_mode(conv_mode)
+    answers = AnswersFile(
+        args.answers_file,
+        tasks,
+        model_id=name,
+        settings=answer_settings(args, options, conv_mode),
+        arguments=vars(args),
+        to_row=to_row,
+        restart=args.restart,
+    )
+    print(f"{args.answers_file}: {len(answers.rows)} of {len(tasks)} questions are answered")
+    if answers.pending:
+        answer_tasks(
+            answers,
+            load_model(args.model_path, args.model_base, device=args.device, torch_dtype=args.torch_dtype),
+            open_image,
+            options,
+            conv_mode=conv_mode,
+            batch_size=args.batch_size,
+            workers=args.num_workers,
+        )
+    answers.finish()
+    return answers.path
+
+
+def answer_settings(args: argparse.Namespace, options: GenerationOptions, conv_mode: str) -> dict[str, object]:
+    """All that decides the answer to a given question; a run is continued only with the same settings.
+
+    The batch size is not among them, and weights count by their content, not by the name of their folder.
+    """
+    return {
+        "weights": weights_fingerprint(args.model_path) or args.model_path,
+        "base_weights": weights_fingerprint(args.model_base) or args.model_base,
+        "torch_dtype": str(choose_dtype(args.torch_dtype, choose_device(args.device))),
+        "conv_mode": conv_mode,
+        **vars(options),
+    }

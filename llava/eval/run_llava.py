@@ -1,0 +1,120 @@
+r"""Ask a model one question about one or several images (upstream `llava/eval/run_llava.py`).
+
+python -m llava.eval.run_llava --model-path checkpoints/llava-v1.5-7b --image-file view.jpg --query "What is shown?"
+
+Several images are given as `a.jpg,b.jpg`, http addresses as they are. `<image-placeholder>` in the question says where
+an image goes; without it all images come first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llava.data.images import load_image
+from llava.errors import BadImageError
+from llava.eval.answers import Task
+from llava.eval.generation import GenerationOptions
+from llava.eval.loading import load_model
+from llava.eval.program import add_model_options, add_sampling_options
+from llava.eval.prompts import check_conv_mode, infer_conv_mode
+from llava.eval.runner import answer_batch, load_pictures, make_prompt
+from llava.mm_utils import get_model_name_from_path
+
+DOWNLOAD_SECONDS = 60
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The original options with their defaults, and ours."""
+    parser = argparse.ArgumentParser(
+        prog="llava.eval.run_llava", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_options(parser)
+    parser.add_argument(
+        "--image-file", type=str, required=True, help="file or http address, or several with --sep between"
+    )
+    parser.add_argument("--query", type=str, required=True, help="the question")
+    parser.add_argument(
+        "--conv-mode", type=str, default=None, help="conversation template; default: by the model's name"
+    )
+    parser.add_argument("--sep", type=str, default=",", help="what separates several images")
+    add_sampling_options(parser, max_new_tokens=512)
+    return parser
+
+
+def open_image(name: str, where: str) -> Image.Image:
+    """Open a file or download an http address, as RGB.
+
+    Raises:
+        BadImageError: it cannot be had or read.
+    """
+    if not name.startswith(("http://", "https://")):
+        path = Path(name).resolve()  # the user may name a link; data sets may not
+        return load_image(path.parent, path.name, row=where)
+    try:
+        with urllib.request.urlopen(name, timeout=DOWNLOAD_SECONDS) as response:  # noqa: S310 - http(s) only, see above
+            return Image.open(io.BytesIO(response.read())).convert("RGB")
+    except OSError as error:  # URLError and Pillow's UnidentifiedImageError
+        raise BadImageError(f"{where}: cannot read an image from {name}: {error}") from error
+
+
+def choose_conv_mode(wanted: str | None, model_name: str) -> str:
+    """The template that the model's name suggests, unless another is asked for, which is pointed out.
+
+    Raises:
+        FlagError: there is no template `wanted`.
+    """
+    inferred = infer_conv_mode(model_name)
+    if wanted is None or wanted == inferred:
+        return inferred
+    check_conv_mode(wanted)
+    print(
+        f"[WARNING] the name '{model_name}' suggests the template '{inferred}', but --conv-mode asks for '{wanted}': "
+        f"using '{wanted}'"
+    )
+    return wanted
+
+
+def eval_model(args: Any) -> str:
+    """Ask one question, print the answer and return it.
+
+    Args:
+        args: any object with the original options as attributes: `model_path`, `model_base`, `query`, `image_file`,
+            `sep`, `conv_mode`, `temperature`, `top_p`, `num_beams`, `max_new_tokens`. `device`, `torch_dtype` and
+            `seed` may be missing.
+
+    Raises:
+        LlavaError: a flag, an image or the checkpoint is wrong; the message says what to do.
+    """
+    conv_mode = choose_conv_mode(args.conv_mode, get_model_name_from_path(args.model_path))
+    options = GenerationOptions(
+        args.temperature, args.top_p, args.num_beams, args.max_new_tokens, seed=getattr(args, "seed", 0)
+    )
+    images = tuple(name.strip() for name in args.image_file.split(args.sep))
+    task = Task(0, args.query, args.query, images, where="--query")
+
+    loaded = load_model(
+        args.model_path,
+        args.model_base,
+        device=getattr(args, "device", None),
+        torch_dtype=getattr(args, "torch_dtype", "auto"),
+    )
+    prompt = make_prompt("0", task, loaded, conv_mode)
+    answer = answer_batch([prompt], [load_pictures(task, loaded, open_image)], loaded, options)[prompt.key]
+    print(answer)
+    return answer
+
+
+def main(argv: Sequence[str] | None = None) -> str:
+    """Run the program; returns the printed answer."""
+    return eval_model(build_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

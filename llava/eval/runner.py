@@ -1,0 +1,244 @@
+"""Answers questions in batches: tasks, prompts, length-sorted batches, left-padded `generate`, answers file.
+
+All programs that write an answers file share this, through `program.py` (upstream repeats the loop in `model_vqa.py`,
+`model_vqa_loader.py`, `model_vqa_science.py` and `model_vqa_mmbench.py`, one question at a time). A program brings its
+tasks, a way to open an image, and the row of an answer.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.errors import CheckpointError
+from llava.eval.answers import AnswersFile, Task
+from llava.eval.generation import GenerationOptions
+from llava.eval.loading import LoadedModel
+from llava.eval.prompts import add_image_markers, build_prompt
+from llava.mm_utils import process_images, tokenizer_image_token
+
+OpenImage = Callable[[str, str], Image.Image]
+"""From an entry of `Task.images` and `Task.where` to an RGB picture; its errors name both."""
+
+BATCHES_AHEAD = 2
+"""Batches whose images are read while the model works."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A task made ready for the model.
+
+    Attributes:
+        key: names the row in the answers file.
+        input_ids: (T,) int64 with `IMAGE_TOKEN_INDEX` for each image.
+        length: positions in the spliced sequence, for sorting.
+    """
+
+    key: str
+    task: Task
+    input_ids: Tensor
+    length: int
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A preprocessed image.
+
+    Attributes:
+        pixels: (3, H, W) float32, or (tiles, 3, H, W) in the anyres mode.
+        size: width and height in the file, in pixels.
+    """
+
+    pixels: Tensor
+    size: tuple[int, int]
+
+
+def answer_tasks(
+    answers: AnswersFile,
+    loaded: LoadedModel,
+    open_image: OpenImage,
+    options: GenerationOptions,
+    *,
+    conv_mode: str,
+    batch_size: int = 1,
+    workers: int = 4,
+) -> None:
+    """Answer all pending tasks.
+
+    The answers of a finished batch are in the file before the next batch begins. Answers do not depend on the batch
+    size beyond rounding: rows are left-padded, positions count real tokens only, each question has its own seed.
+
+    Args:
+        answers: the tasks and where their answers go.
+        loaded: model, tokenizer and image processor.
+        open_image: opens one image of a task.
+        options: decoding options.
+        conv_mode: name of the conversation template.
+        batch_size: questions in one `generate`.
+        workers: threads that read and preprocess images.
+
+    Raises:
+        FlagError: unknown template, or options that do not go with the batch size.
+        BadSampleError, BadImageError: a task that cannot be asked; names the row, and the file of an image.
+    """
+    options.check_batch_size(batch_size)
+    prompts = [make_prompt(key, task, loaded, conv_mode) for key, task in answers.pending.items()]
+    # Longest first: running out of memory shows at once, and rows of one batch need little padding.
+    prompts.sort(key=lambda prompt: -prompt.length)
+    groups = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    images, started = 0, time.monotonic()
+    with tqdm(total=len(answers.keys), initial=len(answers.rows), unit="question", smoothing=0.1) as progress:
+        for group, pictures in _pictures_ahead(groups, loaded, open_image, workers):
+            answers.append(answer_batch(group, pictures, loaded, options))
+            images += sum(map(len, pictures))
+            progress.set_postfix_str(f"{images / (time.monotonic() - started):.2f} images/s", refresh=False)
+            progress.update(len(group))
+
+
+def make_prompt(key: str, task: Task, loaded: LoadedModel, conv_mode: str) -> Prompt:
+    """Build and tokenize the conversation of one task.
+
+    Raises:
+        FlagError: there is no such template.
+        BadSampleError: markers and images of the question do not match.
+    """
+    wrap = bool(getattr(loaded.model.config, "mm_use_im_start_end", False))
+    message = add_image_markers(task.question, len(task.images), mm_use_im_start_end=wrap, where=task.where)
+    text = build_prompt(message, conv_mode)
+    input_ids = tokenizer_image_token(text, loaded.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")  # (T,)
+    return Prompt(key, task, input_ids, length=len(input_ids) + len(task.images) * (loaded.patches_per_image - 1))
+
+
+def answer_batch(
+    prompts: Sequence[Prompt], pictures: Sequence[Sequence[Picture]], loaded: LoadedModel, options: GenerationOptions
+) -> dict[str, str]:
+    """Generate the answers of one batch.
+
+    Args:
+        prompts: B prompts.
+        pictures: for each of them its images.
+        loaded: model and tokenizer.
+        options: decoding options.
+
+    Returns:
+        the answer of each prompt by key, without special tokens and surrounding white space.
+    """
+    warn_if_cut(prompts, loaded)
+    device = loaded.model.device
+    tokenizer = loaded.tokenizer
+    end = tokenizer.eos_token_id
+    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    input_ids, attention_mask = pad_left([prompt.input_ids for prompt in prompts], pad)
+    with torch.no_grad():
+        output_ids = loaded.model.generate(
+            input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            **image_arguments(pictures, loaded),
+            **options.arguments([prompt.key for prompt in prompts]),
+            use_cache=True,
+            pad_token_id=pad,
+        )  # (B, new tokens)
+    texts = tokenizer.batch_decode(output_ids, skip_special_tokens=True)
+    return {prompt.key: text.strip() for prompt, text in zip(prompts, texts, strict=True)}
+
+
+def pad_left(rows: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
+    """Stack rows of token ids, padded in front: generation goes on at the right end of every row.
+
+    Args:
+        rows: B tensors (T_i,) int64.
+        pad: id of the padding.
+
+    Returns:
+        input_ids (B, T) int64 and attention_mask (B, T) bool, with T the longest T_i.
+    """
+    width = max(map(len, rows))
+    input_ids = torch.full((len(rows), width), pad, dtype=torch.long)
+    attention_mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        input_ids[index, width - len(row) :] = row
+        attention_mask[index, width - len(row) :] = True
+    return input_ids, attention_mask
+
+
+def image_arguments(pictures: Sequence[Sequence[Picture]], loaded: LoadedModel) -> dict[str, Any]:
+    """`images` and `image_sizes` of `generate` for the rows of a batch.
+
+    Images are consumed in row order, and a row without one consumes a picture too: it gets a black dummy, which enters
+    no sequence. A batch of text-only rows passes no images at all.
+    """
+    present = [picture for row in pictures for picture in row]
+    if not present:
+        return {"images": None, "image_sizes": None}
+    tiles = present[0].pixels
+    # Like one whole picture: (3, H, W), or one tile (1, 3, H, W) in the anyres mode.
+    dummy = Picture(torch.zeros_like(tiles if tiles.ndim == 3 else tiles[:1]), (tiles.shape[-1], tiles.shape[-2]))
+    flat = [picture for row in pictures for picture in (row or [dummy])]
+    pixels = [picture.pixels.to(loaded.model.device, loaded.model.dtype) for picture in flat]
+    same_shape = len({image.shape for image in pixels}) == 1
+    return {"images": torch.stack(pixels) if same_shape else pixels, "image_sizes": [picture.size for picture in flat]}
+
+
+def load_pictures(task: Task, loaded: LoadedModel, open_image: OpenImage) -> list[Picture]:
+    """Open and preprocess the images of one task, each by itself so that the batch has no influence.
+
+    Raises:
+        BadImageError: an image cannot be opened; names row and file.
+        CheckpointError: the model has no vision tower.
+    """
+    if task.images and loaded.image_processor is None:
+        raise CheckpointError(
+            f"{task.where}: the question has an image, but the model '{loaded.name}' has no vision tower"
+        )
+    pictures = []
+    for name in task.images:
+        image = open_image(name, task.where)
+        pixels = process_images([image], loaded.image_processor, loaded.model.config)[0]
+        pictures.append(Picture(pixels, image.size))
+    return pictures
+
+
+def warn_if_cut(prompts: Sequence[Prompt], loaded: LoadedModel) -> None:
+    """Warn of prompts that the model will cut at its `tokenizer_model_max_length`, as upstream does silently."""
+    limit = getattr(loaded.model.config, "tokenizer_model_max_length", None)
+    for prompt in prompts:
+        if limit is not None and prompt.length > limit:
+            warnings.warn(
+                f"{prompt.task.where}: the prompt has {prompt.length} positions, the model keeps {limit} "
+                f"(tokenizer_model_max_length); the end of the question is lost, shorten it",
+                stacklevel=2,
+            )
+
+
+def _pictures_ahead(
+    groups: Sequence[Sequence[Prompt]], loaded: LoadedModel, open_image: OpenImage, workers: int
+) -> Iterator[tuple[Sequence[Prompt], list[list[Picture]]]]:
+    """Yield each group with its pictures, reading those of the next `BATCHES_AHEAD` groups in the background."""
+    waiting: deque[tuple[Sequence[Prompt], list[Future[list[Picture]]]]] = deque()
+    pool = ThreadPoolExecutor(max_workers=max(1, workers))
+    try:
+        for group in groups:
+            waiting.append((group, [pool.submit(load_pictures, prompt.task, loaded, open_image) for prompt in group]))
+            if len(waiting) > BATCHES_AHEAD:
+                yield _finished(*waiting.popleft())
+        while waiting:
+            yield _finished(*waiting.popleft())
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _finished(
+    group: Sequence[Prompt], futures: Sequence[Future[list[Picture]]]
+) -> tuple[Sequence[Prompt], list[list[Picture]]]:
+    return group, [future.result() for future in futures]

@@ -1,0 +1,52 @@
+"""The golden checkpoint and questions of mixed kinds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava.eval.loading import LoadedModel, load_model
+from tests.golden import golden_dir
+
+QUESTIONS: list[dict[str, Any]] = [
+    {
+        "question_id": 0,
+        "image": "im0.png",
+        "text": "What is shown?\nAnswer the question using a single word or phrase.",
+    },
+    {"question_id": 1, "image": "im1.png", "text": "How many dogs are there?"},
+    {"question_id": 2, "text": "What is a lake?"},
+    {"question_id": 3, "image": "im3.png", "text": "Is it red?\nAnswer yes or no."},
+    {
+        "question_id": 4,
+        "text": "Is the sky red, or is it twice as large as the lake? Answer with the longest word of all.",
+    },
+    {"question_id": 5, "image": ["im2.png", "im4.png"], "text": "Compare."},
+    {"question_id": 6, "image": "im4.png", "text": "Read the sign."},
+]
+"""Prompts of many lengths: text only, one image, two images; the images differ in size, one is grey."""
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    return golden_dir("llava") / "tiny-llava-v1.5"
+
+
+@pytest.fixture(scope="session")
+def image_folder() -> Path:
+    return golden_dir("llava") / "data" / "images"
+
+
+@pytest.fixture(scope="session")
+def loaded(checkpoint: Path) -> LoadedModel:
+    return load_model(str(checkpoint), device="cpu")
+
+
+@pytest.fixture
+def question_file(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), encoding="utf-8")
+    return path
