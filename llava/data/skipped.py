@@ -10,6 +10,7 @@ from typing import Any
 
 def append_skipped(path: str | os.PathLike[str], row: int, sample_id: Any, reason: str) -> None:
     """Add a row; one system call, so that lines of different data-loader workers do not mix."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps({"row": row, "id": sample_id, "reason": reason}, ensure_ascii=False, default=str) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
@@ -21,10 +22,15 @@ def append_skipped(path: str | os.PathLike[str], row: int, sample_id: Any, reaso
 def read_skipped(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The rows that were left out, `{"row", "id", "reason"}`, each once and in order; none if there is no file.
 
-    A row that several workers or epochs met stands in the file several times. `len` of the result is the count.
+    A row that several workers or epochs met stands in the file several times.
     """
     if not Path(path).exists():
         return []
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     skipped = {entry["row"]: entry for entry in reversed([json.loads(line) for line in lines])}
     return [skipped[row] for row in sorted(skipped)]
+
+
+def count_skipped(path: str | os.PathLike[str]) -> int:
+    """Number of different rows that were left out."""
+    return len(read_skipped(path))

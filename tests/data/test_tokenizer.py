@@ -7,31 +7,17 @@ from pathlib import Path
 import pytest
 from transformers import AddedToken, PreTrainedTokenizerBase
 
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import CheckpointError
 from llava.tokenizer import LlamaTokenizer, load_tokenizer
+from tests.data.tokenizers import make_tokenizer
 from tests.golden import golden_dir, load_case
 
 CASE, _ = load_case("llava", "tokenizer")
 
 
-def make_tokenizer(variant: dict[str, bool]) -> PreTrainedTokenizerBase:
-    """The tiny tokenizer in one of the variants `legacy`, `add_bos`, `im_tokens`, `patch_token` of the golden cases."""
-    tokenizer = load_tokenizer(
-        golden_dir("llava") / "tiny-vicuna",
-        legacy=variant.get("legacy", False),
-        add_bos_token=variant.get("add_bos", True),
-    )
-    if variant.get("patch_token"):
-        tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
-    if variant.get("im_tokens"):
-        tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
-    return tokenizer
-
-
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[str, PreTrainedTokenizerBase]:
-    return {name: make_tokenizer(variant) for name, variant in CASE["variants"].items()}
+    return {name: make_tokenizer(**variant) for name, variant in CASE["variants"].items()}
 
 
 def test_the_case_list_is_complete() -> None:
