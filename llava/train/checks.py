@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llava.data.dataset import ON_BAD_SAMPLE
 from llava.errors import FlagError
 from llava.mm_utils import ASPECT_RATIOS
 from llava.model.loss import LossReduction
 from llava.train.arguments import RunArguments
-
-ON_BAD_SAMPLE = ("stop", "skip")
 
 
 def _not_yet(args: RunArguments) -> list[str]:

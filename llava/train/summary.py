@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.panel import Panel
 
-from llava.data.dataset import count_skipped
+from llava.data.skipped import read_skipped
 
 if TYPE_CHECKING:
     from llava.train.train import Run
@@ -37,15 +37,13 @@ def print_summary(run: Run, metrics: dict[str, Any]) -> None:
         metrics: what the Trainer returned (`train_runtime` in seconds, `train_loss`).
     """
     history = [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry]
-    lines = [
-        f"{run.trainer.state.global_step} updates in {metrics.get('train_runtime', 0.0):.0f} s, "
-        f"{metrics.get('train_samples_per_second', 0.0):.1f} samples/s",
-    ]
+    seconds, speed = metrics.get("train_runtime", 0.0), metrics.get("train_samples_per_second", 0.0)
+    lines = [f"{run.trainer.state.global_step} updates in {seconds:.0f} s, {speed:.1f} samples/s"]
     if history:
         lines.append(f"loss: {history[0]:.4f} at first, {history[-1]:.4f} at last")
-    skipped = count_skipped(run.skipped_file)
+    skipped = len(read_skipped(run.dataset.skipped_file))
     if skipped:
-        lines.append(f"{skipped} samples were skipped; they are listed in {run.skipped_file}")
+        lines.append(f"{skipped} samples were skipped; they are listed in {run.dataset.skipped_file}")
     lines += [f"checkpoint: {Path(run.args.training.output_dir)}", "", "Next:"]
     Console().print(Panel("\n".join(lines), title="Training finished", title_align="left", expand=False))
     print(next_command(run))

@@ -50,10 +50,10 @@ class Run:
     dataset: LazySupervisedDataset
     trainer: LLaVATrainer
 
-    @property
-    def skipped_file(self) -> Path:
-        """Where samples are listed that `--on_bad_sample skip` left out."""
-        return Path(self.args.training.output_dir) / "skipped_samples.jsonl"
+
+def skipped_file(args: RunArguments) -> Path:
+    """Where the samples are listed that `--on_bad_sample skip` left out."""
+    return Path(args.training.output_dir) / "skipped_samples.jsonl"
 
 
 def weight_dtype(args: RunArguments) -> torch.dtype:
@@ -149,8 +149,9 @@ def build_dataset(args: RunArguments, tokenizer: Any, model: LlavaLlamaForCausal
         is_multimodal=tower is not None,
         mm_use_im_start_end=args.model.mm_use_im_start_end,
         model_max_length=tokenizer.model_max_length,
+        patches_per_image=1 if tower is None else tower.num_features,
         on_bad_sample=args.data.on_bad_sample,
-        skipped_file=Path(args.training.output_dir) / "skipped_samples.jsonl",
+        skipped_file=skipped_file(args),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from llava.errors import FlagError
 from llava.extension import Extension, installed_extensions
-from llava.train.arguments import build_parser, parse_args
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, build_parser, parse_args
 from llava.train.retired_flags import translate_retired_flags
 from tests.golden import golden_dir
 
@@ -49,9 +50,10 @@ def test_golden_list_is_complete() -> None:
 
 @pytest.mark.parametrize("option", golden_options())
 def test_upstream_option(option: dict[str, Any], actions: dict[str, argparse.Action]) -> None:
-    action = actions[option["name"]]
-    assert action.default == option["default"]
-    assert action.help, "every option explains itself"
+    classes = (ModelArguments, DataArguments, TrainingArguments)
+    defaults = {field.name: field.default for cls in classes for field in dataclasses.fields(cls)}
+    assert defaults[option["name"]] == option["default"]
+    assert actions[option["name"]].help, "every option explains itself"
 
 
 @pytest.mark.parametrize(
