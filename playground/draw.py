@@ -43,11 +43,16 @@ DOT = 2
 INSET = 2
 JITTER = 1
 
+BACKGROUND = (122, 116, 104)
+"""Mean colour of CLIP's normalisation: an empty cell is close to zero for the tower, so that the things stand out."""
+SHADE = 8
+
 
 def draw_scene(scene: Scene, random: Random) -> Image.Image:
     """Draw a scene as an RGB picture of `IMAGE_SIZE` x `IMAGE_SIZE` pixels."""
-    shade = random.randint(0, 24)
-    picture = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (shade, shade, shade))
+    shade = random.randint(-SHADE, SHADE)
+    red, green, blue = (value + shade for value in BACKGROUND)
+    picture = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (red, green, blue))
     pen = ImageDraw.Draw(picture)
     for index, thing in enumerate(scene.cells):
         if thing is None:

@@ -43,13 +43,18 @@ class TextFamily:
     ask: Callable[[Random], tuple[str, str]]
 
 
-def caption(scene: Scene) -> str:
-    """The places that are not empty, row by row, each with what is there: "top left red circle, right blue 7"."""
-    return ", ".join(f"{place} {thing}" for place, thing in scene.placed)
+def caption(scene: Scene, random: Random) -> str:
+    """All things in random order, named by place ("north red circle") or by kind ("circle red north").
 
-
-def _describe(scene: Scene, random: Random) -> Asked:
-    return "Describe the picture.", caption(scene)
+    The two forms teach both ways of looking: what is there, and where is that. The second one needs a kind that occurs
+    once.
+    """
+    unique = scene.unique_kinds()
+    parts = []
+    for place, thing in random.sample(scene.placed, len(scene.placed)):
+        by_kind = thing in unique and random.random() < 0.5
+        parts.append(f"{thing.kind} {thing.colour} {place}" if by_kind else f"{place} {thing.colour} {thing.kind}")
+    return ", ".join(parts)
 
 
 def _colour(scene: Scene, random: Random) -> Asked:
@@ -65,7 +70,7 @@ def _shape(scene: Scene, random: Random) -> Asked:
     if not shapes:
         return None
     place, thing = random.choice(shapes)
-    return f"Which shape is at the {place}?", thing.kind
+    return f"Which shape is {place}?", thing.kind
 
 
 def _digit(scene: Scene, random: Random) -> Asked:
@@ -73,12 +78,16 @@ def _digit(scene: Scene, random: Random) -> Asked:
     if not digits:
         return None
     place, thing = random.choice(digits)
-    return f"Which digit is at the {place}?", thing.kind
+    return f"Which digit is {place}?", thing.kind
 
 
 def _position(scene: Scene, random: Random) -> Asked:
-    place, thing = random.choice(scene.placed)
-    return f"Where is the {thing}?", place
+    unique = scene.unique_kinds()
+    placed = [(place, thing) for place, thing in scene.placed if thing in unique]
+    if not placed:
+        return None
+    place, thing = random.choice(placed)
+    return f"Where is the {thing.kind}?", place
 
 
 def _count(scene: Scene, random: Random) -> Asked:
@@ -140,7 +149,6 @@ def _larger(random: Random) -> tuple[str, str]:
 
 
 BASE_PICTURE = (
-    PictureFamily("describe", _describe),
     PictureFamily("colour", _colour),
     PictureFamily("shape", _shape),
     PictureFamily("digit", _digit),

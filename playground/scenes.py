@@ -14,9 +14,9 @@ COLOURS = ("red", "green", "blue", "yellow", "purple")
 SHAPES = ("circle", "square", "triangle", "cross")
 DIGITS = tuple("0123456789")
 PLACES = (
-    "top left", "top", "top right",
-    "left", "center", "right",
-    "bottom left", "bottom", "bottom right",
+    "northwest", "north", "northeast",
+    "west", "center", "east",
+    "southwest", "south", "southeast",
 )  # fmt: skip
 """Names of the nine cells, row by row."""
 

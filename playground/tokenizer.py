@@ -1,14 +1,15 @@
 """A small Llama tokenizer, trained by SentencePiece on the playground's own text.
 
-It has what the label code relies on in Vicuna's tokenizer: ids 0, 1, 2 are `<unk>`, `<s>`, `</s>`, unknown characters fall
-back to bytes, a prefix blank is added, and `USER` is one token directly after `</s>` but two after a prefix blank. Saved
-as `tokenizer.model` with `tokenizer_config.json`, the layout of LLaVA-1.5's own checkpoints.
+It has what the label code relies on in Vicuna's tokenizer: ids 0, 1, 2 are `<unk>`, `<s>`, `</s>`, unknown characters
+fall back to bytes, a prefix blank is added, and `USER` is one token directly after `</s>` but two after a prefix blank.
+Saved as `tokenizer.model` with `tokenizer_config.json`, the layout of LLaVA-1.5's own checkpoints.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from random import Random
 
@@ -28,7 +29,8 @@ MODEL_MAX_LENGTH = 512
 def corpus(seed: int) -> list[str]:
     """Conversations of all families in the wording of the `v1` template, one string per line of text.
 
-    `USER` follows a full stop and no blank, so that no piece with both the blank and `USER` is learnt.
+    `USER` follows a full stop and no blank, so that no piece with both the blank and `USER` is learnt; no question mark
+    follows a digit, so that every digit is one token wherever it stands.
     """
     random = Random(f"{seed}/tokenizer")
     template = conv_templates["v1"]
@@ -39,7 +41,7 @@ def corpus(seed: int) -> list[str]:
         asked += [family.ask(random) for family in (*BASE_TEXT, *NEW_TEXT)]
         for question, answer in filter(None, asked):
             lines.append(f".{user}: {question} {assistant}: {answer}")
-    return lines
+    return [re.sub(r"(?<=\d)\?", "", line) for line in lines]
 
 
 def train_tokenizer(seed: int) -> bytes:
@@ -53,7 +55,6 @@ def train_tokenizer(seed: int) -> bytes:
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         add_dummy_prefix=True,
-        split_digits=True,
         byte_fallback=True,
         allow_whitespace_only_pieces=True,
         character_coverage=1.0,
