@@ -23,7 +23,7 @@ from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, Extension, ImportedState, MultimodalInputs
 
 if TYPE_CHECKING:
-    from llava.train.arguments import RunArguments
+    from llava.train.arguments import RunArguments, TrainingArguments
 
 MLP_PROJECTIONS = frozenset({"gate_proj", "up_proj", "down_proj"})
 
@@ -54,19 +54,10 @@ class HydraLoraExtension(Extension):
         if not options.use_lora:
             _refuse_options_without_use_lora(options)
             return None
-        modules = _lora_modules(options)
-        training = args.training
-        default_rank = type(training).__dataclass_fields__["lora_r"].default
-        if training.lora_r not in (default_rank, options.lora_rank):
-            raise FlagError(f"--lora_r {training.lora_r} contradicts --lora_rank {options.lora_rank}; give one of them")
-        if training.lora_target_modules not in (None, modules):
-            raise FlagError(
-                f"--lora_target_modules {training.lora_target_modules} contradicts --lora_modules {modules}; "
-                "give one of them"
-            )
-        training.lora_enable, training.lora_r, training.lora_target_modules = True, options.lora_rank, modules
+        _switch_lora_on(options, args.training)
         if not options.llm_moe:
             return None
+        training = args.training
         if (training.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise FlagError(
                 "--gradient_checkpointing_kwargs asks for use_reentrant, under which the expert-balance loss of "
@@ -88,12 +79,19 @@ class HydraLoraExtension(Extension):
         return config.to_dict()
 
     def attach(self, model: nn.Module, config: Config) -> None:
-        """Put the blocks in place; the added parameters are float32 whatever the base is."""
-        routed_model.attach(model, RoutedMLPConfig.from_dict(config))
+        """Put the blocks in place; the added parameters are float32 whatever the base is.
+
+        Raises:
+            CheckpointError: the configuration is damaged, or the decoder has no gated MLPs to put the blocks around.
+        """
+        try:
+            routed_model.attach(model, RoutedMLPConfig.from_dict(config))
+        except ValueError as error:
+            raise CheckpointError(f"extension '{self.name}': {error}") from error
 
     def on_inputs(self, model: nn.Module, config: Config, inputs: MultimodalInputs) -> MultimodalInputs:
         """Start recording the routing if a loss will be wanted."""
-        if inputs.labels is not None and config["experts"] > 1:
+        if inputs.labels is not None and RoutedMLPConfig.from_dict(config).experts > 1:
             if model not in self._recorders:
                 self._recorders[model] = routed_model.RoutingRecorder(model)
             self._recorders[model].start()
@@ -111,9 +109,10 @@ class HydraLoraExtension(Extension):
         if not routings:
             return {}
         self._statistics.setdefault(model, routed_model.RoutingStatistics()).add(routings, inputs.attention_mask)
-        if not RoutedMLPConfig.from_dict(config).needs_balance_loss:
+        settings = RoutedMLPConfig.from_dict(config)
+        if not settings.needs_balance_loss:
             return {}
-        return {"balance": config["balance_weight"] * expert_balance_loss(routings, inputs.attention_mask)}
+        return {"balance": settings.balance_weight * expert_balance_loss(routings, inputs.attention_mask)}
 
     def metrics(self, model: nn.Module, config: Config) -> dict[str, float]:
         """`share_<expert>` and `entropy` of this process since the last call; see `RoutingStatistics`."""
@@ -147,7 +146,11 @@ class HydraLoraExtension(Extension):
         path = folder / convert.WEIGHTS_FILE
         try:
             stored = convert.read_weights(path) if path.is_file() else {}
-            arguments = moe_args.arguments_of_config(RoutedMLPConfig.from_dict(config), folder / "adapter_config.json")
+            arguments = moe_args.arguments_of_config(
+                RoutedMLPConfig.from_dict(config),
+                folder / "adapter_config.json",
+                (name for name, _ in model.named_modules()),
+            )
         except ValueError as error:
             raise CheckpointError(str(error)) from error
         torch.save(stored | convert.to_original(routed_model.added_parameters(model)), path)
@@ -182,6 +185,20 @@ def _refuse_options_without_use_lora(options: HydraLoraOptions) -> None:
     ]
     if idle:
         raise FlagError(f"{', '.join(idle)}: without effect while --use_lora is off; pass --use_lora True")
+
+
+def _switch_lora_on(options: HydraLoraOptions, training: TrainingArguments) -> None:
+    """Set the core's LoRA options, which may have been given too if they say the same."""
+    modules = _lora_modules(options)
+    default_rank = type(training).__dataclass_fields__["lora_r"].default
+    if training.lora_r not in (default_rank, options.lora_rank):
+        raise FlagError(f"--lora_r {training.lora_r} contradicts --lora_rank {options.lora_rank}; give one of them")
+    if training.lora_target_modules not in (None, modules):
+        raise FlagError(
+            f"--lora_target_modules {training.lora_target_modules} contradicts --lora_modules {modules}; "
+            "give one of them"
+        )
+    training.lora_enable, training.lora_r, training.lora_target_modules = True, options.lora_rank, modules
 
 
 def _lora_modules(options: HydraLoraOptions) -> str:

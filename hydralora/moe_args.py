@@ -10,8 +10,9 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,13 @@ def config_from_arguments(arguments: Mapping[str, Any], path: Path) -> RoutedMLP
         raise ValueError(f"{path}: {error}") from error
 
 
-def arguments_of_config(config: RoutedMLPConfig, adapter_config: Path) -> dict[str, Any]:
+def arguments_of_config(config: RoutedMLPConfig, adapter_config: Path, module_names: Iterable[str]) -> dict[str, Any]:
     """The inverse of `config_from_arguments`: attributes that the original's loader reads, and its other LoRA flags.
 
     Args:
         config: of the blocks.
         adapter_config: `adapter_config.json` of the attention LoRA; need not exist.
+        module_names: names of all modules of the model, to resolve a target given as a pattern.
 
     Raises:
         ValueError: the attention LoRA has another rank or alpha than the experts; the original has one for both.
@@ -147,14 +149,16 @@ def arguments_of_config(config: RoutedMLPConfig, adapter_config: Path) -> dict[s
                 f"{adapter_config}: attention and experts differ ({', '.join(differing)}), and the original stores one "
                 "value for both"
             )
-    targets = attention.get("target_modules")
+    targets = attention.get("target_modules", HydraLoraOptions().lora_modules.split(","))
+    if isinstance(targets, str):  # PEFT takes a list of last names or one pattern over full names
+        targets = {name.rpartition(".")[2] for name in module_names if re.fullmatch(targets, name)}
     return {
         "use_lora": True,
         "lora_rank": config.rank,
         "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else config.alpha,
         "lora_dropout": attention.get("lora_dropout", config.dropout),
         "lora_bias": attention.get("bias", "none"),
-        "lora_modules": ",".join(sorted(targets)) if isinstance(targets, list) else HydraLoraOptions().lora_modules,
+        "lora_modules": ",".join(sorted(targets)),
         "llm_moe": True,
         "dense_moe": config.dense,
         "llm_moe_num_experts": config.experts,

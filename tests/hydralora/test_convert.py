@@ -18,7 +18,13 @@ from torch import Tensor
 
 from hydralora.config import RoutedMLPConfig
 from hydralora.convert import from_original, is_original_key, read_weights, to_original
-from hydralora.moe_args import StandIn, config_from_arguments, read_training_arguments, write_training_arguments
+from hydralora.moe_args import (
+    StandIn,
+    arguments_of_config,
+    config_from_arguments,
+    read_training_arguments,
+    write_training_arguments,
+)
 from tests.golden import golden_dir, load_case
 
 CHECKPOINT = golden_dir("mllm_hydralora") / "tiny-llava-v1.5-lora-mohle"
@@ -171,6 +177,28 @@ class TestWritingArguments:
         loaded = torch.load(tmp_path / "moe_args.pth", weights_only=False)
         assert type(loaded) is original.TrainingArguments
         assert vars(loaded) == self.FIELDS
+
+
+class TestArgumentsOfConfig:
+    NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "model.tower.0.self_attn.k_proj")
+
+    @pytest.mark.parametrize(
+        ("targets", "expected"),
+        [
+            (["v_proj", "q_proj"], "q_proj,v_proj"),
+            (r"model\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj)", "q_proj,v_proj"),
+        ],
+        ids=["list", "pattern"],
+    )
+    def test_target_modules(self, targets: Any, expected: str, tmp_path: Path) -> None:
+        path = tmp_path / "adapter_config.json"
+        path.write_text(json.dumps({"r": 4, "lora_alpha": 8, "target_modules": targets}))
+        assert arguments_of_config(CONFIG, path, self.NAMES)["lora_modules"] == expected
+
+    def test_round_trip_without_attention_lora(self, tmp_path: Path) -> None:
+        arguments = arguments_of_config(CONFIG, tmp_path / "adapter_config.json", self.NAMES)
+        assert arguments["lora_modules"] == "k_proj,o_proj,q_proj,v_proj"
+        assert config_from_arguments(arguments, PATH) == CONFIG
 
 
 class TestTensors:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,22 @@ from tests.golden import golden_dir, load_case
 BASE = golden_dir("llava") / "tiny-llava-v1.5"
 CHECKPOINT = golden_dir("mllm_hydralora") / "tiny-llava-v1.5-lora-mohle"
 LOSS_CASES = ["loss_dense_e3", "loss_sparse_e3"]
-LOSS = {"rtol": 0, "atol": 1e-5}
+# The golden data's own tolerances; measured worst cases, with and without checkpointing: losses 1.2e-7, logits 7.5e-6,
+# gradients 4.0e-7 at magnitudes up to 0.19 (an eighth of what is allowed).
+LOSS = 1e-5  # absolute
 LOGITS = {"rtol": 1e-4, "atol": 1e-4}
 GRADIENT = {"rtol": 1e-3, "atol": 1e-6}
 PREFIX = "base_model.model."
+
+
+@cache
+def _read_base() -> Any:
+    return load_pretrained_model(str(BASE), device="cpu")[1]
+
+
+def load_base() -> Any:
+    """A base model of one's own; reading it from files is most of a test's time."""
+    return copy.deepcopy(_read_base())
 
 
 class GoldenRun:
@@ -46,7 +60,7 @@ class GoldenRun:
             dense=self.case["dense"],
             balance_weight=self.case["balance_w"],
         )
-        self.llava = load_pretrained_model(str(BASE), device="cpu")[1]
+        self.llava = load_base()
         self.llava.loss_reduction = LossReduction.ALL
         self.extension = HydraLoraExtension()
         self.llava.extensions.attach(self.llava, self.extension, self.config.to_dict())
@@ -101,8 +115,8 @@ class TestLoss:
         expected = {"lm": out["lm_loss"], "hydralora/balance": out["balance_loss_weighted"]}
         assert output.losses.keys() == expected.keys()
         for name, value in expected.items():
-            assert output.losses[name].item() == pytest.approx(value, abs=LOSS["atol"]), name
-        assert output.loss.item() == pytest.approx(out["total_loss"], abs=LOSS["atol"])
+            assert output.losses[name].item() == pytest.approx(value, abs=LOSS), name
+        assert output.loss.item() == pytest.approx(out["total_loss"], abs=LOSS)
 
     def test_logits_and_routing_equal_golden(self, golden: GoldenRun) -> None:
         mask = golden.tensors["out/attention_mask"]
@@ -187,7 +201,7 @@ class TestRecording:
 
     @pytest.mark.parametrize("change", [{"experts": 1}, {"balance_weight": 0.0}], ids=str)
     def test_no_balance_loss_with_one_expert_or_weight_zero(self, change: dict[str, Any]) -> None:
-        llava = load_pretrained_model(str(BASE), device="cpu")[1]
+        llava = load_base()
         config = RoutedMLPConfig.from_dict({"rank": 2, **change})
         llava.extensions.attach(llava, HydraLoraExtension(), config.to_dict())
         _, tensors = load_case("mllm_hydralora", LOSS_CASES[0])
@@ -195,12 +209,21 @@ class TestRecording:
         assert set(llava(**{name: tensors[f"in/{name}"] for name in names}).losses) == {"lm"}
 
 
-class TestCheckpoint:
-    @pytest.fixture(scope="class")
-    def loaded(self) -> tuple[Any, Any]:
-        _, model, _, _ = load_pretrained_model(str(CHECKPOINT), model_base=str(BASE), device="cpu")
-        return model, load_case("mllm_hydralora", "checkpoint")
+class TestAttach:
+    @pytest.mark.parametrize("config", [{"rank": 0}, {"ranks": 4}], ids=str)
+    def test_a_damaged_configuration_is_named(self, config: dict[str, Any]) -> None:
+        with pytest.raises(CheckpointError, match=r"'hydralora'.*rank"):
+            HydraLoraExtension().attach(torch.nn.Linear(1, 1), config)
 
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    """The golden checkpoint through the loader, and what the original computes with it."""
+    _, model, _, _ = load_pretrained_model(str(CHECKPOINT), model_base=str(BASE), device="cpu")
+    return model, load_case("mllm_hydralora", "checkpoint")
+
+
+class TestCheckpoint:
     def test_values_equal_golden(self, loaded: tuple[Any, Any]) -> None:
         model, (_, tensors) = loaded
         with torch.no_grad(), record_routing(model) as routing:
@@ -261,10 +284,10 @@ class TestCheckpoint:
 
 
 class TestExport:
-    def test_the_original_layout_comes_back(self, tmp_path: Path) -> None:
+    def test_the_original_layout_comes_back(self, loaded: tuple[Any, Any], tmp_path: Path) -> None:
         """Import, export beside what the core exports, and import again: nothing changes, file by file."""
         extension = HydraLoraExtension()
-        _, model, _, _ = load_pretrained_model(str(CHECKPOINT), model_base=str(BASE), device="cpu")
+        model, _ = loaded
         shutil.copy(CHECKPOINT / "adapter_config.json", tmp_path)
         stored = torch.load(CHECKPOINT / "non_lora_trainables.bin", weights_only=True)
         torch.save({k: v for k, v in stored.items() if "mm_projector" in k}, tmp_path / "non_lora_trainables.bin")
@@ -284,8 +307,8 @@ class TestExport:
         assert after is not None
         assert (before.config, before.claimed) == (after.config, after.claimed)
 
-    def test_another_attention_rank_is_refused(self, tmp_path: Path) -> None:
-        _, model, _, _ = load_pretrained_model(str(CHECKPOINT), model_base=str(BASE), device="cpu")
+    def test_another_attention_rank_is_refused(self, loaded: tuple[Any, Any], tmp_path: Path) -> None:
+        model, _ = loaded
         adapter = json.loads((CHECKPOINT / "adapter_config.json").read_text())
         (tmp_path / "adapter_config.json").write_text(json.dumps(adapter | {"r": 6}))
         with pytest.raises(CheckpointError, match=r"r 6 and 4"):
