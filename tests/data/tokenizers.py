@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from transformers import PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
@@ -9,6 +11,7 @@ from llava.tokenizer import load_tokenizer
 from tests.golden import golden_dir
 
 
+@cache
 def make_tokenizer(
     *,
     legacy: bool = False,
