@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,97 +56,106 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Runs:
-    """Trains with and without the example's flag; every run is done once."""
+def flags(output: Path, data: Path, models: TinyFolders) -> list[str]:
+    """A run of two steps with LoRA and the projector."""
+    values = {
+        "model_name_or_path": models.language_model,
+        "vision_tower": models.tower,
+        "version": "v1",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_use_im_patch_token": False,
+        "lora_enable": True,
+        "lora_r": 2,
+        "data_path": data / "train.json",
+        "image_folder": data,
+        "output_dir": output,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    return [word for flag, value in values.items() for word in (f"--{flag}", str(value))]
 
-    def __init__(self, folder: Path, data: Path, models: TinyFolders, site: Path) -> None:
-        self.folder, self.data, self.models, self.site = folder, data, models, site
-        self.answers: dict[str, dict[str, Any]] = {}
 
-    def flags(self, name: str) -> list[str]:
-        """A run of two steps with LoRA and the projector."""
-        values = {
-            "model_name_or_path": self.models.language_model,
-            "vision_tower": self.models.tower,
-            "version": "v1",
-            "mm_projector_type": "mlp2x_gelu",
-            "mm_vision_select_layer": -2,
-            "mm_use_im_patch_token": False,
-            "lora_enable": True,
-            "lora_r": 2,
-            "data_path": self.data / "train.json",
-            "image_folder": self.data,
-            "output_dir": self.output(name),
-            "max_steps": 2,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "report_to": "none",
-            "use_cpu": True,
-        }
-        return [word for flag, value in values.items() for word in (f"--{flag}", str(value))]
+def train(folder: Path, runs: dict[str, list[str]], site: Path | None) -> dict[str, Any]:
+    """Reports of `train_and_reload.py` by run, made in one process that has `site` on its path.
 
-    def output(self, name: str) -> Path:
-        """Checkpoint of the run `name`; the words follow upstream's convention for LoRA checkpoints."""
-        return self.folder / f"llava-{name}-lora"
+    Raises:
+        AssertionError: the process failed.
+    """
+    runs_file, reports_file = folder / "runs.json", folder / "reports.json"
+    runs_file.write_text(json.dumps(runs), encoding="utf-8")
+    command = [sys.executable, str(PLUGIN / "train_and_reload.py"), str(runs_file), str(reports_file)]
+    path = os.pathsep.join(map(str, filter(None, [site, ROOT])))
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(reports_file.read_text(encoding="utf-8"))
 
-    def run(self, name: str, *flags: str, with_plugin: bool = True) -> dict[str, Any]:
-        """What `train_and_reload.py` reports for a run.
 
-        Raises:
-            AssertionError: the process failed.
-        """
-        if name not in self.answers:
-            answer = self.folder / f"{name}.json"
-            command = [sys.executable, str(PLUGIN / "train_and_reload.py"), str(answer), *self.flags(name), *flags]
-            path = [str(self.site)] if with_plugin else []
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*path, str(ROOT)]), "HF_HUB_OFFLINE": "1"}
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, cwd=self.folder, check=False
-            )
-            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-            self.answers[name] = json.loads(answer.read_text(encoding="utf-8"))
-        return self.answers[name]
+@dataclass(frozen=True)
+class Reports:
+    """What happened with the package installed (by run) and without it, and where the checkpoints are."""
+
+    installed: dict[str, Any]
+    absent: dict[str, Any]
+    folder: Path
+
+
+# Words after the common flags; the names follow upstream's convention for LoRA checkpoints.
+VARIANTS = {
+    "llava-off-lora": [],
+    "llava-on-lora": ["--scale_layer", "1"],
+    "llava-still-lora": ["--scale_layer", "1", "--scale_lr", "0"],
+    "llava-wrong-lora": ["--scale_layer", "7"],
+}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, data: Path, tiny_folders: TinyFolders, installed: Path) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"), data, tiny_folders, installed)
+def reports(
+    tmp_path_factory: pytest.TempPathFactory, data: Path, tiny_folders: TinyFolders, installed: Path
+) -> Reports:
+    with_plugin, without = tmp_path_factory.mktemp("with"), tmp_path_factory.mktemp("without")
+    runs = {name: flags(with_plugin / name, data, tiny_folders) + words for name, words in VARIANTS.items()}
+    absent = {"absent": flags(without / "llava-off-lora", data, tiny_folders)}
+    return Reports(train(with_plugin, runs, installed), train(without, absent, None)["absent"], with_plugin)
 
 
-def test_it_is_found_by_its_entry_point(runs: Runs) -> None:
-    assert "example_scale" in runs.run("off")["installed"]
-    assert "example_scale" not in runs.run("absent", with_plugin=False)["installed"]
+def test_it_is_found_by_its_entry_point(reports: Reports) -> None:
+    assert "example_scale" in reports.installed["llava-off-lora"]["installed"]
+    assert "example_scale" not in reports.absent["installed"]
 
 
-def test_installed_but_off_it_changes_nothing(runs: Runs) -> None:
-    off, absent = runs.run("off"), runs.run("absent", with_plugin=False)
-    assert {**off, "installed": absent["installed"]} == absent
-    assert not (runs.output("off") / "extensions" / "example_scale").exists()
+def test_installed_but_off_it_changes_nothing(reports: Reports) -> None:
+    off = reports.installed["llava-off-lora"]
+    assert {**off, "installed": reports.absent["installed"]} == reports.absent
+    assert not (reports.folder / "llava-off-lora" / "extensions").exists()
 
 
-def test_on_it_is_trained_saved_and_loaded(runs: Runs) -> None:
-    on, off = runs.run("on", "--scale_layer", "1"), runs.run("off")
-    saved = runs.output("on") / "extensions" / "example_scale"
+def test_on_it_is_trained_saved_and_loaded(reports: Reports) -> None:
+    on, off = reports.installed["llava-on-lora"], reports.installed["llava-off-lora"]
+    saved = reports.folder / "llava-on-lora" / "extensions" / "example_scale"
     assert json.loads((saved / "config.json").read_text(encoding="utf-8"))["layer"] == 1
     (weight,) = load_file(saved / "model.safetensors").values()
-    assert on["attached"]["example_scale"] == {"layer": 1, "penalty": 0.1}
+    assert on["attached"] == {"example_scale": {"layer": 1, "penalty": 0.1}}
     assert on["added"] == {WEIGHT: weight.tolist()}
     assert set(weight.tolist()) != {1.0}, "two steps at learning rate 0.01 left the scale where it started"
-    assert on["parameters"] == off["parameters"] + 1
+    assert set(on["parameters"]) - set(off["parameters"]) == {WEIGHT}
     assert on["logits"] != off["logits"]
 
 
-def test_its_losses_and_metrics_are_logged(runs: Runs) -> None:
-    new = set(runs.run("on", "--scale_layer", "1")["logged"]) - set(runs.run("off")["logged"])
-    assert {key for key in new if "example_scale" in key} == {"example_scale/penalty", "example_scale/largest"}
+def test_its_losses_and_metrics_are_logged(reports: Reports) -> None:
+    logged = set(reports.installed["llava-on-lora"]["logged"])
+    assert {key for key in logged if "example_scale" in key} == {"loss/example_scale/penalty", "example_scale/largest"}
 
 
-def test_its_learning_rate_is_its_own(runs: Runs) -> None:
-    still = runs.run("still", "--scale_layer", "1", "--scale_lr", "0")
-    assert set(still["added"][WEIGHT]) == {1.0}
+def test_its_learning_rate_is_its_own(reports: Reports) -> None:
+    assert set(reports.installed["llava-still-lora"]["added"][WEIGHT]) == {1.0}
 
 
-def test_its_errors_reach_the_command_line(runs: Runs) -> None:
-    with pytest.raises(AssertionError, match="--scale_layer 7 does not exist; the model has 3 layers"):
-        runs.run("wrong", "--scale_layer", "7")
+def test_its_errors_reach_the_command_line(reports: Reports) -> None:
+    message = reports.installed["llava-wrong-lora"]["error"]
+    assert "--scale_layer 7 does not exist; the model has 3 layers" in message
