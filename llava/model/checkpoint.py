@@ -166,6 +166,9 @@ def load_trained(model: nn.Module, checkpoint: str | Path | CheckpointContents) 
         copy_tensors(parts[Component.PROJECTOR], read_projector(contents.projector), contents.projector)
     if contents.non_lora is not None:
         _load_non_lora(parts[Component.PROJECTOR], contents.non_lora)
+    tower = llava.get_vision_tower()
+    if contents.tower is not None and tower is not None:
+        tower.load_weights(contents.tower)
     for name, (_, tensors) in read_extensions(contents).items():
         load_extension_tensors(llava, name, tensors, contents.extensions[name])
     if contents.adapter is not None:

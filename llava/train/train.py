@@ -156,8 +156,10 @@ def build_dataset(args: RunArguments, tokenizer: Any, model: LlavaLlamaForCausal
 
 
 def build_run(args: RunArguments, attn_implementation: str | None = None) -> Run:
-    """Everything up to the first step."""
+    """Everything up to the first step; writes `run.json`."""
     training = args.training
+    if training.should_save:
+        write_run_record(args)
     set_seed(training.seed)
     tokenizer = load_tokenizer(args.model.model_name_or_path, model_max_length=training.model_max_length)
     if training.gradient_checkpointing and training.gradient_checkpointing_kwargs is None:
@@ -195,8 +197,6 @@ def main(argv: Sequence[str] | None = None, attn_implementation: str | None = No
     args = parse_args(argv)
     output = Path(args.training.output_dir)
     resume_from = args.training.resume_from_checkpoint or (get_last_checkpoint(output) if output.is_dir() else None)
-    if args.training.should_save:
-        write_run_record(args)
     run = build_run(args, attn_implementation)
     result = run.trainer.train(resume_from_checkpoint=resume_from)
     run.trainer.save_model()

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import logging
 
+from llava.data.images import load_image_processor
 from llava.errors import CheckpointError, FlagError
 
 SELECT_FEATURES = ("patch", "cls_patch")
@@ -27,6 +29,18 @@ def _quiet_transformers() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
+
+
+def _read_clip(name_or_path: str, dtype: torch.dtype) -> CLIPVisionModel:
+    """The vision part of a CLIP checkpoint."""
+    with _quiet_transformers():  # a full CLIP checkpoint has a text model too, which it would list key by key
+        model, report = CLIPVisionModel.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True)
+    if report["missing_keys"]:
+        raise CheckpointError(
+            f"{name_or_path}: {len(report['missing_keys'])} weights of the vision tower are missing (first: "
+            f"{sorted(report['missing_keys'])[:3]})"
+        )
+    return model
 
 
 class CLIPVisionTower(nn.Module):
@@ -70,19 +84,21 @@ class CLIPVisionTower(nn.Module):
         Raises:
             CheckpointError: weights are missing in the folder.
         """
-        # Pillow's bicubic filter is what every published LLaVA was trained with; torchvision's differs by up to 1/255.
-        self.image_processor = CLIPImageProcessorPil.from_pretrained(self.vision_tower_name)
-        with _quiet_transformers():  # a full CLIP checkpoint has a text model too, which it would list key by key
-            self.vision_tower, report = CLIPVisionModel.from_pretrained(
-                self.vision_tower_name, dtype=dtype or torch.float32, output_loading_info=True
-            )
-        if report["missing_keys"]:
-            raise CheckpointError(
-                f"{self.vision_tower_name}: {len(report['missing_keys'])} weights of the vision tower are missing "
-                f"(first: {sorted(report['missing_keys'])[:3]})"
-            )
+        self.image_processor = load_image_processor(self.vision_tower_name)
+        self.vision_tower = _read_clip(self.vision_tower_name, dtype or torch.float32)
         self.vision_tower.requires_grad_(False)
         self.trainable = False
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Replace the weights by those of a tower that was saved in a checkpoint, keeping dtype and device.
+
+        Raises:
+            CheckpointError: weights are missing in the folder, or the tower there has another shape.
+        """
+        try:
+            self._loaded().load_state_dict(_read_clip(str(folder), self.dtype).state_dict())
+        except RuntimeError as error:
+            raise CheckpointError(f"{folder}: is not a tower of the shape of '{self.vision_tower_name}'") from error
 
     def used_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters that the selected feature depends on: the blocks behind it get no gradient."""
