@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, conv_templates, select_template
 from llava.data.labels import TokenizedPrompt, place_image, tokenize_conversation
 from llava.errors import BadSampleError, FlagError
+from llava.tokenizer import load_tokenizer
 from tests.data.tokenizers import make_tokenizer
 from tests.golden import load_case
 
@@ -238,3 +241,19 @@ def test_malformed_turns(turns: list, message: str, tokenizer: PreTrainedTokeniz
 def test_inference_templates_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(FlagError, match="Vicuna v0 family are for inference"):
         tokenize_conversation(conversation("Hi", "Yo"), tokenizer, select_template("llava_v0"), image_count=0)
+
+
+def test_a_fast_tokenizer_gives_the_same_targets(tmp_path: Path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=backend, **{"eos_token": "</s>"}).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    prompt = tokenize_conversation(
+        conversation("<image>\nWhat?", "A café."), tokenizer, select_template("v1"), image_count=1
+    )
+    labels = prompt.labels[prompt.labels != IGNORE_INDEX].tolist()
+    expected = tokenizer(" A café.</s>", add_special_tokens=False).input_ids
+    assert len(expected) == len(" A café.".encode()) + 1, "one token per byte, so a character may have several"
+    assert labels == expected
