@@ -9,8 +9,9 @@ CORE := .venv-core
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 PINNED := --constraint constraints.txt --build-constraint constraints.txt
+OFFLINE := HF_HUB_OFFLINE=1
 # One thread per test process: the tiny models are too small to gain from more, and two workers share two cores.
-TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+TEST_ENV := $(OFFLINE) OMP_NUM_THREADS=1
 
 # A name on PATH may be a shim of a version that is not installed, so each candidate is run.
 VERSION_CHECK := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
@@ -26,13 +27,13 @@ help: ## List the targets
 install: $(VENV)/.installed ## Install the package, its extras and the tools into .venv
 
 demo: install ## Train, evaluate and reload a tiny model on the CPU; writes playground/out
-	$(TEST_ENV) $(BIN)/python -m playground.demo $(ARGS)
+	$(OFFLINE) $(BIN)/python -m playground.demo $(ARGS)
 
 test: install test-core ## Run all tests (ARGS="tests/data -x" selects)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not network" $(ARGS)
 
 test-core: install $(CORE)/.installed ## Import every module with the core dependencies only
-	$(TEST_ENV) $(CORE)/bin/python tests/import_everything.py
+	$(OFFLINE) $(CORE)/bin/python tests/import_everything.py
 
 lint: install types ## Check style and formatting with ruff, then the types
 	$(BIN)/ruff check .

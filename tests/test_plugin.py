@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = ROOT / "tests" / "plugin"
+pytestmark = pytest.mark.slow  # two processes that import everything and train
 WEIGHT = "model.example_scale.weight"
 
 

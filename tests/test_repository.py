@@ -18,7 +18,8 @@ EXTENSIONS = ("hydralora", "dynamic", "mma", "moe_patch")
 MAX_LINES = 500
 
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-PYTHON_FILES = sorted(MODULES + [path for path in (ROOT / "tests").rglob("*.py") if "golden" not in path.parent.parts])
+PROGRAMS = [path for folder in ("tests", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+PYTHON_FILES = sorted(MODULES + PROGRAMS)
 LAYERS = [path for path in MODULES if path.name == "layer.py"]
 THIS_FILE = Path(__file__).resolve()
 
