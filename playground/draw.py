@@ -18,6 +18,8 @@ CELL = 16
 IMAGE_SIZE = 3 * CELL
 """Side of a picture in pixels."""
 
+Colour = tuple[int, int, int]
+
 RGB = {
     "red": (224, 48, 48),
     "green": (48, 184, 72),
@@ -26,7 +28,7 @@ RGB = {
     "purple": (168, 64, 200),
 }
 
-# 3 x 5 dots per digit, one string per row from the top; drawn two pixels per dot.
+# 3 x 5 dots per digit, one string per row from the top.
 DIGIT_DOTS = {
     "0": ("###", "#.#", "#.#", "#.#", "###"),
     "1": (".#.", "##.", ".#.", ".#.", "###"),
@@ -39,9 +41,14 @@ DIGIT_DOTS = {
     "8": ("###", "#.#", "###", "#.#", "###"),
     "9": ("###", "#.#", "###", "..#", "###"),
 }
-DOT = 2
-INSET = 2
+DOT_WIDTH, DOT_HEIGHT = 3, 2
+"""Size of a dot in pixels."""
+MARGIN = 1
+"""Pixels around a shape, enough for `JITTER`."""
 JITTER = 1
+
+OUTLINE = (0, 0, 0)
+"""Everything has an outline of one pixel, so that the shape can be seen whatever the colour."""
 
 BACKGROUND = (122, 116, 104)
 """Mean colour of CLIP's normalisation: an empty cell is close to zero for the tower, so that the things stand out."""
@@ -65,28 +72,34 @@ def draw_scene(scene: Scene, random: Random) -> Image.Image:
     return picture
 
 
-def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, left: int, top: int, colour: tuple[int, int, int]) -> None:
-    """Draw one thing into the cell whose corner is at (left, top)."""
-    if thing.is_digit:
-        _draw_digit(pen, thing.kind, left + 5, top + 3, colour)
-        return
-    x0, y0, x1, y1 = left + INSET, top + INSET, left + CELL - INSET - 1, top + CELL - INSET - 1
-    middle_x, middle_y = (x0 + x1) // 2, (y0 + y1) // 2
-    if thing.kind == "circle":
+def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, left: int, top: int, colour: Colour) -> None:
+    """Draw one thing into the cell whose corner is at (left, top), first its outline, then its inside."""
+    draw = _draw_digit if thing.is_digit else _draw_shape
+    draw(pen, thing.kind, left, top, OUTLINE, 0)
+    draw(pen, thing.kind, left, top, colour, 1)
+
+
+def _draw_shape(pen: ImageDraw.ImageDraw, kind: str, left: int, top: int, colour: Colour, shrink: int) -> None:
+    """Draw a shape, smaller by `shrink` pixels on every side."""
+    inset = MARGIN + shrink
+    x0, y0, x1, y1 = left + inset, top + inset, left + CELL - 1 - inset, top + CELL - 1 - inset
+    middle_x, middle_y, arm = left + CELL // 2, top + CELL // 2, 3 - shrink
+    if kind == "circle":
         pen.ellipse((x0, y0, x1, y1), fill=colour)
-    elif thing.kind == "square":
+    elif kind == "square":
         pen.rectangle((x0, y0, x1, y1), fill=colour)
-    elif thing.kind == "triangle":
+    elif kind == "triangle":
         pen.polygon(((x0, y1), (middle_x, y0), (x1, y1)), fill=colour)
     else:  # cross
-        pen.rectangle((middle_x - 1, y0, middle_x + 2, y1), fill=colour)
-        pen.rectangle((x0, middle_y - 1, x1, middle_y + 2), fill=colour)
+        pen.rectangle((middle_x - arm, y0, middle_x + arm - 1, y1), fill=colour)
+        pen.rectangle((x0, middle_y - arm, x1, middle_y + arm - 1), fill=colour)
 
 
-def _draw_digit(pen: ImageDraw.ImageDraw, digit: str, left: int, top: int, colour: tuple[int, int, int]) -> None:
-    """Draw a digit of 6 x 10 pixels with its corner at (left, top)."""
+def _draw_digit(pen: ImageDraw.ImageDraw, digit: str, left: int, top: int, colour: Colour, shrink: int) -> None:
+    """Draw a digit of 9 x 10 pixels and an outline around it."""
+    grow = 1 - shrink
     for row, dots in enumerate(DIGIT_DOTS[digit]):
         for column, dot in enumerate(dots):
             if dot == "#":
-                x, y = left + column * DOT, top + row * DOT
-                pen.rectangle((x, y, x + DOT - 1, y + DOT - 1), fill=colour)
+                x, y = left + 3 + column * DOT_WIDTH, top + 3 + row * DOT_HEIGHT
+                pen.rectangle((x - grow, y - grow, x + DOT_WIDTH - 1 + grow, y + DOT_HEIGHT - 1 + grow), fill=colour)

@@ -44,16 +44,20 @@ class TextFamily:
 
 
 def caption(scene: Scene, random: Random) -> str:
-    """All things in random order, named by place ("north red circle") or by kind ("circle red north").
+    """The things in random order, all in one of four forms, for example "north red circle, west blue 7".
 
-    The two forms teach both ways of looking: what is there, and where is that. The second one needs a kind that occurs
-    once.
+    Two forms begin with the place and two with the kind, so that both ways of looking are learnt: what is there, and
+    where is that. The latter two leave out kinds that occur more than once.
     """
-    unique = scene.unique_kinds()
+    unique = [(place, thing) for place, thing in scene.placed if thing in scene.unique_kinds()]
+    by_kind = bool(unique) and random.random() < 0.5
+    colour_first = random.random() < 0.5
     parts = []
-    for place, thing in random.sample(scene.placed, len(scene.placed)):
-        by_kind = thing in unique and random.random() < 0.5
-        parts.append(f"{thing.kind} {thing.colour} {place}" if by_kind else f"{place} {thing.colour} {thing.kind}")
+    for place, thing in (
+        random.sample(unique, len(unique)) if by_kind else random.sample(scene.placed, len(scene.placed))
+    ):
+        key, other = (thing.kind, place) if by_kind else (place, thing.kind)
+        parts.append(f"{key} {thing.colour} {other}" if colour_first else f"{key} {other} {thing.colour}")
     return ", ".join(parts)
 
 

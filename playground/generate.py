@@ -9,6 +9,7 @@ or the code that makes it has changed. Only files that this program makes are ev
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import time
@@ -51,6 +52,7 @@ CHECKPOINTS = "checkpoints"
 UNTRAINED = "tiny-untrained"
 PRETRAINED = "tiny-llava-pretrain"
 BASE = "tiny-llava"
+LOG_FILE = "build.log"
 
 console = Console()
 
@@ -188,7 +190,7 @@ def build(folder: Path, recipe: Recipe, *, fresh: bool = False, threads: int = D
             place.seconds.pop(later.name, None)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(record_path, json.dumps(record, indent=2) + "\n")
-        place.seconds[step.name] = _run(step)
+        place.seconds[step.name] = _run(step, folder / LOG_FILE)
         write_atomically(record_path, json.dumps(record, indent=2) + "\n")
     return place
 
@@ -203,13 +205,17 @@ def _refuse_foreign(steps: Sequence[Step]) -> None:
                 )
 
 
-def _run(step: Step) -> float:
-    """Make the products of a step in a hidden folder and move them to their place; returns the seconds."""
+def _run(step: Step, log_file: Path) -> float:
+    """Make the products of a step in a hidden folder and move them to their place; returns the seconds.
+
+    What the step prints goes into the log; progress bars, which use the error stream, stay visible.
+    """
     started = time.monotonic()
     partial = step.target / f".partial-{step.name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    step.make(partial)
+    with log_file.open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        step.make(partial)
     for name in step.products:
         target = step.target / name
         if target.is_dir():

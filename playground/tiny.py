@@ -18,6 +18,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
 from playground.draw import CELL, IMAGE_SIZE
 from playground.tokenizer import VOCABULARY_SIZE, save_tokenizer
@@ -25,6 +26,11 @@ from playground.tokenizer import VOCABULARY_SIZE, save_tokenizer
 TOWER_FOLDER = "tiny-clip"
 LANGUAGE_FOLDER = "tiny-vicuna"
 MAX_POSITIONS = 512
+
+WEIGHT_STD = 0.05
+"""Of the Llama's initial weights; the usual 0.02 suits widths of thousands and leaves attention too even here."""
+POSITION_STD = 0.3
+"""Of the tower's position embeddings, so that they are not drowned by the pixels of 16 x 16 patches."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,10 @@ def _save_tower(folder: Path, sizes: Sizes) -> None:
         num_attention_heads=sizes.tower_heads,
         projection_dim=sizes.tower_width,
     )
-    CLIPVisionModel(config).save_pretrained(folder)
+    model = CLIPVisionModel(config)
+    positions = [module for module in model.modules() if isinstance(module, CLIPVisionEmbeddings)]
+    torch.nn.init.normal_(positions[0].position_embedding.weight, std=POSITION_STD)
+    model.save_pretrained(folder)
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=size).save_pretrained(folder)
 
@@ -93,6 +102,7 @@ def _save_language_model(folder: Path, sizes: Sizes) -> None:
         num_attention_heads=sizes.heads,
         num_key_value_heads=sizes.heads,
         max_position_embeddings=MAX_POSITIONS,
+        initializer_range=WEIGHT_STD,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
