@@ -33,7 +33,7 @@ test: install test-core ## Run all tests (ARGS="tests/data -x" selects)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not network" $(ARGS)
 
 test-core: install $(CORE)/.installed ## Import every module with the core dependencies only
-	$(OFFLINE) $(CORE)/bin/python tests/import_everything.py
+	$(OFFLINE) $(CORE)/bin/python -P tests/import_everything.py
 
 lint: install types ## Check style and formatting with ruff, then the types
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
 """Import every module with the core dependencies only (`make test-core`).
 
 Runs in an environment of its own without pytest, so it is a program: it fails if an extra is installed after all, if a
-package is empty, or if a module imports something that only an extra brings.
+package is empty, or if a module imports something that only an extra brings. Start it with `python -P`: the folders
+beside it have the names of the packages.
 """
 
 from __future__ import annotations
