@@ -197,6 +197,8 @@ def main(argv: Sequence[str] | None = None, attn_implementation: str | None = No
     args = parse_args(argv)
     output = Path(args.training.output_dir)
     resume_from = args.training.resume_from_checkpoint or (get_last_checkpoint(output) if output.is_dir() else None)
+    if resume_from is None and args.training.should_save:
+        skipped_file(args).unlink(missing_ok=True)  # the list of an earlier run into the same folder
     run = build_run(args, attn_implementation)
     result = run.trainer.train(resume_from_checkpoint=resume_from)
     run.trainer.save_model()
