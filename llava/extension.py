@@ -153,7 +153,7 @@ class Extension:
 
     # 2. Inputs
     def on_inputs(self, model: nn.Module, config: Config, inputs: MultimodalInputs) -> MultimodalInputs:
-        """See and change a spliced batch. Called once at the start of every full forward pass, not per decoded token."""
+        """See and change a spliced batch; called once per sequence, not for each decoded token."""
         return inputs
 
     # 3. Modules
@@ -235,12 +235,22 @@ class ExtensionSet:
         """Attach one more extension to `model`.
 
         Raises:
-            FlagError: it is attached already.
+            FlagError: it is attached already, or needs another attention than an attached one.
         """
         if extension.name in self.configs:
             raise FlagError(f"the extension '{extension.name}' is attached to this model already")
+        attention = extension.attention_implementation(config)
+        for item in self:
+            other = item.extension.attention_implementation(item.config)
+            if None not in (attention, other) and attention != other:
+                raise FlagError(
+                    f"'{item.extension.name}' needs the attention '{other}', '{extension.name}' needs '{attention}'; "
+                    "switch one of them off"
+                )
         extension.attach(model, config)
         self._attached.append(Attached(extension, config))
+        if attention is not None:
+            model.set_attn_implementation(attention)  # type: ignore[operator]
 
     def on_inputs(self, model: nn.Module, inputs: MultimodalInputs) -> MultimodalInputs:
         """Seam 2 of all extensions in turn."""

@@ -18,7 +18,6 @@ from llava.data.images import ImageTransform, load_image
 from llava.data.labels import tokenize_conversation
 from llava.data.records import Row, open_records
 from llava.data.skipped import append_skipped
-from llava.data.skipped import count_skipped as count_skipped
 from llava.errors import BadSampleError, FlagError
 
 logger = logging.getLogger(__name__)

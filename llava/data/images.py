@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def image_path(folder: str | os.PathLike[str], name: str, row: object = "") -> P
             "--image_folder, and link no files into it from elsewhere"
         )
     if not is_file:
-        raise BadImageError(f"{row}: image {name!r} is missing: {path} is no file; check --image_folder")
+        raise BadImageError(f"{row}: image {name!r} is missing: {path} is no file; check the image folder")
     return path
 
 
@@ -65,10 +64,11 @@ def load_image(folder: str | os.PathLike[str], name: str, row: object = "") -> I
     """
     path = image_path(folder, name, row)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return image.convert("RGB")
+        with Image.open(path) as image:
+            limit, pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height
+            if limit is not None and pixels > limit:  # Pillow itself refuses only twice as many
+                raise Image.DecompressionBombError(f"{pixels} pixels exceed the limit of {limit}")
+            return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise many kinds for broken files
         raise BadImageError(f"{row}: image {path} cannot be read: {type(error).__name__}: {error}") from error
 

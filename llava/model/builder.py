@@ -19,6 +19,7 @@ from llava.model.checkpoint import load_extension_tensors, load_trained, weight_
 from llava.model.formats import CheckpointContents, inspect_checkpoint, read_json, read_tensors
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.tokenizer import load_tokenizer
+from llava.utils import errors_only
 
 DEFAULT_CONTEXT_LENGTH = 2048
 
@@ -131,7 +132,10 @@ def _load_base(
     if base is None:
         weight_files(contents)  # complains about missing shards by name
     source = base or contents.folder
-    model, report = LlavaLlamaForCausalLM.from_pretrained(source, config=config, output_loading_info=True, **options)
+    with errors_only():  # weights that come from other files later are no news; what is missing then is an error
+        model, report = LlavaLlamaForCausalLM.from_pretrained(
+            source, config=config, output_loading_info=True, **options
+        )
     return model, set(report["missing_keys"])
 
 

@@ -1,7 +1,8 @@
 """The language-model loss and its reductions.
 
 `target` averages over the positions that are trained on, over the whole global batch when its count is given.
-`micro_batch` averages over those of each micro batch, whatever their number, as upstream does. `all` divides by every shifted position, ignored ones included: what the original MLLM-HydraLoRA computes.
+`micro_batch` averages over those of each micro batch, whatever their number, as upstream does. `all` divides by every
+shifted position, ignored ones included: what the original MLLM-HydraLoRA computes.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.panel import Panel
 
-from llava.data.skipped import read_skipped
+from llava.data.skipped import count_skipped
 
 if TYPE_CHECKING:
     from llava.train.train import Run
@@ -41,7 +41,7 @@ def print_summary(run: Run, metrics: dict[str, Any]) -> None:
     lines = [f"{run.trainer.state.global_step} updates in {seconds:.0f} s, {speed:.1f} samples/s"]
     if history:
         lines.append(f"loss: {history[0]:.4f} at first, {history[-1]:.4f} at last")
-    skipped = len(read_skipped(run.dataset.skipped_file))
+    skipped = count_skipped(run.dataset.skipped_file)
     if skipped:
         lines.append(f"{skipped} samples were skipped; they are listed in {run.dataset.skipped_file}")
     lines += [f"checkpoint: {Path(run.args.training.output_dir)}", "", "Next:"]

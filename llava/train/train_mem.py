@@ -1,4 +1,4 @@
-"""Training with memory-efficient attention: FlashAttention 2 where it can run, SDPA elsewhere (upstream `train_mem.py`).
+"""Training with memory-efficient attention (upstream `train_mem.py`): FlashAttention 2 where it can run, else SDPA.
 
 The attention in use is printed; everything else is `llava/train/train.py`.
 """

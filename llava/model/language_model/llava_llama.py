@@ -131,7 +131,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
 
     config_class = LlavaConfig
     # Upstream stores the tower inside full checkpoints and never reads it from there; neither do we.
-    _keys_to_ignore_on_load_unexpected = [r"model\.vision_tower\."]
+    _keys_to_ignore_on_load_unexpected = [r"model\.vision_tower\."]  # noqa: RUF012 (transformers' own way to declare it)
 
     def __init__(self, config: LlavaConfig) -> None:
         super(LlamaForCausalLM, self).__init__(config)

@@ -12,28 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
-from transformers.utils import logging
 
 from llava.data.images import load_image_processor
 from llava.errors import CheckpointError, FlagError
+from llava.utils import errors_only
 
 SELECT_FEATURES = ("patch", "cls_patch")
 
 
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Errors only, while a block runs."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
 def _read_clip(name_or_path: str, dtype: torch.dtype) -> CLIPVisionModel:
     """The vision part of a CLIP checkpoint."""
-    with _quiet_transformers():  # a full CLIP checkpoint has a text model too, which it would list key by key
+    with errors_only():  # a full CLIP checkpoint has a text model too, which it would list key by key
         model, report = CLIPVisionModel.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True)
     if report["missing_keys"]:
         raise CheckpointError(
