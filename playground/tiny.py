@@ -27,10 +27,10 @@ TOWER_FOLDER = "tiny-clip"
 LANGUAGE_FOLDER = "tiny-vicuna"
 MAX_POSITIONS = 512
 
-WEIGHT_STD = 0.05
+WEIGHT_STD = 0.09
 """Of the Llama's initial weights; the usual 0.02 suits widths of thousands and leaves attention too even here."""
-POSITION_STD = 0.3
-"""Of the tower's position embeddings, so that they are not drowned by the pixels of 16 x 16 patches."""
+POSITION_STD = 1.0
+"""Of the tower's position embeddings, as large as the pixels of a patch, so that places are told apart at once."""
 
 
 @dataclass(frozen=True)
