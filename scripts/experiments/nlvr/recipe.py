@@ -63,8 +63,8 @@ class Recipe:
     """All settings of the experiment."""
 
     sizes: Sizes = field(default_factory=Sizes)
-    base: Training = Training(24_000, 8, 6e-4, {"count": 3, "exist": 2})
-    tuned: Training = Training(9_000, 8, 2e-3, {"verify": 1, "count": 2, "exist": 2, "most": 1})
+    base: Training = Training(40_000, 16, 4e-4, {"count": 3, "exist": 3})
+    tuned: Training = Training(16_000, 16, 1e-3, {"verify": 1, "count": 3, "exist": 2, "most": 1})
     projector_rate: float = 5e-4
     rank: int = 16
     experts: int = 3
