@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ class HydraLoraOptions:
 
     `--lora_alpha`, `--lora_dropout` and `--lora_bias` are options of the core and hold for the experts too.
     """
+
+    _argument_group_name: ClassVar[str] = "MLLM-HydraLoRA"
 
     use_lora: bool = _option(False, "train LoRA (and routed MLP blocks, see --llm_moe) instead of the language model")
     lora_rank: int = _option(64, "rank of the LoRA on --lora_modules and of the experts")

@@ -17,7 +17,7 @@ from typing import Any
 
 from llava.errors import BadSampleError, FlagError
 from llava.eval.questions import read_jsonl
-from llava.eval.record import package_versions
+from llava.utils import package_versions
 
 Row = dict[str, Any]
 

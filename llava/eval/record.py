@@ -1,31 +1,15 @@
-"""What has to be known to repeat an evaluation: package versions and which weights were used."""
+"""Which weights an evaluation used: a fingerprint that is stored beside its results."""
 
 from __future__ import annotations
 
 import hashlib
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-PACKAGES = ("llava-extensions", "torch", "torchvision", "transformers", "peft", "tokenizers", "pillow")
-"""Distributions that can change an answer."""
 
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pth"})
 WEIGHT_FOLDERS = ("*", "extensions/*/*", "vision_tower/*")
 """Where a checkpoint folder keeps weights; `checkpoint-N` below it are checkpoints of their own."""
 
 SAMPLE_BYTES = 1 << 20
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of `PACKAGES`; a package that runs from its sources only is called `not installed`."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
 
 
 def weights_fingerprint(folder: str | Path | None) -> str | None:

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from llava.errors import BadSampleError
 from llava.eval.questions import Question, field, read_jsonl, read_questions
-from llava.eval.record import package_versions
+from llava.utils import package_versions
 
 Z_95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""

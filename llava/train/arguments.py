@@ -10,7 +10,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import transformers
 
@@ -27,6 +27,8 @@ def _option(help_text: str, default: Any = None) -> Any:
 @dataclass
 class ModelArguments:
     """What is trained: base model, tower and projector."""
+
+    _argument_group_name: ClassVar[str] = "model"
 
     model_name_or_path: str | None = _option(
         "folder or hub id of the language model or LLaVA to start from", "facebook/opt-125m"
@@ -50,6 +52,8 @@ class ModelArguments:
 class DataArguments:
     """What it is trained on."""
 
+    _argument_group_name: ClassVar[str] = "data"
+
     data_path: str | None = _option("LLaVA conversations: a JSON list or JSON lines")
     lazy_preprocess: bool = _option("accepted for compatibility: samples are always prepared when needed", False)
     is_multimodal: bool = _option("accepted for compatibility: set whenever there is a vision tower", False)
@@ -63,6 +67,8 @@ class DataArguments:
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     """How it is trained; everything else is transformers' `TrainingArguments`."""
+
+    _argument_group_name: ClassVar[str] = "training (including every option of transformers' TrainingArguments)"
 
     remove_unused_columns: bool = _option("drop columns that the model does not take; does not apply here", False)
     optim: str = _option("optimizer, by transformers' name", "adamw_torch")
@@ -135,7 +141,13 @@ def build_parser(extensions: Mapping[str, Extension]) -> transformers.HfArgument
                 )
             owner[option.name] = name
         classes.append(extension.options)
-    return transformers.HfArgumentParser(classes, allow_abbrev=False)
+    return transformers.HfArgumentParser(
+        classes,
+        allow_abbrev=False,
+        usage="%(prog)s --model_name_or_path BASE --data_path DATA --output_dir OUTPUT [options]",
+        description="Fine-tune a LLaVA. An output folder that holds checkpoints is resumed.",
+        epilog="Example: scripts/MLLM_HydraLoRA.sh. Checkpoints and what they hold: docs/architecture.md.",
+    )
 
 
 def parse_args(argv: Sequence[str] | None = None, extensions: Mapping[str, Extension] | None = None) -> RunArguments:

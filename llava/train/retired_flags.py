@@ -81,9 +81,10 @@ def translate_retired_flags(argv: list[str]) -> list[str]:
         FlagError: an option cannot be carried out any more; the message says what to use.
     """
     options = _split(argv)
-    explicit_steps = any(name == "warmup_steps" and values and float(values[0]) > 0 for name, values in options)
+    explicit_steps = any(name in ("warmup_steps", "warmup-steps") and values and float(values[0]) > 0 for name, values in options)
     result: list[str] = []
-    for name, values in options:
+    for written, values in options:
+        name = written.replace("-", "_")  # argparse takes both spellings
         if name in REFUSED:
             raise FlagError(f"--{name} no longer exists: {REFUSED[name]}")
         if name in MEANINGLESS:
@@ -93,6 +94,6 @@ def translate_retired_flags(argv: list[str]) -> list[str]:
         elif name in TRANSLATED:
             result += TRANSLATED[name](values[0] if values else None)
         else:
-            result += [f"--{RENAMED.get(name, name)}"] if name else []
+            result += [f"--{RENAMED.get(name, written)}"] if written else []
             result += values
     return result

@@ -4,37 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from llava.train.arguments import RunArguments
+from llava.utils import package_versions
 
 RUN_FILE = "run.json"
-PACKAGES = (
-    "llava-extensions",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "deepspeed",
-    "flash-attn",
-    "bitsandbytes",
-)
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that influence numbers; packages that are absent are left out."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 def _commit() -> str | None:

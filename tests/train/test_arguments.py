@@ -69,6 +69,7 @@ def test_upstream_option(option: dict[str, Any], actions: dict[str, argparse.Act
         (["--overwrite_output_dir", "True", "--seed", "1"], ["--seed", "1"]),
         (["--no_cuda", "True"], ["--use_cpu", "True"]),
         (["--save_safetensors", "True"], []),
+        (["--warmup-ratio", "0.03"], ["--warmup_steps", "0.03"]),
         (["--tf32", "False"], ["--tf32", "False"]),
     ],
 )
