@@ -60,15 +60,15 @@ class Recipe:
 
     seed: int = 0
     sizes: Sizes = field(default_factory=Sizes)
-    caption_rows: int = 8000
+    caption_rows: int = 6000
     base_rows: int = 4000
     new_rows: int = 3000
     questions_per_family: int = 60
     turns: int = 6
     text_share: float = 0.2
-    tower: Stage = field(default_factory=lambda: Stage(steps=1000, batch_size=32, learning_rate=2e-3))
-    projector: Stage = field(default_factory=lambda: Stage(steps=100, batch_size=32, learning_rate=2e-3))
-    full: Stage = field(default_factory=lambda: Stage(steps=300, batch_size=16, learning_rate=1e-3))
+    tower: Stage = field(default_factory=lambda: Stage(steps=900, batch_size=32, learning_rate=1.5e-3))
+    projector: Stage = field(default_factory=lambda: Stage(steps=80, batch_size=32, learning_rate=2e-3))
+    full: Stage = field(default_factory=lambda: Stage(steps=250, batch_size=16, learning_rate=1e-3))
     tune: Stage = field(default_factory=lambda: Stage(steps=200, batch_size=16, learning_rate=2e-3))
 
     def to_dict(self) -> dict[str, Any]:

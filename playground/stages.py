@@ -36,6 +36,7 @@ def stage_flags(stage: Stage, seed: int) -> list[str]:
         "warmup_ratio": stage.warmup,
         "lr_scheduler_type": "cosine",
         "weight_decay": 0.0,
+        "adam_beta2": 0.98,
         "seed": seed,
         "logging_steps": max(1, stage.steps // 50),
         "save_strategy": "no",
