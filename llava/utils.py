@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from transformers.utils import logging
+
+from llava.errors import LlavaError
 
 PACKAGES = (
     *("llava-extensions", "torch", "torchvision", "transformers", "tokenizers", "sentencepiece", "peft", "accelerate"),
@@ -34,3 +38,11 @@ def errors_only() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
+
+
+def run_program(main: Callable[[], Any]) -> None:
+    """Run a program from the command line; an error that the user can mend ends it by its message alone, status 1."""
+    try:
+        main()
+    except LlavaError as error:
+        sys.exit(f"error: {error}")

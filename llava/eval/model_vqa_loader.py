@@ -17,6 +17,7 @@ from llava.data.images import load_image
 from llava.eval.answers import Task
 from llava.eval.program import add_model_options, add_question_options, add_sampling_options, answer_questions
 from llava.eval.questions import Question, get_chunk, read_questions
+from llava.utils import run_program
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,4 +55,4 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -26,6 +26,7 @@ from llava.eval.program import add_model_options, add_sampling_options
 from llava.eval.prompts import check_conv_mode, infer_conv_mode
 from llava.eval.runner import answer_batch, load_pictures, make_prompt
 from llava.mm_utils import get_model_name_from_path
+from llava.utils import run_program
 
 DOWNLOAD_SECONDS = 60
 
@@ -117,4 +118,4 @@ def main(argv: Sequence[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

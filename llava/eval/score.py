@@ -23,7 +23,7 @@ from rich.table import Table
 
 from llava.errors import BadSampleError
 from llava.eval.questions import Question, field, read_jsonl, read_questions
-from llava.utils import package_versions
+from llava.utils import package_versions, run_program
 
 Z_95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
@@ -216,4 +216,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -20,6 +20,7 @@ from llava.model.builder import base_folder
 from llava.model.checkpoint import load_trained
 from llava.model.formats import CheckpointContents, inspect_checkpoint, read_json, read_projector, read_tensors
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.utils import run_program
 
 PEFT_PREFIX = "base_model.model."
 
@@ -98,4 +99,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

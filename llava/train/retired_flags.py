@@ -81,7 +81,9 @@ def translate_retired_flags(argv: list[str]) -> list[str]:
         FlagError: an option cannot be carried out any more; the message says what to use.
     """
     options = _split(argv)
-    explicit_steps = any(name in ("warmup_steps", "warmup-steps") and values and float(values[0]) > 0 for name, values in options)
+    explicit_steps = any(
+        name in ("warmup_steps", "warmup-steps") and values and float(values[0]) > 0 for name, values in options
+    )
     result: list[str] = []
     for written, values in options:
         name = written.replace("-", "_")  # argparse takes both spellings

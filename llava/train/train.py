@@ -34,6 +34,7 @@ from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import add_lora
 from llava.train.run_record import write_run_record
 from llava.train.summary import print_summary
+from llava.utils import run_program
 
 __all__ = ["DataArguments", "ModelArguments", "Run", "TrainingArguments", "build_run", "main", "parse_args"]
 
@@ -215,4 +216,4 @@ def preferred_attention() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)
