@@ -112,7 +112,7 @@ def _quantization(four_bit: bool, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     # Tower and projector are small and sensitive; upstream keeps them in full precision too.
-    keep = ["mm_projector", "vision_tower", "lm_head"]
+    keep = ["model.mm_projector", "model.vision_tower", "lm_head"]  # transformers matches from the start of a name
     if not four_bit:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
     return BitsAndBytesConfig(

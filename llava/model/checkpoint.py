@@ -128,6 +128,10 @@ def copy_tensors(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
             raise CheckpointError(
                 f"{source}: '{name}' has shape {tuple(tensors[name].shape)}, the model expects {tuple(parameter.shape)}"
             )
+        if not parameter.is_floating_point():
+            raise CheckpointError(
+                f"{source}: '{name}' is quantised in the model ({parameter.dtype}) and cannot be filled"
+            )
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[name].to(device=parameter.device, dtype=parameter.dtype))
 
