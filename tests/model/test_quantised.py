@@ -1,4 +1,4 @@
-"""Loading with 4 and 8 bits through bitsandbytes, on the CPU: what is quantised, what is not, and that it still answers."""
+"""Loading with 4 and 8 bits through bitsandbytes, on the CPU: what is quantised, what is not, and how far it moves."""
 
 from __future__ import annotations
 
