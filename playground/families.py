@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import perm
 from random import Random
 
 from playground.scenes import COLOURS, DIGITS, PLACES, SHAPES, Scene, Thing
@@ -37,10 +38,11 @@ class PictureFamily:
 
 @dataclass(frozen=True)
 class TextFamily:
-    """Questions without a picture; `ask` draws one."""
+    """Questions without a picture; `ask` draws one of `distinct` different ones, all equally likely."""
 
     name: str
     ask: Callable[[Random], tuple[str, str]]
+    distinct: int
 
 
 def caption(scene: Scene, random: Random) -> str:
@@ -111,15 +113,14 @@ def _order(random: Random) -> tuple[str, str]:
 
 
 def _exists(scene: Scene, random: Random) -> Asked:
-    """Half the questions are about a thing that is there; the others mix a kind and a colour that both are there."""
-    if random.random() < 0.5:
-        return f"Is there a {random.choice(scene.things)}?", "yes"
-    kinds = sorted({thing.kind for thing in scene.things})
-    colours = sorted({thing.colour for thing in scene.things})
-    absent = [thing for kind in kinds for colour in colours if (thing := Thing(kind, colour)) not in scene.things]
-    if not absent:
-        return None
-    return f"Is there a {random.choice(absent)}?", "no"
+    """Half the questions are about a kind that is there."""
+    present = sorted({thing.kind for thing in scene.things})
+    absent = [kind for kind in (*SHAPES, *DIGITS) if kind not in present]
+    is_there = random.random() < 0.5
+    # Shapes are there more often than digits; without the second draw "no" would mostly mean a digit.
+    wants_digit = random.random() < 0.5
+    kinds = [kind for kind in (present if is_there else absent) if (kind in DIGITS) == wants_digit]
+    return (f"Is there a {random.choice(kinds)}?", "yes" if is_there else "no") if kinds else None
 
 
 def _colour_count(scene: Scene, random: Random) -> Asked:
@@ -159,14 +160,17 @@ BASE_PICTURE = (
     PictureFamily("position", _position),
     PictureFamily("count", _count),
 )
-BASE_TEXT = (TextFamily("recall", _recall), TextFamily("order", _order))
+BASE_TEXT = (
+    TextFamily("recall", _recall, distinct=perm(len(SHAPES), 3) * perm(len(COLOURS), 3) * 3),
+    TextFamily("order", _order, distinct=perm(len(DIGITS), 2)),
+)
 NEW_PICTURE = (
     PictureFamily("exists", _exists),
     PictureFamily("colour-count", _colour_count),
     PictureFamily("more", _more),
     PictureFamily("largest", _largest),
 )
-NEW_TEXT = (TextFamily("larger", _larger),)
+NEW_TEXT = (TextFamily("larger", _larger, distinct=perm(len(DIGITS), 2)),)
 
 BASE_FAMILIES = tuple(family.name for family in (*BASE_PICTURE, *BASE_TEXT))
 NEW_FAMILIES = tuple(family.name for family in (*NEW_PICTURE, *NEW_TEXT))

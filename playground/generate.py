@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from llava.errors import FlagError
 from playground.questions import (
@@ -44,8 +45,9 @@ from playground.stages import (
 from playground.tiny import build_tiny
 
 DEFAULT_OUTPUT = Path("playground/data")
-DEFAULT_THREADS = 2
-"""Fixed, not the number of cores: the order of summation, and so the last digits, depend on it."""
+DEFAULT_THREADS = 1
+"""Not the number of cores: the order of summation, and so the last digits, depend on it. Pictures are read by another
+process meanwhile, so that two cores are busy."""
 
 DATA = "tiny"
 CHECKPOINTS = "checkpoints"
@@ -166,6 +168,7 @@ def build(folder: Path, recipe: Recipe, *, fresh: bool = False, threads: int = D
         FlagError: a product's name is taken in `folder` by something that no build made.
     """
     torch.set_num_threads(threads)
+    disable_progress_bar()  # of loading weights; those of training stay
     record_path = folder / RECIPE_FILE
     record = {"fingerprint": recipe.fingerprint(), "threads": threads, "recipe": recipe.to_dict(), "seconds": {}}
     known = json.loads(record_path.read_text(encoding="utf-8")) if record_path.is_file() else None

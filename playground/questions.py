@@ -37,6 +37,9 @@ SCENES = "scenes.json"
 
 Row = dict[str, Any]
 
+HELD_OUT_SHARE = 5
+"""At most one in this many of the different questions of a text family is kept out of training for a question file."""
+
 GIVE_UP = 10_000
 """Draws without a usable result after which a family is called impossible."""
 
@@ -101,9 +104,10 @@ class DataWriter:
 
     def _held_out(self, family: TextFamily) -> Iterator[tuple[str, str]]:
         """Different questions of a text family, from now on reserved for the question file."""
+        wanted = min(self.recipe.questions_per_family, family.distinct // HELD_OUT_SHARE)
         found = 0
         for _ in range(GIVE_UP):
-            if found == self.recipe.questions_per_family:
+            if found == wanted:
                 return
             question, answer = family.ask(self.random)
             if question not in self.reserved:

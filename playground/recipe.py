@@ -49,7 +49,7 @@ class Recipe:
         caption_rows: pictures with a caption, for the first two stages.
         base_rows: conversations of the base families, for the third stage.
         new_rows: conversations of the new families, for fine-tuning the base.
-        questions_per_family: rows of each family in a question file.
+        questions_per_family: rows of each family in a question file; fewer of a text family with few questions.
         turns: questions per conversation.
         text_share: share of the conversations that have no picture.
         tower: stage 1, everything from random weights on captions.
@@ -65,7 +65,7 @@ class Recipe:
     new_rows: int = 3000
     questions_per_family: int = 60
     turns: int = 6
-    text_share: float = 0.2
+    text_share: float = 0.25
     tower: Stage = field(default_factory=lambda: Stage(steps=900, batch_size=32, learning_rate=1.5e-3))
     projector: Stage = field(default_factory=lambda: Stage(steps=80, batch_size=32, learning_rate=2e-3))
     full: Stage = field(default_factory=lambda: Stage(steps=250, batch_size=16, learning_rate=1e-3))

@@ -42,7 +42,7 @@ def stage_flags(stage: Stage, seed: int) -> list[str]:
         "save_strategy": "no",
         "report_to": "none",
         "model_max_length": MAX_POSITIONS,
-        "dataloader_num_workers": 0,
+        "dataloader_num_workers": 1,
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,

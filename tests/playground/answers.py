@@ -36,10 +36,7 @@ PICTURE_RULES: list[tuple[str, Callable[..., str]]] = [
     (r"Which digit is (?!the)(\w+)\?", lambda cells, place: _only([k for p, _, k in _things(cells) if p == place])),
     (r"Where is the (\w+)\?", lambda cells, kind: _only([p for p, _, k in _things(cells) if k == kind])),
     (r"How many things are there\?", lambda cells: str(len(_things(cells)))),
-    (
-        r"Is there a (\w+) (\w+)\?",
-        lambda cells, colour, kind: "yes" if [colour, kind] in cells else "no",
-    ),
+    (r"Is there a (\w+)\?", lambda cells, kind: "yes" if kind in {k for _, _, k in _things(cells)} else "no"),
     (r"How many are (\w+)\?", lambda cells, colour: str(sum(c == colour for _, c, _ in _things(cells)))),
     (r"Are there more (\w+) or (\w+) ones\?", _more),
     (r"Which digit is the largest\?", lambda cells: str(max(int(k) for _, _, k in _things(cells) if k.isdigit()))),

@@ -90,11 +90,10 @@ def test_the_published_script_made_the_checkpoint(demo: DemoRun) -> None:
 def test_scores_cover_all_families(demo: DemoRun, folder: Path) -> None:
     assert set(demo.new.by_family()) == {*NEW_FAMILIES, ALL}
     assert set(demo.base.by_family()) == {*BASE_FAMILIES, ALL}
-    questions = demo.place.recipe.questions_per_family
-    for file, families in ((NEW_QUESTIONS, NEW_FAMILIES), (BASE_QUESTIONS, BASE_FAMILIES)):
+    for file in (NEW_QUESTIONS, BASE_QUESTIONS):
+        asked = (demo.place.data / file).read_text().splitlines()
         for answers in ("answers-before", "answers-after"):
-            lines = (folder / "out" / answers / file).read_text().splitlines()
-            assert len(lines) == questions * len(families)
+            assert len((folder / "out" / answers / file).read_text().splitlines()) == len(asked) > 0
 
 
 def test_expert_shares_are_shares(demo: DemoRun) -> None:
