@@ -34,7 +34,7 @@ from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import add_lora
 from llava.train.run_record import write_run_record
 from llava.train.summary import print_summary
-from llava.utils import run_program
+from llava.utils import errors_only, run_program
 
 __all__ = ["DataArguments", "ModelArguments", "Run", "TrainingArguments", "build_run", "main", "parse_args"]
 
@@ -75,7 +75,8 @@ def load_base(args: RunArguments, attn_implementation: str | None) -> LlavaLlama
     implementation = args.model.attn_implementation or attn_implementation
     if implementation is not None:
         options["attn_implementation"] = implementation
-    config = LlavaConfig.from_pretrained(name, cache_dir=args.training.cache_dir)
+    with errors_only():  # a plain Llama's configuration becomes a LLaVA's here, which transformers would warn about
+        config = LlavaConfig.from_pretrained(name, cache_dir=args.training.cache_dir)
     model = LlavaLlamaForCausalLM.from_pretrained(name, config=config, **options)
     model.config.use_cache = False
     model.loss_reduction = LossReduction(args.training.loss_reduction)
