@@ -68,7 +68,7 @@ class Recipe:
     text_share: float = 0.25
     tower: Stage = field(default_factory=lambda: Stage(steps=900, batch_size=32, learning_rate=1.5e-3))
     projector: Stage = field(default_factory=lambda: Stage(steps=80, batch_size=32, learning_rate=2e-3))
-    full: Stage = field(default_factory=lambda: Stage(steps=250, batch_size=16, learning_rate=1e-3))
+    full: Stage = field(default_factory=lambda: Stage(steps=220, batch_size=16, learning_rate=2e-3))
     tune: Stage = field(default_factory=lambda: Stage(steps=200, batch_size=16, learning_rate=2e-3))
 
     def to_dict(self) -> dict[str, Any]:
