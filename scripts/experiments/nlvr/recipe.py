@@ -13,7 +13,7 @@ from pathlib import Path
 
 SEEDS = (0, 1, 2)
 TEMPLATE = "v1"
-METHODS = ("base", "lora", "hydra")
+METHODS = ("base", "hydra", "lora")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Recipe:
 
     sizes: Sizes = field(default_factory=Sizes)
     base: Training = Training(40_000, 16, 4e-4, {"count": 3, "exist": 3})
-    tuned: Training = Training(16_000, 16, 1e-3, {"verify": 1, "count": 3, "exist": 2, "most": 1})
+    tuned: Training = Training(24_000, 16, 1e-3, {"verify": 1, "count": 3, "exist": 2, "most": 1})
     projector_rate: float = 5e-4
     rank: int = 16
     experts: int = 3

@@ -103,10 +103,12 @@ def evaluation_step(method: str, seed: int, data: Path, folder: Path) -> Step:
 
 
 def all_steps(recipe: Recipe, data: Path, folder: Path) -> list[Step]:
-    """Every step, the long ones first."""
-    runs = [(method, seed) for method in METHODS for seed in SEEDS]
-    training = [training_step(recipe, method, seed, data, folder) for method, seed in runs]
-    return training + [evaluation_step(method, seed, data, folder) for method, seed in runs]
+    """Every step, each training followed by its evaluation; the bases first, which take longest."""
+    steps = []
+    for method in METHODS:
+        for seed in SEEDS:
+            steps += [training_step(recipe, method, seed, data, folder), evaluation_step(method, seed, data, folder)]
+    return steps
 
 
 def finished_results(folder: Path) -> list[report.Result]:
