@@ -18,6 +18,7 @@ from llava.extension import Extension, ImportedState, installed_extensions
 from llava.model.checkpoint import load_extension_tensors, load_trained, weight_files
 from llava.model.formats import CheckpointContents, inspect_checkpoint, read_json, read_tensors
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer
 from llava.utils import errors_only
 
@@ -65,7 +66,7 @@ def load_pretrained_model(
     if use_flash_attn:
         options["attn_implementation"] = "flash_attention_2"
     if load_8bit or load_4bit:
-        options["quantization_config"] = _quantization(load_4bit, dtype)
+        options["quantization_config"] = quantisation_config(4 if load_4bit else 8, dtype)
     if on_gpu and device == "cuda":
         options["device_map"] = device_map
     model, missing = _load_base(contents, base, options)
@@ -75,6 +76,8 @@ def load_pretrained_model(
     image_processor = None
     if getattr(model.config, "mm_vision_tower", None):
         image_processor = model.get_model().load_vision_tower(near, dtype).image_processor
+    if load_4bit:
+        choose_cpu_kernels(model, trained=False)
     if "device_map" in options or load_8bit or load_4bit:
         _place_new_parts(model)
     else:
@@ -105,22 +108,6 @@ def base_folder(contents: CheckpointContents, model_base: str | None) -> str | N
     raise CheckpointError(
         f"{contents.folder}: holds only what was trained on top of a base model; give that base by --model-base"
         + (f" (recorded at training time: '{recorded}', which is no folder here)" if recorded else "")
-    )
-
-
-def _quantization(four_bit: bool, dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    # Tower and projector are small and sensitive; upstream keeps them in full precision too.
-    keep = ["model.mm_projector", "model.vision_tower", "lm_head"]  # transformers matches from the start of a name
-    if not four_bit:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_quant_type="nf4",
-        llm_int8_skip_modules=keep,
     )
 
 

@@ -60,6 +60,8 @@ def save_checkpoint(model: nn.Module, folder: str | Path, tokenizer: Any = None)
     config.architectures = [type(llava).__name__]
     config.extensions = llava.extensions.configs
     config.use_cache = True
+    if hasattr(config, "quantization_config"):  # of this run's base in memory; no weights in the folder are quantised
+        del config.quantization_config
     if Component.LANGUAGE_MODEL in trained:
         whole = parts[Component.LANGUAGE_MODEL] | parts[Component.PROJECTOR]
         llava.save_pretrained(folder, state_dict={name: weight.detach() for name, weight in whole.items()})

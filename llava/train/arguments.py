@@ -78,7 +78,7 @@ class TrainingArguments(transformers.TrainingArguments):
     model_max_length: int = _option("longest sequence in tokens and image patches; the rest is cut off", 512)
     double_quant: bool = _option("4 bit: quantise the quantisation constants too", True)
     quant_type: str = _option("4 bit: nf4 or fp4", "nf4")
-    bits: int = _option("precision of the frozen base: 16", 16)
+    bits: int = _option("precision of the frozen base: 16, or 8 or 4 (QLoRA; needs --lora_enable or --use_lora)", 16)
     lora_enable: bool = _option("train LoRA adapters instead of the language model", False)
     lora_r: int = _option("rank of the LoRA adapters", 64)
     lora_alpha: int = _option("LoRA is scaled by alpha / rank", 16)

@@ -8,6 +8,7 @@ from llava.data.dataset import ON_BAD_SAMPLE
 from llava.errors import FlagError
 from llava.mm_utils import ASPECT_RATIOS
 from llava.model.loss import LossReduction
+from llava.model.quantisation import QUANT_TYPES
 from llava.train.arguments import RunArguments
 
 
@@ -15,8 +16,6 @@ def _not_yet(args: RunArguments) -> list[str]:
     """Options of upstream that parse but are not carried out in this version."""
     model, training = args.model, args.training
     problems = []
-    if training.bits != 16:
-        problems.append(f"--bits {training.bits}: training on a quantised base is not supported yet; use --bits 16")
     if model.mm_use_im_start_end:
         problems.append("--mm_use_im_start_end True is not supported yet; every published recipe passes False")
     if model.mm_use_im_patch_token:
@@ -41,6 +40,10 @@ def _values(args: RunArguments) -> list[str]:
         problems.append(
             f"--loss_reduction {args.training.loss_reduction}: known values are {list(map(str, LossReduction))}"
         )
+    if args.training.bits not in (4, 8, 16):
+        problems.append(f"--bits {args.training.bits}: known values are 4, 8 and 16")
+    if args.training.quant_type not in QUANT_TYPES:
+        problems.append(f"--quant_type {args.training.quant_type}: known values are {QUANT_TYPES}")
     if args.training.lora_bias != "none":
         problems.append(f"--lora_bias {args.training.lora_bias}: the decoder has no biases; only none is possible")
     if args.training.lora_weight_path:
@@ -75,6 +78,8 @@ def _contradictions(args: RunArguments) -> list[str]:
         problems.append(
             "--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter exclude each other: nothing would be trained"
         )
+    if training.bits != 16 and not training.lora_enable:
+        problems.append(f"--bits {training.bits}: quantised weights cannot be trained; add --lora_enable True")
     if model.tune_mm_mlp_adapter and training.lora_enable:
         problems.append("--tune_mm_mlp_adapter trains the projector alone; LoRA cannot be on as well")
     if model.tune_mm_mlp_adapter and args.extensions:

@@ -15,6 +15,7 @@ from torch import nn
 from llava.errors import FlagError
 from llava.model.checkpoint import bare_model
 from llava.model.components import Component, components
+from llava.model.quantisation import parameter_count
 from llava.train.arguments import RunArguments
 
 
@@ -68,8 +69,8 @@ def freeze(model: nn.Module, args: RunArguments) -> list[ComponentCount]:
             weight.requires_grad_(part in trained)
         if part is Component.VISION_TOWER and part in trained:
             _freeze_unused_blocks(tower)
-        total = sum(weight.numel() for weight in named.values())
-        trainable = sum(weight.numel() for weight in named.values() if weight.requires_grad)
+        total = sum(parameter_count(weight) for weight in named.values())
+        trainable = sum(parameter_count(weight) for weight in named.values() if weight.requires_grad)
         if total:
             counts.append(ComponentCount(str(part), total, trainable))
     if not any(count.trainable for count in counts):

@@ -27,6 +27,7 @@ from llava.model.components import Component, components
 from llava.model.formats import read_projector
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.loss import LossReduction
+from llava.model.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments, parse_args
 from llava.train.freeze import freeze, print_trainable
@@ -75,9 +76,17 @@ def load_base(args: RunArguments, attn_implementation: str | None) -> LlavaLlama
     implementation = args.model.attn_implementation or attn_implementation
     if implementation is not None:
         options["attn_implementation"] = implementation
+    if args.training.bits != 16:
+        options["quantization_config"] = quantisation_config(
+            args.training.bits, weight_dtype(args), args.training.quant_type, args.training.double_quant
+        )
+        if args.training.device.type == "cuda":  # quantised weights cannot be moved there later
+            options["device_map"] = {"": args.training.device}
     with errors_only():  # a plain Llama's configuration becomes a LLaVA's here, which transformers would warn about
         config = LlavaConfig.from_pretrained(name, cache_dir=args.training.cache_dir)
     model = LlavaLlamaForCausalLM.from_pretrained(name, config=config, **options)
+    if args.training.bits == 4:
+        choose_cpu_kernels(model, trained=True)
     model.config.use_cache = False
     model.loss_reduction = LossReduction(args.training.loss_reduction)
     return model
