@@ -9,7 +9,7 @@ A prompt is built as a list of pieces, each known to be trained on or not; label
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import NamedTuple
 
@@ -77,16 +77,7 @@ class Conversation:
 
     def copy(self) -> Conversation:
         """A conversation whose messages can be changed without changing this one."""
-        return Conversation(
-            system=self.system,
-            roles=self.roles,
-            messages=[list(message) for message in self.messages],
-            offset=self.offset,
-            sep_style=self.sep_style,
-            sep=self.sep,
-            sep2=self.sep2,
-            version=self.version,
-        )
+        return replace(self, messages=[list(message) for message in self.messages])
 
     def append_message(self, role: str, message: Message) -> None:
         """Add a message at the end."""
@@ -249,11 +240,44 @@ def _chatml(system: str) -> Conversation:
     )
 
 
+ENERGY_QUESTION = "What are the key differences between renewable and non-renewable energy sources?"
+ENERGY_ANSWER = (
+    "Renewable energy sources are those that can be replenished naturally in a relatively short amount of time, such "
+    "as solar, wind, hydro, geothermal, and biomass. Non-renewable energy sources, on the other hand, are finite and "
+    "will eventually be depleted, such as coal, oil, and natural gas. Here are some key differences between renewable "
+    "and non-renewable energy sources:\n"
+    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources are "
+    "finite and will eventually run out.\n"
+    "2. Environmental impact: Renewable energy sources have a much lower environmental impact than non-renewable "
+    "sources, which can lead to air and water pollution, greenhouse gas emissions, and other negative effects.\n"
+    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have lower "
+    "operational costs than non-renewable sources.\n"
+    "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations than "
+    "non-renewable sources.\n"
+    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different situations and "
+    "needs, while non-renewable sources are more rigid and inflexible.\n"
+    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable sources "
+    "are not, and their depletion can lead to economic and social instability.\n"
+)
+"""The example with which Vicuna v0's own template begins; its prompts are only right with every character of it."""
+
+
+def _vicuna_v0_with_example() -> Conversation:
+    template = _vicuna_v0(_assistant_system("human"))
+    template.append_message(template.roles[0], ENERGY_QUESTION)
+    template.append_message(template.roles[1], ENERGY_ANSWER)
+    template.offset = 2
+    return template
+
+
+_V0 = _vicuna_v0_with_example()
 _V1 = _vicuna_v1(_assistant_system("user"))
 _CHATML = _chatml("Answer the questions.")
 _PLAIN = Conversation("", ("", ""), sep_style=SeparatorStyle.PLAIN, sep="\n")
 
 conv_templates: dict[str, Conversation] = {
+    "default": _V0,
+    "v0": _V0,
     "v1": _V1,
     "vicuna_v1": _V1,
     "llama_2": _llama_2_chat(LLAMA_2_SYSTEM),

@@ -8,31 +8,19 @@ tokenizes parts again and compares lengths, and drops a conversation without err
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llava.constants import (
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IM_START_TOKEN,
-    DEFAULT_IMAGE_TOKEN,
-    IGNORE_INDEX,
-    IMAGE_TOKEN_INDEX,
-)
-from llava.conversation import TAGGED_IMAGE, Conversation, Piece, SeparatorStyle
-from llava.errors import BadSampleError, FlagError
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.conversation import Conversation, Piece, SeparatorStyle
+from llava.data.turns import Turn, excerpt, place_image, training_pieces, turn_text
+from llava.errors import BadSampleError
 from llava.extension import Span
 from llava.tokenizer import encode_with_spans, starts_with_bos
-
-SPEAKERS = ("human", "gpt")
-"""Values of `from` in a data file, in the order in which they take turns."""
-
-Turn = Mapping[str, Any]
-"""`{"from": "human" | "gpt", "value": text}`."""
 
 
 @dataclass(frozen=True)
@@ -75,88 +63,24 @@ def tokenize_conversation(
     Raises:
         BadSampleError: the turns are malformed or do not alternate, the number of `<image>` differs from the number
             of images, a token lies across the border of an answer, or no target lies within `max_length`.
-        FlagError: the template is for inference only.
     """
-    texts = [_text(turn, number) for number, turn in enumerate(turns)]
+    texts = [turn_text(turn, number) for number, turn in enumerate(turns)]
     if image_count:
         texts = [place_image(text, image_count, template, mm_use_im_start_end) for text in texts]
-    pieces = _training_pieces([turn["from"] for turn in turns], texts, template)
+    pieces = training_pieces([turn["from"] for turn in turns], texts, template)
     prompt = "".join(piece.text for piece in pieces)
     has_images = image_count > 0 or template.sep_style is SeparatorStyle.PLAIN
     found = prompt.count(DEFAULT_IMAGE_TOKEN) if has_images else 0
     if found != image_count:
         raise BadSampleError(
             f"{found} {DEFAULT_IMAGE_TOKEN} in the text but {image_count} image(s) in the sample; write one "
-            f"{DEFAULT_IMAGE_TOKEN} for each image. The prompt is: {_excerpt(prompt, prompt.find(DEFAULT_IMAGE_TOKEN))}"
+            f"{DEFAULT_IMAGE_TOKEN} for each image. The prompt is: {excerpt(prompt, prompt.find(DEFAULT_IMAGE_TOKEN))}"
         )
     ids, spans = _encode(prompt, tokenizer, has_images)
     labels = _labels(ids, spans, pieces, prompt)
     _check_target(ids, labels, prompt, max_length, patches_per_image)
     end = None if has_images else max_length
     return TokenizedPrompt(torch.tensor(ids[:end]), torch.tensor(labels[:end]), prompt)
-
-
-def place_image(text: str, image_count: int, template: Conversation, mm_use_im_start_end: bool) -> str:
-    """Write the images of one turn as the template wants them (upstream `preprocess_multimodal`).
-
-    A sample with one image gets it in front of the turn, however often and wherever the turn says `<image>`; the
-    images of a sample with several stay where they stand.
-    """
-    if DEFAULT_IMAGE_TOKEN not in text:
-        return text
-    if image_count == 1:
-        text = f"{DEFAULT_IMAGE_TOKEN}\n{text.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
-    if template.uses_image_tags:
-        text = text.replace(DEFAULT_IMAGE_TOKEN, TAGGED_IMAGE)
-    if mm_use_im_start_end:
-        wrapped = f"{DEFAULT_IM_START_TOKEN}{DEFAULT_IMAGE_TOKEN}{DEFAULT_IM_END_TOKEN}"
-        text = text.replace(DEFAULT_IMAGE_TOKEN, wrapped)
-    return text
-
-
-def _text(turn: Turn, number: int) -> str:
-    """The text of a turn whose form was checked."""
-    if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
-        raise BadSampleError(f'turn {number} is not {{"from": ..., "value": <text>}}: {turn!r}')
-    if turn.get("from") not in SPEAKERS:
-        raise BadSampleError(f"turn {number} is from {turn.get('from')!r}; speakers are {' and '.join(SPEAKERS)}")
-    text = turn["value"]
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise BadSampleError(f"turn {number} holds half a surrogate pair, which no tokenizer can spell: {text!r}")
-    return text
-
-
-def _training_pieces(speakers: list[str], texts: list[str], template: Conversation) -> list[Piece]:
-    """The prompt of a whole conversation.
-
-    Raises:
-        BadSampleError: the speakers do not alternate, or the template cannot write these turns.
-        FlagError: the template is for inference only.
-    """
-    if template.sep_style is SeparatorStyle.PLAIN:
-        return _caption_pieces(speakers, texts, template)
-    if template.sep_style is SeparatorStyle.SINGLE:
-        raise FlagError("--version: templates of the Vicuna v0 family are for inference; train with v1 or plain")
-    first = int(bool(speakers) and speakers[0] != SPEAKERS[0])  # a greeting of the assistant is left out
-    conversation = template.copy()
-    for position, (speaker, text) in enumerate(zip(speakers[first:], texts[first:], strict=True)):
-        if speaker != SPEAKERS[position % 2]:
-            raise BadSampleError(
-                f"turn {first + position} is from {speaker!r} but {SPEAKERS[position % 2]!r} is due: "
-                f"{_excerpt(text, 0)}; the speakers are {speakers}"
-            )
-        conversation.append_message(conversation.roles[position % 2], text)
-    return conversation.pieces()
-
-
-def _caption_pieces(speakers: list[str], texts: list[str], template: Conversation) -> list[Piece]:
-    """Prompt of the first stage: the image and its caption; the words around `<image>` are left out."""
-    if len(texts) != 2 or DEFAULT_IMAGE_TOKEN not in texts[0]:
-        raise BadSampleError(
-            f"the plain template wants two turns, an image and its caption; there are {len(texts)} turn(s), the first "
-            f"with {texts[0].count(DEFAULT_IMAGE_TOKEN) if texts else 0} {DEFAULT_IMAGE_TOKEN}: {texts!r:.200}"
-        )
-    return [Piece(DEFAULT_IMAGE_TOKEN, False, 0), Piece(texts[1] + template.sep, True, 1)]
 
 
 def _encode(prompt: str, tokenizer: PreTrainedTokenizerBase, has_images: bool) -> tuple[list[int], list[Span]]:
@@ -187,7 +111,8 @@ def _labels(ids: list[int], spans: list[Span], pieces: list[Piece], prompt: str)
         if len(kinds) == 2:
             raise BadSampleError(
                 f"the token {prompt[span.start : span.end]!r} lies across the border of an answer, so it can neither "
-                f"be trained on nor left out: {_excerpt(prompt, span.start)}"
+                f"be trained on nor left out; add the markers of the template to the tokenizer as special tokens: "
+                f"{excerpt(prompt, span.start)}"
             )
         labels.append(index if kinds == {True} and index != IMAGE_TOKEN_INDEX else IGNORE_INDEX)
     return labels
@@ -199,16 +124,10 @@ def _check_target(
     """Refuse a sample without target, or one that is cut before its first target."""
     first = next((position for position, label in enumerate(labels) if label != IGNORE_INDEX), None)
     if first is None:
-        raise BadSampleError(f"there is no answer to train on; the prompt is: {_excerpt(prompt, len(prompt))}")
+        raise BadSampleError(f"there is no answer to train on; the prompt is: {excerpt(prompt, len(prompt))}")
     position = first + ids[:first].count(IMAGE_TOKEN_INDEX) * (patches_per_image - 1)
     if max_length is not None and position >= max_length:
         raise BadSampleError(
             f"the first answer begins at position {position}, but a sample is cut at {max_length} "
-            f"(--model_max_length); the prompt is: {_excerpt(prompt, len(prompt))}"
+            f"(--model_max_length); the prompt is: {excerpt(prompt, len(prompt))}"
         )
-
-
-def _excerpt(prompt: str, position: int, width: int = 80) -> str:
-    """The prompt around a position, quoted."""
-    start, end = max(0, position - width), position + width
-    return f"{'...' if start else ''}{prompt[start:end]!r}{'...' if end < len(prompt) else ''}"

@@ -10,8 +10,7 @@ from tests.golden import load_case
 
 CASE, _ = load_case("llava", "conversation")
 
-CASES = [case for case in CASE["cases"] if case["template"] != "default"]
-"""`default` (also `v0`), Vicuna v0 with an example conversation, has no template here."""
+CASES = CASE["cases"]
 
 
 def converse(template: str, dialog: str) -> Conversation:
@@ -24,8 +23,8 @@ def converse(template: str, dialog: str) -> Conversation:
 
 
 def test_the_case_list_is_complete() -> None:
-    assert len(CASES) == 198
-    assert set(CASE["templates"]) - set(conv_templates) == {"default", "v0"}
+    assert len(CASES) == 216
+    assert set(CASE["templates"]) == set(conv_templates)
 
 
 @pytest.mark.parametrize("name", sorted(conv_templates))
@@ -36,7 +35,7 @@ def test_template_fields(name: str) -> None:
     fields = ("system", "sep", "sep2", "version", "offset")
     assert {key: getattr(template, key) for key in fields} == {key: golden[key] for key in fields}
     assert (list(template.roles), template.sep_style.name) == (golden["roles"], golden["sep_style"])
-    assert template.messages == []
+    assert template.messages == [[template.roles[role], text] for role, text in golden["initial_messages"]]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['template']}-{case['dialog']}")

@@ -1,4 +1,4 @@
-"""Token ids and labels of conversations against the golden ones, and where ours differ on purpose."""
+"""Labels of conversations: images, borders, lengths and malformed turns; `test_golden_labels.py` has the golden cases."""
 
 from __future__ import annotations
 
@@ -10,77 +10,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.conversation import SeparatorStyle, conv_templates, select_template
-from llava.data.labels import TokenizedPrompt, place_image, tokenize_conversation
-from llava.errors import BadSampleError, FlagError
+from llava.conversation import select_template
+from llava.data.labels import TokenizedPrompt, tokenize_conversation
+from llava.errors import BadSampleError
 from llava.tokenizer import load_tokenizer
 from tests.data.tokenizers import make_tokenizer
-from tests.golden import load_case
-
-CASE, _ = load_case("llava", "preprocess")
-SAMPLES = CASE["samples"]
-
-TRAINABLE = (SeparatorStyle.TWO, SeparatorStyle.PLAIN)
-
-MISMATCH = {
-    "eos_in_answer": ["▁One▁tag▁is▁</s>▁and▁it▁ends▁a▁text.</s>"],
-    "sep_in_question": ["▁So▁you▁did.</s>"],
-    "ends_with_human": ["▁Hello</s>"],
-    "three_image": ["▁There▁are▁3▁dogs.</s>", "▁Only▁2,▁near▁the▁door.</s>", "▁Yes.</s>"],
-}
-"""Samples whose lengths the original miscounts, so that it trains on nothing and prints a warning, with our targets.
-
-`three_image` is one of them only for a tokenizer without `<s>`.
-"""
-
-UNTRAINABLE = {
-    ("empty_answer", "v1"): "no answer to train on",
-    ("image_second_turn", "v1"): r"2 <image> in the text but 1 image\(s\)",
-    ("literal_image_text_only", "plain"): r"1 <image> in the text but 0 image\(s\)",
-}
-"""Samples that the original keeps and we refuse, by template family: nothing is trained on, or images do not fit."""
-
-
-def family(case: dict) -> str:
-    """`plain` or `v1`, the branch that a golden case of the trainable templates takes."""
-    return "plain" if case["version"].endswith("plain") else "v1"
-
-
-def trainable_cases() -> list[dict]:
-    """Golden cases of the templates that are trained with at present.
-
-    An unknown `--version` is an error here, see `test_conversation.py`.
-    """
-    cases = []
-    for case in CASE["cases"]:
-        template = conv_templates.get(case["version"])
-        if case["version"] in ("v0", "v0.5") or (template and template.sep_style in TRAINABLE):
-            cases.append(case)
-    return cases
-
-
-CASES = trainable_cases()
-
-
-def tokenizer_of(case: dict) -> PreTrainedTokenizerBase:
-    return make_tokenizer(
-        legacy=case["legacy"],
-        add_bos=case["add_bos"],
-        chat_tokens=case["chat_tokens"],
-        im_tokens=SAMPLES[case["sample"]].get("im_tokens", False),
-    )
-
-
-def tokenize(case: dict, row: int = 0) -> TokenizedPrompt:
-    sample = SAMPLES[case["sample"]]
-    return tokenize_conversation(
-        sample["sources"][row],
-        tokenizer_of(case),
-        select_template(case["version"]),
-        image_count=int(sample["image"]),
-        mm_use_im_start_end=sample.get("im_tokens", False),
-        max_length=sample.get("model_max_length", 512),
-    )
 
 
 def targets(prompt: TokenizedPrompt, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -92,68 +26,6 @@ def targets(prompt: TokenizedPrompt, tokenizer: PreTrainedTokenizerBase) -> list
         elif runs[-1]:
             runs.append("")
     return [run for run in runs if run]
-
-
-def name_of(case: dict) -> str:
-    suffix = "-legacy" * case["legacy"] + "-no_bos" * (not case["add_bos"])
-    return f"{case['version']}-{case['sample']}{suffix}"
-
-
-def test_the_case_list_is_complete() -> None:
-    assert len(CASES) == 93
-
-
-@pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_ids_and_labels(case: dict) -> None:
-    refusal = UNTRAINABLE.get((case["sample"], family(case)))
-    if "error" in case or refusal:
-        with pytest.raises(BadSampleError, match=refusal):
-            tokenize(case)
-        return
-    for row in range(len(SAMPLES[case["sample"]]["sources"])):
-        prompt = tokenize(case, row)
-        length = len(prompt.input_ids)
-        golden_ids, golden_labels = case["input_ids"][row], case["labels"][row]
-        assert prompt.input_ids.tolist() == golden_ids[:length]
-        assert set(golden_ids[length:]) <= {0}, "the rest is the padding of a batch"
-        if "tokenization mismatch" in case["stdout"]:
-            assert set(golden_labels) == {IGNORE_INDEX}
-            expected = [
-                text.replace("</s>▁and", "</s>▁▁and") if case["legacy"] else text for text in MISMATCH[case["sample"]]
-            ]
-            assert targets(prompt, tokenizer_of(case)) == expected
-        else:
-            assert prompt.labels.tolist() == golden_labels[:length]
-
-
-@pytest.mark.parametrize(("key", "reason"), UNTRAINABLE.items(), ids=str)
-def test_every_listed_difference_occurs(key: tuple[str, str], reason: str) -> None:
-    assert any((case["sample"], family(case)) == key and "error" not in case for case in CASES)
-
-
-def test_every_listed_mismatch_occurs() -> None:
-    assert {case["sample"] for case in CASES if "mismatch" in case["stdout"]} == {*MISMATCH, "empty_answer"}
-
-
-OTHER_FAMILIES = [
-    case
-    for case in CASE["cases"]
-    if case["version"] in ("llama_2", "llava_llama_2", "mistral_instruct")
-    and "error" not in case
-    and not case["stdout"]
-]
-
-
-@pytest.mark.parametrize("case", OTHER_FAMILIES, ids=name_of)
-def test_llama_2_templates(case: dict) -> None:
-    if case["sample"] in ("image_second_turn", "long_text", "long_image"):  # images do not fit, or cut too early
-        with pytest.raises(BadSampleError):
-            tokenize(case)
-        return
-    for row in range(len(case["labels"])):
-        prompt = tokenize(case, row)
-        assert prompt.input_ids.tolist() == case["input_ids"][row][: len(prompt.input_ids)]
-        assert prompt.labels.tolist() == case["labels"][row][: len(prompt.labels)]
 
 
 def conversation(*texts: str, speakers: Sequence[str] = ("human", "gpt")) -> list[dict[str, str]]:
@@ -172,15 +44,6 @@ def test_images_of_a_sample_with_several_stay_where_they_stand(tokenizer: PreTra
     assert prompt.input_ids.tolist().count(IMAGE_TOKEN_INDEX) == 2
     with pytest.raises(BadSampleError, match=r"2 <image> in the text but 3 image\(s\)"):
         tokenize_conversation(turns, tokenizer, select_template("v1"), image_count=3)
-
-
-def test_one_image_goes_in_front_of_its_turn(tokenizer: PreTrainedTokenizerBase) -> None:
-    for case in CASE["cases"]:
-        if "after_multimodal" in case and case["version"] in conv_templates:
-            sample = SAMPLES[case["sample"]]
-            for turns, expected in zip(sample["sources"], case["after_multimodal"], strict=True):
-                template, im_tokens = select_template(case["version"]), sample.get("im_tokens", False)
-                assert [place_image(turn["value"], 1, template, im_tokens) for turn in turns] == expected
 
 
 def test_an_image_in_an_answer_is_no_target(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -238,11 +101,6 @@ def test_malformed_turns(turns: list, message: str, tokenizer: PreTrainedTokeniz
         tokenize_conversation(turns, tokenizer, select_template("v1"), image_count=0)
 
 
-def test_inference_templates_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(FlagError, match="Vicuna v0 family are for inference"):
-        tokenize_conversation(conversation("Hi", "Yo"), tokenizer, select_template("llava_v0"), image_count=0)
-
-
 def test_a_fast_tokenizer_gives_the_same_targets(tmp_path: Path) -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", *alphabet])}
@@ -257,3 +115,35 @@ def test_a_fast_tokenizer_gives_the_same_targets(tmp_path: Path) -> None:
     expected = tokenizer(" A café.</s>", add_special_tokens=False).input_ids
     assert len(expected) == len(" A café.".encode()) + 1, "one token per byte, so a character may have several"
     assert labels == expected
+
+
+V0_TURNS = conversation("Hi", "Hello", "Bye", "Good night")
+
+
+def test_the_v0_family_trains_the_separator_that_ends_an_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt = tokenize_conversation(V0_TURNS, tokenizer, select_template("llava_v0"), image_count=0)
+    assert prompt.prompt.endswith(
+        "questions.\n\n### Human: Hi\n### Assistant: Hello\n### Human: Bye\n### Assistant: Good night\n### "
+    )
+    assert targets(prompt, tokenizer) == ["\u2581Hello<0x0A>###", "\u2581Good\u2581night<0x0A>###"]
+
+
+def test_the_example_of_the_default_template_is_not_trained_on(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts = [
+        tokenize_conversation(V0_TURNS, tokenizer, select_template(name), image_count=0)
+        for name in ("default", "llava_v0")
+    ]
+    assert "renewable" not in prompts[0].prompt
+    assert prompts[0].labels.tolist() == prompts[1].labels.tolist()
+
+
+@pytest.mark.parametrize("version", ["v1", "llava_llama_2", "mistral_instruct", "chatml_direct", "llava_v0"])
+def test_several_images_in_several_turns(version: str) -> None:
+    tokenizer = make_tokenizer(chat_tokens=True)
+    turns = conversation("<image> or <image>?", "The first.", "And <image>?", "No.", "Sure?", "Yes.")
+    prompt = tokenize_conversation(turns, tokenizer, select_template(version), image_count=3)
+    ids = prompt.input_ids.tolist()
+    assert ids.count(IMAGE_TOKEN_INDEX) == 3
+    answers = [run.replace("\u2581", " ").strip().partition(".")[0] for run in targets(prompt, tokenizer)]
+    assert answers == ["The first", "No", "Yes"]
+    assert all(label == IGNORE_INDEX for index, label in zip(ids, prompt.labels.tolist(), strict=True) if index < 0)
