@@ -40,7 +40,7 @@ REFUSED = {
     ("long_text", "llama_2"): "is cut at 96",
     ("long_image", "llama_2"): "is cut at 96",
 }
-"""Samples that the original keeps and we refuse: it would train on nothing, on another image, or as speaker 'unknown'."""
+"""Samples that the original keeps and we refuse: no target, another image's place, or the speaker 'unknown'."""
 
 CROSSING = ("three_image", "three_text", "two_text", "long_text", "ends_with_human")
 """Samples of several turns whose ChatML markers are no tokens of their own: `|><|` joins two turns. We refuse them."""

@@ -1,4 +1,4 @@
-"""Labels of conversations: images, borders, lengths and malformed turns; `test_golden_labels.py` has the golden cases."""
+"""Labels of conversations: images, borders, lengths, malformed turns (golden ones: `test_golden_labels.py`)."""
 
 from __future__ import annotations
 

@@ -84,6 +84,6 @@ def test_every_image_lies_where_its_turn_says(model: Any, dataset: LazySupervise
     for span, feature in zip(spans, features, strict=True):
         assert torch.equal(inputs.inputs_embeds[0, span.start : span.end], feature)
         assert (inputs.labels[0, span.start : span.end] == IGNORE_INDEX).all()
-    answer = make_tokenizer()(" The first.</s>", add_special_tokens=False).input_ids
+    answer = make_tokenizer()("The first.</s>", add_special_tokens=False).input_ids
     between = inputs.labels[0, spans[1].end : spans[2].start]
     assert [label for label in between.tolist() if label != IGNORE_INDEX] == answer
