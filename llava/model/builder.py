@@ -17,6 +17,7 @@ from llava.errors import CheckpointError, FlagError
 from llava.extension import Extension, ImportedState, installed_extensions
 from llava.model.checkpoint import load_extension_tensors, load_trained, weight_files
 from llava.model.formats import CheckpointContents, inspect_checkpoint, read_json, read_tensors
+from llava.model.image_tokens import add_image_tokens, wanted_tokens
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer
@@ -70,6 +71,10 @@ def load_pretrained_model(
     if on_gpu and device == "cuda":
         options["device_map"] = device_map
     model, missing = _load_base(contents, base, options)
+    tokenizer = load_tokenizer(_tokenizer_folder(contents, base))
+    tokens = wanted_tokens(model.config)
+    if tokens:
+        add_image_tokens(model, tokenizer, tokens)
     imported = _attach_extensions(model, contents)
     model = _load_rest(model, contents, imported, missing, merge=not (load_8bit or load_4bit))
     near = [contents.folder, *([Path(base)] if base else [])]
@@ -83,7 +88,6 @@ def load_pretrained_model(
     else:
         model.to(device=device, dtype=dtype)
     model.requires_grad_(False)
-    tokenizer = load_tokenizer(_tokenizer_folder(contents, base))
     context_length = getattr(model.config, "max_sequence_length", DEFAULT_CONTEXT_LENGTH)
     return tokenizer, model.eval(), image_processor, context_length
 
@@ -118,6 +122,8 @@ def _load_base(
     config = LlavaConfig.from_pretrained(contents.folder)
     if base is None:
         weight_files(contents)  # complains about missing shards by name
+    else:  # the image tokens of the checkpoint get their rows later
+        config.vocab_size = LlavaConfig.from_pretrained(base).vocab_size
     source = base or contents.folder
     with errors_only():  # weights that come from other files later are no news; what is missing then is an error
         model, report = LlavaLlamaForCausalLM.from_pretrained(

@@ -28,6 +28,7 @@ from llava.model.formats import (
     read_tensors,
     strip_peft_prefix,
 )
+from llava.model.image_tokens import load_image_tokens, save_image_tokens
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
 
@@ -67,6 +68,8 @@ def save_checkpoint(model: nn.Module, folder: str | Path, tokenizer: Any = None)
         llava.save_pretrained(folder, state_dict={name: weight.detach() for name, weight in whole.items()})
     elif Component.PROJECTOR in trained:
         save_file(_portable(parts[Component.PROJECTOR]), folder / "mm_projector.safetensors", {"format": "pt"})
+    if Component.LANGUAGE_MODEL not in trained:
+        save_image_tokens(llava, folder)
     if Component.VISION_TOWER in trained:
         tower = llava.get_vision_tower()
         tower.vision_tower.save_pretrained(folder / TOWER_FOLDER)
@@ -170,6 +173,8 @@ def load_trained(model: nn.Module, checkpoint: str | Path | CheckpointContents) 
     parts = components(model)
     if contents.projector is not None:
         copy_tensors(parts[Component.PROJECTOR], read_projector(contents.projector), contents.projector)
+    for path in filter(None, (contents.projector, contents.image_tokens)):
+        load_image_tokens(llava, path)
     if contents.non_lora is not None:
         _load_non_lora(parts[Component.PROJECTOR], contents.non_lora)
     tower = llava.get_vision_tower()

@@ -11,12 +11,15 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from llava.model.image_tokens import EmbeddingWithTrainedRows
+
 
 class Component(StrEnum):
     """The parts of a model, in the order in which they are printed."""
 
     VISION_TOWER = "vision tower"
     PROJECTOR = "projector"
+    IMAGE_TOKENS = "image tokens"
     LANGUAGE_MODEL = "language model"
     ADAPTER = "adapter"
     EXTENSION = "extension"
@@ -53,6 +56,9 @@ def components(model: nn.Module) -> dict[Component, dict[str, nn.Parameter]]:
     if isinstance(getattr(decoder, "image_newline", None), nn.Parameter):
         projector_ids.add(id(decoder.image_newline))
 
+    table = decoder.embed_tokens
+    token_ids = {id(table.rows)} if isinstance(table, EmbeddingWithTrainedRows) else set()
+
     parts: dict[Component, dict[str, nn.Parameter]] = {part: {} for part in Component}
     for name, weight in llava.named_parameters():
         if id(weight) in adapter_ids:
@@ -61,6 +67,8 @@ def components(model: nn.Module) -> dict[Component, dict[str, nn.Parameter]]:
             parts[Component.EXTENSION][name] = weight
         elif id(weight) in tower_ids:
             parts[Component.VISION_TOWER][name] = weight
+        elif id(weight) in token_ids:
+            parts[Component.IMAGE_TOKENS][name] = weight
         elif id(weight) in projector_ids:
             parts[Component.PROJECTOR][name] = weight
         else:

@@ -47,6 +47,7 @@ def _export_adapter(contents: CheckpointContents, output: Path) -> None:
 def _export_extensions(contents: CheckpointContents, base: str, output: Path) -> None:
     """Let each extension write what its original code would have written."""
     config = LlavaConfig.from_pretrained(contents.folder)
+    config.vocab_size = LlavaConfig.from_pretrained(base).vocab_size
     model = LlavaLlamaForCausalLM.from_pretrained(base, config=config, dtype=torch.float32)
     available = installed_extensions(list(contents.extensions))
     for name, folder in contents.extensions.items():
@@ -75,6 +76,11 @@ def export_original(checkpoint: str | Path, output: str | Path, model_base: str 
     contents, output = inspect_checkpoint(checkpoint), Path(output)
     if contents.adapter is None:
         raise CheckpointError(f"{checkpoint}: holds no LoRA adapter; full weights are in upstream's layout already")
+    if read_json(contents.folder / "config.json").get("mm_use_im_start_end"):
+        raise CheckpointError(
+            f"{checkpoint}: was trained with mm_use_im_start_end, and upstream's LoRA layout has no place for the rows "
+            "of those tokens; merge the checkpoint with its base instead"
+        )
     if output.exists():
         raise CheckpointError(f"{output}: exists already; choose a folder that does not")
     partial = output.with_name(output.name + ".partial")

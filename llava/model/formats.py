@@ -24,6 +24,10 @@ PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 NON_LORA_FILE = "non_lora_trainables.bin"
 EXTENSIONS_FOLDER = "extensions"
 TOWER_FOLDER = "vision_tower"
+IMAGE_TOKENS_FILE = "image_tokens.safetensors"
+
+TOKEN_TABLE = "model.embed_tokens.weight"
+"""Upstream puts the embedding table into a projector file if `<im_start>` and `<im_end>` were trained with it."""
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -87,6 +91,7 @@ class CheckpointContents:
         non_lora: upstream's file of everything trained beside LoRA.
         extensions: folder of each extension by name.
         tower: folder of a vision tower trained along.
+        image_tokens: rows of `<im_start>`, `<im_end>` and `<im_patch>`, see `llava/model/image_tokens.py`.
     """
 
     folder: Path
@@ -96,6 +101,7 @@ class CheckpointContents:
     non_lora: Path | None
     extensions: dict[str, Path]
     tower: Path | None
+    image_tokens: Path | None
 
     @property
     def needs_base(self) -> bool:
@@ -123,17 +129,18 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointContents:
         non_lora=_first(folder, (NON_LORA_FILE,)),
         extensions={path.parent.name: path.parent for path in sorted(extension_root.glob("*/config.json"))},
         tower=folder / TOWER_FOLDER if (folder / TOWER_FOLDER / "config.json").is_file() else None,
+        image_tokens=_first(folder, (IMAGE_TOKENS_FILE,)),
     )
     if contents.adapter is not None and not (folder / "adapter_config.json").is_file():
         raise CheckpointError(f"{contents.adapter}: there is no adapter_config.json beside it")
-    parts = (contents.weights, contents.adapter, contents.projector, contents.non_lora)
+    parts = (contents.weights, contents.adapter, contents.projector, contents.non_lora, contents.image_tokens)
     if not any(parts) and not contents.extensions:
         raise CheckpointError(f"{folder}: holds no weights of any known kind (found: {_listing(folder)})")
     return contents
 
 
 def read_projector(path: Path) -> dict[str, Tensor]:
-    """Projector weights by their name in the model, whatever prefix the file uses.
+    """Projector weights by their name in the model, whatever prefix the file uses; upstream's token rows are left out.
 
     Raises:
         CheckpointError: a tensor in the file belongs to something else.
@@ -141,6 +148,8 @@ def read_projector(path: Path) -> dict[str, Tensor]:
     marker = "mm_projector."
     tensors: dict[str, Tensor] = {}
     for name, tensor in read_tensors(path).items():
+        if name == TOKEN_TABLE:
+            continue
         _, found, rest = name.partition(marker)
         if not found:
             raise CheckpointError(f"{path}: '{name}' is no weight of a projector")

@@ -35,6 +35,7 @@ class LlavaMetaModel:
         """Create what the configuration says is in the checkpoint; the tower is added by `load_vision_tower`."""
         self.vision_tower = None
         self.mm_projector = None
+        self.image_token_ids: dict[str, int] = {}
         if getattr(self.config, "mm_hidden_size", None) is not None:
             self.mm_projector = build_vision_projector(self.config)
             if "unpad" in getattr(self.config, "mm_patch_merge_type", "flat"):

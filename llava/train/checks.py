@@ -16,10 +16,6 @@ def _not_yet(args: RunArguments) -> list[str]:
     """Options of upstream that parse but are not carried out in this version."""
     model, training = args.model, args.training
     problems = []
-    if model.mm_use_im_start_end:
-        problems.append("--mm_use_im_start_end True is not supported yet; every published recipe passes False")
-    if model.mm_use_im_patch_token:
-        problems.append("--mm_use_im_patch_token True (its default) is not supported yet; pass False as the recipes do")
     if model.mm_patch_merge_type != "flat":
         problems.append(f"--mm_patch_merge_type {model.mm_patch_merge_type} is not supported in training yet; use flat")
     if training.deepspeed:
@@ -86,6 +82,8 @@ def _contradictions(args: RunArguments) -> list[str]:
         problems.append(f"--tune_mm_mlp_adapter trains the projector alone; switch off {sorted(args.extensions)}")
     if model.tune_mm_mlp_adapter and not model.vision_tower:
         problems.append("--tune_mm_mlp_adapter needs --vision_tower")
+    if model.mm_use_im_start_end and not model.vision_tower:
+        problems.append("--mm_use_im_start_end needs --vision_tower")
     if model.unfreeze_mm_vision_tower and not model.vision_tower:
         problems.append("--unfreeze_mm_vision_tower needs --vision_tower")
     if training.n_gpu > 1:

@@ -31,12 +31,13 @@ class ComponentCount:
 def trained_components(args: RunArguments) -> set[Component]:
     """Parts that the options say are trained.
 
-    `--tune_mm_mlp_adapter` leaves the projector alone; LoRA and `--freeze_backbone` freeze the language model; the
-    projector is trained unless `--freeze_mm_mlp_adapter`; the tower only by `--unfreeze_mm_vision_tower`.
+    `--tune_mm_mlp_adapter` leaves the projector, and the rows of new image tokens, which are always trained; LoRA
+    and `--freeze_backbone` freeze the language model; the projector is trained unless `--freeze_mm_mlp_adapter`; the
+    tower only by `--unfreeze_mm_vision_tower`.
     """
     if args.model.tune_mm_mlp_adapter:
-        return {Component.PROJECTOR}
-    trained = {Component.ADAPTER, Component.EXTENSION}
+        return {Component.PROJECTOR, Component.IMAGE_TOKENS}
+    trained = {Component.ADAPTER, Component.EXTENSION, Component.IMAGE_TOKENS}
     if not (args.training.lora_enable or args.model.freeze_backbone):
         trained.add(Component.LANGUAGE_MODEL)
     if not args.training.freeze_mm_mlp_adapter:

@@ -21,16 +21,24 @@ from transformers.trainer_utils import get_last_checkpoint
 from llava.conversation import Conversation, select_template
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset
+from llava.errors import CheckpointError
 from llava.extension import installed_extensions
 from llava.model.checkpoint import copy_tensors
 from llava.model.components import Component, components
-from llava.model.formats import read_projector
+from llava.model.formats import IMAGE_TOKENS_FILE, read_projector
+from llava.model.image_tokens import (
+    BORDER_TOKENS,
+    add_image_tokens,
+    load_image_tokens,
+    train_image_tokens,
+    wanted_tokens,
+)
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.loss import LossReduction
 from llava.model.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments, parse_args
-from llava.train.freeze import freeze, print_trainable
+from llava.train.freeze import freeze, print_trainable, trained_components
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import add_lora
 from llava.train.run_record import write_run_record
@@ -118,8 +126,28 @@ def record_settings(model: LlavaLlamaForCausalLM, args: RunArguments, tokenizer:
     config.tune_mm_mlp_adapter = args.model.tune_mm_mlp_adapter
     config.freeze_mm_mlp_adapter = args.training.freeze_mm_mlp_adapter
     config.mm_use_im_start_end = args.model.mm_use_im_start_end
-    config.mm_use_im_patch_token = args.model.mm_use_im_patch_token
+    config.mm_use_im_patch_token = args.model.mm_use_im_patch_token and args.model.vision_tower is not None
     config.mm_projector_lr = args.training.mm_projector_lr
+
+
+def add_vocabulary(model: LlavaLlamaForCausalLM, args: RunArguments, tokenizer: Any) -> None:
+    """The image tokens that the options ask for, with the rows that stage 1 trained.
+
+    Raises:
+        CheckpointError: the projector file of stage 1 has no rows for them.
+        FlagError: they cannot be trained on this base.
+    """
+    new = add_image_tokens(model, tokenizer, wanted_tokens(args.model))
+    source = args.model.pretrain_mm_mlp_adapter
+    if source and set(new) & set(BORDER_TOKENS):
+        beside = Path(source).with_name(IMAGE_TOKENS_FILE)
+        if not load_image_tokens(model, beside if beside.is_file() else Path(source)):
+            raise CheckpointError(
+                f"--mm_use_im_start_end True, but neither {source} nor {beside} holds the tokens {BORDER_TOKENS}; "
+                "train stage 1 with that option too, or pass False"
+            )
+    if args.model.mm_use_im_start_end and Component.LANGUAGE_MODEL not in trained_components(args):
+        train_image_tokens(model)
 
 
 def build_model(args: RunArguments, tokenizer: Any, attn_implementation: str | None = None) -> nn.Module:
@@ -132,6 +160,7 @@ def build_model(args: RunArguments, tokenizer: Any, attn_implementation: str | N
     llava = load_base(args, attn_implementation)
     if args.model.vision_tower is not None:
         add_vision(llava, args)
+        add_vocabulary(llava, args, tokenizer)
     record_settings(llava, args, tokenizer)
     available = installed_extensions(list(args.extensions)) if args.extensions else {}
     for name, config in args.extensions.items():
