@@ -11,9 +11,31 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
+from llava.anyres import (
+    divide_to_patches,
+    get_anyres_image_grid_shape,
+    output_size,
+    process_anyres_image,
+    resize_and_pad_image,
+    select_best_resolution,
+)
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.errors import FlagError
 from llava.tokenizer import starts_with_bos
+
+__all__ = [
+    "KeywordsStoppingCriteria",
+    "divide_to_patches",
+    "expand2square",
+    "get_anyres_image_grid_shape",
+    "get_model_name_from_path",
+    "process_anyres_image",
+    "process_image",
+    "process_images",
+    "resize_and_pad_image",
+    "select_best_resolution",
+    "tokenizer_image_token",
+]
 
 PLAIN_ASPECT_RATIOS = (None, "square", "resize")
 """Values of `--image_aspect_ratio` that mean the processor alone: shortest edge to size, then centre crop.
@@ -21,7 +43,7 @@ PLAIN_ASPECT_RATIOS = (None, "square", "resize")
 `resize` has no code of its own in the original HydraLoRA code base; its recipes were trained with this crop.
 """
 
-ASPECT_RATIOS = ("pad", "square", "resize", "stretch")
+ASPECT_RATIOS = ("pad", "square", "resize", "stretch", "anyres")
 """Known values of `--image_aspect_ratio`."""
 
 
@@ -63,48 +85,75 @@ def expand2square(image: Image.Image, background: tuple[int, int, int]) -> Image
     return canvas
 
 
-def preprocess_image(image: Image.Image, image_processor: Any, aspect_ratio: str | None) -> Tensor:
+def preprocess_image(
+    image: Image.Image, image_processor: Any, aspect_ratio: str | None, grid_pinpoints: Any = None
+) -> Tensor:
     """Pixel values of one image.
 
     Args:
         image: RGB image.
-        image_processor: CLIP processor; only one that works on Pillow images (`load_image_processor`) gives the
-            original's values.
+        image_processor: processor of the tower; only one that works on Pillow images gives the original's values.
         aspect_ratio: `pad` centres the image on a square of the processor's mean colour; `square`, `resize` and None
-            cut out the centre; `stretch` scales both sides to the crop size.
+            cut out the centre; `stretch` scales both sides to the crop size; `anyres` cuts the image into tiles.
+        grid_pinpoints: possible resolutions of `anyres`; see `llava/anyres.py`.
 
     Returns:
-        float32 (3, H, W), normalised.
+        float32 (3, H, W), normalised; (1 + tiles, 3, H, W) for `anyres`.
 
     Raises:
         FlagError: another aspect ratio.
     """
+    if aspect_ratio == "anyres":
+        return process_anyres_image(image, image_processor, grid_pinpoints)
     if aspect_ratio == "pad":
         image = expand2square(image, tuple(int(255 * mean) for mean in image_processor.image_mean))
     elif aspect_ratio == "stretch":
-        image = image.resize(crop_size(image_processor)[::-1], Image.Resampling.BICUBIC)
+        image = image.resize(output_size(image_processor)[::-1], Image.Resampling.BICUBIC)
     elif aspect_ratio not in PLAIN_ASPECT_RATIOS:
         raise FlagError(f"--image_aspect_ratio {aspect_ratio}: not known; known: {', '.join(ASPECT_RATIOS)}")
     return image_processor(image, return_tensors="pt")["pixel_values"][0]  # (3, H, W)
-
-
-def crop_size(image_processor: Any) -> tuple[int, int]:
-    """Height and width in pixels of what the processor gives."""
-    return image_processor.crop_size["height"], image_processor.crop_size["width"]
 
 
 def process_images(images: Sequence[Image.Image], image_processor: Any, model_cfg: Any) -> Tensor | list[Tensor]:
     """Pixel values of several RGB images, treated as `model_cfg.image_aspect_ratio` says.
 
     Returns:
-        float32 (N, 3, H, W), or a list of (3, H, W) if shapes differ.
+        float32 (N, 3, H, W), or a list of (3, H, W) if shapes differ; with tiles for `anyres`, (N, 1 + tiles, 3, H, W)
+        or a list.
 
     Raises:
         FlagError: the aspect ratio is not known.
     """
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
-    tensors = [preprocess_image(image, image_processor, aspect_ratio) for image in images]
+    pinpoints = getattr(model_cfg, "image_grid_pinpoints", None)
+    tensors = [preprocess_image(image, image_processor, aspect_ratio, pinpoints) for image in images]
     return torch.stack(tensors) if len({tensor.shape for tensor in tensors}) == 1 else tensors
+
+
+def process_image(image: Image.Image, mode: str, max_len: int = 800, min_len: int = 400) -> Image.Image:
+    """An image as the demos show and send it (upstream: a method of its conversations).
+
+    Args:
+        image: RGB image.
+        mode: `Pad` to a square of CLIP's mean colour, `Resize` to 336 x 336, `Default` or `Crop` to leave it.
+        max_len: an image with a longer side is made smaller.
+        min_len: upper limit of the short side then.
+
+    Raises:
+        ValueError: another mode.
+    """
+    if mode == "Pad":
+        image = expand2square(image, (122, 116, 104))
+    elif mode == "Resize":
+        image = image.resize((336, 336))
+    elif mode not in ("Default", "Crop"):
+        raise ValueError(f"the image mode is {mode!r}; it may be Pad, Resize, Default or Crop")
+    if max(image.size) <= max_len:
+        return image
+    aspect = max(image.size) / min(image.size)
+    short = int(min(max_len / aspect, min_len, min(image.size)))
+    size = (int(short * aspect), short) if image.width > image.height else (short, int(short * aspect))
+    return image.resize((max(size[0], 1), max(size[1], 1)))
 
 
 def get_model_name_from_path(model_path: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,24 +24,28 @@ class DataCollatorForSupervisedDataset:
 
     tokenizer: PreTrainedTokenizerBase
 
-    def __call__(self, instances: Sequence[dict[str, Tensor]]) -> dict[str, Tensor | list[Tensor]]:
+    def __call__(self, instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate B items.
 
         Returns:
             `input_ids` int64 (B, T); `labels` int64 (B, T) with -100 at padding; `attention_mask` bool (B, T), True
             for every token of a row, `<unk>` included although padding has its id; if the items have images,
-            `images` float32 (N, 3, H, W) in the order of the rows, or a list of (3, H, W) if sizes differ.
+            `images` float32 (N, 3, H, W) in the order of the rows, or a list of (3, H, W) if sizes differ; if they have
+            tiles, a list of (tiles, 3, H, W), and `image_sizes`, width and height of each.
         """
         end = self.tokenizer.model_max_length
         rows = [instance["input_ids"][:end] for instance in instances]
         labels = [instance["labels"][:end] for instance in instances]
         mask = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-        batch: dict[str, Tensor | list[Tensor]] = {
+        batch: dict[str, Any] = {
             "input_ids": pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
             "attention_mask": pad_sequence(mask, batch_first=True, padding_value=False),
         }
-        if "image" in instances[0]:
+        if "image_sizes" in instances[0]:
+            batch["images"] = [image for instance in instances for image in instance["image"]]
+            batch["image_sizes"] = [size for instance in instances for size in instance["image_sizes"]]
+        elif "image" in instances[0]:
             images = [image for instance in instances for image in _as_batch(instance["image"])]
             same_size = len({image.shape for image in images}) == 1
             batch["images"] = torch.stack(images) if same_size else images

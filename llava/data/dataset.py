@@ -9,18 +9,20 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from llava.anyres import GridPinpoints, ImageLength
 from llava.conversation import Conversation
-from llava.data.images import ImageTransform, load_image
+from llava.data.images import ImageTransform, Picture, load_image
 from llava.data.labels import tokenize_conversation
 from llava.data.records import Row, open_records
 from llava.data.skipped import append_skipped
-from llava.errors import BadSampleError, FlagError
+from llava.errors import BadImageError, BadSampleError, FlagError
 
 logger = logging.getLogger(__name__)
+
+Item = dict[str, Any]
 
 IMAGE_LENGTH = 128
 """Words that an image counts as in `lengths` (upstream's estimate)."""
@@ -36,10 +38,11 @@ class Size(NamedTuple):
     images: int
 
 
-class LazySupervisedDataset(Dataset[dict[str, Tensor]]):
+class LazySupervisedDataset(Dataset[Item]):
     """Rows of a LLaVA data file as token ids, labels and pixel values, made when they are asked for.
 
     An item has `input_ids` and `labels`, int64 (T,), and `image`, float32 (3, H, W), or (k, 3, H, W) with k > 1 images.
+    With `anyres` it is a list of (tiles, 3, H, W), and `image_sizes` gives each image's width and height in pixels.
     With `is_multimodal` a row without image has a black picture; it adds nothing but keeps batches equal in kind.
 
     Args:
@@ -49,10 +52,12 @@ class LazySupervisedDataset(Dataset[dict[str, Tensor]]):
         template: template without messages, see `select_template`.
         image_folder: folder that the file's image names are relative to; may be None if it names none.
         image_aspect_ratio: see `preprocess_image`.
+        image_grid_pinpoints: possible resolutions of `anyres`.
         is_multimodal: the model has a vision tower.
         mm_use_im_start_end: write `<im_start>` and `<im_end>` around images.
         model_max_length: longest sample in tokens.
-        patches_per_image: embeddings per image; only used to see whether a target lies within `model_max_length`.
+        image_length: embeddings of an image; only used to see whether a target lies within `model_max_length`. None
+            counts an image as one.
         on_bad_sample: `stop` raises the error of a bad row; `skip` writes it to `skipped_file` and gives the next good
             row of the same modality in its place, so that steps and batch shapes stay as they are.
         skipped_file: see `llava/data/skipped.py`.
@@ -73,10 +78,11 @@ class LazySupervisedDataset(Dataset[dict[str, Tensor]]):
         template: Conversation,
         image_folder: str | os.PathLike[str] | None,
         image_aspect_ratio: str,
+        image_grid_pinpoints: GridPinpoints | None = None,
         is_multimodal: bool,
         mm_use_im_start_end: bool,
         model_max_length: int,
-        patches_per_image: int = 1,
+        image_length: ImageLength | None = None,
         on_bad_sample: str = "stop",
         skipped_file: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -88,12 +94,14 @@ class LazySupervisedDataset(Dataset[dict[str, Tensor]]):
             raise FlagError("a model with a vision tower needs its image processor to prepare the data")
         self.records = open_records(data_path)
         self.tokenizer = tokenizer
-        self.transform = ImageTransform(image_processor, image_aspect_ratio) if is_multimodal else None
+        self.transform = (
+            ImageTransform(image_processor, image_aspect_ratio, image_grid_pinpoints) if is_multimodal else None
+        )
         self.template = template
         self.image_folder = image_folder
         self.mm_use_im_start_end = mm_use_im_start_end
         self.model_max_length = model_max_length
-        self.patches_per_image = patches_per_image
+        self.image_length = image_length
         self.on_bad_sample = on_bad_sample
         self.skipped_file = skipped_file
         self._bad_rows: set[int] = set()
@@ -101,7 +109,7 @@ class LazySupervisedDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> Item:
         if self.on_bad_sample == "stop":
             return self._load(index)
         has_image = self._size(index).images > 0
@@ -144,11 +152,13 @@ class LazySupervisedDataset(Dataset[dict[str, Tensor]]):
                 raise BadSampleError(f"{self.records.name(index)}: its turns cannot be read: {error!r}") from error
         return Size(1, 0)
 
-    def _load(self, index: int) -> dict[str, Tensor]:
+    def _load(self, index: int) -> Item:
         row = self.records[index]
         name = f"{self.records.name(index)} (id {row.get('id')!r})"
         try:
             names = image_names(row)
+            # Tiles are cut first: how long a prompt becomes depends on their number.
+            pictures = self._load_images(names, name) if names and self._tiled else None
             prompt = tokenize_conversation(
                 conversation_of(row),
                 self.tokenizer,
@@ -156,25 +166,42 @@ class LazySupervisedDataset(Dataset[dict[str, Tensor]]):
                 image_count=len(names),
                 mm_use_im_start_end=self.mm_use_im_start_end,
                 max_length=self.model_max_length,
-                patches_per_image=self.patches_per_image,
+                patches_per_image=self._lengths(pictures),
             )
         except BadSampleError as error:
-            raise BadSampleError(f"{name}: {error}") from error
-        item = {"input_ids": prompt.input_ids, "labels": prompt.labels}
+            raise _with_row(error, name) from error
+        item: Item = {"input_ids": prompt.input_ids, "labels": prompt.labels}
         if names:
-            item["image"] = self._load_images(names, name)
+            item |= self._collated(self._load_images(names, name) if pictures is None else pictures)
         elif self.transform is not None:
-            item["image"] = self.transform.dummy()
+            item |= self._collated([self.transform.dummy()])
         return item
 
-    def _load_images(self, names: list[str], row_name: str) -> Tensor:
-        """Pixel values (3, H, W), or (k, 3, H, W) of k > 1 images."""
+    @property
+    def _tiled(self) -> bool:
+        return self.transform is not None and self.transform.tiled
+
+    def _lengths(self, pictures: list[Picture] | None) -> int | list[int]:
+        """Embeddings of each image, or of every image if all have the same number."""
+        if self.image_length is None:
+            return 1
+        if pictures is None:
+            return self.image_length.features
+        return [self.image_length(picture.pixels, picture.size) for picture in pictures]
+
+    def _load_images(self, names: list[str], row_name: str) -> list[Picture]:
         if self.transform is None:
             raise FlagError(f"{row_name} has an image but the model has no vision tower; set --vision_tower")
         if self.image_folder is None:
             raise FlagError(f"{row_name} names the image {names[0]!r}; set --image_folder")
-        images = [self.transform(load_image(self.image_folder, name, row_name)) for name in names]
-        return images[0] if len(images) == 1 else torch.stack(images)
+        return [self.transform(load_image(self.image_folder, name, row_name)) for name in names]
+
+    def _collated(self, pictures: list[Picture]) -> Item:
+        """What an item says of its images."""
+        pixels = [picture.pixels for picture in pictures]
+        if self._tiled:
+            return {"image": pixels, "image_sizes": [picture.size for picture in pictures]}
+        return {"image": pixels[0] if len(pixels) == 1 else torch.stack(pixels)}
 
     def _skip(self, index: int, error: BadSampleError) -> None:
         """Remember and list a bad row."""
@@ -185,6 +212,11 @@ class LazySupervisedDataset(Dataset[dict[str, Tensor]]):
             sample_id = None
         append_skipped(self.skipped_file, index, sample_id, str(error))
         logger.warning("skipped a sample: %s", error)
+
+
+def _with_row(error: BadSampleError, name: str) -> BadSampleError:
+    """The error with file, row and id in front; that of an image names them already."""
+    return error if isinstance(error, BadImageError) else BadSampleError(f"{name}: {error}")
 
 
 def image_names(row: Row) -> list[str]:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
+from llava.anyres import GridPinpoints, output_size, parse_grid_pinpoints
 from llava.errors import BadImageError, FlagError
-from llava.mm_utils import ASPECT_RATIOS, crop_size, preprocess_image
+from llava.mm_utils import ASPECT_RATIOS, preprocess_image
+
+MAX_SIDE = 20_000
+"""Longest side of an image in pixels: `pad` makes a square of it."""
+
+MAX_SIDES_RATIO = 200
+"""Longest side over shortest side: the processor scales the shortest side up to its size."""
 
 
 def load_image_processor(folder: str | os.PathLike[str]) -> CLIPImageProcessorPil:
@@ -59,41 +67,93 @@ def load_image(folder: str | os.PathLike[str], name: str, row: object = "") -> I
         row: what to call the row of the data file in an error.
 
     Raises:
-        BadImageError: as `image_path`; or the file is broken, no image, or has more pixels than Pillow deems safe
-            (`PIL.Image.MAX_IMAGE_PIXELS`, 89 million).
+        BadImageError: as `image_path` and `read_rgb`.
     """
     path = image_path(folder, name, row)
+    return read_rgb(path, f"{row}: image {path}")
+
+
+def read_rgb(file: Path | BinaryIO, name: str) -> Image.Image:
+    """Decode an image as RGB: the first frame, transparency dropped, EXIF orientation ignored, all as in the original.
+
+    Args:
+        file: path or open file.
+        name: what to call the image in an error.
+
+    Raises:
+        BadImageError: it is broken or no image; has more pixels than Pillow deems safe (`PIL.Image.MAX_IMAGE_PIXELS`,
+            89 million), or a shape that would take as much memory once scaled; or holds numbers without a known range.
+    """
     try:
-        with Image.open(path) as image:
-            limit, pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height
-            if limit is not None and pixels > limit:  # Pillow itself refuses only twice as many
-                raise Image.DecompressionBombError(f"{pixels} pixels exceed the limit of {limit}")
-            return image.convert("RGB")
+        with Image.open(file) as image:
+            _check_shape(image)
+            return _to_rgb(image)
     except Exception as error:  # Pillow's decoders raise many kinds for broken files
-        raise BadImageError(f"{row}: image {path} cannot be read: {type(error).__name__}: {error}") from error
+        raise BadImageError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _check_shape(image: Image.Image) -> None:
+    """Refuse, from the header alone, what would take too much memory or run another program."""
+    limit, pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height
+    if limit is not None and pixels > limit:  # Pillow itself refuses only twice as many
+        raise Image.DecompressionBombError(f"{pixels} pixels exceed the limit of {limit}")
+    short, long = sorted(image.size)
+    if short < 1 or long > MAX_SIDE or long > MAX_SIDES_RATIO * short:
+        raise ValueError(
+            f"it is {image.width} x {image.height} pixels; sides may be 1 to {MAX_SIDE}, and one at most "
+            f"{MAX_SIDES_RATIO} times the other"
+        )
+    if image.format == "EPS":
+        raise ValueError("EPS files are drawn by an external program; convert it to PNG")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """As RGB with 8 bits; 16-bit greyscale is scaled down, where Pillow would cut it off at 255."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        grey = np.asarray(image).astype(np.int64) >> 8
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8), mode="L").convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are {image.mode} (32-bit numbers) whose range is unknown; convert it to 8 bits")
+    if image.mode == "P" and "transparency" in image.info:
+        image.load()
+        image.info.pop("transparency")  # Pillow warns that it is lost, which is meant
+    return image.convert("RGB")
+
+
+class Picture(NamedTuple):
+    """Pixel values of an image, (3, H, W) or with tiles (tiles, 3, H, W), and its width and height in the file."""
+
+    pixels: Tensor
+    size: tuple[int, int]
 
 
 class ImageTransform:
-    """Turns an RGB image into pixel values: float32 (3, H, W).
+    """Turns an RGB image into pixel values.
 
     Args:
         image_processor: see `load_image_processor`.
         aspect_ratio: value of `--image_aspect_ratio`; see `preprocess_image`.
+        grid_pinpoints: possible resolutions of `anyres`.
 
     Raises:
-        FlagError: the aspect ratio is not known.
+        FlagError: the aspect ratio is not known, or the resolutions of `anyres` are malformed.
     """
 
-    def __init__(self, image_processor: Any, aspect_ratio: str) -> None:
+    def __init__(self, image_processor: Any, aspect_ratio: str, grid_pinpoints: GridPinpoints | None = None) -> None:
         if aspect_ratio not in ASPECT_RATIOS:
             raise FlagError(f"--image_aspect_ratio {aspect_ratio}: not known; known: {', '.join(ASPECT_RATIOS)}")
         self.image_processor = image_processor
         self.aspect_ratio = aspect_ratio
+        self.tiled = aspect_ratio == "anyres"
+        self.grid_pinpoints = parse_grid_pinpoints(grid_pinpoints) if self.tiled else None
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Pixel values (3, H, W) of one image."""
-        return preprocess_image(image, self.image_processor, self.aspect_ratio)
+    def __call__(self, image: Image.Image) -> Picture:
+        """Pixel values of one image."""
+        pixels = preprocess_image(image, self.image_processor, self.aspect_ratio, self.grid_pinpoints)
+        return Picture(pixels, image.size)
 
-    def dummy(self) -> Tensor:
-        """The black picture (3, H, W) that stands in for a row without image."""
-        return torch.zeros(3, *crop_size(self.image_processor))
+    def dummy(self) -> Picture:
+        """The black picture that stands in for a row without image; one tile for `anyres`."""
+        height, width = output_size(self.image_processor)
+        pixels = torch.zeros(3, height, width)
+        return Picture(pixels[None] if self.tiled else pixels, (width, height))

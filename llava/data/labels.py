@@ -46,7 +46,7 @@ def tokenize_conversation(
     image_count: int,
     mm_use_im_start_end: bool = False,
     max_length: int | None = None,
-    patches_per_image: int = 1,
+    patches_per_image: int | Sequence[int] = 1,
 ) -> TokenizedPrompt:
     """Tokenize a conversation and mark what is trained on.
 
@@ -58,7 +58,7 @@ def tokenize_conversation(
         mm_use_im_start_end: write `<im_start>` and `<im_end>` around each image.
         max_length: longest sample in tokens. One without image is cut here; one with images is cut later, by the
             collator and once more when each image has become `patches_per_image` embeddings.
-        patches_per_image: embeddings per image.
+        patches_per_image: embeddings per image, or those of each image.
 
     Raises:
         BadSampleError: the turns are malformed or do not alternate, the number of `<image>` differs from the number
@@ -119,13 +119,15 @@ def _labels(ids: list[int], spans: list[Span], pieces: list[Piece], prompt: str)
 
 
 def _check_target(
-    ids: list[int], labels: list[int], prompt: str, max_length: int | None, patches_per_image: int
+    ids: list[int], labels: list[int], prompt: str, max_length: int | None, patches_per_image: int | Sequence[int]
 ) -> None:
     """Refuse a sample without target, or one that is cut before its first target."""
     first = next((position for position, label in enumerate(labels) if label != IGNORE_INDEX), None)
     if first is None:
         raise BadSampleError(f"there is no answer to train on; the prompt is: {excerpt(prompt, len(prompt))}")
-    position = first + ids[:first].count(IMAGE_TOKEN_INDEX) * (patches_per_image - 1)
+    images = ids[:first].count(IMAGE_TOKEN_INDEX)
+    lengths = [patches_per_image] * images if isinstance(patches_per_image, int) else patches_per_image[:images]
+    position = first - images + sum(lengths)
     if max_length is not None and position >= max_length:
         raise BadSampleError(
             f"the first answer begins at position {position}, but a sample is cut at {max_length} "

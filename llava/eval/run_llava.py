@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from llava.data.images import load_image
+from llava.data.images import load_image, read_rgb
 from llava.errors import BadImageError
 from llava.eval.answers import Task
 from llava.eval.generation import GenerationOptions
@@ -60,9 +60,10 @@ def open_image(name: str, where: str) -> Image.Image:
         return load_image(path.parent, path.name, row=where)
     try:
         with urllib.request.urlopen(name, timeout=DOWNLOAD_SECONDS) as response:  # noqa: S310 - http(s) only, see above
-            return Image.open(io.BytesIO(response.read())).convert("RGB")
-    except OSError as error:  # URLError and Pillow's UnidentifiedImageError
+            content = io.BytesIO(response.read())
+    except OSError as error:  # URLError
         raise BadImageError(f"{where}: cannot read an image from {name}: {error}") from error
+    return read_rgb(content, f"{where}: image {name}")
 
 
 def choose_conv_mode(wanted: str | None, model_name: str) -> str:

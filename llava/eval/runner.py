@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava.constants import IMAGE_TOKEN_INDEX
+from llava.data.images import Picture
 from llava.errors import CheckpointError
 from llava.eval.answers import AnswersFile, Task
 from llava.eval.generation import GenerationOptions
@@ -42,26 +43,13 @@ class Prompt:
     Attributes:
         key: names the row in the answers file.
         input_ids: (T,) int64 with `IMAGE_TOKEN_INDEX` for each image.
-        length: positions in the spliced sequence, for sorting.
+        length: positions in the spliced sequence, for sorting; tiles of an image are not counted.
     """
 
     key: str
     task: Task
     input_ids: Tensor
     length: int
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A preprocessed image.
-
-    Attributes:
-        pixels: (3, H, W) float32, or (tiles, 3, H, W) in the anyres mode.
-        size: width and height in the file, in pixels.
-    """
-
-    pixels: Tensor
-    size: tuple[int, int]
 
 
 def answer_tasks(
@@ -134,7 +122,7 @@ def answer_batch(
     Returns:
         the answer of each prompt by key, without special tokens and surrounding white space.
     """
-    warn_if_cut(prompts, loaded)
+    warn_if_cut(prompts, pictures, loaded)
     device = loaded.model.device
     tokenizer = loaded.tokenizer
     end = tokenizer.eos_token_id
@@ -209,13 +197,19 @@ def load_pictures(task: Task, loaded: LoadedModel, open_image: OpenImage) -> lis
     return pictures
 
 
-def warn_if_cut(prompts: Sequence[Prompt], loaded: LoadedModel) -> None:
+def warn_if_cut(prompts: Sequence[Prompt], pictures: Sequence[Sequence[Picture]], loaded: LoadedModel) -> None:
     """Warn of prompts that the model will cut at its `tokenizer_model_max_length`, as upstream does silently."""
     limit = getattr(loaded.model.config, "tokenizer_model_max_length", None)
-    for prompt in prompts:
-        if limit is not None and prompt.length > limit:
+    if limit is None:
+        return
+    for prompt, row in zip(prompts, pictures, strict=True):
+        length = len(prompt.input_ids) - len(row)
+        if row:
+            sizes = [picture.size for picture in row]
+            length += sum(loaded.model.image_lengths([picture.pixels for picture in row], sizes))
+        if length > limit:
             warnings.warn(
-                f"{prompt.task.where}: the prompt has {prompt.length} positions, the model keeps {limit} "
+                f"{prompt.task.where}: the prompt has {length} positions, the model keeps {limit} "
                 f"(tokenizer_model_max_length); the end of the question is lost, shorten it",
                 stacklevel=2,
             )

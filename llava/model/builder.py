@@ -16,7 +16,8 @@ from torch import nn
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Extension, ImportedState, installed_extensions
 from llava.model.checkpoint import load_extension_tensors, load_trained, weight_files
-from llava.model.formats import CheckpointContents, inspect_checkpoint, read_json, read_tensors
+from llava.model.components import Component, components
+from llava.model.formats import NEWLINE, CheckpointContents, inspect_checkpoint, read_json, read_tensors
 from llava.model.image_tokens import add_image_tokens, wanted_tokens
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.quantisation import choose_cpu_kernels, quantisation_config
@@ -176,7 +177,7 @@ def _load_rest(
         host = get_peft_model(model, peft_config)
     load_trained(host, contents.folder)
     projector_read = contents.projector is not None or contents.non_lora is not None
-    still_missing = {name for name in missing if not (projector_read and name.startswith("model.mm_projector."))}
+    still_missing = missing - set(components(model)[Component.PROJECTOR]) if projector_read else missing
     if still_missing:
         raise CheckpointError(
             f"{contents.folder}: {len(still_missing)} weights are nowhere to be found (first: "
@@ -193,7 +194,8 @@ def _check_claimed(contents: CheckpointContents, imported: dict[str, ImportedSta
         return
     claimed = frozenset().union(*(state.claimed for state in imported.values()))
     names = read_tensors(contents.non_lora)
-    unknown = [name for name in names if "mm_projector" not in name.split(".") and name not in claimed]
+    projector = {"mm_projector", NEWLINE}
+    unknown = [name for name in names if not projector.intersection(name.split(".")) and name not in claimed]
     if unknown:
         raise CheckpointError(
             f"{contents.non_lora}: {len(unknown)} of {len(names)} tensors belong to no installed extension (first: "

@@ -23,6 +23,7 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 NON_LORA_FILE = "non_lora_trainables.bin"
 EXTENSIONS_FOLDER = "extensions"
+NEWLINE = "image_newline"
 TOWER_FOLDER = "vision_tower"
 IMAGE_TOKENS_FILE = "image_tokens.safetensors"
 
@@ -140,7 +141,7 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointContents:
 
 
 def read_projector(path: Path) -> dict[str, Tensor]:
-    """Projector weights by their name in the model, whatever prefix the file uses; upstream's token rows are left out.
+    """Weights of projector and image newline by their name in the model; upstream's token rows are left out.
 
     Raises:
         CheckpointError: a tensor in the file belongs to something else.
@@ -151,9 +152,12 @@ def read_projector(path: Path) -> dict[str, Tensor]:
         if name == TOKEN_TABLE:
             continue
         _, found, rest = name.partition(marker)
-        if not found:
+        if found:
+            tensors[f"model.{marker}{rest}"] = tensor
+        elif name.rpartition(".")[2] == NEWLINE:
+            tensors[f"model.{NEWLINE}"] = tensor
+        else:
             raise CheckpointError(f"{path}: '{name}' is no weight of a projector")
-        tensors[f"model.{marker}{rest}"] = tensor
     return tensors
 
 

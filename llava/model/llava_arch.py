@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava.anyres import ImageLength, get_anyres_image_grid_shape
 from llava.errors import FlagError
 from llava.extension import ExtensionSet, MultimodalInputs
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import SpliceOptions, splice
-from llava.model.tiles import merge_tiles, tile_grid
+from llava.model.tiles import merge_tiles
 
 Images = Tensor | Sequence[Tensor]
 """Pictures of a batch: (N, 3, H, W), or (N, tiles, 3, H, W), or a list of (3, H, W) and (tiles, 3, H, W)."""
@@ -87,6 +88,16 @@ class LlavaMetaModel:
                 f"--mm_projector_type is '{model_args.mm_projector_type}', but the base model has a "
                 f"'{config.mm_projector_type}' projector; give that value"
             )
+        self._init_newline()
+
+    def _init_newline(self) -> None:
+        """Create the vector that ends a row of tiles, or remove one that this way of merging does not use."""
+        if "unpad" not in self.config.mm_patch_merge_type:
+            if hasattr(self, "image_newline"):
+                del self.image_newline
+        elif not hasattr(self, "image_newline"):
+            width = self.config.hidden_size
+            self.image_newline = nn.Parameter(torch.randn(width) / width**0.5)
 
 
 class LlavaMetaForCausalLM:
@@ -143,7 +154,25 @@ class LlavaMetaForCausalLM:
         if getattr(self.config, "image_aspect_ratio", None) != "anyres" or size is None:
             return None
         tower = self.get_vision_tower()
-        return tile_grid(size, self.config.image_grid_pinpoints, tower.image_size)
+        return get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, tower.image_size)
+
+    def image_lengths(self, images: Images, image_sizes: Sequence[tuple[int, int]] | None = None) -> list[int]:
+        """Positions that each picture will take in the sequence; arguments as of `image_features`."""
+        length = self.image_length()
+        if image_sizes is None:
+            image_sizes = [(1, 1)] * len(images)
+        return [length(image, tuple(size)) for image, size in zip(images, image_sizes, strict=True)]
+
+    def image_length(self) -> ImageLength:
+        """What says how many positions a picture takes; knows the configuration and no weights."""
+        tower = self.get_vision_tower()
+        anyres = getattr(self.config, "image_aspect_ratio", None) == "anyres"
+        return ImageLength(
+            features=tower.num_features,
+            merge_type=getattr(self.config, "mm_patch_merge_type", "flat"),
+            resolutions=self.config.image_grid_pinpoints if anyres else None,
+            tile_size=tower.image_size,
+        )
 
     def splice_options(self) -> SpliceOptions:
         """Lengths and sides as the configuration has them."""

@@ -195,21 +195,27 @@ def splice(
     return inputs
 
 
-def count_targets(input_ids: Tensor, labels: Tensor, features_per_image: int, max_length: int | None) -> Tensor:
+def count_targets(input_ids: Tensor, labels: Tensor, image_lengths: Sequence[int], max_length: int | None) -> Tensor:
     """Number of positions that carry loss after splicing and truncation, without building embeddings.
 
     Args:
         input_ids: (B, T) with image tokens, padded on the right.
         labels: (B, T).
-        features_per_image: sequence positions that one image takes.
+        image_lengths: sequence positions that each picture takes, in row order; a row without image token has one
+            entry, its dummy picture. Empty for a batch that never had pictures.
         max_length: as in `SpliceOptions`.
 
     Returns:
         int64 scalar; the first position of a row is never a target, since nothing predicts it.
     """
-    is_image = (input_ids == IMAGE_TOKEN_INDEX).long()
-    images_before = is_image.cumsum(dim=1) - is_image
-    position = torch.arange(input_ids.shape[1], device=input_ids.device) + images_before * (features_per_image - 1)
+    is_image = input_ids == IMAGE_TOKEN_INDEX
+    extra = torch.zeros_like(input_ids)  # (B, T) positions that an image takes beside the one of its token
+    used = 0
+    for row, here in enumerate(is_image):
+        count = int(here.sum())
+        extra[row, here] = torch.tensor(image_lengths[used : used + count], device=extra.device, dtype=extra.dtype) - 1
+        used += max(1, count)
+    position = torch.arange(input_ids.shape[1], device=input_ids.device) + extra.cumsum(dim=1) - extra
     is_target = (labels != IGNORE_INDEX) & (position > 0)
     if max_length is not None:
         is_target &= position < max_length

@@ -6,47 +6,13 @@ removes the rows or columns that are padding and ends every row with the learned
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from llava.anyres import unpad_margins
 from llava.errors import FlagError
 
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
-
-
-def select_best_resolution(original_size: tuple[int, int], resolutions: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Resolution that keeps most of a picture's pixels, then wastes least, then stands first.
-
-    Args:
-        original_size: width and height of the picture in pixels.
-        resolutions: possible widths and heights in pixels.
-    """
-    width, height = original_size
-
-    def rank(resolution: tuple[int, int]) -> tuple[int, int]:
-        scale = min(resolution[0] / width, resolution[1] / height)
-        kept = min(int(width * scale) * int(height * scale), width * height)
-        return kept, kept - resolution[0] * resolution[1]
-
-    return max(resolutions, key=rank)
-
-
-def tile_grid(
-    original_size: tuple[int, int], resolutions: str | Sequence[tuple[int, int]], tile_size: int
-) -> tuple[int, int]:
-    """Tiles across and down that a picture is cut into.
-
-    Args:
-        original_size: width and height of the picture in pixels.
-        resolutions: possible widths and heights in pixels, or their Python literal (`image_grid_pinpoints`).
-        tile_size: side of a tile in pixels.
-    """
-    choices = ast.literal_eval(resolutions) if isinstance(resolutions, str) else resolutions
-    width, height = select_best_resolution(original_size, [tuple(choice) for choice in choices])
-    return width // tile_size, height // tile_size
 
 
 def unpad_image(features: Tensor, original_size: tuple[int, int]) -> Tensor:
@@ -56,13 +22,9 @@ def unpad_image(features: Tensor, original_size: tuple[int, int]) -> Tensor:
         features: (D, h, w).
         original_size: width and height of the picture in pixels.
     """
-    width, height = original_size
     rows, columns = features.shape[1:]
-    if width / height > columns / rows:
-        padding = (rows - int(height * columns / width)) // 2
-        return features[:, padding : rows - padding, :]
-    padding = (columns - int(width * rows / height)) // 2
-    return features[:, :, padding : columns - padding]
+    above, left = unpad_margins((columns, rows), original_size)
+    return features[:, above : rows - above, left : columns - left]
 
 
 def merge_tiles(

@@ -59,8 +59,9 @@ class DataArguments:
     is_multimodal: bool = _option("accepted for compatibility: set whenever there is a vision tower", False)
     image_folder: str | None = _option("folder that the image names in the data are relative to")
     image_aspect_ratio: str = _option(
-        "square or resize (centre crop), pad (to a square), stretch (whole image)", "square"
+        "square or resize (centre crop), pad (to a square), stretch (whole image), anyres (tiles)", "square"
     )
+    image_grid_pinpoints: str | None = _option('anyres: possible sizes in pixels, "[(336, 672), (672, 336), ...]"')
     on_bad_sample: str = _option("stop: end with an error; skip: leave the sample out and list it in a file", "stop")
 
 

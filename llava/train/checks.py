@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llava.anyres import parse_grid_pinpoints
 from llava.data.dataset import ON_BAD_SAMPLE
 from llava.errors import FlagError
 from llava.mm_utils import ASPECT_RATIOS
 from llava.model.loss import LossReduction
 from llava.model.quantisation import QUANT_TYPES
+from llava.model.tiles import MERGE_TYPES
 from llava.train.arguments import RunArguments
 
 
 def _not_yet(args: RunArguments) -> list[str]:
     """Options of upstream that parse but are not carried out in this version."""
-    model, training = args.model, args.training
+    training = args.training
     problems = []
-    if model.mm_patch_merge_type != "flat":
-        problems.append(f"--mm_patch_merge_type {model.mm_patch_merge_type} is not supported in training yet; use flat")
     if training.deepspeed:
         problems.append("--deepspeed is not supported yet; several GPUs run with torchrun and plain data parallelism")
     if training.fsdp:
@@ -48,6 +48,36 @@ def _values(args: RunArguments) -> list[str]:
         )
     if args.training.lora_enable and args.training.lora_r < 1:
         problems.append(f"the LoRA rank is {args.training.lora_r}; it must be at least 1")
+    return problems
+
+
+def _tiles(args: RunArguments) -> list[str]:
+    """Options of `anyres` that do not go together."""
+    model, data = args.model, args.data
+    problems = []
+    anyres = data.image_aspect_ratio == "anyres"
+    if anyres:
+        try:
+            parse_grid_pinpoints(data.image_grid_pinpoints)
+        except FlagError as error:
+            problems.append(str(error))
+    elif data.image_grid_pinpoints is not None:
+        problems.append("--image_grid_pinpoints belongs to --image_aspect_ratio anyres")
+    if anyres and not model.vision_tower:
+        problems.append("--image_aspect_ratio anyres needs --vision_tower")
+    if model.mm_patch_merge_type not in MERGE_TYPES:
+        problems.append(f"--mm_patch_merge_type {model.mm_patch_merge_type}: known values are {MERGE_TYPES}")
+    elif model.mm_patch_merge_type != "flat":
+        if not anyres:
+            problems.append(
+                f"--mm_patch_merge_type {model.mm_patch_merge_type} merges tiles, which only --image_aspect_ratio "
+                "anyres makes; use flat"
+            )
+        if model.mm_vision_select_feature != "patch":
+            problems.append(
+                f"--mm_patch_merge_type {model.mm_patch_merge_type} has no place for the class token of "
+                f"--mm_vision_select_feature {model.mm_vision_select_feature}; use patch"
+            )
     return problems
 
 
@@ -100,6 +130,6 @@ def check_arguments(args: RunArguments) -> None:
     Raises:
         FlagError: lists every problem, one per line.
     """
-    problems = _values(args) + _files(args) + _contradictions(args) + _not_yet(args)
+    problems = _values(args) + _tiles(args) + _files(args) + _contradictions(args) + _not_yet(args)
     if problems:
         raise FlagError("this run cannot start:\n  " + "\n  ".join(problems))

@@ -62,10 +62,12 @@ class LLaVATrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """Targets of all micro batches and ranks of one update; what truncation cuts off does not count."""
         llava = bare_model(self.model)
-        tower = llava.get_vision_tower()
-        features = 0 if tower is None else tower.num_features
         limit = getattr(llava.config, "tokenizer_model_max_length", None)
-        counts = [count_targets(b["input_ids"], b["labels"], features, limit) for b in batch_samples]
+        counts = []
+        for batch in batch_samples:
+            pictures, sizes = batch.get("images"), batch.get("image_sizes")
+            lengths = [] if pictures is None else llava.image_lengths(pictures, sizes)
+            counts.append(count_targets(batch["input_ids"], batch["labels"], lengths, limit))
         total = torch.stack(counts).sum().to(device) if counts else torch.zeros((), dtype=torch.long, device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             total = self.accelerator.gather(total).sum()

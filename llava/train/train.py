@@ -18,6 +18,7 @@ from torch import nn
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from llava.anyres import check_grid_pinpoints
 from llava.conversation import Conversation, select_template
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset
@@ -25,7 +26,7 @@ from llava.errors import CheckpointError
 from llava.extension import installed_extensions
 from llava.model.checkpoint import copy_tensors
 from llava.model.components import Component, components
-from llava.model.formats import IMAGE_TOKENS_FILE, read_projector
+from llava.model.formats import IMAGE_TOKENS_FILE, NEWLINE, read_projector
 from llava.model.image_tokens import (
     BORDER_TOKENS,
     add_image_tokens,
@@ -110,7 +111,10 @@ def add_vision(model: LlavaLlamaForCausalLM, args: RunArguments) -> None:
     model.get_model().initialize_vision_modules(args.model, near)
     if args.model.pretrain_mm_mlp_adapter:
         source = Path(args.model.pretrain_mm_mlp_adapter)
-        copy_tensors(components(model)[Component.PROJECTOR], read_projector(source), source)
+        wanted, tensors = components(model)[Component.PROJECTOR], read_projector(source)
+        if f"model.{NEWLINE}" not in tensors:  # upstream's files never have it; a fresh one is trained then
+            wanted.pop(f"model.{NEWLINE}", None)
+        copy_tensors(wanted, tensors, source)
     if not args.model.unfreeze_mm_vision_tower:
         model.get_vision_tower().to(dtype=weight_dtype(args))
     # Trained in fp32; a base loaded in half precision brings a projector in half precision along.
@@ -121,6 +125,10 @@ def record_settings(model: LlavaLlamaForCausalLM, args: RunArguments, tokenizer:
     """Write into the configuration what evaluation needs to know about the training, under upstream's names."""
     config = model.config
     config.image_aspect_ratio = args.data.image_aspect_ratio
+    config.image_grid_pinpoints = None
+    tower = model.get_vision_tower()
+    if args.data.image_aspect_ratio == "anyres" and tower is not None:
+        config.image_grid_pinpoints = check_grid_pinpoints(args.data.image_grid_pinpoints, tower.image_size)
     config.tokenizer_padding_side = tokenizer.padding_side
     config.tokenizer_model_max_length = tokenizer.model_max_length
     config.tune_mm_mlp_adapter = args.model.tune_mm_mlp_adapter
@@ -186,10 +194,11 @@ def build_dataset(args: RunArguments, tokenizer: Any, model: LlavaLlamaForCausal
         template=template,
         image_folder=args.data.image_folder,
         image_aspect_ratio=args.data.image_aspect_ratio,
+        image_grid_pinpoints=model.config.image_grid_pinpoints,
         is_multimodal=tower is not None,
         mm_use_im_start_end=args.model.mm_use_im_start_end,
         model_max_length=tokenizer.model_max_length,
-        patches_per_image=1 if tower is None else tower.num_features,
+        image_length=None if tower is None else model.image_length(),
         on_bad_sample=args.data.on_bad_sample,
         skipped_file=skipped_file(args),
     )

@@ -49,10 +49,10 @@ def test_expand2square() -> None:
 @pytest.mark.parametrize("index", range(CASE["n_images"]))
 def test_stretch_keeps_the_whole_image(index: int, processor: Any) -> None:
     image = golden_image(index)
-    result = ImageTransform(processor, "stretch")(image)
+    result = ImageTransform(processor, "stretch")(image).pixels
     whole = image.resize((28, 28), Image.Resampling.BICUBIC)
-    torch.testing.assert_close(result, ImageTransform(processor, "square")(whole), atol=TOLERANCE, rtol=0)
-    cropped = ImageTransform(processor, "square")(image)
+    torch.testing.assert_close(result, ImageTransform(processor, "square")(whole).pixels, atol=TOLERANCE, rtol=0)
+    cropped = ImageTransform(processor, "square")(image).pixels
     assert torch.equal(result, cropped) == (image.width == image.height)
 
 
@@ -61,7 +61,7 @@ def test_pillow_is_needed_for_the_values_of_the_original(processor: Any) -> None
 
     other = CLIPImageProcessor.from_pretrained(golden_dir("llava") / "tiny-clip")
     image = golden_image(1)
-    difference = ImageTransform(processor, "square")(image) - ImageTransform(other, "square")(image)
+    difference = ImageTransform(processor, "square")(image).pixels - ImageTransform(other, "square")(image).pixels
     assert difference.abs().max() > 1e-3
 
 
@@ -74,8 +74,9 @@ def test_unknown_aspect_ratios_are_refused(processor: Any) -> None:
 
 def test_the_dummy_is_all_zero(processor: Any) -> None:
     dummy = ImageTransform(processor, "pad").dummy()
-    assert dummy.shape == (3, 28, 28)
-    assert not dummy.any()
+    assert dummy.pixels.shape == (3, 28, 28)
+    assert not dummy.pixels.any()
+    assert ImageTransform(processor, "anyres", [(28, 56)]).dummy().pixels.shape == (1, 3, 28, 28)
 
 
 @pytest.fixture
