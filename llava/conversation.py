@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import BadSampleError, FlagError
@@ -31,6 +31,7 @@ class SeparatorStyle(Enum):
     MPT = auto()
     PLAIN = auto()
     LLAMA_2 = auto()
+    TOKENIZER = auto()
 
 
 class Piece(NamedTuple):
@@ -65,6 +66,9 @@ class Conversation:
         sep2: separator after assistant messages, or None.
         version: family name; `mmtag` in it changes how images are written.
     """
+
+    writes_bos: ClassVar[bool] = False
+    """True if the prompt itself begins with the tokenizer's `<s>`, so that none is put in front."""
 
     system: str
     roles: tuple[str, str]
@@ -301,15 +305,27 @@ VERSIONS_WITHOUT_TEMPLATE = frozenset({"v0", "v0.5"})
 """Values of `--version` that choose how the tokenizer is padded and leave the default template in place."""
 
 
-def select_template(version: str) -> Conversation:
+TOKENIZER_VERSION = "tokenizer"
+"""Value of `--version` and `--conv-mode` that means the tokenizer's own chat template."""
+
+
+def select_template(version: str, tokenizer: Any = None) -> Conversation:
     """The template of a `--version`, as a copy; `v0` and `v0.5` give the default one, as upstream.
+
+    Args:
+        version: name of a template, or `tokenizer`.
+        tokenizer: only needed for its own template.
 
     Raises:
         FlagError: there is no template of that name (upstream falls back to `vicuna_v1` silently).
     """
+    if version == TOKENIZER_VERSION:
+        from llava.chat_template import chat_template
+
+        return chat_template(tokenizer)
     if version in VERSIONS_WITHOUT_TEMPLATE:
         return default_conversation.copy()
     if version not in conv_templates:
-        known = ", ".join(sorted(VERSIONS_WITHOUT_TEMPLATE | set(conv_templates)))
+        known = ", ".join(sorted({TOKENIZER_VERSION} | VERSIONS_WITHOUT_TEMPLATE | set(conv_templates)))
         raise FlagError(f"--version {version}: there is no conversation template of that name; known: {known}")
     return conv_templates[version].copy()

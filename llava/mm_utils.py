@@ -52,6 +52,8 @@ def tokenizer_image_token(
     tokenizer: PreTrainedTokenizerBase,
     image_token_index: int = IMAGE_TOKEN_INDEX,
     return_tensors: str | None = None,
+    *,
+    add_bos: bool = True,
 ) -> list[int] | Tensor:
     """Ids of a prompt in which each `<image>` is one `image_token_index`.
 
@@ -62,13 +64,14 @@ def tokenizer_image_token(
         tokenizer: any tokenizer; one that puts `<s>` in front gives it once.
         image_token_index: id of an image.
         return_tensors: `pt` for an int64 tensor (T,), None for a list.
+        add_bos: put `<s>` in front, if the tokenizer does so at all; False for a prompt that has it already.
 
     Raises:
         ValueError: another `return_tensors`.
     """
     if return_tensors not in (None, "pt"):
         raise ValueError(f"return_tensors is {return_tensors!r}; it may be 'pt' or None")
-    ids = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
+    ids = [tokenizer.bos_token_id] if add_bos and starts_with_bos(tokenizer) else []
     for number, chunk in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
         ids += [image_token_index] * (number > 0)
         ids += tokenizer(chunk, add_special_tokens=False).input_ids

@@ -76,16 +76,18 @@ def tokenize_conversation(
             f"{found} {DEFAULT_IMAGE_TOKEN} in the text but {image_count} image(s) in the sample; write one "
             f"{DEFAULT_IMAGE_TOKEN} for each image. The prompt is: {excerpt(prompt, prompt.find(DEFAULT_IMAGE_TOKEN))}"
         )
-    ids, spans = _encode(prompt, tokenizer, has_images)
+    ids, spans = _encode(prompt, tokenizer, has_images, not template.writes_bos)
     labels = _labels(ids, spans, pieces, prompt)
     _check_target(ids, labels, prompt, max_length, patches_per_image)
     end = None if has_images else max_length
     return TokenizedPrompt(torch.tensor(ids[:end]), torch.tensor(labels[:end]), prompt)
 
 
-def _encode(prompt: str, tokenizer: PreTrainedTokenizerBase, has_images: bool) -> tuple[list[int], list[Span]]:
+def _encode(
+    prompt: str, tokenizer: PreTrainedTokenizerBase, has_images: bool, add_bos: bool
+) -> tuple[list[int], list[Span]]:
     """Ids of the prompt and the characters that each one covers; see `tokenizer_image_token` for those of an image."""
-    ids, spans = ([tokenizer.bos_token_id], [Span(0, 0)]) if starts_with_bos(tokenizer) else ([], [])
+    ids, spans = ([tokenizer.bos_token_id], [Span(0, 0)]) if add_bos and starts_with_bos(tokenizer) else ([], [])
     parts = re.split(f"({DEFAULT_IMAGE_TOKEN})", prompt) if has_images else [prompt]
     start = 0
     for part in parts:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_TOKEN,
     IMAGE_PLACEHOLDER,
 )
-from llava.conversation import conv_templates
+from llava.conversation import TOKENIZER_VERSION, Conversation, conv_templates, select_template
 from llava.errors import BadSampleError, FlagError
+from llava.mm_utils import tokenizer_image_token
 
 CONV_MODE_RULES = (
     ("llama-2", "llava_llama_2"),
@@ -75,17 +80,43 @@ def add_image_markers(question: str, image_count: int, *, mm_use_im_start_end: b
     return question.replace(IMAGE_PLACEHOLDER, marker)
 
 
-def build_prompt(message: str, conv_mode: str) -> str:
-    """A conversation of the template `conv_mode` with `message` as the only user turn and the answer still open.
+def new_conversation(conv_mode: str, tokenizer: Any = None) -> Conversation:
+    """A conversation of the template `conv_mode`, as far as the template itself begins it.
+
+    Args:
+        conv_mode: name of a template, or `tokenizer`.
+        tokenizer: only needed for its own template.
 
     Raises:
         FlagError: there is no such template; lists those that exist.
     """
     check_conv_mode(conv_mode)
-    conversation = conv_templates[conv_mode].copy()
+    # Unlike `--version`, `v0` names the template of that name here, as upstream.
+    return conv_templates[conv_mode].copy() if conv_mode in conv_templates else select_template(conv_mode, tokenizer)
+
+
+def ask(message: str, conv_mode: str, tokenizer: Any = None) -> Conversation:
+    """A conversation of the template `conv_mode` with `message` as the only user turn and the answer still open.
+
+    Raises:
+        FlagError: there is no such template; lists those that exist.
+    """
+    conversation = new_conversation(conv_mode, tokenizer)
     conversation.append_message(conversation.roles[0], message)
     conversation.append_message(conversation.roles[1], None)
-    return conversation.get_prompt()
+    return conversation
+
+
+def build_prompt(message: str, conv_mode: str, tokenizer: Any = None) -> str:
+    """The text of `ask`."""
+    return ask(message, conv_mode, tokenizer).get_prompt()
+
+
+def prompt_ids(conversation: Conversation, tokenizer: Any) -> Tensor:
+    """Ids of a conversation, int64 (T,), with `IMAGE_TOKEN_INDEX` for each `<image>`."""
+    return tokenizer_image_token(
+        conversation.get_prompt(), tokenizer, return_tensors="pt", add_bos=not conversation.writes_bos
+    )
 
 
 def check_conv_mode(conv_mode: str) -> None:
@@ -94,5 +125,6 @@ def check_conv_mode(conv_mode: str) -> None:
     Raises:
         FlagError: there is no such template; lists those that exist.
     """
-    if conv_mode not in conv_templates:
-        raise FlagError(f"--conv-mode {conv_mode}: no such template; there are {sorted(conv_templates)}")
+    known = sorted({TOKENIZER_VERSION, *conv_templates})
+    if conv_mode not in known:
+        raise FlagError(f"--conv-mode {conv_mode}: no such template; there are {known}")

@@ -20,14 +20,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data.images import Picture
 from llava.errors import CheckpointError
 from llava.eval.answers import AnswersFile, Task
 from llava.eval.generation import GenerationOptions
 from llava.eval.loading import LoadedModel
-from llava.eval.prompts import add_image_markers, build_prompt
-from llava.mm_utils import process_images, tokenizer_image_token
+from llava.eval.prompts import add_image_markers, ask, prompt_ids
+from llava.mm_utils import process_images
 
 OpenImage = Callable[[str, str], Image.Image]
 """From an entry of `Task.images` and `Task.where` to an RGB picture; its errors name both."""
@@ -103,8 +102,7 @@ def make_prompt(key: str, task: Task, loaded: LoadedModel, conv_mode: str) -> Pr
     """
     wrap = bool(getattr(loaded.model.config, "mm_use_im_start_end", False))
     message = add_image_markers(task.question, len(task.images), mm_use_im_start_end=wrap, where=task.where)
-    text = build_prompt(message, conv_mode)
-    input_ids = tokenizer_image_token(text, loaded.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")  # (T,)
+    input_ids = prompt_ids(ask(message, conv_mode, loaded.tokenizer), loaded.tokenizer)  # (T,)
     return Prompt(key, task, input_ids, length=len(input_ids) + len(task.images) * (loaded.patches_per_image - 1))
 
 

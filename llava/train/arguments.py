@@ -33,7 +33,9 @@ class ModelArguments:
     model_name_or_path: str | None = _option(
         "folder or hub id of the language model or LLaVA to start from", "facebook/opt-125m"
     )
-    version: str | None = _option("conversation template: v1, vicuna_v1, plain, ...", "v0")
+    version: str | None = _option(
+        "conversation template: v1, vicuna_v1, plain, ...; tokenizer: the tokenizer's own chat template", "v0"
+    )
     freeze_backbone: bool = _option("train nothing of the language model itself", False)
     tune_mm_mlp_adapter: bool = _option("train the projector alone (stage 1)", False)
     vision_tower: str | None = _option("folder or hub id of the vision tower; none: text only")

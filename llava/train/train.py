@@ -185,7 +185,7 @@ def build_model(args: RunArguments, tokenizer: Any, attn_implementation: str | N
 
 def build_dataset(args: RunArguments, tokenizer: Any, model: LlavaLlamaForCausalLM) -> LazySupervisedDataset:
     """The training data of a run."""
-    template: Conversation = select_template(args.model.version)
+    template: Conversation = select_template(args.model.version, tokenizer)
     tower = model.get_vision_tower()
     return LazySupervisedDataset(
         args.data.data_path,
