@@ -140,6 +140,26 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointContents:
     return contents
 
 
+def projector_file(path: str | Path) -> Path:
+    """The file that `--pretrain_mm_mlp_adapter` means.
+
+    Args:
+        path: a file; or a folder that holds one. Stage 1 writes `mm_projector.safetensors` here and `mm_projector.bin`
+            upstream: of the two, the name of either finds the other, so published command lines work on both.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    folder = path if path.is_dir() else path.parent if path.name in PROJECTOR_FILES else None
+    found = None if folder is None else _first(folder, PROJECTOR_FILES)
+    if found is None:
+        raise CheckpointError(f"{path}: no such file, and none of {PROJECTOR_FILES} in its place")
+    return found
+
+
 def read_projector(path: Path) -> dict[str, Tensor]:
     """Weights of projector and image newline by their name in the model; upstream's token rows are left out.
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from llava.anyres import parse_grid_pinpoints
 from llava.data.dataset import ON_BAD_SAMPLE
-from llava.errors import FlagError
+from llava.errors import CheckpointError, FlagError
 from llava.mm_utils import ASPECT_RATIOS
+from llava.model.formats import projector_file
 from llava.model.loss import LossReduction
 from llava.model.quantisation import QUANT_TYPES
 from llava.model.tiles import MERGE_TYPES
@@ -91,8 +92,11 @@ def _files(args: RunArguments) -> list[str]:
         problems.append(f"--data_path {data.data_path}: no such file")
     if data.image_folder is not None and not Path(data.image_folder).is_dir():
         problems.append(f"--image_folder {data.image_folder}: no such folder")
-    if model.pretrain_mm_mlp_adapter and not Path(model.pretrain_mm_mlp_adapter).is_file():
-        problems.append(f"--pretrain_mm_mlp_adapter {model.pretrain_mm_mlp_adapter}: no such file")
+    if model.pretrain_mm_mlp_adapter:
+        try:
+            projector_file(model.pretrain_mm_mlp_adapter)
+        except CheckpointError as error:
+            problems.append(f"--pretrain_mm_mlp_adapter {error}")
     return problems
 
 

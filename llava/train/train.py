@@ -26,7 +26,7 @@ from llava.errors import CheckpointError
 from llava.extension import installed_extensions
 from llava.model.checkpoint import copy_tensors
 from llava.model.components import Component, components
-from llava.model.formats import IMAGE_TOKENS_FILE, NEWLINE, read_projector
+from llava.model.formats import IMAGE_TOKENS_FILE, NEWLINE, projector_file, read_projector
 from llava.model.image_tokens import (
     BORDER_TOKENS,
     add_image_tokens,
@@ -110,7 +110,7 @@ def add_vision(model: LlavaLlamaForCausalLM, args: RunArguments) -> None:
     near = [args.model.model_name_or_path]
     model.get_model().initialize_vision_modules(args.model, near)
     if args.model.pretrain_mm_mlp_adapter:
-        source = Path(args.model.pretrain_mm_mlp_adapter)
+        source = projector_file(args.model.pretrain_mm_mlp_adapter)
         wanted, tensors = components(model)[Component.PROJECTOR], read_projector(source)
         if f"model.{NEWLINE}" not in tensors:  # upstream's files never have it; a fresh one is trained then
             wanted.pop(f"model.{NEWLINE}", None)

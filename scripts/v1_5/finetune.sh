@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Stage 2 of LLaVA-1.5: full fine-tuning on the instruction mixture.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../common.bash"
+
+MODEL="${MODEL:-lmsys/vicuna-13b-v1.5}"
+VISION_TOWER="${VISION_TOWER:-openai/clip-vit-large-patch14-336}"
+PROJECTOR="${PROJECTOR:-./checkpoints/llava-v1.5-13b-pretrain/mm_projector.bin}"
+DATA="${DATA:-./playground/data/llava_v1_5_mix665k.json}"
+IMAGES="${IMAGES:-./playground/data}"
+OUTPUT="${OUTPUT:-./checkpoints/llava-v1.5-13b}"
+ZERO="${ZERO-./scripts/zero3.json}"
+
+launch_training \
+    --model_name_or_path "$MODEL" \
+    --version v1 \
+    --data_path "$DATA" \
+    --image_folder "$IMAGES" \
+    --vision_tower "$VISION_TOWER" \
+    --pretrain_mm_mlp_adapter "$PROJECTOR" \
+    --mm_projector_type mlp2x_gelu \
+    --image_aspect_ratio pad \
+    --group_by_modality_length True \
+    --output_dir "$OUTPUT" \
+    --save_steps 50000 \
+    --learning_rate 2e-5 \
+    "$@"
