@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from llava.anyres import parse_grid_pinpoints
@@ -100,6 +101,16 @@ def _files(args: RunArguments) -> list[str]:
     return problems
 
 
+def _packages(args: RunArguments) -> list[str]:
+    """Optional packages that the options need and that are not installed."""
+    reporters = args.training.report_to or []
+    return [
+        f"--report_to {name} needs the package {name}; install it, or pass --report_to none"
+        for name in ("wandb", "tensorboard")
+        if name in reporters and importlib.util.find_spec(name) is None
+    ]
+
+
 def _contradictions(args: RunArguments) -> list[str]:
     """Options that exclude each other."""
     model, training = args.model, args.training
@@ -134,6 +145,6 @@ def check_arguments(args: RunArguments) -> None:
     Raises:
         FlagError: lists every problem, one per line.
     """
-    problems = _values(args) + _tiles(args) + _files(args) + _contradictions(args) + _not_yet(args)
+    problems = _values(args) + _tiles(args) + _files(args) + _packages(args) + _contradictions(args) + _not_yet(args)
     if problems:
         raise FlagError("this run cannot start:\n  " + "\n  ".join(problems))

@@ -5,6 +5,7 @@ Each is turned into today's option, dropped with a printed word when it has beco
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from llava.errors import FlagError
@@ -14,7 +15,6 @@ RENAMED = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu"}
 
 MEANINGLESS = {
     "overwrite_output_dir": "an output folder with checkpoints is always resumed",
-    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR instead",
     "half_precision_backend": "PyTorch's own mixed precision is the only one left",
     "fp16_backend": "PyTorch's own mixed precision is the only one left",
     "fp16_opt_level": "it belonged to Apex, which is gone",
@@ -52,10 +52,18 @@ def _save_safetensors(value: str | None) -> list[str]:
     return []
 
 
+def _logging_dir(value: str | None) -> list[str]:
+    # transformers 5 reads the folder of TensorBoard's files from the environment.
+    if value is not None:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = value
+    return []
+
+
 TRANSLATED: dict[str, Callable[[str | None], list[str]]] = {
     "warmup_ratio": _warmup_ratio,
     "group_by_length": _group_by_length,
     "save_safetensors": _save_safetensors,
+    "logging_dir": _logging_dir,
 }
 """Options whose value changes too."""
 

@@ -146,10 +146,10 @@ def add_vocabulary(model: LlavaLlamaForCausalLM, args: RunArguments, tokenizer: 
         FlagError: they cannot be trained on this base.
     """
     new = add_image_tokens(model, tokenizer, wanted_tokens(args.model))
-    source = args.model.pretrain_mm_mlp_adapter
-    if source and set(new) & set(BORDER_TOKENS):
-        beside = Path(source).with_name(IMAGE_TOKENS_FILE)
-        if not load_image_tokens(model, beside if beside.is_file() else Path(source)):
+    if args.model.pretrain_mm_mlp_adapter and set(new) & set(BORDER_TOKENS):
+        source = projector_file(args.model.pretrain_mm_mlp_adapter)
+        beside = source.with_name(IMAGE_TOKENS_FILE)
+        if not load_image_tokens(model, beside if beside.is_file() else source):
             raise CheckpointError(
                 f"--mm_use_im_start_end True, but neither {source} nor {beside} holds the tokens {BORDER_TOKENS}; "
                 "train stage 1 with that option too, or pass False"
