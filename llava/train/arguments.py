@@ -40,7 +40,7 @@ class ModelArguments:
     tune_mm_mlp_adapter: bool = _option("train the projector alone (stage 1)", False)
     vision_tower: str | None = _option("folder or hub id of the vision tower; none: text only")
     mm_vision_select_layer: int | None = _option("hidden layer of the tower to use; -1 is the last", -1)
-    pretrain_mm_mlp_adapter: str | None = _option("projector of stage 1: its checkpoint folder, mm_projector.bin or mm_projector.safetensors")
+    pretrain_mm_mlp_adapter: str | None = _option("projector of stage 1: its folder, or mm_projector.bin/.safetensors")
     mm_projector_type: str | None = _option("linear, mlpNx_gelu or identity", "linear")
     mm_use_im_start_end: bool = _option("write <im_start> and <im_end> around every image; they are trained", False)
     mm_use_im_patch_token: bool = _option("add an <im_patch> token to the vocabulary (no prompt uses it)", True)

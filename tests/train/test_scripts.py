@@ -24,7 +24,9 @@ HYDRA = "scripts/MLLM_HydraLoRA.sh"
 LLAVA = golden_dir("llava")
 
 # On the tiny model: few updates, short sequences, no GPU. Everything else is what the script says.
-TINY = "--use_cpu True --tf32 False --max_steps 2 --model_max_length 512 --report_to none --per_device_train_batch_size 2"
+TINY = (
+    "--use_cpu True --tf32 False --max_steps 2 --model_max_length 512 --per_device_train_batch_size 2 --report_to none"
+)
 
 
 def flags_of(script: str, folder: Path, environment: str = "", extra: str = "") -> dict[str, str]:
