@@ -241,7 +241,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
             inputs: (B, T) prompts with image tokens; shorter rows padded (any side) and masked by `attention_mask`.
             images: pictures in row order; a row without image token takes one dummy if any pictures are passed.
             image_sizes: width and height per picture, for tiled pictures.
-            kwargs: `attention_mask` and everything that transformers' `generate` knows.
+            kwargs: `attention_mask` and everything that transformers' `generate` knows; with `use_cache=False` every
+                step computes the whole sequence again.
 
         Returns:
             (B, new) generated ids only: no prompt, no dummy token in front.
@@ -255,7 +256,10 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         kwargs.pop("position_ids", None)
         spliced = self.build_inputs(ids, kwargs.pop("attention_mask", None), None, images, image_sizes, "left")
         spliced = self.extensions.on_inputs(self, spliced)
-        if "past_key_values" not in kwargs:
+        given = kwargs.get("generation_config")
+        if kwargs.pop("use_cache", given is None or given.use_cache) is False:
+            kwargs["recompute"] = True
+        elif "past_key_values" not in kwargs:
             cache = self.extensions.make_cache(self)
             if cache is not None:
                 kwargs["past_key_values"] = cache
@@ -271,17 +275,28 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         input_ids: Tensor,
         inputs_embeds: Tensor | None = None,
         segments: list[Segments] | None = None,
+        recompute: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Arguments of the next forward pass; segments go with the prompt alone, not with single tokens.
 
-        transformers asks this signature for `inputs_embeds` before it lets `generate` start from embeddings.
+        transformers asks this signature for `inputs_embeds` before it lets `generate` start from embeddings. With
+        `recompute` every pass is a first one, over the prompt and all that was generated.
         """
+        if recompute and inputs_embeds is not None:
+            inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(input_ids)], dim=1)  # (B, L + new, D)
+            kwargs["is_first_iteration"] = True
         prepared = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if prepared.get("inputs_embeds") is not None and segments is not None:
             copies = len(prepared["inputs_embeds"]) // len(segments)  # beams of one sample stand side by side
             prepared["segments"] = [segment for segment in segments for _ in range(copies)]
         return prepared
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *args: Any) -> None:
+        """Make no cache for `use_cache=False`, which transformers overrules for prompts that enter as embeddings."""
+        if model_kwargs.get("recompute"):
+            generation_config.use_cache = False
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
 
 
 AutoConfig.register(LlavaConfig.model_type, LlavaConfig)
