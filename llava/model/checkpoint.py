@@ -72,8 +72,7 @@ def save_checkpoint(model: nn.Module, folder: str | Path, tokenizer: Any = None)
         save_image_tokens(llava, folder)
     if Component.VISION_TOWER in trained:
         tower = llava.get_vision_tower()
-        tower.vision_tower.save_pretrained(folder / TOWER_FOLDER)
-        tower.image_processor.save_pretrained(folder / TOWER_FOLDER)
+        tower.save(folder / TOWER_FOLDER)
         config.mm_vision_tower = TOWER_FOLDER
     if isinstance(model, PeftModel):
         adapter = get_peft_model_state_dict(model, save_embedding_layers=False)

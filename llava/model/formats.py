@@ -25,6 +25,7 @@ NON_LORA_FILE = "non_lora_trainables.bin"
 EXTENSIONS_FOLDER = "extensions"
 NEWLINE = "image_newline"
 TOWER_FOLDER = "vision_tower"
+TOWER_MARKERS = ("config.json", "open_clip_config.json")
 IMAGE_TOKENS_FILE = "image_tokens.safetensors"
 
 TOKEN_TABLE = "model.embed_tokens.weight"
@@ -50,8 +51,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, inner: str | None = None) -> dict[str, Tensor]:
     """Tensors of one file, safetensors or torch's format, told apart by their first bytes.
+
+    Args:
+        path: the file.
+        inner: if the file holds a table under this name, that one is read.
 
     Raises:
         CheckpointError: the file is missing, damaged, or holds anything else than named tensors.
@@ -66,6 +71,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
     except Exception as error:  # damaged files surface as many kinds of error, all meaning the same here
         raise CheckpointError(f"{path}: is damaged or no file of tensors ({error})") from error
+    if inner is not None and isinstance(content, dict) and isinstance(content.get(inner), dict):
+        content = content[inner]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path}: holds something else than a table of named tensors")
     return content
@@ -129,7 +136,7 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointContents:
         projector=_first(folder, PROJECTOR_FILES),
         non_lora=_first(folder, (NON_LORA_FILE,)),
         extensions={path.parent.name: path.parent for path in sorted(extension_root.glob("*/config.json"))},
-        tower=folder / TOWER_FOLDER if (folder / TOWER_FOLDER / "config.json").is_file() else None,
+        tower=folder / TOWER_FOLDER if _first(folder / TOWER_FOLDER, TOWER_MARKERS) else None,
         image_tokens=_first(folder, (IMAGE_TOKENS_FILE,)),
     )
     if contents.adapter is not None and not (folder / "adapter_config.json").is_file():

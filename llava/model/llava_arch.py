@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from llava.anyres import ImageLength, get_anyres_image_grid_shape
 from llava.errors import FlagError
 from llava.extension import ExtensionSet, MultimodalInputs
+from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import SpliceOptions, splice
 from llava.model.tiles import merge_tiles
@@ -29,7 +29,7 @@ class LlavaMetaModel:
     """Adds a vision tower and a projector to a decoder."""
 
     config: Any
-    vision_tower: CLIPVisionTower | None
+    vision_tower: VisionTower | None
     mm_projector: nn.Module | None
 
     def init_vision_parts(self) -> None:
@@ -42,11 +42,11 @@ class LlavaMetaModel:
             if "unpad" in getattr(self.config, "mm_patch_merge_type", "flat"):
                 self.image_newline = nn.Parameter(torch.zeros(self.config.hidden_size))
 
-    def get_vision_tower(self) -> CLIPVisionTower | None:
+    def get_vision_tower(self) -> VisionTower | None:
         """The tower, or None for a model without vision."""
         return self.vision_tower
 
-    def load_vision_tower(self, near: Iterable[str | Path] = (), dtype: torch.dtype | None = None) -> CLIPVisionTower:
+    def load_vision_tower(self, near: Iterable[str | Path] = (), dtype: torch.dtype | None = None) -> VisionTower:
         """Read the tower named in the configuration, looking inside and beside the folders `near`.
 
         Raises:
@@ -110,7 +110,7 @@ class LlavaMetaForCausalLM:
         """The decoder, with tower and projector."""
         raise TypeError(f"{type(self).__name__} must define get_model()")
 
-    def get_vision_tower(self) -> CLIPVisionTower | None:
+    def get_vision_tower(self) -> VisionTower | None:
         """The tower, or None for a model without vision."""
         return self.get_model().get_vision_tower()
 

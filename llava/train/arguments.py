@@ -38,7 +38,9 @@ class ModelArguments:
     )
     freeze_backbone: bool = _option("train nothing of the language model itself", False)
     tune_mm_mlp_adapter: bool = _option("train the projector alone (stage 1)", False)
-    vision_tower: str | None = _option("folder or hub id of the vision tower; none: text only")
+    vision_tower: str | None = _option(
+        "folder or hub id of a CLIP or SigLIP, or open_clip:ARCH/TAG, open_clip:ARCH/FOLDER/FILE; none: text only"
+    )
     mm_vision_select_layer: int | None = _option("hidden layer of the tower to use; -1 is the last", -1)
     pretrain_mm_mlp_adapter: str | None = _option("projector of stage 1: its folder, or mm_projector.bin/.safetensors")
     mm_projector_type: str | None = _option("linear, mlpNx_gelu or identity", "linear")

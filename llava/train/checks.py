@@ -131,6 +131,8 @@ def _contradictions(args: RunArguments) -> list[str]:
         problems.append("--mm_use_im_start_end needs --vision_tower")
     if model.unfreeze_mm_vision_tower and not model.vision_tower:
         problems.append("--unfreeze_mm_vision_tower needs --vision_tower")
+    if training.mm_vision_tower_lr is not None and not model.unfreeze_mm_vision_tower:
+        problems.append("--mm_vision_tower_lr has no effect on a frozen tower; pass --unfreeze_mm_vision_tower True")
     if training.n_gpu > 1:
         problems.append(
             f"{training.n_gpu} GPUs are visible to one process; start with torchrun --nproc_per_node {training.n_gpu}, "

@@ -8,23 +8,21 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llava.extension import ParameterGroup
 from llava.model.checkpoint import bare_model
 from llava.model.components import Component, components
 from llava.train.arguments import RunArguments
 
-NORMS = (LlamaRMSNorm, nn.LayerNorm)
-
 
 def _undecayed(model: nn.Module) -> set[int]:
-    """Identities of biases and norm weights."""
+    """Identities of biases and norm weights; each kind of decoder has a norm class of its own."""
+    norms = (nn.LayerNorm, type(bare_model(model).get_model().norm))
     return {
         id(weight)
         for module in model.modules()
         for name, weight in module.named_parameters(recurse=False)
-        if isinstance(module, NORMS) or name == "bias"
+        if isinstance(module, norms) or name == "bias"
     }
 
 

@@ -1,7 +1,7 @@
 """Finding and building the vision tower of a model (upstream `multimodal_encoder/builder.py`).
 
 A tower named by a bare name is looked for inside the checkpoint folder, then beside it, then in the working folder;
-only a name of the form `owner/model` may come from a model hub.
+only a name of the form `owner/model` may come from a model hub. Its kind follows from the files.
 """
 
 from __future__ import annotations
@@ -10,46 +10,98 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from llava.errors import CheckpointError
+from llava.model.formats import TOWER_MARKERS
+from llava.model.multimodal_encoder import open_clip_encoder
+from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_encoder.open_clip_encoder import OpenClipVisionTower
+from llava.model.multimodal_encoder.siglip_encoder import SiglipVisionTower
+
+KINDS: dict[str, type[VisionTower]] = {
+    "clip": CLIPVisionTower,
+    "clip_vision_model": CLIPVisionTower,
+    "siglip": SiglipVisionTower,
+    "siglip_vision_model": SiglipVisionTower,
+}
+"""Kind of tower by the `model_type` of its `config.json`."""
+
+
+def _places(name: str, near: Iterable[str | Path]) -> list[Path]:
+    """Where a relative name is looked for."""
+    places: list[Path] = []
+    for folder in map(Path, near):
+        places += [folder / name, folder.resolve().parent / name]
+    return [*places, Path(name)]
 
 
 def resolve_vision_tower(name: str, near: Iterable[str | Path] = ()) -> str:
-    """Path or hub id of a tower.
+    """Path or hub id of a tower, or the `open_clip:` form with the path of its weights file resolved.
 
     Args:
         name: value of `--vision_tower` or of `mm_vision_tower` in a `config.json`.
         near: checkpoint folders in whose inside and neighbourhood a relative name is looked for.
 
     Raises:
-        CheckpointError: no folder of that name exists and the name is no hub id; lists the places searched.
+        CheckpointError: nothing of that name exists and the name is no hub id; lists the places searched.
+        FlagError: an `open_clip:` name lacks a part.
     """
-    searched: list[Path] = []
-    for folder in map(Path, near):
-        searched += [folder / name, folder.resolve().parent / name]
-    searched.append(Path(name))
+    if name.startswith(open_clip_encoder.PREFIX):
+        return _resolve_open_clip(name, near)
+    searched = _places(name, near)
     for candidate in searched:
-        if (candidate / "config.json").is_file():
+        if any((candidate / marker).is_file() for marker in TOWER_MARKERS):
             return str(candidate)
     is_hub_id = name.count("/") == 1 and not name.startswith((".", "/"))
     if is_hub_id:
         return name
     places = "\n  ".join(str(path) for path in searched)
     raise CheckpointError(
-        f"no vision tower '{name}': none of these folders holds a config.json\n  {places}\n"
+        f"no vision tower '{name}': none of these folders holds one of {TOWER_MARKERS}\n  {places}\n"
         "Put the tower there or give its folder by --vision_tower."
     )
 
 
-def build_vision_tower(config: Any, near: Iterable[str | Path] = ()) -> CLIPVisionTower:
+def _resolve_open_clip(name: str, near: Iterable[str | Path]) -> str:
+    parts = open_clip_encoder.parse_name(name)
+    if not parts.is_file:
+        return name
+    searched = _places(parts.pretrained, near)
+    for candidate in searched:
+        if candidate.is_file():
+            return f"{open_clip_encoder.PREFIX}{parts.architecture}/{candidate}"
+    places = "\n  ".join(str(path) for path in searched)
+    raise CheckpointError(f"no vision tower '{name}': there is no such weights file\n  {places}")
+
+
+def tower_class(path: str) -> type[VisionTower]:
+    """Kind of the tower at a resolved path.
+
+    Raises:
+        CheckpointError: the folder holds another kind of model.
+    """
+    if path.startswith(open_clip_encoder.PREFIX) or (Path(path) / open_clip_encoder.CONFIG_FILE).is_file():
+        return OpenClipVisionTower
+    kind = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
+    if kind not in KINDS:
+        raise CheckpointError(
+            f"{path}: its config.json says model_type '{kind}'; a vision tower is one of {sorted(KINDS)}, or a model "
+            f"of open_clip ({open_clip_encoder.PREFIX}ARCH/PRETRAINED)"
+        )
+    return KINDS[kind]
+
+
+def build_vision_tower(config: Any, near: Iterable[str | Path] = ()) -> VisionTower:
     """The tower that a LLaVA configuration names, weights not loaded yet.
 
     Raises:
-        CheckpointError: the tower cannot be found.
+        CheckpointError: the tower cannot be found, or is of an unknown kind.
         FlagError: the selected layer or feature does not exist.
     """
     path = resolve_vision_tower(config.mm_vision_tower, near)
-    return CLIPVisionTower(
+    return tower_class(path)(
         path,
         select_layer=config.mm_vision_select_layer,
         select_feature=getattr(config, "mm_vision_select_feature", "patch"),

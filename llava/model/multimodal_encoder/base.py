@@ -1,0 +1,237 @@
+"""What every vision tower has in common: which hidden layer it returns, how it is frozen, saved and read again.
+
+A tower is a stack of blocks behind an embedding of the pixels. A kind of tower says where these are in its network;
+the loop over the blocks, the checks and the sizes are here (upstream has one file per tower, each with its own copy).
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from llava.errors import CheckpointError, FlagError
+
+SELECT_FEATURES = ("patch", "cls_patch")
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """Sizes of a tower, known before its weights are read.
+
+    Attributes:
+        layers: number of blocks.
+        hidden_size: D_vision.
+        image_size: side of the square input in pixels.
+        patch_size: side of a patch in pixels.
+        class_token: True if row 0 of the features is a class token.
+    """
+
+    layers: int
+    hidden_size: int
+    image_size: int
+    patch_size: int
+    class_token: bool
+
+
+class VisionTower(nn.Module, abc.ABC):
+    """An image encoder that returns the features of one hidden layer.
+
+    Hidden state 0 is what enters the first block, hidden state i the output of block i; negative numbers count from the
+    end. `patch` drops a class token, `cls_patch` keeps it. Blocks behind the selected layer never run.
+
+    Args:
+        name_or_path: where the tower comes from; the form depends on the kind.
+        select_layer: hidden state to return (`--mm_vision_select_layer`).
+        select_feature: `patch` or `cls_patch` (`--mm_vision_select_feature`).
+
+    Attributes:
+        vision_tower: the network; None until `load_model`.
+        image_processor: turns RGB images into pixel values; None until `load_model`.
+        trainable: False runs the network without gradient and in evaluation mode.
+
+    Raises:
+        FlagError: the layer does not exist, or there is no class token to keep.
+    """
+
+    marker_file: ClassVar[str] = "config.json"
+    """File by which a folder that `save` wrote is known."""
+
+    vision_tower: nn.Module | None
+    image_processor: Any
+
+    def __init__(self, name_or_path: str, select_layer: int, select_feature: str = "patch") -> None:
+        super().__init__()
+        if select_feature not in SELECT_FEATURES:
+            raise FlagError(f"--mm_vision_select_feature is '{select_feature}'; known values: {SELECT_FEATURES}")
+        self.vision_tower_name = name_or_path
+        self.select_layer = select_layer
+        self.select_feature = select_feature
+        self.trainable = False
+        self.vision_tower = None
+        self.image_processor = None
+        self.shape = self.read_shape()
+        if select_feature == "cls_patch" and not self.shape.class_token:
+            raise FlagError(
+                f"--mm_vision_select_feature cls_patch: '{name_or_path}' has no class token; use patch, which keeps "
+                "every row"
+            )
+        layers = self.shape.layers
+        self.num_blocks = select_layer if select_layer >= 0 else layers + 1 + select_layer
+        if not 0 <= self.num_blocks <= layers:
+            raise FlagError(
+                f"--mm_vision_select_layer is {select_layer}, but '{name_or_path}' has hidden states 0..{layers}"
+            )
+
+    # What a kind of tower has to say
+    @abc.abstractmethod
+    def read_shape(self) -> TowerShape:
+        """Sizes from the configuration alone."""
+
+    @abc.abstractmethod
+    def read_network(self, source: str, dtype: torch.dtype) -> nn.Module:
+        """Network and weights from `name_or_path`, or from a folder that `save` wrote.
+
+        Raises:
+            CheckpointError: weights are missing.
+        """
+
+    @abc.abstractmethod
+    def read_image_processor(self) -> Any:
+        """The image processor that the tower was trained with, computing with Pillow."""
+
+    @abc.abstractmethod
+    def embedding_modules(self, network: Any) -> Sequence[nn.Module | nn.Parameter]:
+        """Everything in front of the first block that has parameters."""
+
+    @abc.abstractmethod
+    def blocks(self, network: Any) -> Sequence[nn.Module]:
+        """The blocks in order."""
+
+    @abc.abstractmethod
+    def embed(self, network: Any, images: Tensor) -> Tensor:
+        """Hidden state 0, (N, P, D_vision) with the class token first if there is one, of pixels (N, 3, H, W)."""
+
+    @abc.abstractmethod
+    def run_block(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """One block: (N, P, D_vision) to the same shape."""
+
+    @abc.abstractmethod
+    def save(self, folder: str | Path) -> None:
+        """Write network and image processor so that the folder alone is a tower of this kind."""
+
+    # What follows from that
+    @property
+    def is_loaded(self) -> bool:
+        """True once the weights are in memory."""
+        return self.vision_tower is not None
+
+    def load_model(self, dtype: torch.dtype | None = None) -> None:
+        """Read weights and image processor; the weights are frozen until `freeze.py` says otherwise.
+
+        Raises:
+            CheckpointError: weights are missing in the folder.
+        """
+        self.image_processor = self.read_image_processor()
+        self.vision_tower = self.read_network(self.vision_tower_name, dtype or torch.float32)
+        self.vision_tower.requires_grad_(False)
+        self.trainable = False
+        self.eval()
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Replace the weights by those of a tower that was saved in a checkpoint, keeping dtype and device.
+
+        Raises:
+            CheckpointError: weights are missing in the folder, or the tower there is of another kind or shape.
+        """
+        if not (Path(folder) / self.marker_file).is_file():
+            raise CheckpointError(
+                f"{folder}: holds no {self.marker_file}, so it is no tower of the kind of '{self.vision_tower_name}'"
+            )
+        try:
+            self.loaded().load_state_dict(self.read_network(str(folder), self.dtype).state_dict())
+        except RuntimeError as error:
+            raise CheckpointError(f"{folder}: is not a tower of the shape of '{self.vision_tower_name}'") from error
+
+    def loaded(self) -> Any:
+        """The network.
+
+        Raises:
+            RuntimeError: `load_model` was not called.
+        """
+        if self.vision_tower is None:
+            raise RuntimeError(f"the vision tower '{self.vision_tower_name}' is not loaded; call load_model() first")
+        return self.vision_tower
+
+    def used_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters that the selected feature depends on: the blocks behind it get no gradient."""
+        network = self.loaded()
+        used = [*self.embedding_modules(network), *self.blocks(network)[: self.num_blocks]]
+        wanted = {id(part) for part in used if isinstance(part, nn.Parameter)}
+        wanted |= {id(weight) for part in used if isinstance(part, nn.Module) for weight in part.parameters()}
+        for name, parameter in self.named_parameters():
+            if id(parameter) in wanted:
+                yield name, parameter
+
+    def train(self, mode: bool = True) -> VisionTower:
+        """Training mode for a tower that is trained; a frozen one always stays in evaluation mode."""
+        return super().train(mode and self.trainable)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of a batch of pictures.
+
+        Args:
+            images: (N, 3, H, W) normalised pixels, any floating dtype.
+
+        Returns:
+            (N, P, D_vision) in the dtype of `images`; P + 1 rows with the class token for `cls_patch`.
+        """
+        network = self.loaded()
+        context = contextlib.nullcontext() if self.trainable else torch.no_grad()
+        with context:
+            hidden = self.embed(network, images.to(device=self.device, dtype=self.dtype))
+            for block in self.blocks(network)[: self.num_blocks]:
+                hidden = self.run_block(block, hidden)
+        drops_class = self.shape.class_token and self.select_feature == "patch"
+        return (hidden[:, 1:] if drops_class else hidden).to(images.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return next(self.loaded().parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.loaded().parameters()).device
+
+    @property
+    def hidden_size(self) -> int:
+        """D_vision."""
+        return self.shape.hidden_size
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input in pixels."""
+        return self.shape.image_size
+
+    @property
+    def num_patches_per_side(self) -> int:
+        """Patches along one side of the picture."""
+        return self.shape.image_size // self.shape.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """P: patches of one picture, the class token not counted."""
+        return self.num_patches_per_side**2
+
+    @property
+    def num_features(self) -> int:
+        """Rows that one picture takes in the sequence: P, or P + 1 with the class token."""
+        return self.num_patches + (self.select_feature == "cls_patch")
