@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ class LazySupervisedDataset(Dataset[Item]):
     With `is_multimodal` a row without image has a black picture; it adds nothing but keeps batches equal in kind.
 
     Args:
-        data_path: JSON list or JSONL file.
+        data_path: JSON list or JSONL file, or several of them.
         tokenizer: see `load_tokenizer`.
         image_processor: see `load_image_processor`; may be None without `is_multimodal`.
         template: template without messages, see `select_template`.
@@ -71,7 +71,7 @@ class LazySupervisedDataset(Dataset[Item]):
 
     def __init__(
         self,
-        data_path: str | os.PathLike[str],
+        data_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         tokenizer: PreTrainedTokenizerBase,
         image_processor: Any,
         *,
@@ -121,7 +121,7 @@ class LazySupervisedDataset(Dataset[Item]):
             except BadSampleError as error:
                 self._skip(candidate, error)
         kind = "with" if has_image else "without"
-        raise BadSampleError(f"{self.records.path}: no row {kind} image can be trained on; see {self.skipped_file}")
+        raise BadSampleError(f"{self.records.paths}: no row {kind} image can be trained on; see {self.skipped_file}")
 
     @property
     def lengths(self) -> list[int]:
@@ -130,7 +130,17 @@ class LazySupervisedDataset(Dataset[Item]):
 
     @property
     def modality_lengths(self) -> list[int]:
-        """Words of each row, negative for a row without image."""
+        """Words of each row, negative for a row without image.
+
+        Raises:
+            FlagError: a row has no words, so that its sign is lost.
+        """
+        empty = next((index for index, size in enumerate(self._sizes) if not size.words), None)
+        if empty is not None:
+            raise FlagError(
+                f"--group_by_modality_length: {self.records.name(empty)} has no words, so whether it has an image "
+                "cannot be seen from its length; remove the row"
+            )
         return [size.words if size.images else -size.words for size in self._sizes]
 
     @cached_property
@@ -210,7 +220,7 @@ class LazySupervisedDataset(Dataset[Item]):
             sample_id = self.records[index].get("id")
         except BadSampleError:
             sample_id = None
-        append_skipped(self.skipped_file, index, sample_id, str(error))
+        append_skipped(self.skipped_file, self.records.source(index), sample_id, str(error))
         logger.warning("skipped a sample: %s", error)
 
 

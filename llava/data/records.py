@@ -1,4 +1,4 @@
-"""Rows of a LLaVA data file: one JSON list, or one JSON object per line (JSONL), told apart by their first character.
+"""Rows of LLaVA data files: one JSON list, or one JSON object per line (JSONL), told apart by their first character.
 
 A list is read once. Of a JSONL file only the byte offsets of its lines are kept, and rows are parsed when asked for, so
 files of any size start at once.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +58,59 @@ class Records(Sequence[Row]):
             raise BadSampleError(f"{self.name(index)} is no JSON: {error}: {line!r:.80}") from error
 
 
-def open_records(path: str | os.PathLike[str]) -> Records:
-    """Open a data file.
+class RecordFiles(Sequence[Row]):
+    """Rows of several data files, one file after the other.
 
     Raises:
-        FlagError: the file is missing, empty, or a list that is no valid JSON.
+        BadSampleError: on access, the row is no JSON object; the message names file and row.
     """
-    path = Path(path)
+
+    def __init__(self, files: Sequence[Records]) -> None:
+        self.files = list(files)
+        self._ends = list(accumulate(map(len, self.files)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Row:
+        file, row = self._locate(index)
+        return file[row]
+
+    def name(self, index: int) -> str:
+        """What to call a row in a message: its file, and its number in it."""
+        file, row = self._locate(index)
+        return file.name(row)
+
+    def source(self, index: int) -> tuple[Path, int]:
+        """File of a row and its number in it."""
+        file, row = self._locate(index)
+        return file.path, row
+
+    @property
+    def paths(self) -> str:
+        """The files in a message."""
+        return ", ".join(str(file.path) for file in self.files)
+
+    def _locate(self, index: int) -> tuple[Records, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        number = bisect_right(self._ends, index)
+        return self.files[number], index - (self._ends[number - 1] if number else 0)
+
+
+def open_records(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> RecordFiles:
+    """Open one data file or several.
+
+    Raises:
+        FlagError: a file is missing, empty, or a list that is no valid JSON; or there is none.
+    """
+    names = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if not names:
+        raise FlagError("--data_path is missing")
+    return RecordFiles([_open_file(Path(name)) for name in names])
+
+
+def _open_file(path: Path) -> Records:
     if not path.is_file():
         raise FlagError(f"--data_path {path}: there is no such file")
     with path.open("rb") as file:

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 
-def append_skipped(path: str | os.PathLike[str], row: int, sample_id: Any, reason: str) -> None:
-    """Add a row; one system call, so that lines of different data-loader workers do not mix."""
+def append_skipped(path: str | os.PathLike[str], source: tuple[Path, int], sample_id: Any, reason: str) -> None:
+    """Add a row, given by its data file and its number there.
+
+    One system call, so that lines of different data-loader workers do not mix.
+    """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"row": row, "id": sample_id, "reason": reason}, ensure_ascii=False, default=str) + "\n"
+    entry = {"file": str(source[0]), "row": source[1], "id": sample_id, "reason": reason}
+    line = json.dumps(entry, ensure_ascii=False, default=str) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.write(descriptor, line.encode("utf-8", "backslashreplace"))
@@ -20,14 +24,14 @@ def append_skipped(path: str | os.PathLike[str], row: int, sample_id: Any, reaso
 
 
 def read_skipped(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows that were left out, `{"row", "id", "reason"}`, each once and in order; none if there is no file.
+    """The rows that were left out, `{"file", "row", "id", "reason"}`, each once and in order; none if there is no file.
 
     A row that several workers or epochs met stands in the file several times.
     """
     if not Path(path).exists():
         return []
     lines = Path(path).read_text(encoding="utf-8").splitlines()
-    skipped = {entry["row"]: entry for entry in reversed([json.loads(line) for line in lines])}
+    skipped = {(entry["file"], entry["row"]): entry for entry in reversed([json.loads(line) for line in lines])}
     return [skipped[row] for row in sorted(skipped)]
 
 

@@ -58,7 +58,9 @@ class DataArguments:
 
     _argument_group_name: ClassVar[str] = "data"
 
-    data_path: str | None = _option("LLaVA conversations: a JSON list or JSON lines")
+    data_path: list[str] | None = _option(
+        "LLaVA conversations: a JSON list or JSON lines; several files are used as one"
+    )
     lazy_preprocess: bool = _option("accepted for compatibility: samples are always prepared when needed", False)
     is_multimodal: bool = _option("accepted for compatibility: set whenever there is a vision tower", False)
     image_folder: str | None = _option("folder that the image names in the data are relative to")

@@ -89,8 +89,7 @@ def _files(args: RunArguments) -> list[str]:
     problems = []
     if not data.data_path:
         problems.append("--data_path is missing")
-    elif not Path(data.data_path).is_file():
-        problems.append(f"--data_path {data.data_path}: no such file")
+    problems += [f"--data_path {path}: no such file" for path in data.data_path or [] if not Path(path).is_file()]
     if data.image_folder is not None and not Path(data.image_folder).is_dir():
         problems.append(f"--image_folder {data.image_folder}: no such folder")
     if model.pretrain_mm_mlp_adapter:

@@ -177,6 +177,33 @@ def test_bad_rows_are_replaced_counted_and_listed(workers: int, tmp_path: Path) 
     assert "absent.png" in listed[0]["reason"]
 
 
+def test_several_files_are_used_as_one(tmp_path: Path) -> None:
+    """Errors, the list of skipped rows and the order name the file that a row is in, and its number there."""
+    first = write_rows(tmp_path / "a.jsonl", [GOOD_TEXT, GOOD_IMAGE])
+    second = tmp_path / "b.json"
+    second.write_text(json.dumps([BAD_ROWS["missing image"][0], GOOD_TEXT | {"id": "u"}, GOOD_IMAGE]))
+    dataset = make_dataset([first, second])
+    assert [dataset.records[index].get("id") for index in range(5)] == ["t", "g", "g", "u", "g"]
+    assert [length > 0 for length in dataset.modality_lengths] == [False, True, True, False, True]
+    assert dataset[3]["input_ids"].tolist() == dataset[0]["input_ids"].tolist()
+    with pytest.raises(BadImageError, match=r"b\.json, row 0 \(id 'g'\).*absent\.png"):
+        dataset[2]
+    with pytest.raises(IndexError):
+        dataset.records[5]
+    skipping = make_dataset([first, second], on_bad_sample="skip", skipped_file=tmp_path / "skipped.jsonl")
+    assert torch.equal(skipping[2]["image"], skipping[4]["image"])
+    (entry,) = read_skipped(tmp_path / "skipped.jsonl")
+    assert (entry["file"], entry["row"], entry["id"]) == (str(second), 0, "g")
+    assert make_dataset([first]).modality_lengths == make_dataset(first).modality_lengths
+
+
+def test_a_row_without_words_is_named_when_modalities_are_grouped(tmp_path: Path) -> None:
+    row = {"id": "e", "conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": " "}]}
+    paths = [write_rows(tmp_path / name, rows) for name, rows in (("a.jsonl", [GOOD_TEXT]), ("b.jsonl", [row]))]
+    with pytest.raises(FlagError, match=r"b\.jsonl, row 0 has no words"):
+        _ = make_dataset(paths).modality_lengths
+
+
 def test_stopping_leaves_no_list(tmp_path: Path) -> None:
     assert read_skipped(tmp_path / "skipped.jsonl") == []
     assert count_skipped(tmp_path / "skipped.jsonl") == 0

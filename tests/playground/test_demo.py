@@ -80,7 +80,7 @@ def test_the_published_script_made_the_checkpoint(demo: DemoRun) -> None:
     arguments = json.loads((demo.tuned / "run.json").read_text())["arguments"]
     assert arguments["options"]["hydralora"]["llm_moe"] is True
     assert arguments["options"]["hydralora"]["llm_moe_num_experts"] == 3
-    assert arguments["data"]["data_path"].endswith("new_train.json")
+    assert arguments["data"]["data_path"][0].endswith("new_train.json")
     assert {"adapter_model.safetensors", "mm_projector.safetensors", "extensions/hydralora/model.safetensors"} == set(
         demo.trained
     )
