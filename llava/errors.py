@@ -16,6 +16,18 @@ class BadSampleError(LlavaError, ValueError):
     """One row of a data file cannot be trained on: no label mask, no trained token, or a wrong number of images."""
 
 
+class ImageCountError(BadSampleError):
+    """The text of a row asks for more or fewer images than the row has."""
+
+
+class NoTargetError(BadSampleError):
+    """A row has no token to train on."""
+
+
+class TokenBorderError(BadSampleError):
+    """A token holds characters of an answer and of something else."""
+
+
 class BadImageError(BadSampleError):
     """An image is missing, broken or lies outside the image folder."""
 

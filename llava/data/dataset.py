@@ -226,7 +226,7 @@ class LazySupervisedDataset(Dataset[Item]):
 
 def _with_row(error: BadSampleError, name: str) -> BadSampleError:
     """The error with file, row and id in front; that of an image names them already."""
-    return error if isinstance(error, BadImageError) else BadSampleError(f"{name}: {error}")
+    return error if isinstance(error, BadImageError) else type(error)(f"{name}: {error}")
 
 
 def image_names(row: Row) -> list[str]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, Piece, SeparatorStyle
 from llava.data.turns import Turn, excerpt, place_image, training_pieces, turn_text
-from llava.errors import BadSampleError
+from llava.errors import ImageCountError, NoTargetError, TokenBorderError
 from llava.extension import Span
 from llava.tokenizer import encode_with_spans, starts_with_bos
 
@@ -31,11 +31,13 @@ class TokenizedPrompt:
         input_ids: int64 (T,); each image is one `IMAGE_TOKEN_INDEX`.
         labels: int64 (T,); the id where it is a target, else `IGNORE_INDEX`, also at images.
         prompt: the text that was tokenized.
+        spans: the characters of `prompt` that each token covers.
     """
 
     input_ids: Tensor
     labels: Tensor
     prompt: str
+    spans: list[Span]
 
 
 def tokenize_conversation(
@@ -72,7 +74,7 @@ def tokenize_conversation(
     has_images = image_count > 0 or template.sep_style is SeparatorStyle.PLAIN
     found = prompt.count(DEFAULT_IMAGE_TOKEN) if has_images else 0
     if found != image_count:
-        raise BadSampleError(
+        raise ImageCountError(
             f"{found} {DEFAULT_IMAGE_TOKEN} in the text but {image_count} image(s) in the sample; write one "
             f"{DEFAULT_IMAGE_TOKEN} for each image. The prompt is: {excerpt(prompt, prompt.find(DEFAULT_IMAGE_TOKEN))}"
         )
@@ -80,7 +82,7 @@ def tokenize_conversation(
     labels = _labels(ids, spans, pieces, prompt)
     _check_target(ids, labels, prompt, max_length, patches_per_image)
     end = None if has_images else max_length
-    return TokenizedPrompt(torch.tensor(ids[:end]), torch.tensor(labels[:end]), prompt)
+    return TokenizedPrompt(torch.tensor(ids[:end]), torch.tensor(labels[:end]), prompt, spans[:end])
 
 
 def _encode(
@@ -111,7 +113,7 @@ def _labels(ids: list[int], spans: list[Span], pieces: list[Piece], prompt: str)
     for index, span in zip(ids, spans, strict=True):
         kinds = set(trained[span.start : max(span.end, span.start + 1)])
         if len(kinds) == 2:
-            raise BadSampleError(
+            raise TokenBorderError(
                 f"the token {prompt[span.start : span.end]!r} lies across the border of an answer, so it can neither "
                 f"be trained on nor left out; add the markers of the template to the tokenizer as special tokens: "
                 f"{excerpt(prompt, span.start)}"
@@ -126,12 +128,12 @@ def _check_target(
     """Refuse a sample without target, or one that is cut before its first target."""
     first = next((position for position, label in enumerate(labels) if label != IGNORE_INDEX), None)
     if first is None:
-        raise BadSampleError(f"there is no answer to train on; the prompt is: {excerpt(prompt, len(prompt))}")
+        raise NoTargetError(f"there is no answer to train on; the prompt is: {excerpt(prompt, len(prompt))}")
     images = ids[:first].count(IMAGE_TOKEN_INDEX)
     lengths = [patches_per_image] * images if isinstance(patches_per_image, int) else patches_per_image[:images]
     position = first - images + sum(lengths)
     if max_length is not None and position >= max_length:
-        raise BadSampleError(
+        raise NoTargetError(
             f"the first answer begins at position {position}, but a sample is cut at {max_length} "
             f"(--model_max_length); the prompt is: {excerpt(prompt, len(prompt))}"
         )

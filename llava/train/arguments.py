@@ -58,8 +58,8 @@ class DataArguments:
 
     _argument_group_name: ClassVar[str] = "data"
 
-    data_path: list[str] | None = _option(
-        "LLaVA conversations: a JSON list or JSON lines; several files are used as one"
+    data_path: list[str] | None = field(
+        default=None, metadata={"help": "LLaVA conversations: a JSON list or JSON lines; several files are used as one"}
     )
     lazy_preprocess: bool = _option("accepted for compatibility: samples are always prepared when needed", False)
     is_multimodal: bool = _option("accepted for compatibility: set whenever there is a vision tower", False)

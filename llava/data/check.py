@@ -1,0 +1,218 @@
+r"""Check data files before training: every problem of every row, lengths, and a page of sample prompts.
+
+python -m llava.data.check a.json b.jsonl --image_folder images --model_name_or_path checkpoints/llava-v1.5-7b \
+    --version v1 --model_max_length 2048 --html check.html
+
+Prints what it finds and ends with status 1 if there are problems.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
+from llava.conversation import select_template
+from llava.data.check_page import write_page
+from llava.data.inspection import EXPLANATIONS, TRAINABLE, Kind, RowReport, RowReports, Settings, mark_duplicates
+from llava.data.records import open_records
+from llava.data.statistics import PERCENTILES, DataSummary, summarise
+from llava.errors import FlagError
+from llava.tokenizer import load_tokenizer
+from llava.utils import run_program
+
+ROWS_PER_STEP = 16
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options; those of a training run have the names that they have there."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.data.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("data", nargs="+", metavar="DATA", help="data files, as for --data_path of a training run")
+    add("--image_folder", help="folder that the image names in the data are relative to")
+    add(
+        "--model_name_or_path",
+        "--tokenizer",
+        dest="model_name_or_path",
+        required=True,
+        help="folder with the tokenizer: that of the base model",
+    )
+    add("--version", default="v1", help="conversation template")
+    add("--model_max_length", type=int, default=2048, help="longest sample in tokens and image patches")
+    add("--image_length", type=int, default=576, help="patches of one image: 576 for CLIP-L with 336 pixels")
+    add("--mm_use_im_start_end", action="store_true", help="<im_start> and <im_end> stand around images")
+    add("--skip_images", action="store_true", help="do not read the image files, only look whether they are there")
+    add("--allow", nargs="+", default=[], choices=list(Kind), metavar="KIND", help="kinds that are no reason to fail")
+    add("--show", type=int, default=5, help="rows to print for each kind of problem; --json has all")
+    add("--html", type=Path, help="write a page with problems, lengths and sample prompts")
+    add("--samples", type=int, default=12, help="sample prompts on the page")
+    add("--json", type=Path, help="write everything as JSON")
+    add("--num_workers", type=int, default=4, help="processes that read rows and images; 0: none beside this one")
+    return parser
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """How the data would be trained on.
+
+    Raises:
+        FlagError: the template is not known, or a folder does not exist.
+        CheckpointError: there is no tokenizer.
+    """
+    if args.image_folder is not None and not Path(args.image_folder).is_dir():
+        raise FlagError(f"--image_folder {args.image_folder}: no such folder")
+    for name, least in (("model_max_length", 1), ("image_length", 1), ("num_workers", 0), ("samples", 0), ("show", 0)):
+        if getattr(args, name) < least:
+            raise FlagError(f"--{name} {getattr(args, name)}: must be at least {least}")
+    tokenizer = load_tokenizer(args.model_name_or_path, model_max_length=args.model_max_length)
+    if args.mm_use_im_start_end:
+        tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+    return Settings(
+        template=select_template(args.version, tokenizer),
+        tokenizer=tokenizer,
+        image_folder=args.image_folder,
+        image_length=args.image_length,
+        max_length=args.model_max_length,
+        mm_use_im_start_end=args.mm_use_im_start_end,
+        read_images=not args.skip_images,
+    )
+
+
+def check_rows(rows: RowReports, num_workers: int) -> list[RowReport]:
+    """Reports of all rows in their order, with a progress bar."""
+    loader: DataLoader[Any] = DataLoader(
+        rows, batch_size=ROWS_PER_STEP, num_workers=min(num_workers, len(rows) // ROWS_PER_STEP), collate_fn=list
+    )
+    reports: list[RowReport] = []
+    with tqdm(total=len(rows), unit="row", desc="checking") as progress:
+        for batch in loader:
+            reports += batch
+            progress.update(len(batch))
+    mark_duplicates(reports)
+    return reports
+
+
+def to_json(reports: Sequence[RowReport], summary: DataSummary, args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that was found."""
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return {
+        "options": options,
+        "files": summary.rows,
+        "rows": summary.total,
+        "rows_with_image": summary.with_image,
+        "rows_with_problems": summary.rows_with_problems,
+        "problems": {str(kind): count for kind, count in summary.problems.items()},
+        "statistics": {name: numbers.to_dict() for name, numbers in summary.numbers.items()},
+        "trained_share": summary.trained_share,
+        "trained_tokens_cut_off": summary.cut,
+        "list": [
+            {"file": report.file, "row": report.row, "id": report.sample_id, "kind": kind, "message": message}
+            for report in reports
+            for kind, message in ((str(problem.kind), problem.message) for problem in report.problems)
+        ],
+    }
+
+
+def print_problems(console: Console, reports: Sequence[RowReport], summary: DataSummary, show: int) -> None:
+    """A table of the kinds, and the first rows of each."""
+    if not summary.problems:
+        return
+    table = Table(title="Problems", title_justify="left")
+    table.add_column("kind")
+    table.add_column("number", justify="right")
+    table.add_column("what it means")
+    for kind, count in summary.problems.items():
+        table.add_row(str(kind), f"{count:,}", escape(EXPLANATIONS[kind]))
+    console.print(table)
+    for kind, count in summary.problems.items():
+        found = [(r, p.message) for r in reports for p in r.problems if p.kind is kind]
+        for report, message in found[:show]:
+            console.print(escape(f"{kind}: {report.file}, row {report.row} (id {report.sample_id!r}): {message}"))
+        if count > show:
+            console.print(f"{kind}: and {count - show:,} more")
+
+
+def print_statistics(console: Console, summary: DataSummary) -> None:
+    """A table of the distributions."""
+    table = Table(title="Lengths (percentiles)", title_justify="left")
+    table.add_column("")
+    for percentile in PERCENTILES:
+        table.add_column(f"{percentile} %", justify="right")
+    table.add_column("mean", justify="right")
+    for name, numbers in summary.numbers.items():
+        table.add_row(name, *(f"{value:,}" for value in numbers.percentiles), f"{numbers.mean:,.1f}")
+    console.print(table)
+
+
+def print_summary(console: Console, summary: DataSummary, args: argparse.Namespace) -> None:
+    """The result in a few lines, and what to run next."""
+    numbers = summary.numbers
+    rows = ", ".join(f"{path}: {count:,}" for path, count in summary.rows.items())
+    console.print(escape(f"{summary.total:,} rows ({rows}), {summary.with_image:,} with images"), highlight=False)
+    trained, positions = numbers["trained tokens per sample"].total, numbers["tokens per sample"].total
+    console.print(
+        f"{trained:,} of {positions:,} positions are trained on ({100 * summary.trained_share:.1f} %); "
+        f"{summary.cut:,} of them lie behind {args.model_max_length:,}",
+        highlight=False,
+    )
+    for path in filter(None, (args.html, args.json)):
+        console.print(f"written: {path}", highlight=False, markup=False)
+    options = ["--model_name_or_path", args.model_name_or_path, "--version", args.version]
+    options += ["--model_max_length", str(args.model_max_length), "--data_path", *args.data]
+    options += ["--image_folder", args.image_folder] if args.image_folder else []
+    command = shlex.join(["python", "llava/train/train_mem.py", *options])
+    stopping = [kind for kind in summary.problems if kind not in TRAINABLE]
+    if stopping:
+        console.print(
+            f"{summary.rows_with_problems:,} rows have problems. Mend them and check again; or leave out those that "
+            f"cannot be trained on ({', '.join(stopping)}):"
+        )
+        command += " --on_bad_sample skip"
+    elif summary.problems:
+        console.print(f"{summary.rows_with_problems:,} rows have problems that training takes as they are. Next:")
+    else:
+        console.print("No problems. Next:")
+    print(f"{command} --output_dir OUTPUT ...")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the data.
+
+    Returns:
+        1 if there are problems of kinds that are not allowed, else 0.
+
+    Raises:
+        LlavaError: an option or a whole file is wrong; the message says what to do.
+    """
+    args = build_parser().parse_args(argv)
+    rows = RowReports(open_records(args.data), settings_of(args))
+    reports = check_rows(rows, args.num_workers)
+    summary = summarise(reports)
+    console = Console(soft_wrap=True)
+    print_problems(console, reports, summary, args.show)
+    print_statistics(console, summary)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(to_json(reports, summary, args), indent=2, ensure_ascii=False, default=str)
+        args.json.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    if args.html is not None:
+        args.html.parent.mkdir(parents=True, exist_ok=True)
+        write_page(args.html, rows, reports, summary, args.samples)
+    print_summary(console, summary, args)
+    return int(any(kind not in args.allow for kind in summary.problems))
+
+
+if __name__ == "__main__":
+    run_program(lambda: sys.exit(main()))

@@ -1,0 +1,243 @@
+"""What is wrong with a row of a data file, and how long it is; and with rows beside each other.
+
+Uses the code that prepares samples for training, so that what passes here passes there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.conversation import Conversation
+from llava.data.dataset import conversation_of, image_names
+from llava.data.images import image_path, load_image
+from llava.data.labels import TokenizedPrompt, tokenize_conversation
+from llava.data.records import RecordFiles, Row
+from llava.errors import BadSampleError, ImageCountError, NoTargetError, TokenBorderError
+
+
+class Kind(StrEnum):
+    """Kinds of problems, in the order in which they are reported."""
+
+    UNREADABLE_ROW = "unreadable row"
+    BAD_TURNS = "bad turns"
+    BAD_IMAGE_ENTRY = "bad image entry"
+    MISSING_IMAGE = "missing image"
+    BROKEN_IMAGE = "broken image"
+    IMAGE_COUNT = "image count"
+    TOKEN_BORDER = "token border"
+    NO_TARGET = "no target"
+    TOO_LONG = "too long"
+    TRUNCATED = "truncated"
+    DUPLICATE_ID = "duplicate id"
+
+
+EXPLANATIONS = {
+    Kind.UNREADABLE_ROW: "no JSON, or no JSON object",
+    Kind.BAD_TURNS: "the conversation is malformed, or its speakers do not take turns",
+    Kind.BAD_IMAGE_ENTRY: "'image' is neither a file name nor a list of file names",
+    Kind.MISSING_IMAGE: "the image file is missing or lies outside the image folder",
+    Kind.BROKEN_IMAGE: "the image file cannot be read",
+    Kind.IMAGE_COUNT: "the text has more or fewer <image> than the row has images",
+    Kind.TOKEN_BORDER: "a token lies across the border of an answer",
+    Kind.NO_TARGET: "there is no answer to train on",
+    Kind.TOO_LONG: "the first answer begins behind --model_max_length",
+    Kind.TRUNCATED: "a part of the answers lies behind --model_max_length and is not trained on",
+    Kind.DUPLICATE_ID: "another row has the same id",
+}
+
+TRAINABLE = frozenset({Kind.TRUNCATED, Kind.DUPLICATE_ID})
+"""Kinds that training takes as they are; rows with any other stop it, or are left out (`--on_bad_sample skip`)."""
+
+ERROR_KINDS = {ImageCountError: Kind.IMAGE_COUNT, TokenBorderError: Kind.TOKEN_BORDER, NoTargetError: Kind.NO_TARGET}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem of one row.
+
+    Attributes:
+        kind: see `Kind`.
+        message: what exactly is wrong.
+    """
+
+    kind: Kind
+    message: str
+
+
+@dataclass
+class RowReport:
+    """What was found in one row.
+
+    Attributes:
+        file: data file.
+        row: number in the file, from 0.
+        sample_id: its `id`.
+        problems: everything that is wrong with it.
+        images: number of images that it names.
+        turns: number of turns.
+        tokens: positions of the whole sample, each image counted with all its patches; None if it has no prompt.
+        trained: positions that are trained on, if nothing were cut off.
+        cut: how many of those lie behind the longest length.
+    """
+
+    file: str
+    row: int
+    sample_id: Any = None
+    problems: list[Problem] = field(default_factory=list)
+    images: int = 0
+    turns: int = 0
+    tokens: int | None = None
+    trained: int = 0
+    cut: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the data would be trained on.
+
+    Attributes:
+        template: see `select_template`.
+        tokenizer: see `load_tokenizer`.
+        image_folder: folder that image names are relative to.
+        image_length: positions that one image takes in a sample.
+        max_length: longest sample in positions.
+        mm_use_im_start_end: `<im_start>` and `<im_end>` stand around images.
+        read_images: read every image file whole; else only look whether it is there.
+    """
+
+    template: Conversation
+    tokenizer: PreTrainedTokenizerBase
+    image_folder: str | os.PathLike[str] | None
+    image_length: int
+    max_length: int
+    mm_use_im_start_end: bool = False
+    read_images: bool = True
+
+    def prompt(self, row: Row, max_length: int | None = None) -> TokenizedPrompt:
+        """Token ids and labels of a row.
+
+        Raises:
+            BadSampleError: the row has none.
+        """
+        return tokenize_conversation(
+            conversation_of(row),
+            self.tokenizer,
+            self.template,
+            image_count=len(image_names(row)),
+            mm_use_im_start_end=self.mm_use_im_start_end,
+            max_length=max_length,
+            patches_per_image=self.image_length,
+        )
+
+
+class RowReports(Dataset[RowReport]):
+    """The report of every row, made when it is asked for, so that several processes can share the work."""
+
+    def __init__(self, records: RecordFiles, settings: Settings) -> None:
+        self.records = records
+        self.settings = settings
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> RowReport:
+        path, number = self.records.source(index)
+        report = RowReport(str(path), number)
+        try:
+            row = self.records[index]
+        except BadSampleError as error:
+            report.problems.append(Problem(Kind.UNREADABLE_ROW, str(error)))
+            return report
+        report.sample_id = row.get("id")
+        turns = row.get("conversations")
+        report.turns = len(turns) if isinstance(turns, list) else 0
+        try:
+            names = image_names(row)
+        except BadSampleError as error:
+            report.problems.append(Problem(Kind.BAD_IMAGE_ENTRY, str(error)))
+            return report
+        report.images = len(names)
+        report.problems += [problem for name in names for problem in self._image_problems(name)]
+        self._measure(row, report)
+        return report
+
+    def _image_problems(self, name: str) -> list[Problem]:
+        folder = self.settings.image_folder
+        if folder is None:
+            return [Problem(Kind.MISSING_IMAGE, f"names the image {name!r}, but no --image_folder is given")]
+        try:
+            image_path(folder, name)
+        except BadSampleError as error:
+            return [Problem(Kind.MISSING_IMAGE, str(error).removeprefix(": "))]
+        try:
+            if self.settings.read_images:
+                load_image(folder, name)
+        except BadSampleError as error:
+            return [Problem(Kind.BROKEN_IMAGE, str(error).removeprefix(": "))]
+        return []
+
+    def _measure(self, row: Row, report: RowReport) -> None:
+        """Lengths of a row, and the problems of its text."""
+        settings = self.settings
+        try:
+            prompt = settings.prompt(row)
+        except BadSampleError as error:
+            report.problems.append(Problem(ERROR_KINDS.get(type(error), Kind.BAD_TURNS), str(error)))
+            return
+        positions, report.tokens = _positions(prompt, settings.image_length)
+        targets = [
+            position for position, label in zip(positions, prompt.labels.tolist(), strict=True) if label != IGNORE_INDEX
+        ]
+        report.trained = len(targets)
+        report.cut = sum(position >= settings.max_length for position in targets)
+        if report.cut == report.trained:
+            message = f"the first answer begins at position {targets[0]}, a sample is cut at {settings.max_length}"
+            report.problems.append(Problem(Kind.TOO_LONG, message))
+        elif report.cut:
+            message = (
+                f"{report.cut} of {report.trained} trained tokens are cut off: {report.tokens} positions, "
+                f"a sample is cut at {settings.max_length}"
+            )
+            report.problems.append(Problem(Kind.TRUNCATED, message))
+
+
+def _positions(prompt: TokenizedPrompt, image_length: int) -> tuple[list[int], int]:
+    """Position of each token once every image has its full length, and the number of all positions."""
+    positions, position = [], 0
+    for index in prompt.input_ids.tolist():
+        positions.append(position)
+        position += image_length if index == IMAGE_TOKEN_INDEX else 1
+    return positions, position
+
+
+def mark_duplicates(reports: Sequence[RowReport]) -> None:
+    """Add a problem to every row whose id an earlier row has."""
+    first: dict[str, RowReport] = {}
+    for report in reports:
+        if report.sample_id is None:
+            continue
+        other = first.setdefault(repr(report.sample_id), report)
+        if other is not report:
+            message = f"the id {report.sample_id!r} is also that of {other.file}, row {other.row}"
+            report.problems.append(Problem(Kind.DUPLICATE_ID, message))
+
+
+def thumbnail(folder: str | os.PathLike[str], name: str, side: int) -> Image.Image:
+    """A small copy of an image, at most `side` pixels wide and high.
+
+    Raises:
+        BadImageError: see `load_image`.
+    """
+    image = load_image(Path(folder), name)
+    image.thumbnail((side, side))
+    return image
