@@ -34,3 +34,7 @@ class BadImageError(BadSampleError):
 
 class CheckpointError(LlavaError, ValueError):
     """A checkpoint folder is incomplete, of an unknown format, or does not fit the model."""
+
+
+class TrainingError(LlavaError, RuntimeError):
+    """A run cannot go on: the loss is no number, a checkpoint cannot be written, or a data worker died."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from llava.extension import Config
 from llava.model.components import Component, components
 from llava.model.formats import (
     EXTENSIONS_FOLDER,
+    IMAGE_TOKENS_FILE,
     TOWER_FOLDER,
     CheckpointContents,
     inspect_checkpoint,
@@ -28,8 +31,9 @@ from llava.model.formats import (
     read_tensors,
     strip_peft_prefix,
 )
-from llava.model.image_tokens import load_image_tokens, save_image_tokens
+from llava.model.image_tokens import image_token_rows, load_image_tokens
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.partition import fetch, full_shape, whole
 
 
 def bare_model(model: nn.Module) -> LlavaLlamaForCausalLM:
@@ -42,7 +46,56 @@ def _portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
 
-def save_checkpoint(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> None:
+@dataclass
+class _Trained:
+    """Whole tensors of everything that is trained, by their names in the files."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    projector: dict[str, Tensor] = field(default_factory=dict)
+    tower: dict[str, Tensor] = field(default_factory=dict)
+    adapter: dict[str, Tensor] = field(default_factory=dict)
+    image_tokens: dict[str, Tensor] = field(default_factory=dict)
+    extensions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def check_finite(self, folder: Path) -> None:
+        """Refuse to write what is no number.
+
+        Raises:
+            CheckpointError: names the tensor.
+        """
+        parts = (self.weights, self.projector, self.tower, self.adapter, self.image_tokens)
+        for part in (*parts, *self.extensions.values()):
+            for name, tensor in part.items():
+                if not bool(torch.isfinite(tensor).all()):
+                    raise CheckpointError(f"{folder}: not written, because '{name}' holds NaN or infinite values")
+
+
+def _collect(model: nn.Module, keep: bool) -> _Trained:
+    """Fetch what is trained; collective where parameters are split (see `partition`)."""
+    llava, parts = bare_model(model), components(model)
+    trained = {part for part, named in parts.items() if any(weight.requires_grad for weight in named.values())}
+    found = _Trained()
+    if Component.LANGUAGE_MODEL in trained:
+        found.weights = fetch(parts[Component.LANGUAGE_MODEL] | parts[Component.PROJECTOR], keep)
+    elif Component.PROJECTOR in trained:
+        found.projector = fetch(parts[Component.PROJECTOR], keep)
+    if Component.LANGUAGE_MODEL not in trained:
+        found.image_tokens = image_token_rows(llava, keep)
+    if Component.VISION_TOWER in trained:
+        found.tower = fetch(dict(llava.get_vision_tower().vision_tower.named_parameters()), keep)
+    if isinstance(model, PeftModel):
+        adapter = {id(weight) for weight in parts[Component.ADAPTER].values()}
+        named = {name: weight for name, weight in model.named_parameters() if id(weight) in adapter}
+        tensors = fetch(named, keep)
+        if keep:
+            found.adapter = get_peft_model_state_dict(model, state_dict=tensors, save_embedding_layers=False)
+    for item in llava.extensions:
+        own = dict(item.extension.named_parameters(llava, item.config))
+        found.extensions[item.extension.name] = fetch(own, keep)
+    return found
+
+
+def save_checkpoint(model: nn.Module, folder: str | Path, tokenizer: Any = None, write: bool = True) -> None:
     """Write everything that is trained, with all that is needed to load it again.
 
     A language model that is trained itself is written in full; otherwise only adapters, projector and extensions.
@@ -51,47 +104,47 @@ def save_checkpoint(model: nn.Module, folder: str | Path, tokenizer: Any = None)
         model: LLaVA model or the PEFT model around it.
         folder: created if missing.
         tokenizer: written along if given.
+        write: False on processes that only take part in gathering split parameters.
+
+    Raises:
+        CheckpointError: a trained tensor holds NaN or infinite values; nothing has been written then.
     """
     folder = Path(folder)
+    found = _collect(model, keep=write)
+    if not write:
+        return
+    found.check_finite(folder)
     folder.mkdir(parents=True, exist_ok=True)
     llava = bare_model(model)
-    parts = components(model)
-    trained = {part for part, named in parts.items() if any(weight.requires_grad for weight in named.values())}
     config = copy.deepcopy(llava.config)
     config.architectures = [type(llava).__name__]
     config.extensions = llava.extensions.configs
     config.use_cache = True
     if hasattr(config, "quantization_config"):  # of this run's base in memory; no weights in the folder are quantised
         del config.quantization_config
-    if Component.LANGUAGE_MODEL in trained:
-        whole = parts[Component.LANGUAGE_MODEL] | parts[Component.PROJECTOR]
-        llava.save_pretrained(folder, state_dict={name: weight.detach() for name, weight in whole.items()})
-    elif Component.PROJECTOR in trained:
-        save_file(_portable(parts[Component.PROJECTOR]), folder / "mm_projector.safetensors", {"format": "pt"})
-    if Component.LANGUAGE_MODEL not in trained:
-        save_image_tokens(llava, folder)
-    if Component.VISION_TOWER in trained:
-        tower = llava.get_vision_tower()
-        tower.save(folder / TOWER_FOLDER)
+    if found.weights:
+        llava.save_pretrained(folder, state_dict=found.weights)
+    if found.projector:
+        save_file(_portable(found.projector), folder / "mm_projector.safetensors", {"format": "pt"})
+    if found.image_tokens:
+        save_file(_portable(found.image_tokens), folder / IMAGE_TOKENS_FILE, {"format": "pt"})
+    if found.tower:
+        llava.get_vision_tower().save(folder / TOWER_FOLDER, found.tower)
         config.mm_vision_tower = TOWER_FOLDER
     if isinstance(model, PeftModel):
-        adapter = get_peft_model_state_dict(model, save_embedding_layers=False)
-        save_file(_portable(adapter), folder / "adapter_model.safetensors", {"format": "pt"})
+        save_file(_portable(found.adapter), folder / "adapter_model.safetensors", {"format": "pt"})
         model.active_peft_config.save_pretrained(folder)
-    _save_extensions(llava, folder)
+    for item in llava.extensions:
+        _write_extension(folder / EXTENSIONS_FOLDER / item.extension.name, item.config, found)
     config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
-def _save_extensions(llava: LlavaLlamaForCausalLM, folder: Path) -> None:
-    for item in llava.extensions:
-        name = item.extension.name
-        target = folder / EXTENSIONS_FOLDER / name
-        target.mkdir(parents=True, exist_ok=True)
-        tensors = dict(item.extension.named_parameters(llava, item.config))
-        save_file(_portable(tensors), target / "model.safetensors", {"format": "pt"})
-        (target / "config.json").write_text(json.dumps(item.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _write_extension(target: Path, config: Config, found: _Trained) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(_portable(found.extensions[target.name]), target / "model.safetensors", {"format": "pt"})
+    (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_extensions(contents: CheckpointContents) -> dict[str, tuple[Config, dict[str, Tensor]]]:
@@ -128,16 +181,18 @@ def copy_tensors(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
             f"{len(unknown)} are unknown (first: {unknown[:3]})"
         )
     for name, parameter in parameters.items():
-        if parameter.shape != tensors[name].shape:
+        expected = full_shape(parameter)
+        if expected != tensors[name].shape:
             raise CheckpointError(
-                f"{source}: '{name}' has shape {tuple(tensors[name].shape)}, the model expects {tuple(parameter.shape)}"
+                f"{source}: '{name}' has shape {tuple(tensors[name].shape)}, the model expects {tuple(expected)}"
             )
         if not parameter.is_floating_point():
             raise CheckpointError(
                 f"{source}: '{name}' is quantised in the model ({parameter.dtype}) and cannot be filled"
             )
     for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[name].to(device=parameter.device, dtype=parameter.dtype))
+        with whole([parameter], modify=True):
+            parameter.data.copy_(tensors[name].to(device=parameter.device, dtype=parameter.dtype))
 
 
 def load_adapter(model: PeftModel, path: Path) -> None:

@@ -6,18 +6,17 @@ move two rows of it, in stage 1 only, and a LoRA run loses them; here the rows a
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import CheckpointError, FlagError
-from llava.model.formats import IMAGE_TOKENS_FILE, TOKEN_TABLE, read_tensors
+from llava.model.formats import TOKEN_TABLE, read_tensors
+from llava.model.partition import fetch, whole
 
 BORDER_TOKENS = (DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN)
 """Written around every image with `mm_use_im_start_end`."""
@@ -43,7 +42,7 @@ class EmbeddingWithTrainedRows(nn.Embedding):
         super().__init__(table.num_embeddings, table.embedding_dim, table.padding_idx, device="meta")
         self.weight = table.weight
         self.row_ids = tuple(row_ids)
-        with gathered(self.weight):
+        with whole([self.weight]):
             self.rows = nn.Parameter(self.weight.detach()[list(row_ids)].float().clone())  # (n, D)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -52,18 +51,6 @@ class EmbeddingWithTrainedRows(nn.Embedding):
         for row_id, row in zip(self.row_ids, self.rows, strict=True):
             embeds = torch.where((input == row_id)[..., None], row.to(embeds.dtype), embeds)
         return embeds
-
-
-@contextlib.contextmanager
-def gathered(*weights: nn.Parameter) -> Iterator[None]:
-    """Make whole weights readable and writable that DeepSpeed (ZeRO-3) has split over the ranks."""
-    if not any(hasattr(weight, "ds_id") for weight in weights):
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(weights), modifier_rank=0):
-        yield
 
 
 def wanted_tokens(config: Any) -> list[str]:
@@ -96,7 +83,7 @@ def add_image_tokens(llava: Any, tokenizer: Any, tokens: Sequence[str]) -> list[
     if size > llava.config.vocab_size:
         llava.resize_token_embeddings(size, mean_resizing=False)
     for table in (llava.get_input_embeddings(), llava.get_output_embeddings()):
-        with gathered(table.weight):
+        with whole([table.weight], modify=True):
             mean = table.weight[:former].float().mean(dim=0)  # (D,)
             for index in new.values():
                 table.weight[index] = mean.to(table.weight.dtype)
@@ -120,32 +107,40 @@ def train_image_tokens(llava: Any) -> None:
     llava.set_input_embeddings(EmbeddingWithTrainedRows(table, [ids[token] for token in BORDER_TOKENS]))
 
 
-def save_image_tokens(llava: Any, folder: Path) -> None:
-    """Write the rows of all image tokens beside adapters and projector; nothing if the model has none."""
-    table, head = llava.get_input_embeddings(), llava.get_output_embeddings()
+def image_token_rows(llava: Any, keep: bool = True) -> dict[str, Tensor]:
+    """The rows of all image tokens, copied to the CPU; empty if the model has none.
+
+    Args:
+        llava: bare LLaVA model.
+        keep: as in `partition.fetch`.
+    """
+    ids, table = llava.get_model().image_token_ids, llava.get_input_embeddings()
+    if not ids:
+        return {}
+    head = llava.get_output_embeddings()
+    trained = fetch({"rows": table.rows}, keep) if isinstance(table, EmbeddingWithTrainedRows) else {}
     tensors = {}
-    with gathered(table.weight, head.weight):
-        for token, index in llava.get_model().image_token_ids.items():
+    with whole([table.weight, head.weight]):
+        for token, index in ids.items() if keep else ():
             row = table.weight[index]
-            if isinstance(table, EmbeddingWithTrainedRows) and index in table.row_ids:
-                row = table.rows[table.row_ids.index(index)]
+            if trained and index in table.row_ids:
+                row = trained["rows"][table.row_ids.index(index)]
             tensors[f"{INPUT}/{token}"] = row.detach().cpu().clone()
             tensors[f"{OUTPUT}/{token}"] = head.weight[index].detach().cpu().clone()
-    if tensors:
-        save_file(tensors, folder / IMAGE_TOKENS_FILE, {"format": "pt"})
+    return tensors
 
 
 def read_rows(path: Path, ids: dict[str, int], size: int) -> dict[str, Tensor]:
     """Rows of image tokens out of our own file or a projector file of upstream's.
 
     Args:
-        path: file of `save_image_tokens`, or one that holds `model.embed_tokens.weight` beside a projector: the table
+        path: `image_tokens.safetensors` of a checkpoint, or one that holds `model.embed_tokens.weight` beside a projector: the table
             of the run, or the rows of `<im_start>` and `<im_end>` alone.
         ids: id of each image token of the model.
         size: rows of the model's table.
 
     Returns:
-        Tensors named as in `save_image_tokens`; empty if a projector file holds no token rows.
+        Tensors named as by `image_token_rows`; empty if a projector file holds no token rows.
 
     Raises:
         CheckpointError: the table has another number of rows.
@@ -185,8 +180,9 @@ def load_image_tokens(llava: Any, path: Path) -> bool:
         if row.shape != (table.embedding_dim,):
             raise CheckpointError(f"{path}: '{name}' has shape {tuple(row.shape)}, not ({table.embedding_dim},)")
         weight = (table if part == INPUT else head).weight
-        with gathered(weight):
+        with whole([weight], modify=True):
             weight[ids[token]] = row.to(weight)
         if part == INPUT and isinstance(table, EmbeddingWithTrainedRows) and ids[token] in table.row_ids:
-            table.rows[table.row_ids.index(ids[token])] = row.to(table.rows)
+            with whole([table.rows], modify=True):
+                table.rows[table.row_ids.index(ids[token])] = row.to(table.rows)
     return bool(tensors)

@@ -53,7 +53,8 @@ class LlavaMetaModel:
             CheckpointError: the tower cannot be found.
         """
         tower = build_vision_tower(self.config, near)
-        tower.load_model(dtype)
+        with torch.random.fork_rng(devices=[]):  # ZeRO-3 builds modules for real and would draw for each
+            tower.load_model(dtype)
         self.vision_tower = tower
         return tower
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from llava.errors import FlagError
+from llava.model.partition import full_shape
 
 QUANT_TYPES = ("nf4", "fp4")
 """4-bit data types: NF4 (QLoRA, section 3) and plain 4-bit floats."""
@@ -52,9 +53,9 @@ def quantisation_config(
 
 
 def parameter_count(weight: nn.Parameter) -> int:
-    """Number of weights that a parameter stands for; two 4-bit weights share one element of its tensor."""
+    """Number of weights that a parameter stands for: two 4-bit weights share one element, ZeRO-3 leaves none here."""
     state = getattr(weight, "quant_state", None)
-    return weight.numel() if state is None else math.prod(state.shape)
+    return full_shape(weight).numel() if state is None else math.prod(state.shape)
 
 
 CPU_KERNEL_ROWS = 32

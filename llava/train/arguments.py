@@ -17,6 +17,7 @@ import transformers
 from llava.errors import FlagError
 from llava.extension import Config, Extension, installed_extensions
 from llava.train.retired_flags import translate_retired_flags
+from llava.train.zero import zero_settings
 
 
 def _option(help_text: str, default: Any = None) -> Any:
@@ -99,6 +100,11 @@ class TrainingArguments(transformers.TrainingArguments):
     loss_reduction: str = _option(
         "target: mean over the trained tokens of an update; micro_batch, all: as the originals do", "target"
     )
+
+    def __post_init__(self) -> None:
+        """Resolve `--deepspeed` before transformers reads it."""
+        self.deepspeed = zero_settings(self)
+        super().__post_init__()
 
 
 @dataclass

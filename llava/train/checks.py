@@ -14,16 +14,15 @@ from llava.model.loss import LossReduction
 from llava.model.quantisation import QUANT_TYPES
 from llava.model.tiles import MERGE_TYPES
 from llava.train.arguments import RunArguments
+from llava.train.zero import zero_stage
 
 
 def _not_yet(args: RunArguments) -> list[str]:
     """Options of upstream that parse but are not carried out in this version."""
     training = args.training
     problems = []
-    if training.deepspeed:
-        problems.append("--deepspeed is not supported yet; several GPUs run with torchrun and plain data parallelism")
     if training.fsdp:
-        problems.append("--fsdp is not supported; several GPUs run with torchrun and plain data parallelism")
+        problems.append("--fsdp is not supported; several GPUs run with DeepSpeed, or with plain data parallelism")
     return problems
 
 
@@ -132,6 +131,8 @@ def _contradictions(args: RunArguments) -> list[str]:
         problems.append("--unfreeze_mm_vision_tower needs --vision_tower")
     if training.mm_vision_tower_lr is not None and not model.unfreeze_mm_vision_tower:
         problems.append("--mm_vision_tower_lr has no effect on a frozen tower; pass --unfreeze_mm_vision_tower True")
+    if training.bits != 16 and zero_stage(training) == 3:
+        problems.append(f"--bits {training.bits}: ZeRO-3 cannot split quantised weights; use scripts/zero2.json")
     if training.n_gpu > 1:
         problems.append(
             f"{training.n_gpu} GPUs are visible to one process; start with torchrun --nproc_per_node {training.n_gpu}, "

@@ -5,13 +5,20 @@ Corresponds to upstream's `llava/train/llava_trainer.py`.
 
 from __future__ import annotations
 
+import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from llava.errors import LlavaError, TrainingError
 from llava.model.checkpoint import bare_model, load_full_weights, load_trained, save_checkpoint
 from llava.model.formats import inspect_checkpoint
 from llava.model.loss import LossReduction
@@ -20,6 +27,8 @@ from llava.train.arguments import RunArguments
 from llava.train.optimizer import optimizer_groups
 from llava.train.run_record import copy_run_record
 from llava.train.sampling import EpochSampler, modality_order, random_order
+from llava.train.saving import STAGING_PREFIX, publish_files, publish_folder, rotate, staging_path
+from llava.train.zero import load_zero_state
 
 
 class LLaVATrainer(Trainer):
@@ -34,6 +43,7 @@ class LLaVATrainer(Trainer):
         self.run = run
         self._loss_sums: dict[str, Tensor] = {}
         self._loss_count = 0
+        self._staged: Path | None = None  # the checkpoint that is being written
         super().__init__(args=run.training, **kwargs)
         # The loss is divided by the targets of the whole global batch in `compute_loss`, not by the Trainer.
         self.model_accepts_loss_kwargs = True
@@ -102,6 +112,8 @@ class LLaVATrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _record(self, losses: dict[str, Tensor]) -> None:
+        if not self._loss_sums:
+            self._loss_count = self.state.global_step
         for name, value in losses.items():
             previous = self._loss_sums.get(name, torch.zeros((), device=value.device))
             self._loss_sums[name] = previous + value.detach().float()
@@ -114,13 +126,129 @@ class LLaVATrainer(Trainer):
                 mean = self.accelerator.gather(total.reshape(1)).mean() / steps
                 logs[f"loss/{name}"] = round(mean.item(), 6)
             logs |= bare_model(self.model).extensions.metrics(bare_model(self.model))
-            self._loss_sums, self._loss_count = {}, self.state.global_step
+            self._loss_sums = {}
         super().log(logs, start_time)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        save_checkpoint(self.model, folder, self.processing_class)
-        copy_run_record(Path(self.args.output_dir), folder)
+    # Stopping at the first value that is no number, before it reaches weights that are saved
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro batch.
+
+        Raises:
+            TrainingError: the loss is NaN or infinite.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if not bool(torch.isfinite(loss)):
+            self._refuse("loss", loss.item())
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        # With fp16 the loss scale is searched for: updates with overflow are skipped and are no error.
+        if norm is not None and not self.args.fp16 and not math.isfinite(float(norm)):
+            self._refuse("gradient norm", float(norm))
+        return norm
+
+    def _refuse(self, what: str, value: float) -> None:
+        last = last_checkpoint(Path(self.args.output_dir))
+        raise TrainingError(
+            f"the {what} is {value} at update {self.state.global_step + 1} of {self.state.max_steps}; nothing "
+            f"of it has been saved. Look at --learning_rate and at the data. {last}"
+        )
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staged is None else str(self._staged.parent)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write `checkpoint-N` under another name and rename it when it is complete; then drop the oldest ones.
+
+        Raises:
+            TrainingError: it cannot be written; the earlier checkpoints are whole.
+        """
+        target = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = staging_path(target)
+        self._staged = staging / target.name
+        try:
+            super()._save_checkpoint(model, trial)
+            self._publish(self._staged, target)
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+                rotate(target.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            self._could_not_write(target, staging, error)
+        finally:
+            self._staged = None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained; into the output folder of the run only when all of it could be written.
+
+        Raises:
+            TrainingError: it cannot be written.
+        """
+        target = Path(output_dir or self.args.output_dir)
+        if _internal_call:  # by `_save_checkpoint`, whose folder is not the real one yet
+            self._write_model(target)
+            return
+        staged = target / f"{STAGING_PREFIX}final"
+        try:
+            self._write_model(staged)
+            if self.args.should_save:
+                publish_files(staged, target)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            self._could_not_write(target, staged, error)
+        self.accelerator.wait_for_everyone()
+
+    def _write_model(self, folder: Path) -> None:
+        if self.args.should_save or self.is_deepspeed_enabled:  # split parameters are gathered by all processes
+            save_checkpoint(self.model, folder, self.processing_class, write=self.args.should_save)
+        if self.args.should_save:
+            copy_run_record(Path(self.args.output_dir), folder)
+
+    def _publish(self, staged: Path, target: Path) -> None:
+        """Rename when all processes have written; once per file system where the nodes do not share one."""
+        self.accelerator.wait_for_everyone()
+        if self.args.process_index == 0:
+            publish_folder(staged, target)
+        self.accelerator.wait_for_everyone()
+        if self.args.process_index != 0 and self.args.local_process_index == 0 and staged.is_dir():
+            publish_folder(staged, target)
+
+    def _could_not_write(self, target: Path, staging: Path, error: Exception) -> None:
+        if isinstance(error, LlavaError):
+            raise error
+        shutil.rmtree(staging, ignore_errors=True)
+        raise TrainingError(
+            f"{target}: could not be written ({error}). {last_checkpoint(Path(self.args.output_dir))}"
+        ) from error
+
+    def save_state(self) -> None:
+        """Write `trainer_state.json`, whole or not at all."""
+        if self.args.should_save:
+            path = Path(self.args.output_dir) / TRAINER_STATE_NAME
+            partial = path.with_name(STAGING_PREFIX + path.name)
+            self.state.save_to_json(str(partial))
+            os.replace(partial, path)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # What is frozen comes from the base; what is trained is in DeepSpeed's files as each process holds it.
+        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        load_zero_state(self.model_wrapped, Path(resume_from_checkpoint), self.args)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)  # under DeepSpeed, only the schedule
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
@@ -128,3 +256,11 @@ class LLaVATrainer(Trainer):
         if contents.weights is not None:
             load_full_weights(bare_model(target), contents)
         load_trained(target, resume_from_checkpoint)
+
+
+def last_checkpoint(output: Path) -> str:
+    """What to say about the newest whole checkpoint of a run that broke off."""
+    found = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if found is None:
+        return "There is no checkpoint yet."
+    return f"The last checkpoint is whole: {found}; the same command continues from it."

@@ -44,6 +44,7 @@ from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import add_lora
 from llava.train.run_record import write_run_record
 from llava.train.summary import print_summary
+from llava.train.zero import declare_parameters, join_processes, prepare_resume, same_draws, set_precision
 from llava.utils import errors_only, run_program
 
 __all__ = ["DataArguments", "ModelArguments", "Run", "TrainingArguments", "build_run", "main", "parse_args"]
@@ -93,7 +94,8 @@ def load_base(args: RunArguments, attn_implementation: str | None) -> LlavaLlama
             options["device_map"] = {"": args.training.device}
     with errors_only():  # a plain Llama's configuration becomes a LLaVA's here, which transformers would warn about
         config = LlavaConfig.from_pretrained(name, cache_dir=args.training.cache_dir)
-    model = LlavaLlamaForCausalLM.from_pretrained(name, config=config, **options)
+    with same_draws(args.training):
+        model = LlavaLlamaForCausalLM.from_pretrained(name, config=config, **options)
     if args.training.bits == 4:
         choose_cpu_kernels(model, trained=True)
     model.config.use_cache = False
@@ -115,6 +117,8 @@ def add_vision(model: LlavaLlamaForCausalLM, args: RunArguments) -> None:
         if f"model.{NEWLINE}" not in tensors:  # upstream's files never have it; a fresh one is trained then
             wanted.pop(f"model.{NEWLINE}", None)
         copy_tensors(wanted, tensors, source)
+    if args.training.deepspeed:  # has one precision for all; see `set_precision`
+        return
     if not args.model.unfreeze_mm_vision_tower:
         model.get_vision_tower().to(dtype=weight_dtype(args))
     # Trained in fp32; a base loaded in half precision brings a projector in half precision along.
@@ -175,9 +179,8 @@ def build_model(args: RunArguments, tokenizer: Any, attn_implementation: str | N
         llava.extensions.attach(llava, available[name], config)
     model: nn.Module = add_lora(llava, args.training) if args.training.lora_enable else llava
     counts = freeze(model, args)
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.float()
+    set_precision(model, args.training)
+    declare_parameters(llava, args.training)
     if args.training.should_log:
         print_trainable(counts)
     return model
@@ -244,10 +247,13 @@ def main(argv: Sequence[str] | None = None, attn_implementation: str | None = No
         LlavaError: a problem with options, data or checkpoints that the user can mend.
     """
     args = parse_args(argv)
+    join_processes(args.training)
     output = Path(args.training.output_dir)
     resume_from = args.training.resume_from_checkpoint or (get_last_checkpoint(output) if output.is_dir() else None)
     if resume_from is None and args.training.should_save:
         skipped_file(args).unlink(missing_ok=True)  # the list of an earlier run into the same folder
+    if resume_from is not None:
+        prepare_resume(args.training, Path(resume_from))
     run = build_run(args, attn_implementation)
     result = run.trainer.train(resume_from_checkpoint=resume_from)
     run.trainer.save_model()

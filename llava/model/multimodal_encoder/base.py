@@ -123,8 +123,13 @@ class VisionTower(nn.Module, abc.ABC):
         """One block: (N, P, D_vision) to the same shape."""
 
     @abc.abstractmethod
-    def save(self, folder: str | Path) -> None:
-        """Write network and image processor so that the folder alone is a tower of this kind."""
+    def save(self, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
+        """Write network and image processor so that the folder alone is a tower of this kind.
+
+        Args:
+            folder: created if missing.
+            tensors: the network's weights in whole, where ZeRO-3 has split them; None takes those it holds.
+        """
 
     # What follows from that
     @property

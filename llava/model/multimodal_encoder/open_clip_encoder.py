@@ -211,7 +211,7 @@ class OpenClipVisionTower(VisionTower):
         """One block; every patch sees every other."""
         return block(hidden)
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
         """Write the folder as on model hubs, with the image model alone."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -225,8 +225,6 @@ class OpenClipVisionTower(VisionTower):
         }
         content = {"model_cfg": self.model_config, "preprocess_cfg": preprocessing}
         (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        tensors = {
-            f"visual.{name}": value.detach().cpu().clone().contiguous()
-            for name, value in self.loaded().state_dict().items()
-        }
-        save_file(tensors, folder / WEIGHT_FILES[0], {"format": "pt"})
+        held = self.loaded().state_dict() | (tensors or {})
+        stored = {f"visual.{name}": value.detach().cpu().clone().contiguous() for name, value in held.items()}
+        save_file(stored, folder / WEIGHT_FILES[0], {"format": "pt"})

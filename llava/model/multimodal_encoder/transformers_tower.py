@@ -72,7 +72,7 @@ class TransformersTower(VisionTower):
         """One encoder layer; every patch sees every other."""
         return block(hidden, attention_mask=None)
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
         """Write the folder as transformers does."""
-        self.loaded().save_pretrained(folder)
+        self.loaded().save_pretrained(folder, state_dict=tensors)
         self.image_processor.save_pretrained(folder)
