@@ -111,12 +111,15 @@ def our_call(command: list[str]) -> Call | None:
 
 
 def create_inputs(call: Call, folder: Path) -> None:
-    """Create the relative input files and folders that a call names, empty, so that existence checks pass."""
+    """Create the relative inputs that a call names, so that existence checks pass: empty or the repository's own."""
     for word in call.arguments:
         path = folder / word
         if word.startswith("-") or "/" not in word or Path(word).is_absolute() or path.exists():
             continue
-        if path.suffix in INPUT_FILES:
+        if (ROOT / word).is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / word, path)
+        elif path.suffix in INPUT_FILES:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
         else:

@@ -134,8 +134,8 @@ def read_rows(path: Path, ids: dict[str, int], size: int) -> dict[str, Tensor]:
     """Rows of image tokens out of our own file or a projector file of upstream's.
 
     Args:
-        path: `image_tokens.safetensors` of a checkpoint, or one that holds `model.embed_tokens.weight` beside a projector: the table
-            of the run, or the rows of `<im_start>` and `<im_end>` alone.
+        path: `image_tokens.safetensors` of a checkpoint, or a file that holds `model.embed_tokens.weight` beside a
+            projector: the table of the run, or the rows of `<im_start>` and `<im_end>` alone.
         ids: id of each image token of the model.
         size: rows of the model's table.
 
