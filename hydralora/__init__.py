@@ -1,5 +1,7 @@
 """HydraLoRA: low-rank experts with one shared A, several B and a router (NeurIPS 2024, arXiv 2404.19245).
 
+`tuner/` is HydraLoRA as a method of PEFT, for any linear layer; importing this package registers it. The rest is its
+LLaVA variant, routed blocks in place of the decoder's MLPs:
 `layer.py` holds the mathematics, `config.py` what can be varied, `model.py` how the blocks enter a decoder,
 `extension.py` how they plug into llava, `convert.py` and `moe_args.py` published checkpoints in and out.
 """
@@ -7,8 +9,12 @@
 from hydralora.config import RoutedMLPConfig
 from hydralora.layer import RoutedMLP, Routing, expert_balance_loss
 from hydralora.model import added_parameters, attach, record_routing, routed_blocks
+from hydralora.tuner import HydraLoraConfig, HydraLoraLayer, HydraLoraModel
 
 __all__ = [
+    "HydraLoraConfig",
+    "HydraLoraLayer",
+    "HydraLoraModel",
     "RoutedMLP",
     "RoutedMLPConfig",
     "Routing",

@@ -1,14 +1,21 @@
-"""The tensors of a checkpoint of MLLM-HydraLoRA, in `non_lora_trainables.bin`, from and to ours.
+"""Published checkpoints: the tensors of MLLM-HydraLoRA from and to ours, and a program for the text adapters.
 
-The original stores each expert's B as a tensor of its own, under the names of its PEFT wrapper; ours are stacked. The
-settings of such a checkpoint are in `moe_args.pth`, see `moe_args.py`.
+MLLM-HydraLoRA stores each expert's B as a tensor of its own in `non_lora_trainables.bin`, under the names of its PEFT
+wrapper; ours are stacked. The settings of such a checkpoint are in `moe_args.pth`, see `moe_args.py`.
+
+    python -m hydralora.convert from-original ORIGINAL_ADAPTER OUR_ADAPTER
+    python -m hydralora.convert to-original OUR_ADAPTER ORIGINAL_ADAPTER
+
+convert adapters of the text HydraLoRA, see `tuner/original.py`.
 """
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -120,3 +127,41 @@ def to_original(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         else:
             converted[_PEFT_PREFIX + name.replace(".shared_A_", ".shared_LoRA_A_")] = values.clone()
     return converted
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this program."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hydralora.convert", description="Convert adapters of the original text HydraLoRA."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help_text in (
+        ("from-original", "write an adapter of the original (adapter_model.bin) as a PEFT folder"),
+        ("to-original", "write a HydraLoRA adapter of PEFT in the original's layout"),
+    ):
+        command = commands.add_parser(name, help=help_text, description=help_text.capitalize() + ".")
+        command.add_argument("source", type=Path, help="folder to read")
+        command.add_argument("target", type=Path, help="folder to create")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program; a folder that cannot be converted ends it with a message and status 1."""
+    from hydralora.tuner.original import export_adapter, import_adapter
+
+    args = build_parser().parse_args(argv)
+    try:
+        if args.command == "from-original":
+            config = import_adapter(args.source, args.target)
+            print(
+                f"{args.target}: {config.lora_nums} experts of rank {config.r}; load it with PeftModel.from_pretrained"
+            )
+        else:
+            export_adapter(args.source, args.target)
+            print(f"{args.target}: written for the original's PEFT")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -93,7 +93,7 @@ class HydraLoraExtension(Extension):
         """Start recording the routing if a loss will be wanted."""
         if inputs.labels is not None and RoutedMLPConfig.from_dict(config).experts > 1:
             if model not in self._recorders:
-                self._recorders[model] = routed_model.RoutingRecorder(model)
+                self._recorders[model] = routed_model.RoutingRecorder(routed_model.routed_blocks(model))
             self._recorders[model].start()
         return inputs
 

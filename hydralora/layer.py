@@ -35,6 +35,16 @@ class Routing(NamedTuple):
     choice: Tensor
 
 
+class RoutedModule:
+    """Mixin of every layer with a router.
+
+    Attributes:
+        observers: called with the `Routing` of every forward pass, recomputation under gradient checkpointing included.
+    """
+
+    observers: list[Callable[[Routing], None]]
+
+
 def one_hot_argmax(probabilities: Tensor) -> Tensor:
     """One-hot code of the largest entry along the last dimension, without gradient; same shape and dtype."""
     best = probabilities.argmax(dim=-1, keepdim=True)
@@ -62,7 +72,7 @@ def routed_low_rank(x: Tensor, shared_a: Tensor, experts_b: Tensor, weights: Ten
     return F.linear(weighted.to(experts_b.dtype), stacked_b)
 
 
-class RoutedMLP(nn.Module):
+class RoutedMLP(RoutedModule, nn.Module):
     """Gated MLP whose three frozen projections carry routed low-rank experts.
 
     The given projections become children under the names they have in a Llama MLP, so the state-dict keys of the base
@@ -107,8 +117,7 @@ class RoutedMLP(nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate_proj, up_proj, down_proj, act_fn
         self.experts, self.rank, self.alpha, self.dropout, self.dense = experts, rank, alpha, dropout, dense
-        self.observers: list[Callable[[Routing], None]] = []
-        """Called with the routing of every forward pass, recomputation under gradient checkpointing included."""
+        self.observers = []
 
         device = gate_proj.weight.device
         width, inner = gate_proj.in_features, gate_proj.out_features  # D, M

@@ -6,7 +6,7 @@ one gated MLP each. Modules are recognised by what they are, never by words in t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hydralora.config import RoutedMLPConfig
-from hydralora.layer import RoutedMLP, Routing
+from hydralora.layer import RoutedMLP, RoutedModule, Routing
 
 
 def is_gated_mlp(module: nn.Module) -> bool:
@@ -100,15 +100,18 @@ def added_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 class RoutingRecorder:
-    """Collects what the blocks of one model route between `start` and `stop`.
+    """Collects what layers with a router route between `start` and `stop`.
 
     A record taken in the forward pass keeps its graph under non-reentrant gradient checkpointing, and a loss on it gets
     exact gradients, provided that the recomputation in the backward pass is not recorded too. Contract: call `stop`
     before the backward pass.
+
+    Args:
+        blocks: layers with a router by name, as `routed_blocks` gives them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._blocks = routed_blocks(model)
+    def __init__(self, blocks: Mapping[str, RoutedModule]) -> None:
+        self._blocks = dict(blocks)
         self._observers: dict[str, partial[None]] = {}
         self._recorded: dict[str, list[Routing]] = {}
 
@@ -139,7 +142,7 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
         An empty dict that is filled at the end of the block: for each block name the probabilities (B, L, E), without
         graph, of each forward pass in turn (prefill, then one per generated token).
     """
-    recorder = RoutingRecorder(model)
+    recorder = RoutingRecorder(routed_blocks(model))
     probabilities: dict[str, list[Tensor]] = {}
     recorder.start()
     try:

@@ -115,7 +115,7 @@ class TestRecording:
     def test_two_recorders_do_not_disturb_each_other(self) -> None:
         model = make_decoder()
         attach(model, CONFIG)
-        outer = RoutingRecorder(model)
+        outer = RoutingRecorder(routed_blocks(model))
         outer.start()
         with record_routing(model) as inner:
             model(IDS)
@@ -126,7 +126,7 @@ class TestRecording:
     def test_starting_again_drops_what_an_error_left(self) -> None:
         model = make_decoder()
         attach(model, CONFIG)
-        recorder = RoutingRecorder(model)
+        recorder = RoutingRecorder(routed_blocks(model))
         recorder.start()
         model(IDS)
         recorder.start()

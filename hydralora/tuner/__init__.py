@@ -1,0 +1,23 @@
+"""HydraLoRA as a method of PEFT, for the linear layers of any model.
+
+`peft.get_peft_model(model, HydraLoraConfig(target_modules=[...]))`; adapters are saved, loaded, switched and combined
+as PEFT's own. `config.py` says what can be varied, `linear.py` holds the layer, `model.py` how it enters a model.
+"""
+
+from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
+from hydralora.tuner.linear import HydraLoraLayer, Linear
+from hydralora.tuner.merging import MergeReport
+from hydralora.tuner.model import HydraLoraModel, hydralora_layers
+from hydralora.tuner.registration import register
+
+__all__ = [
+    "HydraLoraConfig",
+    "HydraLoraLayer",
+    "HydraLoraModel",
+    "Linear",
+    "MergeReport",
+    "RoutingUnit",
+    "hydralora_layers",
+]
+
+register(HydraLoraConfig, HydraLoraModel)

@@ -1,0 +1,168 @@
+"""How HydraLoRA enters any model through PEFT: injection, batches of several adapters, and what merging may do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from hydralora.tuner import merging
+from hydralora.tuner.batch import BatchNote
+from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
+from hydralora.tuner.linear import BASE, HydraLoraLayer, Linear
+from hydralora.tuner.registration import PREFIX
+
+
+def hydralora_layers(model: nn.Module) -> dict[str, HydraLoraLayer]:
+    """The adapted layers of a model by name, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, HydraLoraLayer)}
+
+
+class HydraLoraModel(BaseTuner):
+    """A model whose linear layers carry HydraLoRA adapters; made by `peft.get_peft_model(model, HydraLoraConfig())`."""
+
+    prefix = PREFIX
+    tuner_layer_cls = HydraLoraLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's name; no model has a default here)
+
+    def _pre_injection_hook(self, model: nn.Module, config: HydraLoraConfig, adapter_name: str) -> None:
+        if "hydralora_note" not in self.__dict__:
+            self.hydralora_note = BatchNote()
+            self.hydralora_note_hook = None
+
+    def _post_injection_hook(self, model: nn.Module, config: HydraLoraConfig, adapter_name: str) -> None:
+        if RoutingUnit(config.routing) is RoutingUnit.SEQUENCE and self.hydralora_note_hook is None:
+            self.hydralora_note_hook = model.register_forward_pre_hook(self.hydralora_note.observe, with_kwargs=True)
+
+    def _create_and_replace(
+        self,
+        peft_config: HydraLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        if isinstance(target, HydraLoraLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base, nn.Linear):
+            raise ValueError(
+                f"target module '{current_key}' is a {type(base).__name__}; HydraLoRA adapts torch.nn.Linear and its "
+                "quantised forms. Choose other target_modules, or 'all-linear'."
+            )
+        new = Linear(target, adapter_name, peft_config, self.hydralora_note)
+        if adapter_name not in self.active_adapters:
+            new.requires_grad_(False)
+        self._replace_module(parent, target_name, new, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names`, one per row of the batch, to every layer; nothing stays behind, even after an error."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        beams = kwargs.get("num_beams") or 1
+        names = [name for name in self._checked_names(adapter_names) for _ in range(beams)]
+
+        def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, kwargs | {"adapter_names": names}
+
+        handles = []
+        try:
+            for module in self.modules():
+                if isinstance(module, HydraLoraLayer | AuxiliaryTrainingWrapper):
+                    handles.append(module.register_forward_pre_hook(hand_over, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _checked_names(self, adapter_names: Sequence[str]) -> list[str]:
+        if self.training:
+            raise ValueError("adapter_names is for inference; call model.eval() first")
+        known = {name for layer in hydralora_layers(self.model).values() for name in layer.hydralora_A}
+        unknown = sorted(set(adapter_names) - known - {BASE})
+        if unknown:
+            raise ValueError(f"there is no adapter {unknown}; known: {sorted(known)}, and '{BASE}' for none")
+        return list(adapter_names)
+
+    def _refuse_routed(self, adapter_names: Sequence[str] | None) -> None:
+        """Stop before any weight is touched if one of the adapters cannot be merged exactly.
+
+        Raises:
+            ValueError: says why, and what can be done.
+        """
+        names = list(adapter_names) if adapter_names else self.active_adapters
+        routed = {
+            name: layer.experts[name]
+            for layer in hydralora_layers(self.model).values()
+            for name in names
+            if layer.experts.get(name, 1) > 1 and name not in layer.merged_adapters
+        }
+        if routed:
+            raise ValueError(
+                f"adapters {routed} (name: experts) cannot be merged: the router weights the experts anew for every "
+                "token, so no single weight matrix gives the same outputs. Keep the adapter beside the base, or take "
+                "an approximation explicitly: model.merge('uniform' or 'mean-routing', inputs) reports its error."
+            )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters of one expert each; see `merge` for others.
+
+        Raises:
+            ValueError: an adapter has several experts; no weight has been touched then.
+        """
+        self._refuse_routed(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = True,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._refuse_routed(adapter_names)
+        if self.hydralora_note_hook is not None:
+            self.hydralora_note_hook.remove()
+            self.hydralora_note_hook = None
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def merge(
+        self,
+        weights: str,
+        inputs: Sequence[Mapping[str, Tensor]],
+        adapter_name: str | None = None,
+    ) -> merging.MergeReport:
+        """Merge an adapter approximately, with the same weights of the experts for every input.
+
+        `unmerge_adapter()` undoes it; `unload()` afterwards gives the plain model with the merged weights.
+
+        Args:
+            weights: `uniform`, 1/E each; `mean-routing`, the mean of the router over the tokens of `inputs`, layer by
+                layer.
+            inputs: batches, as keyword arguments of the model, to measure the error on.
+            adapter_name: None: the active one.
+
+        Returns:
+            How far the outputs on `inputs` moved.
+
+        Raises:
+            ValueError: unknown `weights`, no inputs, no such adapter, or something is merged already.
+        """
+        return merging.merge(self.model, hydralora_layers(self.model), weights, inputs, self._one_name(adapter_name))
+
+    def _one_name(self, adapter_name: str | None) -> str:
+        names = self.active_adapters if adapter_name is None else [adapter_name]
+        if len(names) != 1:
+            raise ValueError(f"{len(names)} adapters are active ({names}); name the one to merge by adapter_name")
+        return names[0]

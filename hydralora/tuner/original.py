@@ -1,0 +1,176 @@
+"""Adapters of the original HydraLoRA (its fork of PEFT) from and to ours, tensor for tensor.
+
+The original writes `lora_A`, one `lora_B<i>` per expert and `lora_route` for each layer into `adapter_model.bin`, with
+`peft_type` LORA in `adapter_config.json`. Ours are PEFT folders of the type HYDRALORA, all B of a layer in one tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hydralora.convert import read_weights
+from hydralora.tuner.config import HydraLoraConfig
+
+CONFIG_FILE = "adapter_config.json"
+ORIGINAL_WEIGHTS = "adapter_model.bin"
+OUR_WEIGHTS = "adapter_model.safetensors"
+
+_ORIGINAL_KEY = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<single>A|route)|lora_B(?P<expert>\d+))\.weight")
+_OUR_NAME = {"A": "hydralora_A", "route": "hydralora_router"}
+_THEIR_NAME = {"hydralora_A": "lora_A", "hydralora_router": "lora_route"}
+
+
+def from_original(tensors: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """Our tensors of the original's, the experts' B stacked in their order.
+
+    Raises:
+        ValueError: a key is unknown, or a layer lacks A, the router or an expert; the message names `source`.
+    """
+    converted: dict[str, Tensor] = {}
+    experts: dict[str, dict[int, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _ORIGINAL_KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(f"{source}: '{key}' is no tensor of the original (lora_A, lora_B<i>, lora_route)")
+        if match["single"]:
+            converted[f"{match['layer']}.{_OUR_NAME[match['single']]}"] = tensor
+        else:
+            experts.setdefault(match["layer"], {})[int(match["expert"])] = tensor
+    layers = {key.rpartition(".")[0] for key in converted} | set(experts)
+    for layer in layers:
+        found = experts.get(layer, {})
+        missing = [name for name in _OUR_NAME.values() if f"{layer}.{name}" not in converted]
+        if missing or sorted(found) != list(range(len(found))) or not found:
+            raise ValueError(f"{source}: layer '{layer}' is incomplete: experts {sorted(found)}, lacking {missing}")
+        converted[f"{layer}.hydralora_B"] = torch.stack([found[number] for number in range(len(found))])
+    return converted
+
+
+def to_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The original's tensors of ours.
+
+    Raises:
+        ValueError: a tensor belongs to something else, for example to `modules_to_save`.
+    """
+    converted: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        layer, _, name = key.rpartition(".")
+        if name == "hydralora_B":
+            converted |= {f"{layer}.lora_B{number}.weight": b.clone() for number, b in enumerate(tensor)}
+        elif name in _THEIR_NAME:
+            converted[f"{layer}.{_THEIR_NAME[name]}.weight"] = tensor
+        else:
+            raise ValueError(f"'{key}' is no tensor of a HydraLoRA layer; the original's format has no place for it")
+    return converted
+
+
+def config_from_original(values: Mapping[str, Any], source: str | Path) -> HydraLoraConfig:
+    """Our configuration of the original's.
+
+    Raises:
+        ValueError: it is no configuration of the original, or asks for something that is not carried out here.
+    """
+    if values.get("peft_type") != "LORA" or "lora_nums" not in values:
+        raise ValueError(f"{source}: is no configuration of the original HydraLoRA (peft_type LORA with lora_nums)")
+    refused = [name for name in ("fan_in_fan_out", "merge_weights", "enable_lora") if values.get(name)]
+    if refused:
+        raise ValueError(f"{source}: {refused} cannot be carried out; the original's training never sets them")
+    kept = ("r", "lora_alpha", "lora_nums", "lora_dropout", "bias", "target_modules", "modules_to_save", "task_type")
+    names = (*kept, "base_model_name_or_path", "inference_mode")
+    return HydraLoraConfig(**{name: values[name] for name in names if name in values})
+
+
+def config_to_original(config: HydraLoraConfig) -> dict[str, Any]:
+    """The original's configuration of ours, all fields that it writes.
+
+    Raises:
+        ValueError: the adapter uses something that the original does not have.
+    """
+    if config.routing != "token" or isinstance(config.target_modules, str):
+        raise ValueError(
+            f"routing '{config.routing}' and target_modules {config.target_modules!r}: the original routes by token "
+            "and takes target modules as a list"
+        )
+    return {
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "bias": config.bias,
+        "enable_lora": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "lora_nums": config.lora_nums,
+        "merge_weights": False,
+        "modules_to_save": None if config.modules_to_save is None else sorted(config.modules_to_save),
+        "peft_type": "LORA",
+        "r": config.r,
+        "target_modules": sorted(config.target_modules or ()),
+        "task_type": config.task_type,
+    }
+
+
+def import_adapter(source: Path, target: Path) -> HydraLoraConfig:
+    """Read a folder of the original and write it as a PEFT folder that `PeftModel.from_pretrained` loads.
+
+    Raises:
+        ValueError: `source` is no such folder, or `target` exists.
+    """
+    config = config_from_original(_read_config(source), source / CONFIG_FILE)
+    path = source / ORIGINAL_WEIGHTS
+    tensors = from_original(read_weights(path), path)
+    with _new_folder(target) as folder:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / OUR_WEIGHTS)
+        config.save_pretrained(str(folder))
+    return config
+
+
+def export_adapter(source: Path, target: Path) -> None:
+    """Write a HYDRALORA folder of PEFT in the original's layout.
+
+    Raises:
+        ValueError: `source` is no such folder, it holds something that the original has no place for, or `target`
+            exists.
+    """
+    if _read_config(source).get("peft_type") != "HYDRALORA":
+        raise ValueError(f"{source / CONFIG_FILE}: is no HydraLoRA adapter (peft_type HYDRALORA)")
+    values = config_to_original(HydraLoraConfig.from_pretrained(str(source)))
+    tensors = to_original(load_file(source / OUR_WEIGHTS))
+    with _new_folder(target) as folder:
+        torch.save(tensors, folder / ORIGINAL_WEIGHTS)
+        (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder}: has no {CONFIG_FILE}, so it is no adapter")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is no valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds a {type(values).__name__} where a JSON object is expected")
+    return values
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder that appears under the name `target` when the block ends well, and not at all otherwise."""
+    if target.exists():
+        raise ValueError(f"{target}: exists already; give another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as partial:
+        folder = Path(partial) / target.name
+        folder.mkdir()
+        yield folder
+        folder.rename(target)

@@ -1,0 +1,39 @@
+"""Models and adapters that the tests of the tuner share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hydralora import HydraLoraConfig
+
+IDS = torch.tensor([[5, 9, 31, 7, 60, 2], [8, 3, 44, 12, 0, 0], [1, 22, 70, 0, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]])
+TARGETS = ["q_proj", "v_proj", "gate_proj", "down_proj"]
+
+
+def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """Two layers of width 32 with grouped key-value heads."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes | heads | {"eos_token_id": 2} | changes)).eval()
+
+
+def adapted(seed: int = 0, base: Any = None, **changes: Any) -> PeftModel:
+    """A tiny Llama with an adapter that is not the identity."""
+    base = tiny_llama() if base is None else base
+    torch.manual_seed(seed + 100)
+    options: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lora_nums": 3, "target_modules": TARGETS}
+    options |= {"task_type": "CAUSAL_LM", "init_weights": False} | changes
+    return get_peft_model(base, HydraLoraConfig(**options)).eval()
+
+
+def logits(model: Any, ids: Tensor = IDS, mask: Tensor = MASK, **kwargs: Any) -> Tensor:
+    """Logits at valid tokens, (tokens, vocabulary)."""
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask, **kwargs).logits[mask.bool()]
