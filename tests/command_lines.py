@@ -110,6 +110,11 @@ def our_call(command: list[str]) -> Call | None:
     return None
 
 
+def with_relative_paths(call: Call) -> Call:
+    """`call` with absolute paths (upstream's placeholders, as `/path/to/images`) below the current folder."""
+    return Call(call.module, tuple(f"root{word}" if word.startswith("/") else word for word in call.arguments))
+
+
 def create_inputs(call: Call, folder: Path) -> None:
     """Create the relative inputs that a call names, so that existence checks pass: empty or the repository's own."""
     for word in call.arguments:

@@ -55,6 +55,7 @@ def test_flags_are_accepted(snippet: Snippet, tmp_path: Path, monkeypatch: pytes
     work.mkdir()
     monkeypatch.chdir(work)
     for call in filter(None, map(command_lines.our_call, commands)):
+        call = command_lines.with_relative_paths(call)
         command_lines.create_inputs(call, work)
         parse(call)
 
