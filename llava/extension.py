@@ -132,7 +132,7 @@ class ImportedState:
 class Extension:
     """Base class of all extensions; override what is needed.
 
-    `model` is always the bare `LlavaLlamaForCausalLM`, never a PEFT or DeepSpeed wrapper. `config` is the value that
+    `model` is always the bare LLaVA (`LlavaForCausalLM`), never a PEFT or DeepSpeed wrapper. `config` is the value that
     `configure` (training) or a checkpoint (loading) gave.
     """
 

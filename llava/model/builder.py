@@ -19,7 +19,8 @@ from llava.model.checkpoint import load_extension_tensors, load_trained, weight_
 from llava.model.components import Component, components
 from llava.model.formats import NEWLINE, CheckpointContents, inspect_checkpoint, read_json, read_tensors
 from llava.model.image_tokens import add_image_tokens, wanted_tokens
-from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.backbones import backbone_class, load_config
+from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.model.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer
 from llava.utils import errors_only
@@ -37,7 +38,7 @@ def load_pretrained_model(
     device: str = "cuda",
     use_flash_attn: bool = False,
     **kwargs: Any,
-) -> tuple[Any, LlavaLlamaForCausalLM, Any, int]:
+) -> tuple[Any, LlavaForCausalLM, Any, int]:
     """Load a model ready for `generate`.
 
     Args:
@@ -118,22 +119,25 @@ def base_folder(contents: CheckpointContents, model_base: str | None) -> str | N
 
 def _load_base(
     contents: CheckpointContents, base: str | None, options: dict[str, Any]
-) -> tuple[LlavaLlamaForCausalLM, set[str]]:
+) -> tuple[LlavaForCausalLM, set[str]]:
     """The bare LLaVA with the base weights, and the names of the weights that these did not have."""
-    config = LlavaConfig.from_pretrained(contents.folder)
+    backbone, config = backbone_class(contents.folder), load_config(contents.folder)
     if base is None:
         weight_files(contents)  # complains about missing shards by name
     else:  # the image tokens of the checkpoint get their rows later
-        config.vocab_size = LlavaConfig.from_pretrained(base).vocab_size
+        if backbone_class(base) is not backbone:
+            raise CheckpointError(
+                f"{contents.folder}: was trained on a {config.model_type}, but the base {base} is a "
+                f"{load_config(base).model_type}; give the base that it was trained on by --model-base"
+            )
+        config.vocab_size = load_config(base).vocab_size
     source = base or contents.folder
     with errors_only():  # weights that come from other files later are no news; what is missing then is an error
-        model, report = LlavaLlamaForCausalLM.from_pretrained(
-            source, config=config, output_loading_info=True, **options
-        )
+        model, report = backbone.from_pretrained(source, config=config, output_loading_info=True, **options)
     return model, set(report["missing_keys"])
 
 
-def _attach_extensions(model: LlavaLlamaForCausalLM, contents: CheckpointContents) -> dict[str, ImportedState]:
+def _attach_extensions(model: LlavaForCausalLM, contents: CheckpointContents) -> dict[str, ImportedState]:
     """Attach what the checkpoint was trained with; returns the states read from original layouts."""
     if contents.extensions:
         wanted = {name: read_json(path / "config.json") for name, path in contents.extensions.items()}
@@ -151,19 +155,19 @@ def _attach_extensions(model: LlavaLlamaForCausalLM, contents: CheckpointContent
     return imported
 
 
-def _order(config: LlavaConfig, wanted: dict[str, Any]) -> list[str]:
+def _order(config: Any, wanted: dict[str, Any]) -> list[str]:
     """Names in the order in which they were attached at training time."""
     recorded = [name for name in (getattr(config, "extensions", None) or {}) if name in wanted]
     return recorded + [name for name in wanted if name not in recorded]
 
 
 def _load_rest(
-    model: LlavaLlamaForCausalLM,
+    model: LlavaForCausalLM,
     contents: CheckpointContents,
     imported: dict[str, ImportedState],
     missing: set[str],
     merge: bool,
-) -> LlavaLlamaForCausalLM:
+) -> LlavaForCausalLM:
     """Everything beside the base: projector, extensions, adapter. Adapters are merged where the base allows it."""
     for name, state in imported.items():
         load_extension_tensors(model, name, state.tensors, contents.folder)
@@ -203,7 +207,7 @@ def _check_claimed(contents: CheckpointContents, imported: dict[str, ImportedSta
         )
 
 
-def _place_new_parts(model: LlavaLlamaForCausalLM) -> None:
+def _place_new_parts(model: LlavaForCausalLM) -> None:
     """Put tower, projector and extensions where the embeddings are, when transformers placed the rest."""
     decoder = model.get_model()
     device = decoder.embed_tokens.weight.device

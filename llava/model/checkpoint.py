@@ -32,11 +32,11 @@ from llava.model.formats import (
     strip_peft_prefix,
 )
 from llava.model.image_tokens import image_token_rows, load_image_tokens
-from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.model.partition import fetch, full_shape, whole
 
 
-def bare_model(model: nn.Module) -> LlavaLlamaForCausalLM:
+def bare_model(model: nn.Module) -> LlavaForCausalLM:
     """The LLaVA model itself, whatever PEFT wrapped around it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
 
@@ -155,7 +155,7 @@ def read_extensions(contents: CheckpointContents) -> dict[str, tuple[Config, dic
     }
 
 
-def load_extension_tensors(llava: LlavaLlamaForCausalLM, name: str, tensors: dict[str, Tensor], source: Path) -> None:
+def load_extension_tensors(llava: LlavaForCausalLM, name: str, tensors: dict[str, Tensor], source: Path) -> None:
     """Fill the parameters of an attached extension.
 
     Raises:
@@ -250,7 +250,7 @@ def _load_non_lora(projector: dict[str, nn.Parameter], path: Path) -> None:
         copy_tensors(projector, wanted, path)
 
 
-def load_full_weights(llava: LlavaLlamaForCausalLM, contents: CheckpointContents) -> None:
+def load_full_weights(llava: LlavaForCausalLM, contents: CheckpointContents) -> None:
     """Read full weights into an existing model, to resume a run that trains the language model itself.
 
     Raises:

@@ -19,7 +19,7 @@ from llava.extension import installed_extensions
 from llava.model.builder import base_folder
 from llava.model.checkpoint import load_trained
 from llava.model.formats import CheckpointContents, inspect_checkpoint, read_json, read_projector, read_tensors
-from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.backbones import backbone_class, load_config
 from llava.utils import run_program
 
 PEFT_PREFIX = "base_model.model."
@@ -46,9 +46,9 @@ def _export_adapter(contents: CheckpointContents, output: Path) -> None:
 
 def _export_extensions(contents: CheckpointContents, base: str, output: Path) -> None:
     """Let each extension write what its original code would have written."""
-    config = LlavaConfig.from_pretrained(contents.folder)
-    config.vocab_size = LlavaConfig.from_pretrained(base).vocab_size
-    model = LlavaLlamaForCausalLM.from_pretrained(base, config=config, dtype=torch.float32)
+    config = load_config(contents.folder)
+    config.vocab_size = load_config(base).vocab_size
+    model = backbone_class(contents.folder).from_pretrained(base, config=config, dtype=torch.float32)
     available = installed_extensions(list(contents.extensions))
     for name, folder in contents.extensions.items():
         model.extensions.attach(model, available[name], read_json(folder / "config.json"))

@@ -11,11 +11,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from llava.errors import FlagError
-from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.train.arguments import TrainingArguments
 
 
-def decoder_linears(model: LlavaLlamaForCausalLM) -> dict[str, nn.Linear]:
+def decoder_linears(model: LlavaForCausalLM) -> dict[str, nn.Linear]:
     """Linear layers of the decoder's blocks by their full name; those that extensions added are left out."""
     added = {id(weight) for weight in model.extensions.named_parameters(model).values()}
     return {
@@ -25,7 +25,7 @@ def decoder_linears(model: LlavaLlamaForCausalLM) -> dict[str, nn.Linear]:
     }
 
 
-def add_lora(model: LlavaLlamaForCausalLM, training: TrainingArguments) -> PeftModel:
+def add_lora(model: LlavaForCausalLM, training: TrainingArguments) -> PeftModel:
     """Wrap the decoder's linear layers in LoRA.
 
     Args:

@@ -34,7 +34,8 @@ from llava.model.image_tokens import (
     train_image_tokens,
     wanted_tokens,
 )
-from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.backbones import backbone_class, load_config
+from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.model.loss import LossReduction
 from llava.model.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer
@@ -45,7 +46,7 @@ from llava.train.lora import add_lora
 from llava.train.run_record import write_run_record
 from llava.train.summary import print_summary
 from llava.train.zero import declare_parameters, join_processes, prepare_resume, same_draws, set_precision
-from llava.utils import errors_only, run_program
+from llava.utils import run_program
 
 __all__ = ["DataArguments", "ModelArguments", "Run", "TrainingArguments", "build_run", "main", "parse_args"]
 
@@ -79,7 +80,7 @@ def weight_dtype(args: RunArguments) -> torch.dtype:
     return torch.bfloat16 if args.training.bf16 else torch.float16 if args.training.fp16 else torch.float32
 
 
-def load_base(args: RunArguments, attn_implementation: str | None) -> LlavaLlamaForCausalLM:
+def load_base(args: RunArguments, attn_implementation: str | None) -> LlavaForCausalLM:
     """The language model or LLaVA named by `--model_name_or_path`, without its tower."""
     name = args.model.model_name_or_path
     options: dict[str, Any] = {"dtype": weight_dtype(args), "cache_dir": args.training.cache_dir}
@@ -92,10 +93,10 @@ def load_base(args: RunArguments, attn_implementation: str | None) -> LlavaLlama
         )
         if args.training.device.type == "cuda":  # quantised weights cannot be moved there later
             options["device_map"] = {"": args.training.device}
-    with errors_only():  # a plain Llama's configuration becomes a LLaVA's here, which transformers would warn about
-        config = LlavaConfig.from_pretrained(name, cache_dir=args.training.cache_dir)
+    cache_dir = args.training.cache_dir
+    config = load_config(name, cache_dir)
     with same_draws(args.training):
-        model = LlavaLlamaForCausalLM.from_pretrained(name, config=config, **options)
+        model = backbone_class(name, cache_dir).from_pretrained(name, config=config, **options)
     if args.training.bits == 4:
         choose_cpu_kernels(model, trained=True)
     model.config.use_cache = False
@@ -103,7 +104,7 @@ def load_base(args: RunArguments, attn_implementation: str | None) -> LlavaLlama
     return model
 
 
-def add_vision(model: LlavaLlamaForCausalLM, args: RunArguments) -> None:
+def add_vision(model: LlavaForCausalLM, args: RunArguments) -> None:
     """Tower and projector, the latter with the weights of `--pretrain_mm_mlp_adapter` if given.
 
     Raises:
@@ -125,7 +126,7 @@ def add_vision(model: LlavaLlamaForCausalLM, args: RunArguments) -> None:
     model.get_model().mm_projector.to(torch.float32)
 
 
-def record_settings(model: LlavaLlamaForCausalLM, args: RunArguments, tokenizer: Any) -> None:
+def record_settings(model: LlavaForCausalLM, args: RunArguments, tokenizer: Any) -> None:
     """Write into the configuration what evaluation needs to know about the training, under upstream's names."""
     config = model.config
     config.image_aspect_ratio = args.data.image_aspect_ratio
@@ -142,7 +143,7 @@ def record_settings(model: LlavaLlamaForCausalLM, args: RunArguments, tokenizer:
     config.mm_projector_lr = args.training.mm_projector_lr
 
 
-def add_vocabulary(model: LlavaLlamaForCausalLM, args: RunArguments, tokenizer: Any) -> None:
+def add_vocabulary(model: LlavaForCausalLM, args: RunArguments, tokenizer: Any) -> None:
     """The image tokens that the options ask for, with the rows that stage 1 trained.
 
     Raises:
@@ -186,7 +187,7 @@ def build_model(args: RunArguments, tokenizer: Any, attn_implementation: str | N
     return model
 
 
-def build_dataset(args: RunArguments, tokenizer: Any, model: LlavaLlamaForCausalLM) -> LazySupervisedDataset:
+def build_dataset(args: RunArguments, tokenizer: Any, model: LlavaForCausalLM) -> LazySupervisedDataset:
     """The training data of a run."""
     template: Conversation = select_template(args.model.version, tokenizer)
     tower = model.get_vision_tower()

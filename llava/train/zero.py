@@ -24,7 +24,7 @@ from llava.model.partition import is_split
 from llava.train.saving import STAGING_PREFIX
 
 if TYPE_CHECKING:
-    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+    from llava.model.language_model.causal_lm import LlavaForCausalLM
     from llava.train.arguments import TrainingArguments
 
 LAUNCHERS = "deepspeed, torchrun or accelerate launch (for one process: torchrun --standalone --nproc_per_node 1)"
@@ -100,7 +100,7 @@ def join_processes(training: TrainingArguments) -> None:
     deepspeed.init_distributed(dist_backend=training.distributed_state.backend, auto_mpi_discovery=False)
 
 
-def declare_parameters(llava: LlavaLlamaForCausalLM, training: TrainingArguments) -> None:
+def declare_parameters(llava: LlavaForCausalLM, training: TrainingArguments) -> None:
     """Tell ZeRO-3 of parameters that are used outside of the module that owns them, so that they are whole in time."""
     if zero_stage(training) != 3:
         return

@@ -1,0 +1,212 @@
+"""The causal language model that every backbone shares: logits, named losses, and batched generation.
+
+Corresponds to upstream's `language_model/llava_llama.py` and its copies for other backbones, which differ in the names
+of their classes only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from llava.extension import ExtensionSet, MultimodalInputs, Segments
+from llava.model.language_model.decoder import LlavaDecoder
+from llava.model.llava_arch import Images, LlavaMetaForCausalLM
+from llava.model.loss import LossReduction, language_model_loss
+
+
+@dataclass
+class LlavaOutput(CausalLMOutputWithPast):
+    """Output of a forward pass.
+
+    Attributes:
+        losses: the parts of `loss` by name: `lm`, and `<extension>/<loss>` already weighted.
+    """
+
+    losses: dict[str, Tensor] | None = None
+
+
+class LlavaForCausalLM(LlavaMetaForCausalLM):
+    """Mixin for a causal language model of transformers: vision, extensions, losses, generation from embeddings.
+
+    It comes before transformers' class in the list of bases. Extensions are attached after construction, by
+    `model.extensions.attach(model, extension, config)`.
+
+    Attributes:
+        decoder_class: the decoder with `LlavaDecoder` mixed in.
+    """
+
+    decoder_class: ClassVar[type[LlavaDecoder]]
+    # Upstream stores the tower inside full checkpoints and never reads it from there; neither do we.
+    _keys_to_ignore_on_load_unexpected = [r"model\.vision_tower\."]  # noqa: RUF012 (transformers' own way to declare it)
+
+    def __init__(self, config: Any) -> None:
+        PreTrainedModel.__init__(self, config)  # not the backbone's own, which would build its decoder without vision
+        self.model = self.decoder_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.extensions = ExtensionSet()
+        self.model.extensions = self.extensions
+        self.model.host = [self]
+        self.loss_reduction = LossReduction.TARGET
+        self.post_init()
+
+    def get_model(self) -> LlavaDecoder:
+        """The decoder, with tower and projector."""
+        return self.model
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        images: Images | None = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        logits_to_keep: int | Tensor = 0,
+        segments: list[Segments] | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> LlavaOutput:
+        """Logits, and the loss if `labels` are given.
+
+        Args:
+            input_ids: (B, T) with image tokens.
+            attention_mask: (B, T), zero at padding; (B, L) beside `inputs_embeds`.
+            position_ids: (B, L); only beside `inputs_embeds` or a filled cache.
+            past_key_values: cache of earlier positions.
+            inputs_embeds: (B, L, D) already spliced, in place of `input_ids`.
+            labels: (B, T), -100 where ignored; (B, L) beside `inputs_embeds`.
+            use_cache: see `LlavaDecoder.forward`.
+            images: see `Images`.
+            image_sizes: width and height per picture, for tiled pictures.
+            logits_to_keep: as in transformers.
+            segments: beside `inputs_embeds`: what `build_inputs` returned.
+            num_items_in_batch: target positions of the whole global batch, to divide the LM loss by.
+            kwargs: handed to every layer.
+
+        Returns:
+            `loss` is the sum of `losses`; `logits` is (B, L, vocabulary).
+
+        Raises:
+            ValueError: pictures and image tokens do not match in number.
+        """
+        inputs: MultimodalInputs | None = None
+        starts_sequence = past_key_values is None or past_key_values.get_seq_length() == 0
+        if inputs_embeds is None and starts_sequence:
+            padding_side = None if labels is not None else self._input_padding_side(attention_mask)
+            inputs = self.build_inputs(input_ids, attention_mask, labels, images, image_sizes, padding_side)
+            inputs = self.extensions.on_inputs(self, inputs)
+            input_ids, inputs_embeds, segments = None, inputs.inputs_embeds, inputs.segments
+            position_ids, labels = inputs.position_ids, inputs.labels
+            attention_mask = inputs.attention_mask
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            segments=segments,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])  # (B, L, vocabulary)
+        losses = None
+        if labels is not None:
+            losses = {"lm": language_model_loss(logits, labels, self.loss_reduction, num_items_in_batch)}
+            if inputs is not None:
+                losses |= self.extensions.losses(self, inputs)
+        return LlavaOutput(
+            loss=None if losses is None else torch.stack([loss.float() for loss in losses.values()]).sum(),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            losses=losses,
+        )
+
+    def _input_padding_side(self, attention_mask: Tensor | None) -> str | None:
+        """`left` if the caller padded on the left, so that the last position stays the one to continue from."""
+        if attention_mask is None or bool(attention_mask.bool().all()):
+            return None
+        return "left" if not bool(attention_mask[:, 0].all()) else None
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        images: Images | None = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Continue a batch of prompts.
+
+        Args:
+            inputs: (B, T) prompts with image tokens; shorter rows padded (any side) and masked by `attention_mask`.
+            images: pictures in row order; a row without image token takes one dummy if any pictures are passed.
+            image_sizes: width and height per picture, for tiled pictures.
+            kwargs: `attention_mask` and everything that transformers' `generate` knows; with `use_cache=False` every
+                step computes the whole sequence again.
+
+        Returns:
+            (B, new) generated ids only: no prompt, no dummy token in front.
+
+        Raises:
+            ValueError: `inputs_embeds` is given: the prompt enters as ids.
+        """
+        if "inputs_embeds" in kwargs:
+            raise ValueError("generate() builds inputs_embeds from ids and images; pass `inputs` and `images`")
+        ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        kwargs.pop("position_ids", None)
+        spliced = self.build_inputs(ids, kwargs.pop("attention_mask", None), None, images, image_sizes, "left")
+        spliced = self.extensions.on_inputs(self, spliced)
+        given = kwargs.get("generation_config")
+        if kwargs.pop("use_cache", given is None or given.use_cache) is False:
+            kwargs["recompute"] = True
+        elif "past_key_values" not in kwargs:
+            cache = self.extensions.make_cache(self)
+            if cache is not None:
+                kwargs["past_key_values"] = cache
+        return super().generate(
+            inputs_embeds=spliced.inputs_embeds,
+            attention_mask=spliced.attention_mask.long(),
+            segments=spliced.segments,
+            **kwargs,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        segments: list[Segments] | None = None,
+        recompute: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Arguments of the next forward pass; segments go with the prompt alone, not with single tokens.
+
+        transformers asks this signature for `inputs_embeds` before it lets `generate` start from embeddings. With
+        `recompute` every pass is a first one, over the prompt and all that was generated.
+        """
+        if recompute and inputs_embeds is not None:
+            inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(input_ids)], dim=1)  # (B, L + new, D)
+            kwargs["is_first_iteration"] = True
+        prepared = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if prepared.get("inputs_embeds") is not None and segments is not None:
+            copies = len(prepared["inputs_embeds"]) // len(segments)  # beams of one sample stand side by side
+            prepared["segments"] = [segment for segment in segments for _ in range(copies)]
+        return prepared
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *args: Any) -> None:
+        """Make no cache for `use_cache=False`, which transformers overrules for prompts that enter as embeddings."""
+        if model_kwargs.get("recompute"):
+            generation_config.use_cache = False
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)

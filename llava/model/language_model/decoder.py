@@ -1,0 +1,131 @@
+"""The loop over decoder layers that every backbone shares, with a seam before each layer.
+
+Corresponds to the `forward` of the decoders in transformers. The loop is our own so that extensions can act between two
+layers (seam 4); layers, masks, caches, rotary embeddings and attention are those of the backbone's own class.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from llava.errors import FlagError
+from llava.extension import DecoderState, ExtensionSet, Segments
+from llava.model.llava_arch import LlavaMetaModel
+
+MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+"""How the mask of a kind of layer is made, by transformers' name of the kind."""
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """Kind of attention of each layer: by `layer_types` (Qwen), or the same for all by `sliding_window` (Mistral)."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return list(kinds)
+    everywhere = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+    return [everywhere] * config.num_hidden_layers
+
+
+class LlavaDecoder(LlavaMetaModel):
+    """Mixin for a decoder of transformers: tower, projector, and a seam before every layer.
+
+    The decoder must have `embed_tokens`, `layers`, `norm` and `rotary_emb`, and layers that are called as Llama's are.
+    """
+
+    embed_tokens: nn.Module
+    layers: nn.ModuleList
+    norm: nn.Module
+    rotary_emb: nn.Module
+    gradient_checkpointing: bool
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.extensions = ExtensionSet()
+        self.host: list[nn.Module] = []  # the causal LM, in a list so that it is not registered as a child
+        self.init_vision_parts()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        segments: list[Segments] | None = None,
+        **layer_kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids: (B, L) without image tokens, or None.
+            attention_mask: (B, L_total), zero at padding, or None.
+            position_ids: (B, L); None counts on from the cache.
+            past_key_values: cache, or None.
+            inputs_embeds: (B, L, D); exactly one of this and `input_ids`.
+            use_cache: make a cache if none is given; never while gradients are checkpointed.
+            segments: see `DecoderState`.
+            layer_kwargs: handed to every layer and its attention function.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds` are given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, L, D)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen)[None]
+        kinds = layer_kinds(self.config)
+        masks = {
+            kind: MASKS[kind](
+                config=self.config,
+                inputs_embeds=hidden,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            for kind in dict.fromkeys(kinds)
+        }
+        positions = self.rotary_emb(hidden, position_ids=position_ids)
+        state = DecoderState(
+            hidden, attention_mask, position_ids, positions, masks[kinds[0]], past_key_values, segments, layer_kwargs
+        )
+        record_all = bool(state.layer_kwargs.pop("output_hidden_states", False))
+        recorded: list[Tensor] = []
+        for index, (layer, kind) in enumerate(zip(self.layers, kinds, strict=True)):
+            if len(masks) > 1:
+                state.causal_mask = masks[kind]
+            state = self.extensions.before_layer(self.host[0] if self.host else self, index, state)
+            if len(masks) > 1 and state.causal_mask is not masks[kind]:
+                raise FlagError(
+                    f"an extension replaces the attention mask before layer {index}, but the layers of this backbone "
+                    f"have masks of several kinds ({sorted(masks)}); it works on backbones with one kind only"
+                )
+            if record_all:
+                recorded.append(state.hidden_states)
+            state.hidden_states = layer(
+                state.hidden_states,
+                attention_mask=state.causal_mask,
+                position_embeddings=state.position_embeddings,
+                position_ids=state.position_ids,
+                past_key_values=state.cache,
+                use_cache=use_cache,
+                **state.layer_kwargs,
+            )
+        hidden = self.norm(state.hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=state.cache,
+            hidden_states=(*recorded, hidden) if record_all else None,
+        )
