@@ -63,7 +63,13 @@ def choose_dtype(name: str, device: str) -> torch.dtype:
 
 
 def load_model(
-    model_path: str, model_base: str | None = None, *, device: str | None = None, torch_dtype: str = "auto"
+    model_path: str,
+    model_base: str | None = None,
+    *,
+    device: str | None = None,
+    torch_dtype: str = "auto",
+    load_8bit: bool = False,
+    load_4bit: bool = False,
 ) -> LoadedModel:
     """Load a checkpoint of any known format for evaluation.
 
@@ -72,6 +78,8 @@ def load_model(
         model_base: base model, for a checkpoint that holds only adapters or a projector.
         device: as `--device`.
         torch_dtype: as `--torch-dtype`.
+        load_8bit: quantise the weights to 8 bits.
+        load_4bit: quantise the weights to 4 bits.
 
     Raises:
         FlagError: device or dtype is not available.
@@ -80,6 +88,12 @@ def load_model(
     device = choose_device(device)
     name = get_model_name_from_path(model_path)
     tokenizer, model, image_processor, _ = load_pretrained_model(
-        model_path, model_base, name, device=device, torch_dtype=choose_dtype(torch_dtype, device)
+        model_path,
+        model_base,
+        name,
+        load_8bit=load_8bit,
+        load_4bit=load_4bit,
+        device=device,
+        torch_dtype=choose_dtype(torch_dtype, device),
     )
     return LoadedModel(name, tokenizer, model.eval(), image_processor)

@@ -13,10 +13,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.data.images import load_image
 from llava.eval.answers import Task
-from llava.eval.program import add_model_options, add_question_options, add_sampling_options, answer_questions
-from llava.eval.questions import Question, get_chunk, read_questions
+from llava.eval.program import add_model_options, add_question_options, add_sampling_options, answer_question_file
+from llava.eval.questions import Question
 from llava.utils import run_program
 
 
@@ -45,13 +44,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         LlavaError: a flag, a row, an image or the checkpoint is wrong; the message says what to do.
     """
-    args = build_parser().parse_args(argv)
-    questions = get_chunk(read_questions(args.question_file), args.num_chunks, args.chunk_idx)
-    return answer_questions(
-        args,
-        [make_task(question) for question in questions],
-        lambda name, where: load_image(args.image_folder, name, row=where),
-    )
+    return answer_question_file(build_parser().parse_args(argv), make_task)
 
 
 if __name__ == "__main__":

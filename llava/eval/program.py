@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from llava.data.images import load_image
 from llava.eval.answers import AnswersFile, Task, ToRow, answer_row
 from llava.eval.generation import GenerationOptions
 from llava.eval.loading import DTYPES, choose_device, choose_dtype, load_model
 from llava.eval.prompts import check_conv_mode, plain_conv_mode
+from llava.eval.questions import Question, get_chunk, read_questions
 from llava.eval.record import weights_fingerprint
 from llava.eval.runner import OpenImage, answer_tasks
 from llava.mm_utils import get_model_name_from_path
@@ -63,6 +65,23 @@ def sampling_options(args: argparse.Namespace) -> GenerationOptions:
         FlagError: a value is out of range.
     """
     return GenerationOptions(args.temperature, args.top_p, args.num_beams, args.max_new_tokens, args.seed)
+
+
+def answer_question_file(args: argparse.Namespace, to_task: Callable[[Question], Task]) -> Path:
+    """Answer the chunk of `--question-file` that is asked for, with images of `--image-folder`.
+
+    Returns:
+        the finished answers file.
+
+    Raises:
+        LlavaError: a flag, a row, an image or the checkpoint is wrong; the message says what to do.
+    """
+    questions = get_chunk(read_questions(args.question_file), args.num_chunks, args.chunk_idx)
+    return answer_questions(
+        args,
+        [to_task(question) for question in questions],
+        lambda name, where: load_image(args.image_folder, name, row=where),
+    )
 
 
 def answer_questions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import types
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 from torch import Tensor
 
 from llava.errors import BadSampleError, FlagError
-from llava.eval import model_vqa_loader, program, run_llava
+from llava.eval import model_vqa, model_vqa_loader, program, run_llava
 from llava.eval.loading import LoadedModel, choose_device, choose_dtype
 from llava.eval.model_vqa_loader import main
+from llava.serve import cli
+from tests.golden import golden_dir
 
 QUERY = "How many dogs are there?"
 
@@ -134,6 +137,39 @@ def test_bad_rows_are_found_before_the_model_is_loaded(
     with pytest.raises(FlagError, match="--conv-mode v9"):
         main(flags(checkpoint, path, image_folder, tmp_path / "a.jsonl", **{"conv-mode": "v9"}))
     assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_long_answers_are_the_same_program(
+    checkpoint: Path, question_file: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    """`model_vqa` writes the same file; only its limit on an answer is another."""
+    files = [
+        program_main(flags(checkpoint, question_file, image_folder, tmp_path / f"{name}.jsonl"))
+        for name, program_main in (("loader", main), ("vqa", model_vqa.main))
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    limits = [module.build_parser().parse_args([]).max_new_tokens for module in (model_vqa_loader, model_vqa)]
+    assert limits == [128, 1024]
+
+
+@pytest.mark.parametrize(
+    ("script", "parser"),
+    [
+        ("llava/eval/model_vqa.py", model_vqa.build_parser()),
+        ("llava/eval/model_vqa_loader.py", model_vqa_loader.build_parser()),
+        ("llava/serve/cli.py", cli.build_parser()),
+    ],
+)
+def test_every_option_of_the_original_is_there(script: str, parser: argparse.ArgumentParser) -> None:
+    """With its default, but for the device (ours is the GPU if there is one) and for images, which may be several."""
+    golden = json.loads((golden_dir("llava") / "flags.json").read_text())["cli"][script]
+    actions = {flag: action for action in parser._actions for flag in action.option_strings}
+    for option in golden:
+        (flag,) = option["flags"]
+        if option["dest"] not in ("device", "image_file"):
+            assert actions[flag].default == option["default"], flag
+        assert actions[flag].dest == option["dest"]
+        assert actions[flag].help, "every option explains itself"
 
 
 def test_the_program_is_thin() -> None:

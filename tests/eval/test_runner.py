@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.conversation import conv_templates
 from llava.data.images import load_image
 from llava.errors import BadImageError
 from llava.eval import runner
@@ -32,7 +31,7 @@ RECORDED_TOKENS = 8
 RUNS = [
     run
     for run in json.loads((METRICS / "expected_runs.json").read_text(encoding="utf-8"))["runs"]
-    if run["script"] == "model_vqa_loader"
+    if run["script"] in ("model_vqa_loader", "model_vqa")
 ]
 
 
@@ -101,16 +100,21 @@ def either(request: pytest.FixtureRequest, loaded: LoadedModel, random_model: Lo
 
 
 def test_the_golden_runs_are_there() -> None:
-    assert [run["conv_mode"] for run in RUNS] == ["vicuna_v1", "llava_v0"]
+    assert [(run["script"], run["conv_mode"], "config" in run) for run in RUNS] == [
+        ("model_vqa_loader", "vicuna_v1", False),
+        ("model_vqa_loader", "llava_v0", False),
+        ("model_vqa", "llava_v1", False),
+        ("model_vqa", "llava_v1", True),
+    ]
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: run["conv_mode"])
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run['script']}-{run['conv_mode']}")
 def test_answers_of_the_original_program(
     run: dict[str, Any], batch_size: int, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if run["conv_mode"] not in conv_templates:
-        pytest.skip(f"no template {run['conv_mode']} yet")
+    for name, value in run.get("config", {}).items():
+        monkeypatch.setattr(loaded.model.config, name, value, raising=False)
     spy = Spy(monkeypatch, loaded)
     chunk = (run["kw"].get("num_chunks", 1), run["kw"].get("chunk_idx", 0))
     asked = [make_task(question) for question in get_chunk(read_questions(METRICS / "input" / "vqa.jsonl"), *chunk)]

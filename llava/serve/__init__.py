@@ -1,0 +1,1 @@
+"""Talking to a model: the conversation itself, and programs around it."""

@@ -1,0 +1,221 @@
+"""A conversation with a model about any number of images, answered piece by piece (upstream `llava/serve/cli.py`).
+
+Knows nothing of a terminal; `llava/serve/cli.py` is the program.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.conversation import Conversation
+from llava.data.images import Picture
+from llava.errors import BadSampleError
+from llava.eval.answers import Task
+from llava.eval.generation import GenerationOptions
+from llava.eval.loading import LoadedModel
+from llava.eval.prompts import add_image_markers, new_conversation, prompt_ids
+from llava.eval.runner import OpenImage, image_arguments, load_pictures
+
+
+class Interruption(StoppingCriteria):
+    """Ends a generation that runs in another thread, after its next token."""
+
+    def __init__(self) -> None:
+        self.wanted = threading.Event()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """The same for every row: bool (B,)."""
+        return torch.full((len(input_ids),), self.wanted.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+class TokenQueue(BaseStreamer):
+    """Ids of one row, from the thread that generates to the one that reads.
+
+    transformers' `TextIteratorStreamer` decodes every line by itself, so that SentencePiece tokenizers lose a blank at
+    its beginning; here each token is decoded behind the one before.
+
+    Args:
+        tokenizer: turns ids into text.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.queue: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
+
+    def put(self, value: Tensor) -> None:
+        """Take new ids, (n,) or (1, n); the prompt, which enters as embeddings, is none of them."""
+        self.queue.put(value.flatten().tolist())
+
+    def end(self) -> None:
+        """Say that no more ids come."""
+        self.queue.put(None)
+
+    def __iter__(self) -> Iterator[str]:
+        ids: list[int] = []
+        start, shown = 0, 0  # ids[start:shown] are the context of what comes
+        for new in iter(self.queue.get, None):
+            ids += new
+            before, text = self._decode(ids[start:shown]), self._decode(ids[start:])
+            if len(text) > len(before) and not text.endswith("\ufffd"):  # the beginning of a character in bytes
+                yield text[len(before) :]
+                start, shown = shown, len(ids)
+        rest = self._decode(ids[start:])[len(self._decode(ids[start:shown])) :]
+        if rest:
+            yield rest
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
+
+
+def stop_strings(conversation: Conversation, tokenizer: Any) -> list[str]:
+    """Texts that end an answer of a template: the separator that follows one, unless it ends every generation."""
+    separator = conversation.sep2 if conversation.sep2 is not None else conversation.sep
+    return [separator] if separator.strip() and separator != tokenizer.eos_token else []
+
+
+def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """The pieces of a text up to the first of `stops`; what might begin one is held back until that is known."""
+    text, done = "", 0
+    for piece in pieces:
+        text += piece
+        ends = [place for place in (text.find(stop) for stop in stops) if place >= 0]
+        if ends:
+            if min(ends) > done:
+                yield text[done : min(ends)]
+            return
+        held = max((_overlap(text, stop) for stop in stops), default=0)
+        if len(text) - held > done:
+            yield text[done : len(text) - held]
+            done = len(text) - held
+    if len(text) > done:
+        yield text[done:]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest beginning of `stop` that `text` ends with."""
+    return next((size for size in range(len(stop) - 1, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+@dataclass
+class Chat:
+    """One conversation.
+
+    Attributes:
+        loaded: model, tokenizer, image processor.
+        conv_mode: name of the conversation template.
+        options: decoding options; a turn's random stream follows from their seed and the number of the turn.
+        open_image: opens an image by its name.
+        conversation: what was said so far.
+        pictures: the images that were shown, in the order of their markers.
+        waiting: images that the next message shows.
+    """
+
+    loaded: LoadedModel
+    conv_mode: str
+    options: GenerationOptions
+    open_image: OpenImage
+    conversation: Conversation = field(init=False)
+    pictures: list[Picture] = field(init=False, default_factory=list)
+    waiting: list[Picture] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything that was said and shown."""
+        self.conversation = new_conversation(self.conv_mode, self.loaded.tokenizer)
+        self.pictures, self.waiting = [], []
+
+    def show(self, names: Sequence[str]) -> None:
+        """Have images shown with the next message.
+
+        Raises:
+            BadImageError: one cannot be opened; none is added then.
+            CheckpointError: the model has no vision tower.
+        """
+        task = Task(0, "", "", tuple(names), where="image")
+        self.waiting += load_pictures(task, self.loaded, self.open_image)
+
+    def ask(self, message: str) -> Iterator[str]:
+        """Say something; the result yields the answer as it comes.
+
+        What was generated stays in the conversation, also if the caller closes the iterator before the answer ends.
+
+        Raises:
+            BadSampleError: the markers in the message do not fit the waiting images, or the conversation has become
+                longer than the model takes; the conversation is as before then.
+        """
+        wrap = bool(getattr(self.loaded.model.config, "mm_use_im_start_end", False))
+        text = add_image_markers(message, len(self.waiting), mm_use_im_start_end=wrap, where="message")
+        conversation, pictures = self.conversation.copy(), [*self.pictures, *self.waiting]
+        conversation.append_message(conversation.roles[0], text)
+        conversation.append_message(conversation.roles[1], None)
+        ids = prompt_ids(conversation, self.loaded.tokenizer)
+        self._check_length(ids, pictures)
+        return self._answer(ids, conversation, pictures)
+
+    def _answer(self, ids: Tensor, conversation: Conversation, pictures: list[Picture]) -> Iterator[str]:
+        self.conversation, self.pictures, self.waiting = conversation, pictures, []
+        answer: list[str] = []
+        try:
+            for piece in self._generate(ids):
+                answer.append(piece)
+                yield piece
+        finally:
+            conversation.messages[-1][1] = "".join(answer).strip()
+
+    def _check_length(self, ids: Tensor, pictures: Sequence[Picture]) -> None:
+        limit = getattr(self.loaded.model.config, "tokenizer_model_max_length", None)
+        length = len(ids) - int((ids == IMAGE_TOKEN_INDEX).sum())
+        if pictures:
+            sizes = [picture.size for picture in pictures]
+            length += sum(self.loaded.model.image_lengths([picture.pixels for picture in pictures], sizes))
+        if limit is not None and length > limit:
+            raise BadSampleError(
+                f"the conversation has {length} positions now, and the model takes {limit}; begin a new one with /reset"
+            )
+
+    def _generate(self, ids: Tensor) -> Iterator[str]:
+        """Pieces of the answer to a prompt (T,), without special tokens and stop strings."""
+        tokenizer, model = self.loaded.tokenizer, self.loaded.model
+        stops, interruption = stop_strings(self.conversation, tokenizer), Interruption()
+        streamer = TokenQueue(tokenizer)
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        arguments = {
+            **image_arguments([self.pictures], self.loaded),
+            **self.options.arguments([str(len(self.conversation.messages))]),
+            "attention_mask": torch.ones(1, len(ids), dtype=torch.bool, device=model.device),
+            "stopping_criteria": StoppingCriteriaList([interruption]),
+            "streamer": streamer,
+            "pad_token_id": pad,
+        }
+        if stops:
+            arguments |= {"stop_strings": stops, "tokenizer": tokenizer}
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                model.generate(ids[None].to(model.device), **arguments)
+            except BaseException as error:  # handed to the thread that asked, below
+                failures.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield from until_stop(streamer, stops)
+        finally:
+            interruption.wanted.set()
+            thread.join()
+        if failures:
+            raise failures[0]
