@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.panel import Panel
 
+from llava.conversation import VERSIONS_WITHOUT_TEMPLATE
 from llava.data.skipped import count_skipped
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ def next_command(run: Run) -> str:
     """The command that answers questions with the trained model."""
     args = run.args
     output = args.training.output_dir
+    conv_mode = "v1" if args.model.version in VERSIONS_WITHOUT_TEMPLATE else args.model.version
     base = f" --model-base {args.model.model_name_or_path}"
     trains_language_model = not (
         args.training.lora_enable or args.model.freeze_backbone or args.model.tune_mm_mlp_adapter
@@ -25,7 +27,7 @@ def next_command(run: Run) -> str:
     return (
         f"python -m llava.eval.model_vqa_loader --model-path {output}{'' if trains_language_model else base} "
         f"--question-file QUESTIONS.jsonl --image-folder {args.data.image_folder} --answers-file ANSWERS.jsonl "
-        f"--temperature 0 --conv-mode {args.model.version}"
+        f"--temperature 0 --conv-mode {conv_mode}"
     )
 
 

@@ -25,7 +25,7 @@ from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCau
 from llava.train.train import Run, build_run, main, parse_args
 from tests.data.tokenizers import make_tokenizer
 from tests.golden import golden_dir, load_case
-from tests.train.test_training import command_line, losses
+from tests.train.test_training import BASE, command_line, losses
 
 LLAVA = golden_dir("llava")
 WORDS = 896
@@ -238,3 +238,14 @@ def test_the_tokens_need_a_tower(tmp_path: Path) -> None:
                 if word not in ("--vision_tower", str(LLAVA / "tiny-clip"))
             ]
         )
+
+
+def test_a_quantised_base_keeps_them_too(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    run = run_of(tmp_path / "out", **BORDERS, **LORA, bits=4)
+    before = table_of(run.model)
+    run.trainer.train()
+    after = table_of(run.model)
+    assert (after != before).any(dim=1).tolist() == [False] * WORDS + [True, True]
+    _, model, _, _ = load_pretrained_model(str(tmp_path / "out" / "checkpoint-3"), str(BASE), device="cpu")
+    torch.testing.assert_close(table_of(model)[WORDS:], after[WORDS:])
