@@ -1,0 +1,288 @@
+"""Converting a LLaVA to transformers' own format (`LlavaForConditionalGeneration`, for vLLM, SGLang, ...) and back.
+
+Usage: `python -m llava.model.convert_hf to-hf CHECKPOINT OUTPUT [--model-base BASE]` and
+`python -m llava.model.convert_hf from-hf FOLDER OUTPUT`. LoRA is merged; what cannot be expressed is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaConfig as HfConfig
+
+from llava.conversation import conv_templates
+from llava.errors import CheckpointError, FlagError
+from llava.model.builder import base_folder, load_pretrained_model
+from llava.model.formats import TOWER_FOLDER, CheckpointContents, inspect_checkpoint, read_json
+from llava.model.hf_format import (
+    RECORD,
+    check_convertible,
+    hf_config,
+    hf_model,
+    our_config,
+    our_tensors,
+    refuse_extensions,
+)
+from llava.model.hf_processor import chat_template, hf_image_processor, hf_tokenizer
+from llava.model.language_model.backbones import CLASSES
+from llava.model.multimodal_encoder.builder import KINDS
+from llava.model.multimodal_encoder.transformers_tower import TransformersTower
+from llava.tokenizer import LlamaTokenizer
+from llava.utils import errors_only, run_program
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this program."""
+    parser = argparse.ArgumentParser(prog="python -m llava.model.convert_hf", description=__doc__.splitlines()[0])
+    directions = parser.add_subparsers(dest="direction", required=True)
+    to_hf = directions.add_parser("to-hf", help="from our or upstream's layout to transformers' format")
+    to_hf.add_argument("checkpoint", help="full weights, or LoRA or a projector on top of a base")
+    to_hf.add_argument("output", help="folder to write; must not exist")
+    to_hf.add_argument("--model-base", help="base of the checkpoint, where it is not the recorded one")
+    to_hf.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: that of the weights")
+    to_hf.add_argument("--conv-mode", default="vicuna_v1", help="template that becomes the chat template")
+    from_hf = directions.add_parser("from-hf", help="from transformers' format to ours")
+    from_hf.add_argument("checkpoint", help="folder with a LlavaForConditionalGeneration and its processor")
+    from_hf.add_argument("output", help="folder to write; must not exist")
+    from_hf.add_argument(
+        "--image_aspect_ratio", help="how pictures are treated, where it is not as the processor says (llava-hf: pad)"
+    )
+    return parser
+
+
+def to_hf(
+    checkpoint: str | Path,
+    output: str | Path,
+    model_base: str | None = None,
+    dtype: str = "auto",
+    conv_mode: str = "vicuna_v1",
+) -> Path:
+    """Write a checkpoint in transformers' format, with its processor.
+
+    LoRA is merged in fp32, whatever the dtype of the result.
+
+    Args:
+        checkpoint: of any kind that `load_pretrained_model` reads.
+        output: folder to write.
+        model_base: base of the checkpoint, where it is not the recorded one.
+        dtype: `auto`, or a key of `DTYPES`.
+        conv_mode: conversation template that becomes the chat template.
+
+    Returns:
+        The folder written. It appears whole or not at all.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or `output` exists already.
+        FlagError: transformers' LLaVA cannot express it.
+    """
+    if conv_mode not in conv_templates:
+        raise FlagError(f"--conv-mode {conv_mode}: no such template; there are {sorted(conv_templates)}")
+    contents = inspect_checkpoint(checkpoint)
+    refuse_extensions(sorted(contents.extensions))
+    base = base_folder(contents, model_base)
+    target = _stored_dtype(contents, base) if dtype == "auto" else DTYPES[dtype]
+    loaded_in = torch.float32 if contents.adapter is not None else target
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        str(checkpoint), base, device="cpu", torch_dtype=loaded_in
+    )
+    check_convertible(model)
+    with _Output(output) as folder:
+        tokens = hf_tokenizer(tokenizer, folder)
+        image_token = tokens.convert_tokens_to_ids("<image>")
+        record = {"tokenizer": _tokenizer_record(tokenizer), "image_processor": image_processor.to_dict()}
+        config = hf_config(model, image_token, record)
+        pixels = hf_image_processor(image_processor, getattr(model.config, "image_aspect_ratio", None))
+        template = chat_template(conv_templates[conv_mode], bool(getattr(model.config, "mm_use_im_start_end", False)))
+        if template is None:
+            print(f"no chat template is written: '{conv_mode}' has no counterpart; pass whole prompts to the processor")
+        processor = LlavaProcessor(
+            image_processor=pixels,
+            tokenizer=tokens,
+            patch_size=config.vision_config.patch_size,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            chat_template=template,
+            num_additional_image_tokens=int(model.get_vision_tower().shape.class_token),
+        )
+        hf_model(model, config, target).save_pretrained(folder)
+        processor.save_pretrained(folder)
+        pixels.save_pretrained(folder)
+    return Path(output)
+
+
+def from_hf(checkpoint: str | Path, output: str | Path, image_aspect_ratio: str | None = None) -> Path:
+    """Write a LLaVA of transformers' format in ours: full weights, tokenizer, and the tower in `vision_tower/`.
+
+    Args:
+        checkpoint: folder with model and processor.
+        output: folder to write.
+        image_aspect_ratio: overrides what the image processor says.
+
+    Returns:
+        The folder written. It appears whole or not at all.
+
+    Raises:
+        CheckpointError: it is no LLaVA of transformers, or has parts that we do not have; or `output` exists already.
+    """
+    checkpoint = Path(checkpoint)
+    if not (checkpoint / "config.json").is_file():
+        raise CheckpointError(f"{checkpoint}: holds no config.json, so it is no checkpoint")
+    config = AutoConfig.from_pretrained(checkpoint)
+    if not isinstance(config, HfConfig):
+        raise CheckpointError(f"{checkpoint}: its config.json says '{config.model_type}'; expected transformers' llava")
+    record = getattr(config, RECORD, {})
+    tower_class = _tower_class(config, checkpoint)
+    processor = AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
+    settings = processor.image_processor.to_dict()
+    aspect_ratio = image_aspect_ratio or ("pad" if settings.get("do_pad") else "square")
+    vocab_size = record.get("vocab_size") or _vocabulary(processor.tokenizer, config)
+    ours = our_config(config, _select_feature(config, tower_class, checkpoint), vocab_size, aspect_ratio)
+    if image_aspect_ratio:
+        ours.image_aspect_ratio = image_aspect_ratio
+    ours.mm_vision_tower = TOWER_FOLDER
+    with errors_only():
+        model, report = LlavaForConditionalGeneration.from_pretrained(
+            checkpoint, dtype="auto", output_loading_info=True
+        )
+    if report["missing_keys"]:
+        raise CheckpointError(f"{checkpoint}: lacks the weights {sorted(report['missing_keys'])[:3]}")
+    with _Output(output) as folder:
+        _save_tower(model, tower_class, record.get("image_processor") or settings, folder / TOWER_FOLDER)
+        _save_language_model(model, ours, vocab_size, folder)
+        _our_tokenizer(checkpoint, record.get("tokenizer"), folder)
+    return Path(output)
+
+
+class _Output:
+    """A folder that appears under its name only when everything is written."""
+
+    def __init__(self, output: str | Path) -> None:
+        self.output = Path(output)
+        if self.output.exists():
+            raise CheckpointError(f"{output}: exists already; choose a folder that does not")
+        self.partial = self.output.with_name(self.output.name + ".partial")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        return self.partial
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None:
+            self.partial.rename(self.output)
+        else:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _stored_dtype(contents: CheckpointContents, base: str | None) -> torch.dtype:
+    """Dtype that the configuration of the weights names; fp32 if it names none."""
+    content = read_json(Path(base or contents.folder) / "config.json")
+    name = content.get("dtype") or content.get("torch_dtype") or "float32"
+    if name not in DTYPES:
+        raise CheckpointError(
+            f"{base or contents.folder}: its weights are {name}; give --dtype, one of {sorted(DTYPES)}"
+        )
+    return DTYPES[name]
+
+
+def _tokenizer_record(tokenizer: Any) -> dict[str, Any] | None:
+    """What the SentencePiece model alone does not say."""
+    if not isinstance(tokenizer, LlamaTokenizer):
+        return None
+    new = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if i >= tokenizer.vocab_size}
+    return {
+        "legacy": tokenizer.legacy,
+        "add_bos_token": tokenizer.add_bos_token,
+        "add_eos_token": tokenizer.add_eos_token,
+        "model_max_length": tokenizer.model_max_length,
+        "padding_side": tokenizer.padding_side,
+        "pad_token": tokenizer.pad_token,
+        "added": [new[index] for index in sorted(new)],
+    }
+
+
+def _our_tokenizer(checkpoint: Path, record: dict[str, Any] | None, folder: Path) -> None:
+    """Write the tokenizer: from the SentencePiece model if there is one, else the fast one as it is."""
+    if not (checkpoint / "tokenizer.model").is_file():
+        AutoTokenizer.from_pretrained(checkpoint, local_files_only=True).save_pretrained(folder)
+        return
+    settings = dict(record or {})
+    added = settings.pop("added", [])
+    if record is None:
+        stored = read_json(checkpoint / "tokenizer_config.json")
+        settings = {"legacy": stored.get("legacy"), "pad_token": "<unk>", "padding_side": "right"}
+    tokenizer = LlamaTokenizer(str(checkpoint / "tokenizer.model"), **settings)
+    tokenizer.add_tokens(added, special_tokens=True)
+    tokenizer.save_pretrained(folder)
+
+
+def _vocabulary(tokenizer: Any, config: HfConfig) -> int:
+    """Rows that a LLaVA needs: all up to the image token, if nothing but special tokens stands behind it."""
+    image, size = config.image_token_index, config.text_config.vocab_size
+    added = tokenizer.added_tokens_decoder
+    behind = [index for index in tokenizer.get_vocab().values() if index >= image]
+    return image if image < size and all(index in added and added[index].special for index in behind) else size
+
+
+def _tower_class(config: HfConfig, checkpoint: Path) -> type[TransformersTower]:
+    kind = config.vision_config.model_type
+    tower_class = KINDS.get(kind)
+    if tower_class is None or not issubclass(tower_class, TransformersTower):
+        raise CheckpointError(f"{checkpoint}: its vision tower is a '{kind}'; towers here are {sorted(KINDS)}")
+    return tower_class
+
+
+def _select_feature(config: HfConfig, tower_class: type[TransformersTower], checkpoint: Path) -> str:
+    """`patch` or `cls_patch`; `default` drops the first row, which must be a class token."""
+    if config.vision_feature_select_strategy == "full":
+        return "cls_patch" if tower_class.class_token else "patch"
+    if not tower_class.class_token:
+        raise CheckpointError(f"{checkpoint}: drops the first patch of a tower without class token")
+    return "patch"
+
+
+def _save_tower(
+    model: LlavaForConditionalGeneration, tower_class: type[TransformersTower], settings: dict[str, Any], folder: Path
+) -> None:
+    """The tower with its image processor, as a tower of its own."""
+    model.model.vision_tower.save_pretrained(folder)
+    ours = ("size", "crop_size", "do_center_crop", "resample", "image_mean", "image_std", "rescale_factor")
+    options = {name: settings[name] for name in ours if settings.get(name) is not None}
+    tower_class.processor_class(**options).save_pretrained(folder)
+
+
+def _save_language_model(model: LlavaForConditionalGeneration, config: Any, vocab_size: int, folder: Path) -> None:
+    """Full weights without the tower."""
+    backbone = next(cls for cls in CLASSES if cls.config_class is type(config))
+    tensors = our_tensors(model, vocab_size)
+    tensors = {name: value for name, value in tensors.items() if not name.startswith("model.vision_tower.")}
+    config.dtype = model.dtype
+    with torch.device("meta"):
+        ours = backbone(config)
+    ours.load_state_dict(tensors, assign=True)
+    ours.tie_weights()
+    given = model.generation_config
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(ours.generation_config, name, getattr(given, name))
+    ours.save_pretrained(folder)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program."""
+    args = build_parser().parse_args(argv)
+    if args.direction == "to-hf":
+        written = to_hf(args.checkpoint, args.output, args.model_base, args.dtype, args.conv_mode)
+    else:
+        written = from_hf(args.checkpoint, args.output, args.image_aspect_ratio)
+    print(f"written: {written}")
+
+
+if __name__ == "__main__":
+    run_program(main)
