@@ -249,3 +249,34 @@ def test_a_quantised_base_keeps_them_too(tmp_path: Path) -> None:
     assert (after != before).any(dim=1).tolist() == [False] * WORDS + [True, True]
     _, model, _, _ = load_pretrained_model(str(tmp_path / "out" / "checkpoint-3"), str(BASE), device="cpu")
     torch.testing.assert_close(table_of(model)[WORDS:], after[WORDS:])
+
+
+@pytest.mark.parametrize("recipe", ["projector", "lora"])
+def test_gradient_checkpointing_changes_nothing(recipe: str, tmp_path: Path) -> None:
+    tables = []
+    for checkpointing in (False, True):
+        run = run_of(tmp_path / str(checkpointing), **BORDERS | RECIPES[recipe], gradient_checkpointing=checkpointing)
+        run.trainer.train()
+        tables.append(table_of(run.model))
+    torch.testing.assert_close(*tables, rtol=0, atol=1e-6)
+
+
+def test_rows_are_trained_in_fp32_beside_a_base_in_half_precision(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "out", **BORDERS, **LORA, bf16=True)
+    embedding = bare_model(run.model).get_input_embeddings()
+    assert (embedding.weight.dtype, embedding.rows.dtype) == (torch.bfloat16, torch.float32)
+    before = embedding.rows.detach().clone()
+    run.trainer.train()
+    assert (embedding.rows != before).any(dim=1).all()
+    saved = read_tensors(tmp_path / "out" / "checkpoint-3" / IMAGE_TOKENS_FILE)
+    assert torch.equal(saved["embed_tokens/<im_start>"], embedding.rows[0])
+
+
+def test_merged_weights_hold_the_rows(tmp_path: Path) -> None:
+    """A LoRA checkpoint merged with its base is a full checkpoint like any other."""
+    main(command_line(tmp_path / "lora", **BORDERS, **LORA, save_strategy="no"))
+    tokenizer, model, _, _ = load_pretrained_model(str(tmp_path / "lora"), str(BASE), device="cpu")
+    model.save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    merged = load_pretrained_model(str(tmp_path / "merged"), device="cpu")[1]
+    torch.testing.assert_close(logits(merged), logits(model), rtol=0, atol=1e-6)
