@@ -15,9 +15,17 @@ from torch import nn
 
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Extension, ImportedState, installed_extensions
-from llava.model.checkpoint import load_extension_tensors, load_trained, weight_files
+from llava.model.checkpoint import load_extension_tensors, load_trained
 from llava.model.components import Component, components
-from llava.model.formats import NEWLINE, CheckpointContents, inspect_checkpoint, read_json, read_tensors
+from llava.model.formats import (
+    NEWLINE,
+    CheckpointContents,
+    check_base,
+    inspect_checkpoint,
+    read_json,
+    read_tensors,
+    weight_files,
+)
 from llava.model.image_tokens import add_image_tokens, wanted_tokens
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.model.language_model.causal_lm import LlavaForCausalLM
@@ -123,14 +131,15 @@ def _load_base(
     """The bare LLaVA with the base weights, and the names of the weights that these did not have."""
     backbone, config = backbone_class(contents.folder), load_config(contents.folder)
     if base is None:
-        weight_files(contents)  # complains about missing shards by name
-    else:  # the image tokens of the checkpoint get their rows later
+        weight_files(contents.weights)  # complains about missing shards by name
+    else:
+        check_base(base)
         if backbone_class(base) is not backbone:
             raise CheckpointError(
                 f"{contents.folder}: was trained on a {config.model_type}, but the base {base} is a "
                 f"{load_config(base).model_type}; give the base that it was trained on by --model-base"
             )
-        config.vocab_size = load_config(base).vocab_size
+        config.vocab_size = load_config(base).vocab_size  # image tokens of the checkpoint get their rows later
     source = base or contents.folder
     with errors_only():  # weights that come from other files later are no news; what is missing then is an error
         model, report = backbone.from_pretrained(source, config=config, output_loading_info=True, **options)

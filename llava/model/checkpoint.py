@@ -30,6 +30,7 @@ from llava.model.formats import (
     read_projector,
     read_tensors,
     strip_peft_prefix,
+    weight_files,
 )
 from llava.model.image_tokens import image_token_rows, load_image_tokens
 from llava.model.language_model.causal_lm import LlavaForCausalLM
@@ -259,24 +260,7 @@ def load_full_weights(llava: LlavaForCausalLM, contents: CheckpointContents) -> 
     parts = components(llava)
     wanted = parts[Component.LANGUAGE_MODEL] | parts[Component.PROJECTOR]
     tensors: dict[str, Tensor] = {}
-    for path in weight_files(contents):
+    for path in weight_files(contents.weights):
         tensors |= read_tensors(path)
     tower_prefix = "model.vision_tower."
     copy_tensors(wanted, {k: v for k, v in tensors.items() if not k.startswith(tower_prefix)}, contents.folder)
-
-
-def weight_files(contents: CheckpointContents) -> list[Path]:
-    """The files that hold the full weights, shards included.
-
-    Raises:
-        CheckpointError: the index names a file that is missing.
-    """
-    if contents.weights is None:
-        return []
-    if contents.weights.suffix != ".json":
-        return [contents.weights]
-    names = sorted(set(read_json(contents.weights)["weight_map"].values()))
-    missing = [name for name in names if not (contents.folder / name).is_file()]
-    if missing:
-        raise CheckpointError(f"{contents.weights}: names {len(names)} files, of which {missing} are missing")
-    return [contents.folder / name for name in names]

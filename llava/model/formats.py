@@ -7,18 +7,23 @@ alone. Pickled code is never run: `.bin` files are read by torch's weights-only 
 from __future__ import annotations
 
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from llava.errors import CheckpointError
 
-WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_FILES = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+"""Full weights, one file or the index of several, in the order in which transformers looks for them."""
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 NON_LORA_FILE = "non_lora_trainables.bin"
@@ -131,7 +136,7 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointContents:
     extension_root = folder / EXTENSIONS_FOLDER
     contents = CheckpointContents(
         folder=folder,
-        weights=_first(folder, WEIGHT_INDEXES) or _first(folder, WEIGHT_FILES),
+        weights=_first(folder, WEIGHT_FILES),
         adapter=_first(folder, ADAPTER_FILES),
         projector=_first(folder, PROJECTOR_FILES),
         non_lora=_first(folder, (NON_LORA_FILE,)),
@@ -186,6 +191,65 @@ def read_projector(path: Path) -> dict[str, Tensor]:
         else:
             raise CheckpointError(f"{path}: '{name}' is no weight of a projector")
     return tensors
+
+
+def weight_files(weights: Path | None) -> list[Path]:
+    """The files of full weights, each there and of full length.
+
+    Args:
+        weights: a file of weights or the index of several; None for none.
+
+    Raises:
+        CheckpointError: the index names a file that is missing or lies elsewhere, or a file is damaged.
+    """
+    if weights is None:
+        return []
+    if weights.suffix != ".json":
+        files = [weights]
+    else:
+        table = read_json(weights).get("weight_map")
+        if not isinstance(table, dict) or not table:
+            raise CheckpointError(f"{weights}: has no 'weight_map', so it is no index of weights")
+        names = sorted(set(table.values()))
+        elsewhere = [name for name in names if Path(name).name != name]
+        if elsewhere:
+            raise CheckpointError(f"{weights}: names files outside its folder: {elsewhere}")
+        missing = [name for name in names if not (weights.parent / name).is_file()]
+        if missing:
+            raise CheckpointError(f"{weights}: names {len(names)} files, of which {missing} are missing")
+        files = [weights.parent / name for name in names]
+    for path in files:
+        _check_length(path)
+    return files
+
+
+def check_base(folder: str | Path) -> None:
+    """Look at the weights of a base that is a folder here; one on a model hub is left to transformers.
+
+    Raises:
+        CheckpointError: it holds no weights, or as `weight_files`.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        return
+    weights = _first(folder, WEIGHT_FILES)
+    if weights is None:
+        raise CheckpointError(f"{folder}: holds none of {WEIGHT_FILES}, so it is no base (found: {_listing(folder)})")
+    weight_files(weights)
+
+
+def _check_length(path: Path) -> None:
+    """Refuse a file that was cut off, by its head and its end alone."""
+    try:
+        with path.open("rb") as file:
+            is_zip = file.read(2) == b"PK"
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                return
+        if is_zip and not zipfile.is_zipfile(path):
+            raise CheckpointError(f"{path}: is damaged or was cut off")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: is damaged or was cut off ({error})") from error
 
 
 def _listing(folder: Path) -> str:

@@ -26,7 +26,7 @@ from llava.errors import CheckpointError
 from llava.extension import installed_extensions
 from llava.model.checkpoint import copy_tensors
 from llava.model.components import Component, components
-from llava.model.formats import IMAGE_TOKENS_FILE, NEWLINE, projector_file, read_projector
+from llava.model.formats import IMAGE_TOKENS_FILE, NEWLINE, check_base, projector_file, read_projector
 from llava.model.image_tokens import (
     BORDER_TOKENS,
     add_image_tokens,
@@ -95,8 +95,14 @@ def load_base(args: RunArguments, attn_implementation: str | None) -> LlavaForCa
             options["device_map"] = {"": args.training.device}
     cache_dir = args.training.cache_dir
     config = load_config(name, cache_dir)
+    check_base(name)
     with same_draws(args.training):
-        model = backbone_class(name, cache_dir).from_pretrained(name, config=config, **options)
+        model, report = backbone_class(name, cache_dir).from_pretrained(
+            name, config=config, output_loading_info=True, **options
+        )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise CheckpointError(f"{name}: lacks {len(missing)} weights that its config.json asks for: {missing[:3]}")
     if args.training.bits == 4:
         choose_cpu_kernels(model, trained=True)
     model.config.use_cache = False
