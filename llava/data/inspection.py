@@ -61,7 +61,7 @@ TRAINABLE = frozenset({Kind.TRUNCATED, Kind.DUPLICATE_ID})
 ERROR_KINDS = {ImageCountError: Kind.IMAGE_COUNT, TokenBorderError: Kind.TOKEN_BORDER, NoTargetError: Kind.NO_TARGET}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Problem:
     """One problem of one row.
 
@@ -74,7 +74,7 @@ class Problem:
     message: str
 
 
-@dataclass
+@dataclass(slots=True)
 class RowReport:
     """What was found in one row.
 

@@ -104,7 +104,7 @@ def declare_parameters(llava: LlavaForCausalLM, training: TrainingArguments) -> 
     """Tell ZeRO-3 of parameters that are used outside of the module that owns them, so that they are whole in time."""
     if zero_stage(training) != 3:
         return
-    from deepspeed.zero import register_external_parameter
+    from deepspeed.runtime.zero import register_external_parameter
 
     tower, newline = llava.get_vision_tower(), getattr(llava.get_model(), "image_newline", None)
     if newline is not None:
