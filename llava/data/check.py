@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers.hf_argparser import string_to_bool
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 from llava.conversation import select_template
@@ -53,9 +54,23 @@ def build_parser() -> argparse.ArgumentParser:
     add("--version", default="v1", help="conversation template")
     add("--model_max_length", type=int, default=2048, help="longest sample in tokens and image patches")
     add("--image_length", type=int, default=576, help="patches of one image: 576 for CLIP-L with 336 pixels")
-    add("--mm_use_im_start_end", action="store_true", help="<im_start> and <im_end> stand around images")
+    add(
+        "--mm_use_im_start_end",
+        nargs="?",
+        const=True,
+        default=False,
+        type=string_to_bool,
+        help="<im_start> and <im_end> stand around images",
+    )
     add("--skip_images", action="store_true", help="do not read the image files, only look whether they are there")
-    add("--allow", nargs="+", default=[], choices=list(Kind), metavar="KIND", help="kinds that are no reason to fail")
+    add(
+        "--allow",
+        nargs="+",
+        default=[],
+        choices=list(Kind),
+        metavar="KIND",
+        help="kinds of problems that are no reason to fail, by their names in the report: 'duplicate id' truncated ...",
+    )
     add("--show", type=int, default=5, help="rows to print for each kind of problem; --json has all")
     add("--html", type=Path, help="write a page with problems, lengths and sample prompts")
     add("--samples", type=int, default=12, help="sample prompts on the page")

@@ -205,3 +205,20 @@ def test_percentiles_are_values_of_rows() -> None:
 def test_the_options_of_a_run_have_the_same_names() -> None:
     names = {action.dest for action in build_parser()._actions}
     assert names >= {"image_folder", "model_name_or_path", "version", "model_max_length", "mm_use_im_start_end"}
+    for given, expected in (([], False), (["True"], True), (["False"], False)):
+        words = ["data.json", "--tokenizer", "x", *(["--mm_use_im_start_end", *given] if given else [])]
+        assert build_parser().parse_args(words).mm_use_im_start_end is expected
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["data.json", "--tokenizer", "x", "--allow", "nonsense"])
+
+
+def test_image_tokens_count_as_tokens(tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps([row("a", "<image>\nWhat?", "A bus.", image="im0.png")]))
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 28)).save(tmp_path / "images" / "im0.png")
+    pages = []
+    for value in ("False", "True"):
+        check([tmp_path / "data.json"], "--html", tmp_path / "check.html", "--mm_use_im_start_end", value)
+        pages.append((tmp_path / "check.html").read_text())
+    for token, index in (("im_start", 896), ("im_end", 897)):
+        assert [f'title="{index}">&lt;{token}&gt;</span>' in page for page in pages] == [False, True]
