@@ -19,6 +19,7 @@ from hydralora import convert, moe_args
 from hydralora import model as routed_model
 from hydralora.config import HydraLoraOptions, RoutedMLPConfig
 from hydralora.layer import expert_balance_loss
+from hydralora.statistics import RoutingStatistics
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, Extension, ImportedState, MultimodalInputs
 
@@ -37,7 +38,7 @@ class HydraLoraExtension(Extension):
     def __init__(self) -> None:
         # Per model, and gone with it: one extension may serve several models.
         self._recorders: WeakKeyDictionary[nn.Module, routed_model.RoutingRecorder] = WeakKeyDictionary()
-        self._statistics: WeakKeyDictionary[nn.Module, routed_model.RoutingStatistics] = WeakKeyDictionary()
+        self._statistics: WeakKeyDictionary[nn.Module, RoutingStatistics] = WeakKeyDictionary()
 
     def configure(self, args: RunArguments) -> Config | None:
         """Switch LoRA on in the core, and return the configuration of the blocks if `--llm_moe` is on.
@@ -108,7 +109,7 @@ class HydraLoraExtension(Extension):
         routings = [passes[-1] for passes in self._recorders[model].stop().values() if passes]
         if not routings:
             return {}
-        self._statistics.setdefault(model, routed_model.RoutingStatistics()).add(routings, inputs.attention_mask)
+        self._statistics.setdefault(model, RoutingStatistics()).add(routings, inputs.attention_mask)
         settings = RoutedMLPConfig.from_dict(config)
         if not settings.needs_balance_loss:
             return {}

@@ -150,31 +150,3 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     finally:
         for name, routings in recorder.stop().items():
             probabilities[name] = [routing.probabilities.detach() for routing in routings]
-
-
-class RoutingStatistics:
-    """Share of each expert and entropy of the routing, over all blocks and valid tokens since the last `pop`."""
-
-    def __init__(self) -> None:
-        self._sums: Tensor | None = None  # (E + 2,): tokens per expert, entropy, tokens; float32 on the model's device
-
-    @torch.no_grad()
-    def add(self, routings: Sequence[Routing], attention_mask: Tensor | None) -> None:
-        """Count one forward pass; arguments as of `expert_balance_loss`. Does not wait for the device."""
-        for probabilities, choice in routings:
-            valid = torch.ones_like(probabilities[..., :1])  # (B, L, 1)
-            if attention_mask is not None:
-                valid = attention_mask.to(valid).unsqueeze(-1)
-            entropy = torch.special.entr(probabilities).sum(dim=-1, keepdim=True)  # (B, L, 1)
-            counted = torch.cat([choice, entropy, torch.ones_like(valid)], dim=-1) * valid
-            sums = counted.sum(dim=(0, 1))  # (E + 2,)
-            self._sums = sums if self._sums is None else self._sums + sums.to(self._sums.device)
-
-    def pop(self) -> dict[str, float]:
-        """`share_<expert>` (they add up to 1) and `entropy` (nats; log E is uniform), then start anew; {} if empty."""
-        if self._sums is None:
-            return {}
-        *per_expert, entropy, tokens = self._sums.tolist()
-        self._sums = None
-        tokens = max(tokens, 1.0)
-        return {f"share_{e}": count / tokens for e, count in enumerate(per_expert)} | {"entropy": entropy / tokens}

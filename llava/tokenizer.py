@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizer
 
 from llava.errors import CheckpointError
 from llava.extension import Span
+from llava.hub import TOKENIZER_FILES, local_folder
 
 BLANK = "\u2581"
 """SentencePiece writes a blank as this character."""
@@ -212,17 +213,18 @@ def load_tokenizer(
     A tokenizer without padding token gets `<unk>`, as in every LLaVA recipe from v0.5 on.
 
     Args:
-        folder: folder with `tokenizer.model` or `tokenizer.json`.
+        folder: folder with `tokenizer.model` or `tokenizer.json`, or an id on a model hub.
         model_max_length: longest row in tokens; None keeps the value of the folder.
         padding_side: `right` or `left`.
         kwargs: override what the folder's `tokenizer_config.json` says (`legacy`, `add_bos_token`, ...).
 
     Raises:
-        CheckpointError: the folder has neither file.
+        CheckpointError: the folder has neither file, or the hub has no such model.
     """
     if model_max_length is not None:
         kwargs["model_max_length"] = model_max_length
-    names = {path.name for path in Path(folder).glob("tokenizer.*")}
+    folder = local_folder(folder, TOKENIZER_FILES)
+    names = {path.name for path in folder.glob("tokenizer.*")}
     if "tokenizer.model" in names:
         tokenizer = LlamaTokenizer.from_pretrained(folder, padding_side=padding_side, local_files_only=True, **kwargs)
     elif "tokenizer.json" in names:

@@ -31,6 +31,8 @@ def parse(call: Call) -> None:
     module = importlib.import_module(call.module)
     if call.module.startswith("llava.train."):
         importlib.import_module("llava.train.arguments").parse_args([*call.arguments, *WITHOUT_GPU])
+    elif call.module == "hydralora.finetune":
+        module.parse_args([*call.arguments, *WITHOUT_GPU])
     else:
         assert hasattr(module, "build_parser"), f"{call.module} has no build_parser()"
         module.build_parser().parse_args(call.arguments)

@@ -15,6 +15,7 @@ from torch import nn
 
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Extension, ImportedState, installed_extensions
+from llava.hub import local_folder
 from llava.model.checkpoint import load_extension_tensors, load_trained
 from llava.model.components import Component, components
 from llava.model.formats import (
@@ -50,7 +51,7 @@ def load_pretrained_model(
     """Load a model ready for `generate`.
 
     Args:
-        model_path: checkpoint folder.
+        model_path: checkpoint folder, or its id on a model hub.
         model_base: folder or hub id of the base weights, where the checkpoint has none of its own.
         model_name: accepted as upstream has it; the format is found from the files instead.
         load_8bit: quantise the weights to 8 bits with bitsandbytes.
@@ -71,7 +72,7 @@ def load_pretrained_model(
         raise FlagError("load_8bit and load_4bit exclude each other")
     on_gpu = torch.device(device).type == "cuda"
     dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or (torch.float16 if on_gpu else torch.float32)
-    contents = inspect_checkpoint(model_path)
+    contents = inspect_checkpoint(local_folder(model_path))
     base = base_folder(contents, model_base)
     options = dict(kwargs, dtype=dtype)
     if use_flash_attn:

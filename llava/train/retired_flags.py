@@ -18,6 +18,16 @@ MEANINGLESS = {
     "half_precision_backend": "PyTorch's own mixed precision is the only one left",
     "fp16_backend": "PyTorch's own mixed precision is the only one left",
     "fp16_opt_level": "it belonged to Apex, which is gone",
+    "use_mps_device": "a Mac's GPU is used wherever there is one; --use_cpu True prevents it",
+    "jit_mode_eval": "evaluation by TorchScript is gone",
+    "use_legacy_prediction_loop": "there is one evaluation loop left",
+    "include_inputs_for_metrics": "there is no metric here that would take inputs",
+    "past_index": "no model of this project carries a state from batch to batch",
+    "no_remove_unused_columns": "columns are never removed here",
+    "mp_parameters": "it belonged to SageMaker",
+    "ray_scope": "there is no hyper-parameter search here",
+    "tpu_num_cores": "TPUs are not supported",
+    "tpu_metrics_debug": "TPUs are not supported",
 }
 """Dropped, with the reason that is printed."""
 
@@ -29,6 +39,9 @@ REFUSED = {
     "sharded_ddp": "use DeepSpeed ZeRO",
     "use_ipex": "Intel's extension is not supported",
     "torchdynamo": "use --torch_compile",
+    "push_to_hub_model_id": "use --hub_model_id",
+    "push_to_hub_organization": "use --hub_model_id",
+    "push_to_hub_token": "use --hub_token",
 }
 """Options whose effect cannot be had under the old name."""
 
@@ -59,11 +72,16 @@ def _logging_dir(value: str | None) -> list[str]:
     return []
 
 
+def _adafactor(value: str | None) -> list[str]:
+    return ["--optim", "adafactor"] if _is_true(value) else []
+
+
 TRANSLATED: dict[str, Callable[[str | None], list[str]]] = {
     "warmup_ratio": _warmup_ratio,
     "group_by_length": _group_by_length,
     "save_safetensors": _save_safetensors,
     "logging_dir": _logging_dir,
+    "adafactor": _adafactor,
 }
 """Options whose value changes too."""
 

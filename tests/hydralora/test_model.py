@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hydralora.config import RoutedMLPConfig
 from hydralora.layer import Routing, expert_balance_loss
-from hydralora.model import RoutingRecorder, RoutingStatistics, added_parameters, attach, record_routing, routed_blocks
+from hydralora.model import RoutingRecorder, added_parameters, attach, record_routing, routed_blocks
+from hydralora.statistics import RoutingStatistics
 
 CONFIG = RoutedMLPConfig(experts=3, rank=2, alpha=4, dropout=0.0)
 

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from llava.errors import CheckpointError
+from llava.hub import is_hub_id
 from llava.model.formats import TOWER_MARKERS
 from llava.model.multimodal_encoder import open_clip_encoder
 from llava.model.multimodal_encoder.base import VisionTower
@@ -54,8 +55,7 @@ def resolve_vision_tower(name: str, near: Iterable[str | Path] = ()) -> str:
     for candidate in searched:
         if any((candidate / marker).is_file() for marker in TOWER_MARKERS):
             return str(candidate)
-    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/"))
-    if is_hub_id:
+    if is_hub_id(name):
         return name
     places = "\n  ".join(str(path) for path in searched)
     raise CheckpointError(

@@ -1,0 +1,176 @@
+"""Instruction fine-tuning with HydraLoRA from the command line (`HydraLoRA/fine-tuning.py` of the original).
+
+    python -m hydralora.finetune --model_name_or_path BASE --dataset_dir DATA --output_dir OUTPUT --do_train
+
+Works on any causal language model of transformers and any set of its linear layers. `--help` lists every option.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from torch import nn
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from hydralora.text.arguments import RunArguments, build_parser, parse_args
+from hydralora.text.dataset import InstructionCollator, InstructionDataset, load_examples, training_files
+from hydralora.text.training import (
+    ADAPTER_FOLDER,
+    AdapterFolders,
+    HydraLoraTrainer,
+    add_adapter,
+    load_base,
+    load_tokenizer,
+)
+from llava.errors import FlagError
+from llava.utils import package_versions, run_program
+
+__all__ = ["Run", "build_parser", "build_run", "main", "parse_args"]
+
+RUN_FILE = "run.json"
+
+
+@dataclass
+class Run:
+    """Everything that a run is made of, before its first step."""
+
+    args: RunArguments
+    tokenizer: Any
+    model: nn.Module
+    trainer: HydraLoraTrainer
+
+
+def load_data(args: RunArguments, tokenizer: Any) -> tuple[InstructionDataset | None, InstructionDataset | None]:
+    """The records to train and to evaluate on; None where nothing is asked for.
+
+    Raises:
+        BadSampleError: a record is malformed.
+        FlagError: there is nothing to evaluate on, or a file holds no record.
+    """
+    data = args.data
+
+    def read(files: Sequence[Path]) -> InstructionDataset:
+        examples = [
+            example
+            for path in files
+            for example in load_examples(
+                path, tokenizer, data.max_seq_length, data.data_cache_dir, data.overwrite_cache
+            )
+        ]
+        if not examples:
+            raise FlagError(f"{', '.join(map(str, files))}: no records")
+        return InstructionDataset(examples)
+
+    train = None
+    if args.training.do_train:
+        train = read(training_files(data.dataset_dir, data.train_file, data.validation_file))
+    if not args.training.do_eval:
+        return train, None
+    if data.validation_file:
+        return train, read([Path(data.validation_file)])
+    if train is None:
+        raise FlagError("--do_eval without --do_train needs --validation_file")
+    return train.split(data.validation_split_percentage, args.training.seed)
+
+
+def write_run_record(args: RunArguments) -> None:
+    """Resolved options and package versions, written before the first step."""
+    folder = Path(args.training.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "model": dataclasses.asdict(args.model),
+        "data": dataclasses.asdict(args.data),
+        "training": args.training.to_sanitized_dict(),
+        "experts": args.experts,
+        "versions": package_versions(),
+    }
+    (folder / RUN_FILE).write_text(json.dumps(record, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+
+
+def build_run(args: RunArguments) -> Run:
+    """Everything up to the first step."""
+    training = args.training
+    if training.should_save:
+        write_run_record(args)
+    set_seed(training.seed)
+    if training.gradient_checkpointing and training.gradient_checkpointing_kwargs is None:
+        training.gradient_checkpointing_kwargs = {"use_reentrant": False}
+    tokenizer = load_tokenizer(args)
+    train, evaluation = load_data(args, tokenizer)
+    model = add_adapter(load_base(args), args)
+    if training.gradient_checkpointing:
+        model.enable_input_require_grads()
+    if training.should_log:
+        model.print_trainable_parameters()
+    trainer = HydraLoraTrainer(
+        balance_weight=training.balance_weight,
+        model=model,
+        args=training,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        data_collator=InstructionCollator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        callbacks=[AdapterFolders()],
+    )
+    return Run(args, tokenizer, model, trainer)
+
+
+def _evaluate(run: Run) -> dict[str, float]:
+    metrics = run.trainer.evaluate()
+    metrics["perplexity"] = math.exp(min(metrics["eval_loss"], 700.0))
+    run.trainer.log_metrics("eval", metrics)
+    run.trainer.save_metrics("eval", metrics)
+    return metrics
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Train and evaluate as the command line says; an output folder that holds checkpoints is resumed.
+
+    Returns:
+        The folder of the finished adapter, or the output folder of a run that only evaluates.
+
+    Raises:
+        LlavaError: a problem with options or data that the user can mend.
+    """
+    args = parse_args(argv)
+    training, output = args.training, Path(args.training.output_dir)
+    run = build_run(args)
+    adapter = output / ADAPTER_FOLDER
+    if training.do_train:
+        resume_from = training.resume_from_checkpoint or (get_last_checkpoint(output) if output.is_dir() else None)
+        result = run.trainer.train(resume_from_checkpoint=resume_from)
+        run.trainer.save_model(str(adapter))
+        run.trainer.log_metrics("train", result.metrics)
+        run.trainer.save_metrics("train", result.metrics)
+        run.trainer.save_state()
+    metrics = _evaluate(run) if training.do_eval else {}
+    if training.should_save:
+        _print_summary(run, adapter if training.do_train else None, metrics)
+    return adapter if training.do_train else output
+
+
+def _print_summary(run: Run, adapter: Path | None, metrics: dict[str, float]) -> None:
+    history = [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry]
+    lines = [f"{run.trainer.state.global_step} updates"]
+    if history:
+        lines.append(f"loss: {history[0]:.4f} at first, {history[-1]:.4f} at last")
+    if metrics:
+        lines.append(f"evaluation: loss {metrics['eval_loss']:.4f}, perplexity {metrics['perplexity']:.2f}")
+    if adapter is not None:
+        lines += [f"adapter: {adapter}", "", "It loads on its base in every process that imports hydralora:"]
+    Console().print(Panel("\n".join(lines), title="Finished", title_align="left", expand=False))
+    if adapter is not None:
+        print(f'import hydralora; PeftModel.from_pretrained(base, "{adapter}")')
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,188 @@
+"""Every option of `python -m hydralora.finetune`: those of the original's `fine-tuning.py`, and a few of ours.
+
+The classes and their order are the original's; options of transformers 4 that no longer exist are translated by
+`llava.train.retired_flags`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import transformers
+
+from hydralora.tuner.config import RoutingUnit
+from llava.errors import FlagError
+from llava.train.retired_flags import translate_retired_flags
+
+AUTO = "auto:"
+"""`--lora_nums auto:FILE` takes the number from a file that `python -m hydralora.components` wrote."""
+
+
+def _option(help_text: str, default: Any = None, **metadata: Any) -> Any:
+    """A command-line option with its help text."""
+    return field(default=default, metadata={"help": help_text, **metadata})
+
+
+@dataclass
+class ModelArguments:
+    """The base model and its tokenizer."""
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    model_name_or_path: str | None = _option("folder or hub id of the base: any causal language model of transformers")
+    tokenizer_name_or_path: str | None = _option("folder or hub id of the tokenizer; none given: that of the base")
+    config_overrides: str | None = _option("accepted for compatibility: refused unless empty, the base stays as it is")
+    config_name: str | None = _option("accepted for compatibility: refused unless empty, the base stays as it is")
+    tokenizer_name: str | None = _option("the same as --tokenizer_name_or_path")
+    cache_dir: str | None = _option("where files from a model hub are kept")
+    use_fast_tokenizer: bool = _option("accepted for compatibility: there is one kind of tokenizer today", True)
+    model_revision: str = _option("branch, tag or commit on the hub", "main")
+    use_auth_token: bool = _option("use the token that `hf auth login` stored", False)
+    torch_dtype: str | None = _option(
+        "dtype of the frozen base; none given: that of its files", choices=["auto", "bfloat16", "float16", "float32"]
+    )
+
+
+@dataclass
+class DataArguments:
+    """What is trained and evaluated on: JSON lists of instruction, input, output and, optionally, task_type."""
+
+    _argument_group_name: ClassVar[str] = "data"
+
+    dataset_dir: str | None = _option("folder whose .json files are trained on, the validation file left out")
+    train_file: str | None = _option("one file to train on, instead of --dataset_dir")
+    validation_file: str | None = _option("file to evaluate on")
+    overwrite_cache: bool = _option("tokenize again although a cache of the very same content exists", False)
+    validation_split_percentage: float = _option(
+        "share of the training records to evaluate on, with --do_eval and no --validation_file", 0.05
+    )
+    preprocessing_num_workers: int | None = _option("accepted for compatibility: tokenizers work in parallel already")
+    keep_linebreaks: bool = _option("accepted for compatibility: line breaks are kept", True)
+    data_cache_dir: str | None = _option("where tokenized data is kept; none given: a folder beside the data")
+    max_seq_length: int = _option("longest sequence in tokens; the rest is cut off", 1024)
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """How it is trained; everything else is transformers' `TrainingArguments`."""
+
+    _argument_group_name: ClassVar[str] = "training (including every option of transformers' TrainingArguments)"
+
+    remove_unused_columns: bool = _option("drop columns that the model does not take; does not apply here", False)
+    trainable: str = _option("linear layers to adapt, by comma, or all-linear", "q_proj,v_proj")
+    lora_rank: int = _option("rank of A and of every B", 8)
+    lora_dropout: float = _option("dropout before A", 0.1)
+    lora_alpha: float = _option("the update is scaled by alpha / rank", 32.0)
+    lora_nums: str = _option("number of experts, or auto:FILE (see python -m hydralora.components)", "2")
+    routing: str = _option("what the router decides for: token (the paper) or sequence", RoutingUnit.TOKEN.value)
+    balance_weight: float = _option("weight of an expert-balance loss; 0: none, as the original", 0.0)
+    modules_to_save: str | None = _option("other modules to train in full, by comma")
+    peft_path: str | None = _option("adapter to start from: ours, or one of the original")
+    flash_attn: bool = _option("use FlashAttention 2", False)
+    double_quant: bool = _option("4 bit: quantise the quantisation constants too", True)
+    quant_type: str = _option("4 bit: nf4 or fp4", "nf4")
+    load_in_kbits: int = _option("precision of the frozen base: 16, or 8 or 4 (QLoRA)", 16)
+
+
+@dataclass
+class RunArguments:
+    """All options of one run."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments
+
+    @property
+    def experts(self) -> int:
+        """The number of experts, read from the file if `--lora_nums` names one."""
+        return number_of_experts(self.training.lora_nums)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Folder or hub id of the tokenizer."""
+        return str(self.model.tokenizer_name_or_path or self.model.tokenizer_name or self.model.model_name_or_path)
+
+
+def number_of_experts(value: str) -> int:
+    """The number that `--lora_nums` means.
+
+    Raises:
+        FlagError: it is no positive number, or the file does not hold one.
+    """
+    source, number = "--lora_nums", value
+    if value.startswith(AUTO):
+        path = Path(value.removeprefix(AUTO))
+        source = f"--lora_nums {value}: 'suggested' in {path}"
+        try:
+            number = json.loads(path.read_text(encoding="utf-8"))["suggested"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FlagError(
+                f"--lora_nums {value}: {path} cannot be read or has no 'suggested' ({error}); "
+                "python -m hydralora.components writes such a file"
+            ) from error
+    if not str(number).isdecimal() or int(number) < 1:
+        raise FlagError(f"{source} is {number!r}, expected a number of experts of at least 1")
+    return int(number)
+
+
+def build_parser() -> transformers.HfArgumentParser:
+    """The options of this program."""
+    return transformers.HfArgumentParser(
+        [ModelArguments, DataArguments, TrainingArguments],
+        allow_abbrev=False,
+        prog="python -m hydralora.finetune",
+        usage="%(prog)s --model_name_or_path BASE --dataset_dir DATA --output_dir OUTPUT --do_train [options]",
+        description="Fine-tune a causal language model on instructions with HydraLoRA. An interrupted run continues.",
+        epilog="Example: scripts/hydralora/fine-tuning.sh.",
+    )
+
+
+def parse_args(argv: Sequence[str] | None = None) -> RunArguments:
+    """Options of a run, checked.
+
+    Raises:
+        FlagError: options are unknown, contradictory or not carried out; all problems are listed at once.
+    """
+    words = translate_retired_flags(sys.argv[1:] if argv is None else list(argv))
+    *parsed, unknown = build_parser().parse_args_into_dataclasses(
+        words, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        raise FlagError(f"unknown options {unknown}; --help lists all")
+    args = RunArguments(*parsed)
+    problems = list(_problems(args))
+    if problems:
+        raise FlagError("this run cannot start:\n  " + "\n  ".join(problems))
+    return args
+
+
+def _problems(args: RunArguments) -> list[str]:
+    model, data, training = args.model, args.data, args.training
+    problems = []
+    if not model.model_name_or_path:
+        problems.append("--model_name_or_path is missing")
+    problems += [
+        f"--{name}: the base is taken as it is; change its config.json instead"
+        for name in ("config_name", "config_overrides")
+        if getattr(model, name)
+    ]
+    if not (training.do_train or training.do_eval):
+        problems.append("nothing to do: pass --do_train, --do_eval, or both")
+    if training.do_train and not (data.dataset_dir or data.train_file):
+        problems.append("--do_train needs --dataset_dir or --train_file")
+    for name in ("dataset_dir", "train_file", "validation_file"):
+        path = getattr(data, name)
+        if path and not Path(path).exists():
+            problems.append(f"--{name} {path}: does not exist")
+    if training.load_in_kbits not in (4, 8, 16):
+        problems.append(f"--load_in_kbits {training.load_in_kbits}: known values are 4, 8 and 16")
+    try:
+        number_of_experts(training.lora_nums)
+    except FlagError as error:
+        problems.append(str(error))
+    return problems

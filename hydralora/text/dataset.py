@@ -1,0 +1,151 @@
+"""Tokenized data sets, cached by content, and their batches.
+
+The name of a cache file is a hash of the data file, the tokenizer and the length, so that a changed file, another
+tokenizer or another length never reads a stale cache (the original's name is made of the file's name and the length).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from hydralora.text.records import IGNORED, Example, read_records, tokenize
+from llava.errors import FlagError
+
+CACHE_FOLDER = ".tokenized"
+WITHOUT_EFFECT = frozenset({"name_or_path", "vocab_file", "tokenizer_file", "local_files_only", "model_max_length"})
+"""Settings of a tokenizer that say where it lies, or that tokenizing without truncation does not read."""
+
+FORMAT = 1
+"""Part of the name of a cache file; to be raised when its meaning changes."""
+
+
+class InstructionDataset(Dataset[Example]):
+    """Tokenized records."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = list(examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+    def split(self, share: float, seed: int) -> tuple[InstructionDataset, InstructionDataset]:
+        """Two parts, the second with `share` of the records (at least one), drawn by `seed`.
+
+        Raises:
+            FlagError: one part would be empty.
+        """
+        count = max(1, round(share * len(self)))
+        if not 0 < share < 1 or count >= len(self):
+            raise FlagError(f"--validation_split_percentage {share} of {len(self)} records leaves nothing to train on")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        first, second = sorted(order[count:]), sorted(order[:count])
+        return InstructionDataset([self[i] for i in first]), InstructionDataset([self[i] for i in second])
+
+
+def training_files(dataset_dir: str | None, train_file: str | None, validation_file: str | None) -> list[Path]:
+    """Files to train on: `train_file`, or every `.json` in `dataset_dir` but the validation file, by name.
+
+    Raises:
+        FlagError: there is none.
+    """
+    if train_file is not None:
+        return [Path(train_file)]
+    folder = Path(dataset_dir or ".")
+    held_out = None if validation_file is None else Path(validation_file).resolve()
+    files = [path for path in sorted(folder.glob("*.json")) if path.resolve() != held_out]
+    if not files:
+        raise FlagError(f"--dataset_dir {folder}: holds no .json file to train on beside the validation file")
+    return files
+
+
+def cache_name(path: Path, tokenizer: Any, max_length: int) -> str:
+    """Name of the cache file of a data file, from its content."""
+    digest = hashlib.sha256(path.read_bytes())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    options = {name: value for name, value in tokenizer.init_kwargs.items() if name not in WITHOUT_EFFECT}
+    settings = [FORMAT, max_length, tokenizer.eos_token, type(tokenizer).__name__, sorted(options.items()), vocabulary]
+    digest.update(json.dumps(settings, default=str).encode())
+    return f"{path.stem}-{digest.hexdigest()[:32]}.safetensors"
+
+
+def load_examples(
+    path: Path, tokenizer: Any, max_length: int, cache_dir: str | Path | None = None, overwrite: bool = False
+) -> list[Example]:
+    """Tokenized records of a file, from its cache if that has been made of the very same content.
+
+    Args:
+        path: JSON file of records.
+        tokenizer: tokenizer of the model.
+        max_length: longest sequence in tokens.
+        cache_dir: where the cache lies; None: `.tokenized` beside the file.
+        overwrite: make the cache anew.
+
+    Raises:
+        BadSampleError: a record is malformed.
+    """
+    cache = Path(cache_dir or path.parent / CACHE_FOLDER) / cache_name(path, tokenizer, max_length)
+    if cache.is_file() and not overwrite:
+        return _unpack(load_file(cache))
+    examples = tokenize(read_records(path), tokenizer, max_length)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=cache.parent, suffix=".partial", delete=False) as partial:
+        try:
+            save_file(_pack(examples), partial.name)
+            os.replace(partial.name, cache)
+        finally:
+            Path(partial.name).unlink(missing_ok=True)
+    return examples
+
+
+def _pack(examples: Sequence[Example]) -> dict[str, Tensor]:
+    ids = [torch.tensor(example.input_ids, dtype=torch.int32) for example in examples]
+    return {
+        "input_ids": torch.cat(ids) if ids else torch.empty(0, dtype=torch.int32),
+        "lengths": torch.tensor([len(each) for each in ids], dtype=torch.int64),
+        "source_lengths": torch.tensor([example.source_length for example in examples], dtype=torch.int64),
+        "tasks": torch.tensor([example.task for example in examples], dtype=torch.int64),
+    }
+
+
+def _unpack(tensors: dict[str, Tensor]) -> list[Example]:
+    ids = tensors["input_ids"].split(tensors["lengths"].tolist())
+    sources, tasks = tensors["source_lengths"].tolist(), tensors["tasks"].tolist()
+    return [Example(each.tolist(), source, task) for each, source, task in zip(ids, sources, tasks, strict=True)]
+
+
+class InstructionCollator:
+    """Pads examples on the right.
+
+    Args:
+        pad_id: id in place of padding.
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """`input_ids`, `labels` (-100 at source and padding) and `attention_mask`, (B, T) int64; `task_types` (B,)."""
+        ids = [torch.tensor(example.input_ids) for example in examples]
+        labels = [torch.tensor(example.labels) for example in examples]
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_id),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+            "attention_mask": pad_sequence([torch.ones_like(each) for each in ids], batch_first=True),
+            "task_types": torch.tensor([example.task for example in examples]),
+        }

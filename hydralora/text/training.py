@@ -1,0 +1,202 @@
+"""The base with its adapter, the Trainer, and what a run leaves behind.
+
+Corresponds to `main` of the original's `fine-tuning.py`. The balance loss and the routing statistics by task, which the
+original prepares and never computes, are carried out here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback
+
+from hydralora.layer import expert_balance_loss
+from hydralora.model import RoutingRecorder
+from hydralora.statistics import TaskStatistics
+from hydralora.text.arguments import RunArguments
+from hydralora.tuner import HydraLoraConfig, hydralora_layers
+from hydralora.tuner.original import import_adapter
+from llava.errors import FlagError
+from llava.hub import TOKENIZER_FILES, local_folder
+from llava.tokenizer import load_tokenizer as read_tokenizer
+from llava.train.sampling import EpochSampler, random_order
+
+ADAPTER_FOLDER = "sft_lora_model"
+"""Where the original puts the finished adapter, in the output folder and in each checkpoint."""
+
+logger = logging.getLogger(__name__)
+
+
+def load_tokenizer(args: RunArguments) -> Any:
+    """The tokenizer; one without padding token pads by `<unk>`, or by the end-of-sequence token."""
+    model = args.model
+    folder = local_folder(
+        args.tokenizer_name,
+        TOKENIZER_FILES,
+        revision=model.model_revision,
+        cache_dir=model.cache_dir,
+        token=model.use_auth_token or None,
+    )
+    return read_tokenizer(folder)
+
+
+def load_base(args: RunArguments) -> nn.Module:
+    """The frozen base, in 16, 8 or 4 bits.
+
+    Raises:
+        FlagError: bitsandbytes is needed and not installed.
+    """
+    model, training = args.model, args.training
+    dtype: Any = "auto" if model.torch_dtype in (None, "auto") else getattr(torch, str(model.torch_dtype))
+    options: dict[str, Any] = {"dtype": dtype, "cache_dir": model.cache_dir, "revision": model.model_revision}
+    if training.flash_attn:
+        options["attn_implementation"] = "flash_attention_2"
+    if training.load_in_kbits != 16:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise FlagError(
+                f"--load_in_kbits {training.load_in_kbits} needs bitsandbytes: pip install 'llava-extensions[quant]'"
+            )
+        options["quantization_config"] = _quantisation(args)
+        if training.device.type == "cuda":  # quantised weights cannot be moved there later
+            options["device_map"] = {"": training.device}
+    base = AutoModelForCausalLM.from_pretrained(model.model_name_or_path, token=model.use_auth_token or None, **options)
+    base.config.use_cache = False
+    return base
+
+
+def _quantisation(args: RunArguments) -> BitsAndBytesConfig:
+    training = args.training
+    if training.load_in_kbits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32,
+        bnb_4bit_use_double_quant=training.double_quant,
+        bnb_4bit_quant_type=training.quant_type,
+    )
+
+
+def add_adapter(base: nn.Module, args: RunArguments) -> PeftModel:
+    """The base with a new adapter, or with the one that `--peft_path` names, ours or the original's."""
+    training = args.training
+    if training.peft_path:
+        return _load_adapter(base, Path(training.peft_path))
+    modules = [name.strip() for name in training.trainable.split(",") if name.strip()]
+    config = HydraLoraConfig(
+        r=training.lora_rank,
+        lora_alpha=training.lora_alpha,
+        lora_nums=args.experts,
+        lora_dropout=training.lora_dropout,
+        target_modules="all-linear" if modules == ["all-linear"] else modules,
+        modules_to_save=training.modules_to_save.split(",") if training.modules_to_save else None,
+        routing=training.routing,
+        balance_weight=training.balance_weight,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(base, config)
+
+
+def _load_adapter(base: nn.Module, folder: Path) -> PeftModel:
+    """A stored adapter, to go on training it.
+
+    Raises:
+        FlagError: the folder holds none.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise FlagError(f"--peft_path {folder}: has no {CONFIG_NAME}, so it is no adapter")
+    if json.loads(path.read_text(encoding="utf-8")).get("peft_type") != "LORA":
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            import_adapter(folder, Path(scratch) / "adapter")
+        except ValueError as error:
+            raise FlagError(f"--peft_path: {error}") from error
+        return PeftModel.from_pretrained(base, str(Path(scratch) / "adapter"), is_trainable=True)
+
+
+class AdapterFolders(TrainerCallback):
+    """Writes the adapter into `sft_lora_model` of every checkpoint, where the original's tools look for it."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called after a checkpoint is written."""
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            link_adapter(folder, folder / ADAPTER_FOLDER)
+
+
+def link_adapter(source: Path, target: Path) -> None:
+    """Put the adapter and tokenizer files of `source` under `target` too, without storing them twice where possible."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.is_file() and any(path.match(pattern) for pattern in ("adapter_*", *TOKENIZER_FILES)):
+            copy = target / path.name
+            copy.unlink(missing_ok=True)
+            copy.hardlink_to(path)
+
+
+class HydraLoraTrainer(Trainer):
+    """Trainer that adds the balance loss and logs the share of each expert, by task where the data has tasks."""
+
+    def __init__(self, *, balance_weight: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.balance_weight = balance_weight
+        self.statistics = TaskStatistics()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        if self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        size = len(self.train_dataset if train_dataset is None else train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(random_order(size), size, seed)  # the same order after an interruption
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # The Trainer would take the folder `sft_lora_model` in a checkpoint for a second adapter, and load that alone.
+        target: Any = self.model if model is None else model
+        target.load_adapter(resume_from_checkpoint, target.active_adapter, is_trainable=True)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The language-model loss, and in training the weighted expert-balance loss of all layers."""
+        inputs = dict(inputs)
+        tasks = inputs.pop("task_types", None)
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        recorder = RoutingRecorder(hydralora_layers(self.accelerator.unwrap_model(model)))
+        recorder.start()
+        try:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        finally:
+            recorded = recorder.stop()
+        routings = [passes[-1] for passes in recorded.values() if passes]
+        mask = inputs.get("attention_mask")
+        self.statistics.add(routings, mask, None if tasks is None else tasks.tolist())
+        if self.balance_weight and routings and routings[0].probabilities.shape[-1] > 1:
+            share = self._micro_batch_share(num_items_in_batch)
+            loss = loss + share * self.balance_weight * expert_balance_loss(routings, mask)
+        return (loss, outputs) if return_outputs else loss
+
+    def _micro_batch_share(self, num_items_in_batch: Tensor | int | None) -> float:
+        """What a mean over a micro batch is to be multiplied with, unless the Trainer does so afterwards."""
+        divided_later = not self.model_accepts_loss_kwargs or num_items_in_batch is None
+        return 1.0 if divided_later else 1 / self.current_gradient_accumulation_steps
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the routing since the last line of this process."""
+        if "loss" in logs:
+            logs = logs | self.statistics.pop()
+        super().log(logs, start_time)

@@ -1,0 +1,109 @@
+"""Instruction records against the original's token ids, and what may be read from a cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hydralora.text import dataset as dataset_module
+from hydralora.text.dataset import InstructionCollator, InstructionDataset, load_examples, training_files
+from hydralora.text.records import Example, read_records, tokenize
+from llava.errors import BadSampleError, FlagError
+from llava.tokenizer import load_tokenizer
+from tests.golden import golden_dir, load_case
+
+CASE = load_case("hydralora", "build_dataset")[0]
+
+
+def tokenizer(**options: Any) -> Any:
+    return load_tokenizer(golden_dir("tokenizer"), legacy=True, **options)
+
+
+@pytest.mark.parametrize("run", CASE["runs"], ids=lambda run: f"length {run['max_seq_length']}")
+def test_ids_and_labels_are_the_originals(run: dict[str, Any]) -> None:
+    examples = tokenize(CASE["records"], tokenizer(), run["max_seq_length"])
+    assert len(examples) == len(run["rows"]) == 10
+    for example, row in zip(examples, run["rows"], strict=True):
+        assert example.input_ids == row["input_ids"]
+        assert example.labels == row["labels"]
+
+
+def test_the_task_is_optional() -> None:
+    record = {"instruction": "Say yes.", "output": "Yes."}
+    (example,) = tokenize([record], tokenizer(), 64)
+    assert example.task == -1
+    assert tokenize([record | {"task_type": 3, "input": None}], tokenizer(), 64) == [example._replace(task=3)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "no valid JSON"),
+        ('{"a": 1}', "holds a dict, expected a list"),
+        ('[{"instruction": "a", "output": "b"}, 3]', "row 1: is a int"),
+        ('[{"instruction": "a"}]', "row 0: 'output' is None"),
+        ('[{"instruction": "a", "output": "b", "input": 5}]', "row 0: 'input' is 5"),
+        ('[{"instruction": "a", "output": "b", "task_type": "x"}]', "row 0: 'task_type' is 'x'"),
+    ],
+)
+def test_malformed_records_are_named(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(content)
+    with pytest.raises(BadSampleError, match=message) as caught:
+        read_records(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_cache_is_used_only_for_the_very_same_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(CASE["records"]))
+    calls: list[int] = []
+    real = dataset_module.tokenize
+    monkeypatch.setattr(dataset_module, "tokenize", lambda *args: calls.append(1) or real(*args))
+    first = load_examples(path, tokenizer(), 64)
+    assert load_examples(path, tokenizer(), 64) == first == tokenize(CASE["records"], tokenizer(), 64)
+    assert len(calls) == 1
+    assert load_examples(path, tokenizer(), 24) != first
+    load_examples(path, load_tokenizer(golden_dir("tokenizer"), legacy=False), 64)
+    path.write_text(json.dumps(CASE["records"][1:]))
+    assert load_examples(path, tokenizer(), 64) == first[1:]
+    assert len(calls) == 4
+    load_examples(path, tokenizer(), 64, overwrite=True)
+    assert len(calls) == 5
+    load_examples(path, tokenizer(), 64, cache_dir=tmp_path / "elsewhere")
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 1
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_the_validation_file_is_not_trained_on(tmp_path: Path) -> None:
+    for name in ("b.json", "a.json", "test.json", "notes.txt"):
+        (tmp_path / name).write_text("[]")
+    held_out = str(tmp_path / "test.json")
+    assert [path.name for path in training_files(str(tmp_path), None, held_out)] == ["a.json", "b.json"]
+    assert training_files(None, str(tmp_path / "b.json"), held_out) == [tmp_path / "b.json"]
+    with pytest.raises(FlagError, match=r"no \.json file to train on"):
+        training_files(str(tmp_path / "empty"), None, None)
+
+
+def test_split() -> None:
+    data = InstructionDataset([Example([number], 0, -1) for number in range(40)])
+    train, held_out = data.split(0.05, seed=1)
+    assert (len(train), len(held_out)) == (38, 2)
+    assert sorted(train.examples + held_out.examples) == data.examples
+    assert data.split(0.05, seed=1)[1].examples == held_out.examples
+    assert data.split(0.05, seed=2)[1].examples != held_out.examples
+    with pytest.raises(FlagError, match="leaves nothing to train on"):
+        InstructionDataset(data.examples[:1]).split(0.05, seed=1)
+
+
+def test_batches() -> None:
+    """An `<unk>` of the text, id 0 as padding, stays visible."""
+    batch = InstructionCollator(0)([Example([1, 0, 5, 2], 2, 4), Example([1, 7], 1, -1)])
+    assert batch["input_ids"].tolist() == [[1, 0, 5, 2], [1, 7, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 5, 2], [-100, 7, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert torch.equal(batch["task_types"], torch.tensor([4, -1]))

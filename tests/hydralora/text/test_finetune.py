@@ -1,0 +1,282 @@
+"""The fine-tuning program: the original's run, its flags and files, resuming, other models and modules."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from hydralora.finetune import build_run, main, parse_args
+from hydralora.text.arguments import build_parser, number_of_experts
+from hydralora.tuner.original import to_original
+from llava.errors import FlagError
+from llava.train.retired_flags import MEANINGLESS, RENAMED, TRANSLATED
+from tests.golden import golden_dir, load_case
+
+CASE, TENSORS = load_case("hydralora", "finetune_run")
+FLAGS = load_case("hydralora", "cli_flags")[0]
+PREFIX = "base_model.model."
+
+REFUSED = {
+    *("config_overrides", "config_name", "deepspeed", "fsdp", "fsdp_transformer_layer_cls_to_wrap"),
+    *("fsdp_min_num_params", "sharded_ddp", "xpu_backend", "per_gpu_train_batch_size", "per_gpu_eval_batch_size"),
+    *("use_ipex", "torchdynamo", "push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token"),
+}
+"""Flags that are refused with the value "x": by their values, or with a word on what to use instead."""
+
+
+def section(name: str) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{name}/"): value for key, value in TENSORS.items() if key.startswith(f"{name}/")}
+
+
+def save_base(folder: Path) -> Path:
+    """The base of the golden run with its tokenizer; norms rounded to fp16, as the original does at its start."""
+    model = LlamaForCausalLM(LlamaConfig(**CASE["hyper_parameters"]["llama"]))
+    weights = {k.removeprefix(PREFIX): v for k, v in section("w").items() if ".lora_" not in k}
+    model.load_state_dict({k: v.half().float() if "norm" in k else v for k, v in weights.items()})
+    model.save_pretrained(folder)
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(golden_dir("tokenizer") / name, folder)
+    return folder
+
+
+def save_start(folder: Path) -> Path:
+    """The adapter that the golden run starts from, in the original's format."""
+    folder.mkdir()
+    torch.save({k: v for k, v in section("w").items() if ".lora_" in k}, folder / "adapter_model.bin")
+    (folder / "adapter_config.json").write_text(json.dumps(CASE["results"]["adapter_config"]))
+    return folder
+
+
+def save_data(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "train.json").write_text(json.dumps(CASE["records"]))
+    return folder
+
+
+def command_line(folder: Path, output: Path, **changes: Any) -> list[str]:
+    options: dict[str, Any] = {
+        "model_name_or_path": folder / "base",
+        "dataset_dir": folder / "data",
+        "output_dir": output,
+        "do_train": True,
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "learning_rate": 2e-3,
+        "max_seq_length": 64,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "lora_dropout": 0.0,
+        "lora_rank": 4,
+        "lora_nums": 3,
+        "trainable": "gate_proj,up_proj,down_proj",
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return [word for key, value in (options | changes).items() for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base/, data/ and start/ of the golden run."""
+    path = tmp_path_factory.mktemp("finetune")
+    save_base(path / "base")
+    save_data(path / "data")
+    save_start(path / "start")
+    return path
+
+
+def history(output: Path) -> list[dict[str, float]]:
+    return json.loads((output / "trainer_state.json").read_text())["log_history"]
+
+
+class OriginalAdamW(torch.optim.Optimizer):
+    """AdamW of transformers 4.30: epsilon is added before the bias correction; torch's adds it afterwards."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], rate: float) -> None:
+        super().__init__(parameters, {"lr": rate})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                state["step"] = step = state.get("step", 0) + 1
+                first = state["m"] = 0.9 * state.get("m", 0) + 0.1 * weight.grad
+                second = state["v"] = 0.999 * state.get("v", 0) + 0.001 * weight.grad**2
+                rate = group["lr"] * (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
+                weight -= rate * first / (second.sqrt() + 1e-8)
+
+
+@pytest.mark.parametrize("optimizer", ["the original's", "torch's"])
+def test_the_originals_run(optimizer: str, folder: Path, tmp_path: Path) -> None:
+    """Losses, learning rates and final weights of the original's `main`, from its adapter and its flags."""
+    given = {name.removeprefix("--"): value for name, value in CASE["arguments"].items()}
+    run = build_run(parse_args(command_line(folder, tmp_path, peft_path=folder / "start", **given)))
+    if optimizer == "the original's":
+        trained = [weight for weight in run.model.parameters() if weight.requires_grad]
+        run.trainer.optimizer = OriginalAdamW(trained, given["learning_rate"])
+    run.trainer.train()
+    run.trainer.save_model()
+    ours = [row for row in run.trainer.state.log_history if "loss" in row]
+    theirs = CASE["results"]["log_history"][:4]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["step"] == other["step"]
+        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-3)
+    # The original logs the rate of the next update, transformers 5 that of the update.
+    assert [row["learning_rate"] for row in ours][1:] == pytest.approx([row["learning_rate"] for row in theirs][:3])
+    final = to_original(load_file(tmp_path / "adapter_model.safetensors"))
+    expected, start = section("out/final"), section("w")
+    assert final.keys() == expected.keys()
+    distances = torch.cat([(final[key] - expected[key]).abs().flatten() for key in expected])
+    if optimizer == "the original's":
+        assert distances.max() < 1e-5
+    else:  # the few elements whose gradient is near epsilon; an update of the others is near 2e-3
+        assert (distances > 1e-5).sum() <= 60  # measured: 48 of 4640, by 4e-4 at most
+        assert distances.max() < 6e-4
+    assert any(not torch.allclose(expected[key], start[key], atol=1e-4) for key in expected), "the run must move them"
+
+
+def test_the_files_of_the_original_are_there(folder: Path, tmp_path: Path) -> None:
+    main(command_line(folder, tmp_path))
+    present = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    # The adapter is stored as safetensors; the Trainer's copy of it in each checkpoint has PEFT's name.
+    renamed = {"pytorch_model.bin": "adapter_model.safetensors", "adapter_model.bin": "adapter_model.safetensors"}
+    wanted = set()
+    for name in CASE["results"]["output_files"]:
+        parent, _, last = name.rpartition("/")
+        wanted.add(f"{parent}/{renamed.get(last, last)}".lstrip("/"))
+    missing = {name for name in wanted if not name.endswith("special_tokens_map.json")} - present
+    assert not missing
+
+
+@pytest.mark.parametrize("flag", FLAGS["own_flags"] + FLAGS["trainer_flags"], ids=lambda flag: flag["flags"][0])
+def test_every_flag_of_the_original_parses(flag: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    name = flag["dest"]
+    base = command_line(folder, tmp_path)
+    if name in REFUSED:
+        with pytest.raises((FlagError, SystemExit, ValueError, OSError)):
+            parse_args([*base, flag["flags"][0], "x"])
+        return
+    known = {option for action in build_parser()._actions for option in action.option_strings}
+    written = flag["flags"][0]
+    assert written in known or written.removeprefix("--") in {*MEANINGLESS, *RENAMED, *TRANSLATED}
+
+
+@pytest.mark.parametrize("flag", FLAGS["own_flags"], ids=lambda flag: flag["flags"][0])
+def test_defaults_are_those_of_the_original(flag: dict[str, Any]) -> None:
+    (action,) = [action for action in build_parser()._actions if flag["flags"][0] in action.option_strings]
+    default = str(flag["default"]) if flag["dest"] == "lora_nums" else flag["default"]
+    assert action.default == default
+    assert (list(action.choices) if action.choices else None) == flag["choices"]
+
+
+def test_resume_is_exact(folder: Path, tmp_path: Path) -> None:
+    options = {"per_device_train_batch_size": 1, "lora_dropout": 0.2, "balance_weight": 0.1}
+    main(command_line(folder, tmp_path / "whole", **options))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
+    main(command_line(folder, tmp_path / "cut", **options))
+    names = "sft_lora_model/adapter_model.safetensors"
+    assert (tmp_path / "cut" / names).read_bytes() == (tmp_path / "whole" / names).read_bytes()
+    losses = [[row["loss"] for row in history(tmp_path / each) if "loss" in row] for each in ("whole", "cut")]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("trainable", ["q_proj,v_proj", "all-linear", "o_proj"])
+def test_any_modules_of_any_model(trainable: str, folder: Path, tmp_path: Path) -> None:
+    """A Qwen2 with modules that the original cannot adapt; the adapter loads, and `generate` works."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Qwen2Config(vocab_size=896, num_key_value_heads=2, **sizes)
+    shutil.copytree(folder / "base", tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "base")
+    options = {"model_name_or_path": tmp_path / "base", "trainable": trainable, "gradient_checkpointing": True}
+    adapter = main(command_line(folder, tmp_path / "out", **options))
+    losses = [row["loss"] for row in history(tmp_path / "out") if "loss" in row]
+    assert losses[-1] < losses[0]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(adapter)).eval()
+    ids = torch.tensor([[1, 300, 400]])
+    assert model.generate(input_ids=ids, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 6)
+    with torch.no_grad():
+        tuned = model(input_ids=ids).logits
+        with model.disable_adapter():
+            assert not torch.allclose(tuned, model(input_ids=ids).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_base(bits: int, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")
+    main(command_line(folder, tmp_path, load_in_kbits=bits, max_steps=2))
+    assert [row for row in history(tmp_path) if "loss" in row]
+
+
+def test_balance_loss_and_routing_by_task(folder: Path, tmp_path: Path) -> None:
+    main(command_line(folder, tmp_path / "without"))
+    main(command_line(folder, tmp_path / "with", balance_weight=0.5))
+    first = [history(tmp_path / name)[0] for name in ("without", "with")]
+    # The balance loss of three experts lies between 1/3 and 1; at the start it is near 1/3.
+    assert 0.5 / 3 - 1e-3 < first[1]["loss"] - first[0]["loss"] < 0.5
+    for task in (0, 1, 2):
+        shares = [first[0][f"routing/task_{task}/share_{expert}"] for expert in range(3)]
+        assert sum(shares) == pytest.approx(1)
+    assert 0 < first[0]["routing/entropy"] <= torch.log(torch.tensor(3.0)).item() + 1e-6
+    weights = [load_file(tmp_path / n / "sft_lora_model" / "adapter_model.safetensors") for n in ("without", "with")]
+    assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0] if "router" in key)
+
+
+def test_accumulation_does_not_change_the_update(folder: Path, tmp_path: Path) -> None:
+    """Four records at once or one by one: equal losses; the balance loss is a mean over the micro batches."""
+    options = {"max_steps": 2, "save_strategy": "no", "train_sampling_strategy": "sequential"}
+    main(command_line(folder, tmp_path / "once", **options))
+    steps = options | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    main(command_line(folder, tmp_path / "steps", **steps))
+    losses = [[row["loss"] for row in history(tmp_path / n) if "loss" in row] for n in ("once", "steps")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    main(command_line(folder, tmp_path / "balanced", **steps, balance_weight=0.5))
+    balanced = [row["loss"] for row in history(tmp_path / "balanced") if "loss" in row]
+    assert 0.5 / 3 - 1e-2 < balanced[0] - losses[1][0] < 0.5
+
+
+def test_evaluation(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "test.json").write_text(json.dumps(CASE["records"][:2]))
+    options = {"do_eval": True, "validation_file": tmp_path / "test.json", "eval_strategy": "steps", "eval_steps": 2}
+    main(command_line(folder, tmp_path / "out", **options))
+    metrics = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert metrics["perplexity"] == pytest.approx(torch.tensor(metrics["eval_loss"]).exp().item(), rel=1e-5)
+    evaluated = [row["eval_loss"] for row in history(tmp_path / "out") if "eval_loss" in row]
+    assert len(evaluated) == 2
+    assert evaluated[1] < evaluated[0]
+
+
+def test_experts_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "components.json"
+    path.write_text('{"suggested": 5}')
+    assert number_of_experts(f"auto:{path}") == 5
+    assert number_of_experts("3") == 3
+    for value in ("0", "many", "auto:missing.json"):
+        with pytest.raises(FlagError, match="--lora_nums"):
+            number_of_experts(value)
+
+
+def test_all_problems_at_once(folder: Path, tmp_path: Path) -> None:
+    changes = {"do_train": False, "load_in_kbits": 3, "lora_nums": 0, "config_name": "x", "dataset_dir": "missing"}
+    with pytest.raises(FlagError) as caught:
+        parse_args(command_line(folder, tmp_path, **changes))
+    for name in ("nothing to do", "--load_in_kbits 3", "--lora_nums", "--config_name", "missing"):
+        assert name in str(caught.value)
+    with pytest.raises(FlagError, match="unknown options"):
+        parse_args([*command_line(folder, tmp_path), "--lora_rnak", "3"])
+
+
+def test_a_folder_that_is_no_adapter_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FlagError, match="is no adapter"):
+        build_run(parse_args(command_line(folder, tmp_path, peft_path=folder / "data")))
