@@ -288,11 +288,11 @@ def test_trained_tower_is_in_the_checkpoint(kind: str, recipe: str, folders: dic
 def test_resuming_a_trained_tower(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     options = {"vision_tower": folders[kind], "model_name_or_path": LLAVA / "tiny-vicuna", "save_steps": 2}
     options |= {"unfreeze_mm_vision_tower": True, "max_steps": 4, "save_total_limit": 4}
+    options |= {"lr_scheduler_type": "constant"}
     main(command_line(tmp_path / "whole", **options))
-    main(command_line(tmp_path / "cut", **options | {"max_steps": 2, "lr_scheduler_type": "constant"}))
-    main(command_line(tmp_path / "whole_constant", **options | {"lr_scheduler_type": "constant"}))
-    main(command_line(tmp_path / "cut", **options | {"lr_scheduler_type": "constant"}))
-    _, whole, _, _ = load_pretrained_model(str(tmp_path / "whole_constant"), device="cpu")
+    main(command_line(tmp_path / "cut", **options | {"max_steps": 2}))
+    main(command_line(tmp_path / "cut", **options))
+    _, whole, _, _ = load_pretrained_model(str(tmp_path / "whole"), device="cpu")
     _, resumed, _, _ = load_pretrained_model(str(tmp_path / "cut"), device="cpu")
     difference = (whole.get_vision_tower()(PIXELS) - resumed.get_vision_tower()(PIXELS)).abs().max()
     assert difference == 0
@@ -303,6 +303,12 @@ def test_a_saved_tower_of_another_kind_is_refused(folders: dict[str, Path]) -> N
         build(folders["clip"]).load_weights(folders["open_clip"])
     with pytest.raises(CheckpointError, match=r"missing|shape"):
         build(folders["clip"]).load_weights(folders["siglip"])
+
+
+def test_several_scales_are_refused() -> None:
+    config = SimpleNamespace(mm_vision_tower=str(CLIP), mm_vision_select_layer=-2, s2=True)
+    with pytest.raises(FlagError, match="several scales"):
+        build_vision_tower(config)
 
 
 def test_a_learning_rate_for_a_frozen_tower_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, FlagError
 from llava.hub import is_hub_id
 from llava.model.formats import TOWER_MARKERS
 from llava.model.multimodal_encoder import open_clip_encoder
@@ -98,8 +98,10 @@ def build_vision_tower(config: Any, near: Iterable[str | Path] = ()) -> VisionTo
 
     Raises:
         CheckpointError: the tower cannot be found, or is of an unknown kind.
-        FlagError: the selected layer or feature does not exist.
+        FlagError: the selected layer or feature does not exist, or the tower is to see a picture in several scales.
     """
+    if getattr(config, "s2", False):
+        raise FlagError("the configuration asks for a tower in several scales (s2), which is not carried out here")
     path = resolve_vision_tower(config.mm_vision_tower, near)
     return tower_class(path)(
         path,

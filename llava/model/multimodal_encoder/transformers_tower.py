@@ -41,7 +41,7 @@ class TransformersTower(VisionTower):
 
     def read_image_processor(self) -> Any:
         """The processor of `preprocessor_config.json`; torchvision's resizing differs from the original's."""
-        return self.processor_class.from_pretrained(self.vision_tower_name, local_files_only=True)
+        return self.processor_class.from_pretrained(self.vision_tower_name)
 
     def optional_weights(self, network: Any) -> Sequence[nn.Module]:
         """Parts that no feature depends on and that a checkpoint may lack."""
