@@ -125,9 +125,9 @@ def compare_weights(run: Run, folder: Path) -> None:
     assert moved, "the run must have changed something"
 
 
-def test_order_of_the_lora_run() -> None:
+def test_order_of_the_lora_run(tmp_path: Path) -> None:
     """Two epochs, five micro batches each; the original drops the last two."""
-    run = build_run(parse_args(command_line("lora", Path("unused")), {}))
+    run = build_run(parse_args(command_line("lora", tmp_path), {}))
     order = modality_order(run.dataset.modality_lengths, 2, 2)
     sampler = EpochSampler(order, len(run.dataset), 42)
     rows = []

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from llava.eval import model_vqa_loader
 from llava.model.builder import load_pretrained_model
 from llava.model.formats import inspect_checkpoint
 from llava.train.train import main
@@ -99,3 +100,26 @@ def test_runs_on_the_tiny_model(script: str, tmp_path: Path) -> None:
     assert model.config.mm_projector_type == ("mlp2x_gelu" if "v1_5" in script or script == HYDRA else "linear")
     state = json.loads((output / "trainer_state.json").read_text())
     assert state["global_step"] == 2
+
+
+def test_the_evaluation_script_answers_with_what_the_training_script_made(tmp_path: Path) -> None:
+    data = LLAVA / "data"
+    projector = stage_1(tmp_path, HYDRA) / "mm_projector.bin"
+    trained = train(HYDRA, tmp_path / "hydra", LLAVA / "tiny-vicuna", data / "finetune.json", projector)
+    image = next(row["image"] for row in json.loads((data / "finetune.json").read_text()) if "image" in row)
+    questions = [{"question_id": number, "image": image, "text": f"Question {number}?"} for number in range(3)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    paths = {
+        "MODEL": LLAVA / "tiny-vicuna",
+        "CHECKPOINT": trained,
+        "QUESTIONS": tmp_path / "questions.jsonl",
+        "IMAGES": data / "images",
+        "ANSWERS": tmp_path / "answers.jsonl",
+    }
+    environment = " ".join(f"{name}={shlex.quote(str(path))}" for name, path in paths.items())
+    (tmp_path / "shell").mkdir()
+    snippet = Snippet("block", f"{environment} bash scripts/MLLM_HydraLoRA_eval.sh --device cpu --max_new_tokens 3\n")
+    (command,) = command_lines.run_with_stand_ins(snippet, tmp_path / "shell")
+    model_vqa_loader.main(command[command.index("llava.eval.model_vqa_loader") + 1 :])
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [answer["question_id"] for answer in answers] == [0, 1, 2]
