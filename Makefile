@@ -1,6 +1,6 @@
 # Everything from a fresh clone, on a machine that has Python 3.11 or 3.12 and make. `make` alone lists the targets.
 
-EXTRAS ?= dev,quant,openclip,eval,analysis
+EXTRAS ?= dev,train,quant,openclip,eval,analysis
 WORKERS ?= 2
 ARGS ?=
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 import transformers
 
 from llava.errors import FlagError
@@ -105,6 +106,12 @@ class TrainingArguments(transformers.TrainingArguments):
         """Resolve `--deepspeed` before transformers reads it."""
         self.deepspeed = zero_settings(self)
         super().__post_init__()
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this process. Accelerate numbers CPUs among several processes, which `torch.load` does not know."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
 
 @dataclass

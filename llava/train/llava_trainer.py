@@ -158,6 +158,12 @@ class LLaVATrainer(Trainer):
 
     # Checkpoints
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed after the last update; Trainer would make another
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staged is None else str(self._staged.parent)
 

@@ -9,6 +9,7 @@ import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
+from llava.errors import FlagError
 from llava.train.arguments import RunArguments
 from llava.utils import package_versions
 
@@ -29,9 +30,11 @@ def write_run_record(args: RunArguments) -> Path:
 
     Returns:
         Path of the file. It is written whole or not at all.
+
+    Raises:
+        FlagError: the output folder cannot be written.
     """
     folder = Path(args.training.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     record = {
         "arguments": args.to_dict(),
         "seed": args.training.seed,
@@ -41,8 +44,12 @@ def write_run_record(args: RunArguments) -> Path:
     }
     path = folder / RUN_FILE
     partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise FlagError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
     return path
 
 

@@ -71,7 +71,10 @@ def remove_leftovers(output: Path) -> list[str]:
     """Delete what a killed run left half-written in its output folder; returns the names."""
     leftovers = sorted(output.glob(f"{STAGING_PREFIX}*")) if output.is_dir() else []
     for path in leftovers:
-        shutil.rmtree(path)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     return [path.name for path in leftovers]
 
 

@@ -22,11 +22,12 @@ from llava.anyres import check_grid_pinpoints
 from llava.conversation import Conversation, select_template
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, FlagError, TrainingError
 from llava.extension import installed_extensions
 from llava.model.checkpoint import copy_tensors
 from llava.model.components import Component, components
 from llava.model.formats import IMAGE_TOKENS_FILE, NEWLINE, check_base, projector_file, read_projector
+from llava.model.generation_defaults import mend_generation_config
 from llava.model.image_tokens import (
     BORDER_TOKENS,
     add_image_tokens,
@@ -41,9 +42,10 @@ from llava.model.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments, parse_args
 from llava.train.freeze import freeze, print_trainable, trained_components
-from llava.train.llava_trainer import LLaVATrainer
+from llava.train.llava_trainer import LLaVATrainer, last_checkpoint
 from llava.train.lora import add_lora
 from llava.train.run_record import write_run_record
+from llava.train.saving import remove_leftovers
 from llava.train.summary import print_summary
 from llava.train.zero import declare_parameters, join_processes, prepare_resume, same_draws, set_precision
 from llava.utils import run_program
@@ -103,6 +105,7 @@ def load_base(args: RunArguments, attn_implementation: str | None) -> LlavaForCa
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise CheckpointError(f"{name}: lacks {len(missing)} weights that its config.json asks for: {missing[:3]}")
+    mend_generation_config(model, str(name))
     if args.training.bits == 4:
         choose_cpu_kernels(model, trained=True)
     model.config.use_cache = False
@@ -240,6 +243,42 @@ def build_run(args: RunArguments, attn_implementation: str | None = None) -> Run
     return Run(args, tokenizer, model, dataset, trainer)
 
 
+def prepare_output(args: RunArguments, fresh: bool) -> None:
+    """Clear the output folder of what an interrupted run left half-written, and of an earlier run's list of samples.
+
+    Raises:
+        FlagError: the folder cannot be written.
+    """
+    output = Path(args.training.output_dir)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        leftovers = remove_leftovers(output)
+        if fresh:
+            skipped_file(args).unlink(missing_ok=True)
+    except OSError as error:
+        raise FlagError(f"--output_dir {output}: cannot be written ({error.strerror})") from error
+    if leftovers:
+        print(f"{output}: removed what an interrupted run left half-written: {', '.join(leftovers)}")
+
+
+def run_updates(run: Run, resume_from: str | None) -> Any:
+    """The updates of a run; returns transformers' `TrainOutput`.
+
+    Raises:
+        TrainingError: the loss is no number, a checkpoint cannot be written, or a data worker died.
+    """
+    try:
+        return run.trainer.train(resume_from_checkpoint=resume_from)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):  # torch has no class of its own for this
+            raise
+        raise TrainingError(
+            f"a process that prepares data died at update {run.trainer.state.global_step + 1} ({error}); the usual "
+            "reason is that the machine ran out of memory, so use fewer --dataloader_num_workers. "
+            f"{last_checkpoint(Path(run.args.training.output_dir))}"
+        ) from error
+
+
 def main(argv: Sequence[str] | None = None, attn_implementation: str | None = None) -> Path:
     """Train as the command line says; an output folder that holds checkpoints is resumed.
 
@@ -257,12 +296,12 @@ def main(argv: Sequence[str] | None = None, attn_implementation: str | None = No
     join_processes(args.training)
     output = Path(args.training.output_dir)
     resume_from = args.training.resume_from_checkpoint or (get_last_checkpoint(output) if output.is_dir() else None)
-    if resume_from is None and args.training.should_save:
-        skipped_file(args).unlink(missing_ok=True)  # the list of an earlier run into the same folder
+    if args.training.should_save:
+        prepare_output(args, fresh=resume_from is None)
     if resume_from is not None:
         prepare_resume(args.training, Path(resume_from))
     run = build_run(args, attn_implementation)
-    result = run.trainer.train(resume_from_checkpoint=resume_from)
+    result = run_updates(run, resume_from)
     run.trainer.save_model()
     run.trainer.save_state()
     if args.training.should_save:

@@ -97,6 +97,10 @@ def join_processes(training: TrainingArguments) -> None:
         raise FlagError(f"--deepspeed: start this program with {LAUNCHERS}")
     import deepspeed
 
+    if training.use_cpu:
+        # Of use in inference alone. Compiling it needs a compiler, and a run that is killed meanwhile leaves a lock
+        # behind on which all later runs would wait for ever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=training.distributed_state.backend, auto_mpi_discovery=False)
 
 
@@ -104,14 +108,15 @@ def declare_parameters(llava: LlavaForCausalLM, training: TrainingArguments) -> 
     """Tell ZeRO-3 of parameters that are used outside of the module that owns them, so that they are whole in time."""
     if zero_stage(training) != 3:
         return
-    from deepspeed.runtime.zero import register_external_parameter
+    import deepspeed
 
+    register = deepspeed.zero.register_external_parameter
     tower, newline = llava.get_vision_tower(), getattr(llava.get_model(), "image_newline", None)
     if newline is not None:
-        register_external_parameter(llava, newline)
+        register(llava, newline)
     for part in [] if tower is None else tower.embedding_modules(tower.loaded()):
         if isinstance(part, nn.Parameter):
-            register_external_parameter(tower, part)
+            register(tower, part)
 
 
 @contextlib.contextmanager

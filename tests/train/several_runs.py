@@ -1,16 +1,45 @@
 """Started by a launcher: several training runs one after another in the same processes, since starting costs most.
 
-Usage: `several_runs.py RUNS.json`, a list of command lines for `llava/train/train.py`.
+Usage: `several_runs.py RUNS.json`, a list of objects: `arguments` for `llava/train/train.py`, and optionally `copy`,
+source and target of a folder that is copied first, or `killed_at`, the update at which process 1 is killed.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from llava.train.llava_trainer import LLaVATrainer
 from llava.train.train import main
 
+
+def kill_process_1_at(update: int) -> None:
+    """Let process 1 die by SIGKILL in the middle of an update."""
+    step = LLaVATrainer.training_step
+
+    def training_step(self: LLaVATrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.args.process_index == 1 and self.state.global_step + 1 == update:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *args, **kwargs)
+
+    LLaVATrainer.training_step = training_step  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
-    for arguments in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        main(arguments)
+    for run in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        joined = torch.distributed.is_initialized()
+        if "copy" in run:
+            if not joined or torch.distributed.get_rank() == 0:
+                shutil.copytree(*run["copy"])
+            if joined:
+                torch.distributed.barrier()
+        if "killed_at" in run:
+            kill_process_1_at(run["killed_at"])
+        main(run["arguments"])
