@@ -1,0 +1,88 @@
+"""The difference between a LLaVA and the language model that it was made from, and putting the two together again.
+
+Some weights may be passed on only as such a difference. Used by `make_delta` and `apply_delta`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+
+from llava.errors import CheckpointError
+from llava.model.formats import NEWLINE, WEIGHT_FILES, inspect_checkpoint, read_tensors, weight_files
+from llava.output import new_path
+
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+"""May have more rows than the base's: tokens were added behind."""
+
+OWN_PARTS = ("model.mm_projector.", "model.vision_tower.", f"model.{NEWLINE}")
+"""What a LLaVA has and its base has not: part of the difference as it is."""
+
+Combine = Callable[[Tensor, Tensor], Tensor]
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    contents = inspect_checkpoint(folder)
+    if contents.weights is None:
+        raise CheckpointError(f"{folder}: holds none of {WEIGHT_FILES}")
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(contents.weights):
+        tensors |= read_tensors(path)
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def combine(base: Path, other: Path, output: Path, operation: Combine) -> Path:
+    """Combine each weight of `other` with that of `base`, and write the result with the other files of `other`.
+
+    Args:
+        base: folder of the language model.
+        other: folder of a LLaVA or of a difference.
+        output: folder to write.
+        operation: of (other, base), both fp32; the result is rounded to the dtype in `other`.
+
+    Returns:
+        The folder written. It appears whole or not at all.
+
+    Raises:
+        CheckpointError: the two do not belong together, or `output` exists already.
+    """
+    with new_path(output) as folder:
+        ours, theirs = _weights(other), _weights(base)
+        _check(ours, theirs, base, other)
+        result = {name: tensor.clone() for name, tensor in ours.items()}
+        for name, tensor in theirs.items():
+            rows = result[name][: len(tensor)]
+            rows.copy_(operation(rows.float(), tensor.float()))
+        folder.mkdir()
+        save_torch_state_dict(result, folder, metadata={"format": "pt"})
+        for path in other.iterdir():
+            if path.is_dir() and not path.name.startswith("checkpoint-"):
+                shutil.copytree(path, folder / path.name)
+            elif path.is_file() and path.suffix not in (".bin", ".safetensors") and ".index." not in path.name:
+                shutil.copyfile(path, folder / path.name)
+    return output
+
+
+def _check(ours: dict[str, Tensor], theirs: dict[str, Tensor], base: Path, other: Path) -> None:
+    """Every weight must have its partner of the same shape."""
+    lacking = sorted(set(theirs) - set(ours))
+    strange = sorted(name for name in set(ours) - set(theirs) if not name.startswith(OWN_PARTS))
+    if lacking or strange:
+        raise CheckpointError(
+            f"{other} and {base} do not belong together: the first lacks {lacking[:3]}, the second {strange[:3]}"
+        )
+    for name, tensor in theirs.items():
+        grown = name in TABLES and len(ours[name]) > len(tensor) and ours[name].shape[1:] == tensor.shape[1:]
+        if ours[name].shape != tensor.shape and not grown:
+            raise CheckpointError(
+                f"'{name}' has shape {tuple(ours[name].shape)} in {other} and {tuple(tensor.shape)} in {base}"
+            )
+        if not torch.is_floating_point(ours[name]):
+            raise CheckpointError(
+                f"{other}: '{name}' is {ours[name].dtype}; only floating-point weights have differences"
+            )
