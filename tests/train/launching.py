@@ -43,7 +43,7 @@ def finish(process: subprocess.Popen[str], limit: float) -> int:
         raise
 
 
-def launch_runs(processes: int, runs: list[dict[str, Any]], folder: Path, limit: float = 300) -> str:
+def launch_runs(processes: int, runs: list[dict[str, Any]], folder: Path, limit: float = 900) -> str:
     """Several runs one after another in the same processes; returns what was printed.
 
     Args:

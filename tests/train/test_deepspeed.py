@@ -72,7 +72,7 @@ def data(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def two_processes(folder: Path, data: Path) -> Path:
-    """Every run of two processes. A hang ends it after five minutes."""
+    """Every run of two processes; a hang is ended by `launch_runs`."""
     runs: list[dict[str, Any]] = []
     for stage in STAGES:
         for name, options in EQUAL.items():

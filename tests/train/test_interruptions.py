@@ -270,10 +270,10 @@ def test_process_that_is_lost(tmp_path: Path) -> None:
     options = HYDRA | {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 1, "ddp_backend": "gloo"}
     lost = {"arguments": command_line(tmp_path / "out", **options), "killed_at": 3}
     with pytest.raises(AssertionError, match="exitcode  : -9"):
-        launch_runs(2, [lost], tmp_path, limit=150)
+        launch_runs(2, [lost], tmp_path)
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
     runs = [{"arguments": command_line(tmp_path / name, **options)} for name in ("whole", "out")]
-    launch_runs(2, runs, tmp_path, limit=150)
+    launch_runs(2, runs, tmp_path)
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
     assert equal(tmp_path / "out", tmp_path / "whole")
 
