@@ -18,6 +18,7 @@ from transformers import LlavaConfig as HfConfig
 
 from llava.conversation import conv_templates
 from llava.errors import CheckpointError, FlagError
+from llava.hub import local_folder
 from llava.model.builder import base_folder, load_pretrained_model
 from llava.model.formats import TOWER_FOLDER, CheckpointContents, inspect_checkpoint, read_json
 from llava.model.hf_format import (
@@ -85,13 +86,14 @@ def to_hf(
     """
     if conv_mode not in conv_templates:
         raise FlagError(f"--conv-mode {conv_mode}: no such template; there are {sorted(conv_templates)}")
-    contents = inspect_checkpoint(checkpoint)
+    contents = inspect_checkpoint(local_folder(checkpoint))
     refuse_extensions(sorted(contents.extensions))
     base = base_folder(contents, model_base)
+    base = None if base is None else str(local_folder(base))
     target = _stored_dtype(contents, base) if dtype == "auto" else DTYPES[dtype]
     loaded_in = torch.float32 if contents.adapter is not None else target
     tokenizer, model, image_processor, _ = load_pretrained_model(
-        str(checkpoint), base, device="cpu", torch_dtype=loaded_in
+        str(contents.folder), base, device="cpu", torch_dtype=loaded_in
     )
     check_convertible(model)
     with _Output(output) as folder:
@@ -131,7 +133,7 @@ def from_hf(checkpoint: str | Path, output: str | Path, image_aspect_ratio: str 
     Raises:
         CheckpointError: it is no LLaVA of transformers, or has parts that we do not have; or `output` exists already.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint = local_folder(checkpoint)
     if not (checkpoint / "config.json").is_file():
         raise CheckpointError(f"{checkpoint}: holds no config.json, so it is no checkpoint")
     config = AutoConfig.from_pretrained(checkpoint)
