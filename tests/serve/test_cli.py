@@ -288,6 +288,7 @@ def test_quantised_loading_is_passed_on(monkeypatch: pytest.MonkeyPatch, loaded:
     assert (seen["load_4bit"], seen["load_8bit"]) == (True, False)
 
 
+@pytest.mark.slow  # a second process imports everything anew
 def test_the_program_from_the_shell(repository: Path) -> None:
     """A pipe instead of a terminal, and its end."""
     command = [sys.executable, "-m", "llava.serve.cli", "--model-path", str(CHECKPOINT), "--device", "cpu"]
