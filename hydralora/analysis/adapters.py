@@ -1,0 +1,93 @@
+"""The A and B matrices of adapters of every kind: plain LoRA of PEFT, HydraLoRA, and the original's files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hydralora.convert import read_weights
+from hydralora.tuner.original import from_original
+from llava.errors import CheckpointError
+
+CONFIG_FILE = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """The matrices of one adapted layer.
+
+    Attributes:
+        name: of the layer in the model, for example `model.layers.0.self_attn.q_proj`.
+        shared_a: A, (r, in_features).
+        experts_b: every B, (E, out_features, r); plain LoRA has one.
+    """
+
+    name: str
+    shared_a: Tensor
+    experts_b: Tensor
+
+    @property
+    def module(self) -> str:
+        """Last part of the name, for example `q_proj`."""
+        return self.name.rpartition(".")[2]
+
+
+def read_adapter(folder: Path) -> dict[str, AdaptedLayer]:
+    """The layers of an adapter by name, in float32.
+
+    Raises:
+        CheckpointError: the folder is no adapter of a known kind.
+    """
+    config = folder / CONFIG_FILE
+    if not config.is_file():
+        raise CheckpointError(f"{folder}: has no {CONFIG_FILE}, so it is no adapter")
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    tensors = _tensors(folder)
+    kind = settings.get("peft_type")
+    try:
+        if kind == "LORA" and "lora_nums" in settings:
+            tensors, kind = from_original(tensors, folder), "HYDRALORA"
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    if kind == "LORA":
+        names = {"lora_A.weight": "hydralora_A", "lora_B.weight": "hydralora_B"}
+        renamed = {}
+        for key, tensor in tensors.items():
+            for theirs, ours in names.items():
+                if key.endswith(f".{theirs}"):
+                    stacked = tensor[None] if ours == "hydralora_B" else tensor
+                    renamed[f"{key.removesuffix(theirs)}{ours}"] = stacked
+        tensors = renamed
+    elif kind != "HYDRALORA":
+        raise CheckpointError(f"{config}: an adapter of the type '{kind}'; LORA and HYDRALORA can be analysed")
+    return _layers(tensors, folder)
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / "adapter_model.safetensors"
+    if path.is_file():
+        return load_file(path)
+    try:
+        return read_weights(folder / "adapter_model.bin")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: the weights of the adapter cannot be read ({error})") from error
+
+
+def _layers(tensors: dict[str, Tensor], folder: Path) -> dict[str, AdaptedLayer]:
+    layers = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition(".")
+        if part == "hydralora_A":
+            experts = tensors.get(f"{name}.hydralora_B")
+            if experts is None:
+                raise CheckpointError(f"{folder}: layer '{name}' has an A and no B")
+            short = name.removeprefix("base_model.model.")
+            layers[short] = AdaptedLayer(short, tensor.to(torch.float32), experts.to(torch.float32))
+    if not layers:
+        raise CheckpointError(f"{folder}: holds no A and B matrices")
+    return layers
