@@ -220,6 +220,7 @@ class LLaVATrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.process_index != 0 and self.args.local_process_index == 0 and staged.is_dir():
             publish_folder(staged, target)
+            shutil.rmtree(staged.parent, ignore_errors=True)
 
     def _could_not_write(self, target: Path, staging: Path, error: Exception) -> None:
         if isinstance(error, LlavaError):
