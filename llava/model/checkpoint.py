@@ -78,7 +78,7 @@ def _collect(model: nn.Module, keep: bool) -> _Trained:
     found = _Trained()
     if Component.LANGUAGE_MODEL in trained:
         found.weights = fetch(parts[Component.LANGUAGE_MODEL] | parts[Component.PROJECTOR], keep)
-    elif Component.PROJECTOR in trained:
+    elif Component.PROJECTOR in trained or llava.get_model().has_new_projector:
         found.projector = fetch(parts[Component.PROJECTOR], keep)
     if Component.LANGUAGE_MODEL not in trained:
         found.image_tokens = image_token_rows(llava, keep)
@@ -99,7 +99,8 @@ def _collect(model: nn.Module, keep: bool) -> _Trained:
 def save_checkpoint(model: nn.Module, folder: str | Path, tokenizer: Any = None, write: bool = True) -> None:
     """Write everything that is trained, with all that is needed to load it again.
 
-    A language model that is trained itself is written in full; otherwise only adapters, projector and extensions.
+    A language model that is trained itself is written in full; otherwise only adapters, projector and extensions. A
+    frozen projector is written too if it is not that of the base.
 
     Args:
         model: LLaVA model or the PEFT model around it.

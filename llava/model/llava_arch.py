@@ -36,6 +36,7 @@ class LlavaMetaModel:
         """Create what the configuration says is in the checkpoint; the tower is added by `load_vision_tower`."""
         self.vision_tower = None
         self.mm_projector = None
+        self.has_new_projector = False  # True if it is not the one that the base has
         self.image_token_ids: dict[str, int] = {}
         if getattr(self.config, "mm_hidden_size", None) is not None:
             self.mm_projector = build_vision_projector(self.config)
@@ -84,6 +85,7 @@ class LlavaMetaModel:
         if self.mm_projector is None:
             config.mm_projector_type = model_args.mm_projector_type
             self.mm_projector = build_vision_projector(config)
+            self.has_new_projector = True
         elif config.mm_projector_type != model_args.mm_projector_type:
             raise FlagError(
                 f"--mm_projector_type is '{model_args.mm_projector_type}', but the base model has a "

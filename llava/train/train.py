@@ -127,6 +127,7 @@ def add_vision(model: LlavaForCausalLM, args: RunArguments) -> None:
         if f"model.{NEWLINE}" not in tensors:  # upstream's files never have it; a fresh one is trained then
             wanted.pop(f"model.{NEWLINE}", None)
         copy_tensors(wanted, tensors, source)
+        model.get_model().has_new_projector = True
     if args.training.deepspeed:  # has one precision for all; see `set_precision`
         return
     if not args.model.unfreeze_mm_vision_tower:

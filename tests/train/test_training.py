@@ -145,6 +145,22 @@ def test_resume_is_exact(recipe: str, tmp_path: Path) -> None:
     assert losses(cut)[3:] != losses(cut)[:2]
 
 
+@pytest.mark.parametrize("base", ["tiny-vicuna", "tiny-llava-v1.5"])
+def test_a_frozen_projector_that_the_base_lacks_is_saved(base: str, tmp_path: Path) -> None:
+    """LoRA on a language model with a projector of stage 1 that is not trained: the checkpoint is complete."""
+    stage_1 = LLAVA / ("tiny-llava-pretrain" if base == "tiny-vicuna" else "tiny-llava-v1.5") / "mm_projector.bin"
+    options = {"lora_enable": True, "lora_r": 4, "freeze_mm_mlp_adapter": True, "pretrain_mm_mlp_adapter": stage_1}
+    kind = json.loads((stage_1.parent / "config.json").read_text())["mm_projector_type"]
+    options |= {"model_name_or_path": LLAVA / base, "mm_projector_type": kind}
+    run = build_run(parse_args(command_line(tmp_path, **options)))
+    run.trainer.train()
+    assert not any(weight.requires_grad for weight in components(run.model)[Component.PROJECTOR].values())
+    _, again, _, _ = load_pretrained_model(str(tmp_path / "checkpoint-3"), device="cpu")
+    live = bare_model(run.model).get_model().mm_projector.state_dict()
+    for name, weight in again.get_model().mm_projector.state_dict().items():
+        assert torch.equal(weight, live[name])
+
+
 def test_same_seed_same_curve(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         main(command_line(tmp_path / name, **HYDRA, seed=seed, save_strategy="no"))
