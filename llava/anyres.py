@@ -18,6 +18,9 @@ from torch import Tensor
 
 from llava.errors import FlagError
 
+MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+"""Values of `--mm_patch_merge_type`; `llava/model/tiles.py` carries them out."""
+
 Size = tuple[int, int]
 GridPinpoints = str | Sequence[Sequence[int]]
 """Possible resolutions as (width, height), or their Python literal, as `image_grid_pinpoints` holds them."""
@@ -125,7 +128,17 @@ class ImageLength:
         """
         if self.resolutions is None and pixels.ndim == 3:
             return self.features
-        tiles = 1 if pixels.ndim == 3 else len(pixels)
+        return self._merged(1 if pixels.ndim == 3 else len(pixels), size)
+
+    def of_size(self, size: tuple[int, int]) -> int:
+        """The same, from width and height of the picture in pixels alone."""
+        if self.resolutions is None:
+            return self.features
+        columns, rows = get_anyres_image_grid_shape(size, self.resolutions, self.tile_size)
+        return self._merged(1 + columns * rows, size)
+
+    def _merged(self, tiles: int, size: tuple[int, int]) -> int:
+        """Length of so many merged tiles."""
         if self.merge_type != "spatial_unpad":
             return tiles * self.features
         if tiles == 1:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.hf_argparser import string_to_bool
 
+from llava.anyres import MERGE_TYPES, ImageLength, check_grid_pinpoints
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 from llava.conversation import select_template
 from llava.data.check_page import write_page
@@ -53,7 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--version", default="v1", help="conversation template")
     add("--model_max_length", type=int, default=2048, help="longest sample in tokens and image patches")
-    add("--image_length", type=int, default=576, help="patches of one image: 576 for CLIP-L with 336 pixels")
+    add("--image_length", type=int, default=576, help="patches of one image or tile: 576 for CLIP-L with 336 pixels")
+    add("--image_aspect_ratio", default="pad", help="as in training; anyres takes as many tiles as the picture needs")
+    add("--image_grid_pinpoints", help="anyres: possible resolutions, '[(336, 672), ...]'")
+    add("--mm_patch_merge_type", choices=MERGE_TYPES, default="flat", help="anyres: how tiles are merged")
+    add("--tile_size", type=int, default=336, help="anyres: side of a tile in pixels")
     add(
         "--mm_use_im_start_end",
         nargs="?",
@@ -88,7 +93,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """
     if args.image_folder is not None and not Path(args.image_folder).is_dir():
         raise FlagError(f"--image_folder {args.image_folder}: no such folder")
-    for name, least in (("model_max_length", 1), ("image_length", 1), ("num_workers", 0), ("samples", 0), ("show", 0)):
+    at_least = {"model_max_length": 1, "image_length": 1, "tile_size": 1, "num_workers": 0, "samples": 0, "show": 0}
+    for name, least in at_least.items():
         if getattr(args, name) < least:
             raise FlagError(f"--{name} {getattr(args, name)}: must be at least {least}")
     tokenizer = load_tokenizer(args.model_name_or_path, model_max_length=args.model_max_length)
@@ -98,11 +104,18 @@ def settings_of(args: argparse.Namespace) -> Settings:
         template=select_template(args.version, tokenizer),
         tokenizer=tokenizer,
         image_folder=args.image_folder,
-        image_length=args.image_length,
+        image_length=_image_length(args),
         max_length=args.model_max_length,
         mm_use_im_start_end=args.mm_use_im_start_end,
         read_images=not args.skip_images,
     )
+
+
+def _image_length(args: argparse.Namespace) -> ImageLength:
+    if args.image_aspect_ratio != "anyres":
+        return ImageLength(args.image_length)
+    resolutions = check_grid_pinpoints(args.image_grid_pinpoints, args.tile_size)
+    return ImageLength(args.image_length, args.mm_patch_merge_type, resolutions, args.tile_size)
 
 
 def check_rows(rows: RowReports, num_workers: int) -> list[RowReport]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.dataset import image_names
 from llava.data.inspection import EXPLANATIONS, RowReport, RowReports, Settings, thumbnail
-from llava.data.labels import TokenizedPrompt
+from llava.data.records import Row
 from llava.data.statistics import PERCENTILES, DataSummary
 from llava.errors import BadSampleError
 
@@ -134,7 +134,7 @@ def _sample(rows: RowReports, index: int, report: RowReport) -> str:
     title = escape(f"{rows.records.name(index)} (id {report.sample_id!r})")
     pictures = "".join(_figure(rows.settings, name) for name in image_names(row))
     numbers = f"{report.tokens:,} positions, {report.trained:,} trained, {report.images} image(s)"
-    return f"<h3>{title}</h3><p>{numbers}</p>{pictures}{render_prompt(rows.settings.prompt(row), rows.settings)}\n"
+    return f"<h3>{title}</h3><p>{numbers}</p>{pictures}{render_prompt(row, rows.settings)}\n"
 
 
 def _figure(settings: Settings, name: str) -> str:
@@ -152,14 +152,15 @@ def _figure(settings: Settings, name: str) -> str:
     return f'<figure><img src="{source}" alt="{escape(name)}">{caption}</figure>'
 
 
-def render_prompt(prompt: TokenizedPrompt, settings: Settings) -> str:
+def render_prompt(row: Row, settings: Settings) -> str:
     """The prompt as HTML, one box for each token; tokens that cover no character are left out."""
+    prompt, lengths = settings.prompt(row), iter(settings.image_lengths(row))
     boxes = []
     position = 0
     for index, label, span in zip(prompt.input_ids.tolist(), prompt.labels.tolist(), prompt.spans, strict=True):
         is_image = index == IMAGE_TOKEN_INDEX
         classes = "image " * is_image + "cut" * (position >= settings.max_length)
-        position += settings.image_length if is_image else 1
+        position += next(lengths) if is_image else 1
         if span.start == span.end:
             continue
         tag = "span" if label == IGNORE_INDEX else "mark"

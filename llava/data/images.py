@@ -73,6 +73,20 @@ def load_image(folder: str | os.PathLike[str], name: str, row: object = "") -> I
     return read_rgb(path, f"{row}: image {path}")
 
 
+def image_size(folder: str | os.PathLike[str], name: str, row: object = "") -> tuple[int, int]:
+    """Width and height of an image in pixels, from the head of its file.
+
+    Raises:
+        BadImageError: as `image_path`, or the file does not begin like an image.
+    """
+    path = image_path(folder, name, row)
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception as error:  # as in `read_rgb`
+        raise BadImageError(f"{row}: image {path}: {error}") from error
+
+
 def read_rgb(file: Path | BinaryIO, name: str) -> Image.Image:
     """Decode an image as RGB: the first frame, transparency dropped, EXIF orientation ignored, all as in the original.
 

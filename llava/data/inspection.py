@@ -16,10 +16,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from llava.anyres import ImageLength
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
 from llava.data.dataset import conversation_of, image_names
-from llava.data.images import image_path, load_image
+from llava.data.images import image_path, image_size, load_image
 from llava.data.labels import TokenizedPrompt, tokenize_conversation
 from llava.data.records import RecordFiles, Row
 from llava.errors import BadSampleError, ImageCountError, NoTargetError, TokenBorderError
@@ -109,7 +110,7 @@ class Settings:
         template: see `select_template`.
         tokenizer: see `load_tokenizer`.
         image_folder: folder that image names are relative to.
-        image_length: positions that one image takes in a sample.
+        image_length: says how many positions an image takes in a sample.
         max_length: longest sample in positions.
         mm_use_im_start_end: `<im_start>` and `<im_end>` stand around images.
         read_images: read every image file whole; else only look whether it is there.
@@ -118,10 +119,23 @@ class Settings:
     template: Conversation
     tokenizer: PreTrainedTokenizerBase
     image_folder: str | os.PathLike[str] | None
-    image_length: int
+    image_length: ImageLength
     max_length: int
     mm_use_im_start_end: bool = False
     read_images: bool = True
+
+    def image_lengths(self, row: Row) -> list[int]:
+        """Positions that each image of a row takes; one whose file cannot be read counts as one tile."""
+        names = image_names(row)
+        if self.image_length.resolutions is None or self.image_folder is None:
+            return [self.image_length.features] * len(names)
+        lengths = []
+        for name in names:
+            try:
+                lengths.append(self.image_length.of_size(image_size(self.image_folder, name)))
+            except BadSampleError:  # the row has a problem of its own for this image
+                lengths.append(self.image_length.features)
+        return lengths
 
     def prompt(self, row: Row, max_length: int | None = None) -> TokenizedPrompt:
         """Token ids and labels of a row.
@@ -136,7 +150,7 @@ class Settings:
             image_count=len(image_names(row)),
             mm_use_im_start_end=self.mm_use_im_start_end,
             max_length=max_length,
-            patches_per_image=self.image_length,
+            patches_per_image=self.image_lengths(row),
         )
 
 
@@ -194,7 +208,7 @@ class RowReports(Dataset[RowReport]):
         except BadSampleError as error:
             report.problems.append(Problem(ERROR_KINDS.get(type(error), Kind.BAD_TURNS), str(error)))
             return
-        positions, report.tokens = _positions(prompt, settings.image_length)
+        positions, report.tokens = _positions(prompt, settings.image_lengths(row))
         targets = [
             position for position, label in zip(positions, prompt.labels.tolist(), strict=True) if label != IGNORE_INDEX
         ]
@@ -211,12 +225,13 @@ class RowReports(Dataset[RowReport]):
             report.problems.append(Problem(Kind.TRUNCATED, message))
 
 
-def _positions(prompt: TokenizedPrompt, image_length: int) -> tuple[list[int], int]:
+def _positions(prompt: TokenizedPrompt, image_lengths: Sequence[int]) -> tuple[list[int], int]:
     """Position of each token once every image has its full length, and the number of all positions."""
+    lengths = iter(image_lengths)
     positions, position = [], 0
     for index in prompt.input_ids.tolist():
         positions.append(position)
-        position += image_length if index == IMAGE_TOKEN_INDEX else 1
+        position += next(lengths) if index == IMAGE_TOKEN_INDEX else 1
     return positions, position
 
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava.anyres import unpad_margins
+from llava.anyres import MERGE_TYPES, unpad_margins
 from llava.errors import FlagError
-
-MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 
 
 def unpad_image(features: Tensor, original_size: tuple[int, int]) -> Tensor:

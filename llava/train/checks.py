@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from llava.anyres import parse_grid_pinpoints
+from llava.anyres import MERGE_TYPES, parse_grid_pinpoints
 from llava.data.dataset import ON_BAD_SAMPLE
 from llava.errors import CheckpointError, FlagError
 from llava.mm_utils import ASPECT_RATIOS
 from llava.model.formats import projector_file
 from llava.model.loss import LossReduction
 from llava.model.quantisation import QUANT_TYPES
-from llava.model.tiles import MERGE_TYPES
 from llava.train.arguments import RunArguments
 from llava.train.zero import zero_stage
 

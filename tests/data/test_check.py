@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava.data.check import build_parser, main
-from llava.data.inspection import Kind, RowReport
+from llava.anyres import MERGE_TYPES
+from llava.data.check import build_parser, main, settings_of
+from llava.data.dataset import image_names
+from llava.data.inspection import Kind, RowReport, RowReports
+from llava.data.records import open_records
 from llava.data.statistics import distribution, summarise
 from llava.errors import FlagError
-from llava.train.train import parse_args
+from llava.train.train import build_run, parse_args
 from tests.golden import golden_dir
 from tests.train.test_training import command_line
 
@@ -222,3 +225,24 @@ def test_image_tokens_count_as_tokens(tmp_path: Path) -> None:
         pages.append((tmp_path / "check.html").read_text())
     for token, index in (("im_start", 896), ("im_end", 897)):
         assert [f'title="{index}">&lt;{token}&gt;</span>' in page for page in pages] == [False, True]
+
+
+@pytest.mark.parametrize("merge_type", MERGE_TYPES)
+def test_lengths_of_tiled_pictures_are_those_of_training(merge_type: str, tmp_path: Path) -> None:
+    """Every row has as many positions as its spliced sequence in a training run with the same options."""
+    tiles = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": merge_type}
+    tiles["image_grid_pinpoints"] = "[(28, 56), (56, 28), (56, 56)]"
+    words = [word for key, value in tiles.items() for word in (f"--{key}", value)]
+    folder, file = LLAVA / "data" / "images", LLAVA / "data" / "finetune.json"
+    options = ["--tokenizer", LLAVA / "tiny-vicuna", "--image_folder", folder, "--image_length", 4, "--tile_size", 28]
+    settings = settings_of(build_parser().parse_args([str(file), *map(str, options), *words]))
+    reports = [RowReports(open_records([file]), settings)[row] for row in range(10)]
+    run = build_run(parse_args(command_line(tmp_path, data_path=file, **tiles)))
+    lengths = []
+    for row in range(10):
+        item = run.dataset[row]
+        pictures = run.dataset._load_images(image_names(run.dataset.records[row]), str(row))
+        places = sum(run.dataset.image_length(picture.pixels, picture.size) for picture in pictures)
+        lengths.append(len(item["input_ids"]) - len(pictures) + places)
+    assert [report.tokens for report in reports] == lengths
+    assert len({report.tokens - report.trained for report in reports}) > 3
