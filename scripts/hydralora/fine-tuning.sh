@@ -12,7 +12,9 @@ VALIDATION="${VALIDATION:-$DATA/test.json}"
 OUTPUT="${OUTPUT:-path_to_output/lora_model}"
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-1}"
 
-"${PYTHON:-python}" -m hydralora.finetune \
+read -ra launcher <<<"${LAUNCHER:-${PYTHON:-python}}"
+
+"${launcher[@]}" -m hydralora.finetune \
     --model_name_or_path "$MODEL" \
     --tokenizer_name_or_path "$TOKENIZER" \
     --dataset_dir "$DATA" \
