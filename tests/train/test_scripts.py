@@ -22,6 +22,7 @@ from tests.golden import golden_dir
 
 RECIPES: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("upstream_recipes.json").read_text())
 HYDRA = "scripts/MLLM_HydraLoRA.sh"
+SLURM = "scripts/slurm_finetune.sh"  # outside of a job it starts the processes of this machine
 LLAVA = golden_dir("llava")
 
 # On the tiny model: few updates, short sequences, no GPU. Everything else is what the script says.
@@ -62,9 +63,14 @@ def test_the_environment_chooses_launcher_and_zero(tmp_path: Path) -> None:
     assert command[-2:] == ["--learning_rate", "1"]
 
 
+def is_v1_5(script: str) -> bool:
+    """True for the recipes of LLaVA-1.5 and those built on them."""
+    return "v1_5" in script or script in (HYDRA, SLURM)
+
+
 def stage_1(folder: Path, script: str) -> Path:
     """A projector made by the pretraining script that belongs to `script`."""
-    name = "scripts/v1_5/pretrain.sh" if "v1_5" in script or script == HYDRA else "scripts/pretrain.sh"
+    name = "scripts/v1_5/pretrain.sh" if is_v1_5(script) else "scripts/pretrain.sh"
     return train(name, folder / "stage1", LLAVA / "tiny-vicuna", LLAVA / "data" / "pretrain.json")
 
 
@@ -83,7 +89,7 @@ def train(script: str, output: Path, model: Path, data: Path, projector: Path | 
     return main([word for name, value in flags.items() for word in (f"--{name}", value)])
 
 
-@pytest.mark.parametrize("script", [*RECIPES, HYDRA])
+@pytest.mark.parametrize("script", [*RECIPES, HYDRA, SLURM])
 def test_runs_on_the_tiny_model(script: str, tmp_path: Path) -> None:
     """Stage 1, then the script; the projector is named as upstream's scripts name it."""
     if "qlora" in script:
@@ -97,7 +103,7 @@ def test_runs_on_the_tiny_model(script: str, tmp_path: Path) -> None:
         output = train(script, tmp_path / "stage2", base, LLAVA / "data" / "finetune.json", projector)
     _, model, image_processor, _ = load_pretrained_model(str(output), device="cpu")
     assert image_processor is not None
-    assert model.config.mm_projector_type == ("mlp2x_gelu" if "v1_5" in script or script == HYDRA else "linear")
+    assert model.config.mm_projector_type == ("mlp2x_gelu" if is_v1_5(script) else "linear")
     state = json.loads((output / "trainer_state.json").read_text())
     assert state["global_step"] == 2
 
