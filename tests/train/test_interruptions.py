@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,15 +150,22 @@ def test_killed_while_saving(whole: Path, events: int, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_at_random_moments(whole: Path, tmp_path: Path) -> None:
-    """SIGKILL by the clock, in whatever the run is doing."""
+    """SIGKILL by the clock, in whatever the run is doing, at shares of the time that a run takes on this machine."""
+    started = time.monotonic()
+    assert child(lambda: main(command_line(tmp_path / "timed", **RUN)), tmp_path / "timed.txt") == 0
+    duration = time.monotonic() - started
     draw = random.Random(6)
 
-    def arm() -> None:
-        timer = threading.Timer(draw.uniform(0.2, 2.5), kill_me)
-        timer.daemon = True
-        timer.start()
+    def arm(share: float) -> Callable[[], None]:
+        def start() -> None:
+            timer = threading.Timer(share * duration, kill_me)
+            timer.daemon = True
+            timer.start()
 
-    assert run_with_kills(tmp_path / "out", whole, [arm] * 5) >= 1
+        return start
+
+    shares = [draw.uniform(low, low + 0.2) for low in (0.1, 0.7, 0.5, 0.3, 0.1)]
+    assert run_with_kills(tmp_path / "out", whole, [arm(share) for share in shares]) >= 1
 
 
 def resumable(whole: Path, output: Path) -> Path:
