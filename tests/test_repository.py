@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("llava", "hydralora", "playground")
 EXTENSIONS = ("hydralora", "dynamic", "mma", "moe_patch")
 MAX_LINES = 500
-WITHOUT_A_MODEL = {"llava.errors", "llava.hub", "llava.tokenizer", "llava.utils"}
+WITHOUT_A_MODEL = {"llava.errors", "llava.hub", "llava.quantisation", "llava.tokenizer", "llava.utils"}
 WITHOUT_A_MODEL |= {"llava.train.retired_flags", "llava.train.sampling"}
 """Modules of llava that know nothing of its model; anybody may use them."""
 

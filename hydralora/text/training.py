@@ -6,9 +6,7 @@ original prepares and never computes, are carried out here.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from hydralora.layer import expert_balance_loss
 from hydralora.model import RoutingRecorder
@@ -27,13 +25,12 @@ from hydralora.tuner import HydraLoraConfig, hydralora_layers
 from hydralora.tuner.original import import_adapter
 from llava.errors import FlagError
 from llava.hub import TOKENIZER_FILES, local_folder
+from llava.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer as read_tokenizer
 from llava.train.sampling import EpochSampler, random_order
 
 ADAPTER_FOLDER = "sft_lora_model"
 """Where the original puts the finished adapter, in the output folder and in each checkpoint."""
-
-logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(args: RunArguments) -> Any:
@@ -61,28 +58,16 @@ def load_base(args: RunArguments) -> nn.Module:
     if training.flash_attn:
         options["attn_implementation"] = "flash_attention_2"
     if training.load_in_kbits != 16:
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise FlagError(
-                f"--load_in_kbits {training.load_in_kbits} needs bitsandbytes: pip install 'llava-extensions[quant]'"
-            )
-        options["quantization_config"] = _quantisation(args)
+        compute = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+        bits, kind = training.load_in_kbits, training.quant_type
+        options["quantization_config"] = quantisation_config(bits, compute, kind, training.double_quant)
         if training.device.type == "cuda":  # quantised weights cannot be moved there later
             options["device_map"] = {"": training.device}
     base = AutoModelForCausalLM.from_pretrained(model.model_name_or_path, token=model.use_auth_token or None, **options)
+    if training.load_in_kbits == 4:
+        choose_cpu_kernels(base, trained=True)
     base.config.use_cache = False
     return base
-
-
-def _quantisation(args: RunArguments) -> BitsAndBytesConfig:
-    training = args.training
-    if training.load_in_kbits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32,
-        bnb_4bit_use_double_quant=training.double_quant,
-        bnb_4bit_quant_type=training.quant_type,
-    )
 
 
 def add_adapter(base: nn.Module, args: RunArguments) -> PeftModel:

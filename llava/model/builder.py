@@ -30,7 +30,7 @@ from llava.model.formats import (
 from llava.model.image_tokens import add_image_tokens, wanted_tokens
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.model.language_model.causal_lm import LlavaForCausalLM
-from llava.model.quantisation import choose_cpu_kernels, quantisation_config
+from llava.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer
 from llava.utils import errors_only
 

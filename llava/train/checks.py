@@ -11,7 +11,7 @@ from llava.errors import CheckpointError, FlagError
 from llava.mm_utils import ASPECT_RATIOS
 from llava.model.formats import projector_file
 from llava.model.loss import LossReduction
-from llava.model.quantisation import QUANT_TYPES
+from llava.quantisation import QUANT_TYPES
 from llava.train.arguments import RunArguments
 from llava.train.zero import zero_stage
 

@@ -38,7 +38,7 @@ from llava.model.image_tokens import (
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.model.loss import LossReduction
-from llava.model.quantisation import choose_cpu_kernels, quantisation_config
+from llava.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments, parse_args
 from llava.train.freeze import freeze, print_trainable, trained_components
