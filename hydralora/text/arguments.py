@@ -155,7 +155,7 @@ def parse_args(argv: Sequence[str] | None = None) -> RunArguments:
     if unknown:
         raise FlagError(f"unknown options {unknown}; --help lists all")
     args = RunArguments(*parsed)
-    problems = list(_problems(args))
+    problems = _problems(args)
     if problems:
         raise FlagError("this run cannot start:\n  " + "\n  ".join(problems))
     return args
