@@ -1,0 +1,209 @@
+"""The mathematics of Dynamic-LLaVA (arXiv 2412.00876): predictors, decisions, losses, temperature.
+
+A predictor gives each token two logits, channel 0 for keeping and channel 1 for dropping it. Training decides with
+straight-through Gumbel-softmax, inference by the larger logit or the k best. Modules carry the original's parameter
+names (`VisionPredictor` and `TextPredictor` in `dynamic_modeling_llama.py`). Imports torch alone.
+
+Shape letters: B batch, n tokens that are judged, D width of the decoder, d width of a predictor.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KEEP = 0
+"""Channel of a predictor's output that speaks for keeping the token."""
+
+
+class PredictorAttention(nn.Module):
+    """Bidirectional multi-head attention over all tokens, (B, n, d) -> (B, n, d)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend from every token to every token."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, n, d / heads) each
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, n, d)
+
+
+class PredictorMLP(nn.Module):
+    """Two linear layers with GELU between them, (B, n, d) -> (B, n, d)."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the two layers to each token."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class PredictorBlock(nn.Module):
+    """Pre-norm transformer block, (B, n, d) -> (B, n, d)."""
+
+    def __init__(self, width: int, heads: int, inner: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = PredictorAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = PredictorMLP(width, inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attention, then MLP, each added to its input."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionPredictor(nn.Module):
+    """Judges the tokens of one image in the light of all of them.
+
+    Args:
+        width: D of the decoder.
+        inner_width: d of the predictor, a multiple of 4 and of `heads`.
+        heads: attention heads.
+        feedforward: inner width of the blocks' MLPs.
+        blocks: number of transformer blocks.
+    """
+
+    def __init__(self, width: int, inner_width: int, heads: int, feedforward: int, blocks: int) -> None:
+        super().__init__()
+        d = inner_width
+        self.down_mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, d), nn.GELU())
+        self.transformer = nn.ModuleList(PredictorBlock(d, heads, feedforward) for _ in range(blocks))
+        self.output_mlp = nn.Sequential(
+            nn.Linear(d, d // 2), nn.GELU(), nn.Linear(d // 2, d // 4), nn.GELU(), nn.Linear(d // 4, 2)
+        )
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits (B, n, 2) of tokens `x` (B, n, D).
+
+        Args:
+            x: hidden states of the tokens of one image per row.
+            mask: (B, n, 1), 0 where a token is to count as nothing: its embedding becomes zero and the pooled half
+                leaves it out, while attention still sees the zero (as the original); None is all ones.
+        """
+        h = self.down_mlp(x)  # (B, n, d)
+        if mask is not None:
+            h = h * mask
+        for block in self.transformer:
+            h = block(h)
+        local, pooled = h.chunk(2, dim=-1)  # (B, n, d / 2) each
+        if mask is None:
+            pooled = pooled.mean(dim=1, keepdim=True)  # (B, 1, d / 2)
+        else:
+            pooled = (pooled * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)
+        return self.output_mlp(torch.cat([local, pooled.expand_as(local)], dim=-1))
+
+
+class TextPredictor(nn.Module):
+    """Judges each text token by itself.
+
+    Args:
+        width: D of the decoder.
+        inner_width: d of the predictor, a multiple of 4.
+    """
+
+    def __init__(self, width: int, inner_width: int) -> None:
+        super().__init__()
+        d = inner_width
+        self.output_mlp = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, d),
+            nn.GELU(),
+            nn.Linear(d, d // 2),
+            nn.GELU(),
+            nn.Linear(d // 2, d // 4),
+            nn.GELU(),
+            nn.Linear(d // 4, 2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (..., 2) of tokens `x` (..., D)."""
+        return self.output_mlp(x)
+
+
+def reset_predictor(predictor: nn.Module, std: float = 0.02) -> None:
+    """Draw initial values as the original does: linear weights N(0, std), biases 0, LayerNorm 1 and 0."""
+    for module in predictor.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+
+
+def gumbel_noise(shape: torch.Size | tuple[int, ...], device: torch.device | str | None = None) -> Tensor:
+    """Standard Gumbel noise, `-log E` with E exponential, float32 of `shape`."""
+    return -torch.empty(shape, dtype=torch.float32, device=device).exponential_().log()
+
+
+def gumbel_keep(logits: Tensor, noise: Tensor, tau: float) -> Tensor:
+    """Straight-through Gumbel-softmax decision: 1 for kept tokens and 0 for dropped ones, up to rounding.
+
+    The gradient is that of the softmax of `(log p + noise) / tau`.
+
+    Args:
+        logits: (..., 2).
+        noise: of the same shape, from `gumbel_noise`.
+        tau: temperature, positive.
+
+    Returns:
+        (...), float32.
+    """
+    soft = torch.softmax((F.log_softmax(logits.float(), dim=-1) + noise) / tau, dim=-1)
+    hard = F.one_hot(soft.argmax(dim=-1), num_classes=2).to(soft.dtype)
+    return (hard - soft.detach() + soft)[..., KEEP]
+
+
+def hard_keep(logits: Tensor) -> Tensor:
+    """True (...) for tokens whose keep logit is strictly the larger one; `logits` is (..., 2)."""
+    return logits[..., KEEP] > logits[..., 1 - KEEP]
+
+
+def kept_count(tokens: int, keep_rate: float) -> int:
+    """How many of `tokens` are kept: `tokens * keep_rate` rounded down as in the original, but never none of them."""
+    return min(tokens, max(1, int(tokens * keep_rate)))
+
+
+def top_keep(logits: Tensor, count: int) -> Tensor:
+    """Indices (B, count), ascending, of the `count` tokens with the highest probability of being kept.
+
+    Args:
+        logits: (B, n, 2); tokens are ranked by the difference of the two, not by the first alone.
+        count: at most n.
+    """
+    scores = F.log_softmax(logits.float(), dim=-1)[..., KEEP]  # (B, n)
+    return scores.topk(count, dim=-1).indices.sort(dim=-1).values
+
+
+def keep_rate_loss(kept: Tensor, keep_rate: float, valid: Tensor | None = None, at_least: int = 0) -> Tensor:
+    """Mean over samples of `(keep_rate - share of kept tokens)^2`, the paper's constraint on the number of kept tokens.
+
+    Args:
+        kept: (B, n) decisions with their gradient.
+        keep_rate: the share aimed at.
+        valid: (B, n) bool, False at padding; None: all tokens count.
+        at_least: a sample with fewer valid tokens, or with none, contributes 0 but still counts in the mean.
+
+    Returns:
+        Scalar float32, not yet weighted.
+    """
+    kept = kept.float()
+    weights = torch.ones_like(kept) if valid is None else valid.to(kept.dtype)
+    lengths = weights.sum(dim=-1)  # (B,)
+    share = (kept * weights).sum(dim=-1) / lengths.clamp(min=1)  # (B,)
+    counts = (lengths >= max(at_least, 1)).to(kept.dtype)
+    return (counts * (keep_rate - share).square()).mean()
+
+
+def temperature(step: int, total_steps: int, start: float, end: float) -> float:
+    """Temperature of the Gumbel-softmax after `step` of `total_steps` updates: exponential from `start` to `end`."""
+    return start * (end / start) ** (step / total_steps)
