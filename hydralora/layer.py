@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,25 +51,68 @@ def one_hot_argmax(probabilities: Tensor) -> Tensor:
     return torch.zeros_like(probabilities).scatter_(-1, best, 1.0)
 
 
-def routed_low_rank(x: Tensor, shared_a: Tensor, experts_b: Tensor, weights: Tensor) -> Tensor:
-    """`sum_e weights_e * B_e A x` as two matrix products, whatever the number of experts.
+def _weighted_code(code: Tensor, weights: Tensor) -> Tensor:
+    """Code (..., r) scaled by the weights (..., E) of all experts: (..., E * r) in the dtype of `code`."""
+    return (weights.unsqueeze(-1) * code.unsqueeze(-2)).flatten(-2).to(code.dtype)
+
+
+def _stacked(experts_b: Tensor) -> Tensor:
+    """All B of a projection side by side: (out_features, E * r) of (E, out_features, r)."""
+    return experts_b.transpose(0, 1).flatten(1)
+
+
+class _WeightedExperts(torch.autograd.Function):
+    """`scaling * sum_e weights_e * B_e code`, with nothing but its inputs kept for backward.
+
+    Autograd by itself would also keep the scaled weights, the weighted code and the stacked copy of B, which for a
+    wide layer is larger than all that depends on the tokens. Backward builds them again from the inputs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, code: Tensor, weights: Tensor, experts_b: Tensor, scaling: float) -> Tensor:
+        ctx.save_for_backward(code, weights, experts_b)
+        ctx.scaling = scaling
+        return F.linear(_weighted_code(code, weights * scaling), _stacked(experts_b))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradients[0]  # (..., out_features)
+        code, weights, experts_b = ctx.saved_tensors
+        scaled = weights * ctx.scaling
+        experts, rank = weights.shape[-1], code.shape[-1]
+        for_code = for_weights = for_b = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            back = (gradient @ _stacked(experts_b)).to(weights.dtype).view(*code.shape[:-1], experts, rank)
+            for_code = (back * scaled.unsqueeze(-1)).sum(-2).to(code.dtype)  # (..., r)
+            if ctx.needs_input_grad[1]:
+                # Weights of whole sequences, (B, 1, E), collect the gradients of all their tokens.
+                for_weights = (back * code.unsqueeze(-2)).sum(-1).mul(ctx.scaling).sum_to_size(weights.shape)
+        if ctx.needs_input_grad[2]:
+            rows = _weighted_code(code, scaled).view(-1, experts * rank)
+            stacked = gradient.reshape(-1, gradient.shape[-1]).T @ rows  # (out_features, E * r)
+            for_b = stacked.view(-1, experts, rank).transpose(0, 1)  # (E, out_features, r)
+        return for_code, for_weights, for_b, None
+
+
+def routed_low_rank(x: Tensor, shared_a: Tensor, experts_b: Tensor, weights: Tensor, scaling: float = 1.0) -> Tensor:
+    """`scaling * sum_e weights_e * B_e A x` as two matrix products, whatever the number of experts.
 
     The weights scale the r-dimensional code A x, giving (..., E * r) numbers that one product with the stacked B
-    turns into the sum; no tensor is larger than the input or the output by a factor of E.
+    turns into the sum; no tensor is larger than the input or the output by a factor of E. Kept for backward: x, the
+    code and the weights.
 
     Args:
         x: (..., in_features), in the dtype of `shared_a`.
         shared_a: (r, in_features).
         experts_b: (E, out_features, r).
-        weights: (..., E) weight of each expert for each token, float32.
+        weights: (..., E) weight of each expert for each token, float32; (B, 1, E) for whole sequences.
+        scaling: factor of the sum, alpha / rank.
 
     Returns:
-        (..., out_features) in the dtype of `experts_b`.
+        (..., out_features) in the dtype of A x: that of the matrices, or of autocast.
     """
     code = F.linear(x, shared_a)  # (..., r)
-    weighted = (weights.unsqueeze(-1) * code.unsqueeze(-2)).flatten(-2)  # (..., E * r)
-    stacked_b = experts_b.transpose(0, 1).flatten(1)  # (out_features, E * r)
-    return F.linear(weighted.to(experts_b.dtype), stacked_b)
+    return _WeightedExperts.apply(code, weights, experts_b.to(code.dtype), scaling)  # type: ignore[no-untyped-call]
 
 
 class RoutedMLP(RoutedModule, nn.Module):
@@ -164,20 +207,25 @@ class RoutedMLP(RoutedModule, nn.Module):
 
         All three projections use the routing of `x`, the down projection too.
         """
-        routing = self.route(x)
+        wide = x.to(self.router.weight.dtype)  # one copy for the router and two projections
+        routing = self.route(wide)
         for observe in self.observers:
             observe(routing)
-        weights = routing.probabilities if self.dense else one_hot_argmax(routing.probabilities)
-        weights = self.alpha / self.rank * weights  # (..., E), cheaper to scale than the updates
-        gate = self._adapted(self.gate_proj, self.shared_A_gate, self.experts_B_gate, x, weights)  # (..., M)
-        up = self._adapted(self.up_proj, self.shared_A_up, self.experts_B_up, x, weights)  # (..., M)
-        return self._adapted(self.down_proj, self.shared_A_down, self.experts_B_down, self.act_fn(gate) * up, weights)
+        weights = routing.probabilities if self.dense else one_hot_argmax(routing.probabilities)  # (..., E)
+        gate = self._adapted(self.gate_proj, self.shared_A_gate, self.experts_B_gate, x, wide, weights)  # (..., M)
+        up = self._adapted(self.up_proj, self.shared_A_up, self.experts_B_up, x, wide, weights)  # (..., M)
+        inner = self.act_fn(gate) * up
+        wide = inner.to(self.shared_A_down.dtype)
+        return self._adapted(self.down_proj, self.shared_A_down, self.experts_B_down, inner, wide, weights)
 
-    def _adapted(self, base: nn.Linear, shared_a: Tensor, experts_b: Tensor, x: Tensor, weights: Tensor) -> Tensor:
-        """`W0 x + sum_e weights_e B_e A x` for one projection, in the dtype of `W0 x`."""
+    def _adapted(
+        self, base: nn.Linear, shared_a: Tensor, experts_b: Tensor, x: Tensor, wide: Tensor, weights: Tensor
+    ) -> Tensor:
+        """`W0 x + s * sum_e weights_e B_e A x` of one projection, in the dtype of `W0 x`; `wide` is x in that of A."""
         output: Tensor = base(x)
-        kept = F.dropout(x, self.dropout, self.training).to(shared_a.dtype)
-        return output + routed_low_rank(kept, shared_a, experts_b, weights).to(output.dtype)
+        kept = F.dropout(wide, self.dropout, self.training)
+        update = routed_low_rank(kept, shared_a, experts_b, weights, self.alpha / self.rank)
+        return output + update.to(output.dtype)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows beside the children."""

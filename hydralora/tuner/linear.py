@@ -139,7 +139,7 @@ class HydraLoraLayer(BaseTunerLayer, RoutedModule):
         kept = self.hydralora_dropout[adapter_name](x)
         if self.experts[adapter_name] == 1:  # the weight is 1, and the order of products exactly that of LoRA
             return routed_low_rank(kept, shared_a, experts_b, weights) * scaling
-        return routed_low_rank(kept, shared_a, experts_b, weights * scaling)
+        return routed_low_rank(kept, shared_a, experts_b, weights, scaling)
 
 
 class Linear(nn.Module, HydraLoraLayer):

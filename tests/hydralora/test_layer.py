@@ -95,6 +95,55 @@ def test_stacked_product_equals_loop(experts: int, leading: tuple[int, ...]) -> 
     torch.testing.assert_close(routed_low_rank(x, a, b, w), naive_low_rank(x, a, b, w), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("weights_shape", [(2, 4, 3), (2, 1, 3)], ids=["token", "sequence"])
+def test_gradients_of_the_stacked_product(weights_shape: tuple[int, ...]) -> None:
+    """First and second derivatives against finite differences, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, 5), (2, 5), (3, 6, 2), weights_shape)
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+    def scaled(*tensors: Tensor) -> Tensor:
+        return routed_low_rank(*tensors, scaling=0.7)
+
+    torch.testing.assert_close(scaled(*inputs), 0.7 * naive_low_rank(*inputs))
+    assert torch.autograd.gradcheck(scaled, inputs)
+    assert torch.autograd.gradgradcheck(scaled, inputs)
+
+
+@pytest.mark.parametrize("index", range(4), ids=["x", "A", "B", "weights"])
+def test_frozen_inputs_of_the_stacked_product_get_no_gradient(index: int) -> None:
+    inputs = [torch.randn(2, 4, 5), torch.randn(2, 5), torch.randn(3, 6, 2), torch.randn(2, 4, 3)]
+    for number, tensor in enumerate(inputs):
+        tensor.requires_grad_(number != index)
+    routed_low_rank(*inputs).sum().backward()
+    trained = [tensor for tensor in inputs if tensor.requires_grad]
+    fused = [tensor.grad for tensor in trained]
+    for tensor in trained:
+        tensor.grad = None
+    naive_low_rank(*inputs).sum().backward()
+    assert inputs[index].grad is None
+    for gradient, tensor in zip(fused, trained, strict=True):
+        torch.testing.assert_close(gradient, tensor.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_keeps_the_inputs_and_the_code_alone(dtype: torch.dtype) -> None:
+    """No stacked copy of B and no (tokens, E * r) tensor stays alive between forward and backward."""
+    x, a = torch.randn(2, 40, 8, dtype=dtype), torch.randn(4, 8, dtype=dtype, requires_grad=True)
+    b, weights = torch.randn(3, 16, 4, dtype=dtype, requires_grad=True), torch.rand(2, 40, 3, requires_grad=True)
+    kept: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        routed_low_rank(x, a, b, weights, 2.0)
+    given = {tensor.untyped_storage().data_ptr() for tensor in (x, a, b, weights)}
+    others = [tuple(tensor.shape) for pointer, tensor in kept.items() if pointer not in given]
+    assert others == [(2, 40, 4)]
+
+
 def test_sparse_mode_uses_the_most_probable_expert_unscaled() -> None:
     block = make_block(dense=False)
     x = torch.randn(2, 5, 8)
