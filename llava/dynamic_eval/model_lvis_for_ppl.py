@@ -1,0 +1,31 @@
+r"""Perplexity of reference answers, first turns only (upstream `dynamic_eval/model_lvis_for_ppl.py`).
+
+python -m llava.dynamic_eval.model_lvis_for_ppl --model-path results/dynamic-llava-7b \
+    --question-file lvis.json --image-folder images --answers-file results.jsonl --conv-mode vicuna_v1
+
+Works on dense models too; see `llava/eval/long_answers.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava.eval import long_answers
+from llava.utils import run_program
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The original options with their defaults, and ours."""
+    name = "llava.dynamic_eval.model_lvis_for_ppl"
+    return long_answers.build_parser(name, str(__doc__), generates=False)
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Run the program; see `long_answers.main`."""
+    return long_answers.main(build_parser().parse_args(argv), "ppl", multi_round=False)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,186 @@
+r"""Measure long answers on conversations with references: perplexity of the reference, or METEOR of the model's answer.
+
+The four LVIS programs of Dynamic-LLaVA (`llava.dynamic_eval.model_lvis_*`) are this one with two switches. A first
+turn is asked with the conversation template; in the multi-round programs later turns continue the same cache, so that
+what a sparse model has dropped stays dropped. An interrupted run is continued by the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llava.data.images import load_image
+from llava.eval.answers import AnswersFile, Row, Task
+from llava.eval.loading import LoadedModel, choose_device, choose_dtype, load_model
+from llava.eval.meteor import find_wordnet, meteor
+from llava.eval.program import add_model_options
+from llava.eval.prompts import check_conv_mode
+from llava.eval.questions import get_chunk
+from llava.eval.record import weights_fingerprint
+from llava.eval.references import ReferenceConversation, read_conversations
+from llava.eval.runner import load_pictures, make_prompt
+from llava.eval.stepwise import Stepper
+from llava.mm_utils import get_model_name_from_path
+
+SINGLE_PREDICTION = "Answer with the option's letter from the given choices directly."
+Measure = Callable[[Stepper, str], dict[str, Any]]
+"""From a conversation whose prompt was fed, and the reference of the turn, to the values of the turn."""
+
+
+def build_parser(prog: str, description: str, *, generates: bool) -> argparse.ArgumentParser:
+    """The original options with their defaults, and ours.
+
+    Args:
+        prog: module name.
+        description: what the program says of itself.
+        generates: add `--max-new-tokens`.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_options(parser)
+    parser.add_argument("--image-folder", type=str, default="", help="folder that image names are relative to")
+    parser.add_argument("--question-file", type=str, default="tables/question.json", help="conversations, a JSON list")
+    parser.add_argument("--answers-file", type=str, default="answer.jsonl", help="JSON lines, one conversation each")
+    parser.add_argument("--conv-mode", type=str, default="llava_v0", help="conversation template of the first turn")
+    parser.add_argument("--num-chunks", type=int, default=1, help="cut the conversations into this many chunks ...")
+    parser.add_argument("--chunk-idx", type=int, default=0, help="... and measure only this one, counted from 0")
+    parser.add_argument("--temperature", type=float, default=0.2, help="without effect, as upstream: always greedy")
+    if generates:
+        parser.add_argument("--max-new-tokens", type=int, default=1024, help="limit on the tokens of one answer")
+    parser.add_argument("--answer-prompter", action="store_true", help="without effect, as upstream")
+    parser.add_argument("--single-pred-prompt", action="store_true", help=f'add "{SINGLE_PREDICTION}" to each question')
+    parser.add_argument("--restart", action="store_true", help="replace existing results instead of continuing them")
+    return parser
+
+
+def measure_perplexity(stepper: Stepper, reference: str) -> dict[str, Any]:
+    """Perplexity of the reference, fed one token per call; `tokens` scored, `stored` in the last layer's cache."""
+    tokenizer = stepper.loaded.tokenizer
+    ids = tokenizer(reference + tokenizer.eos_token, add_special_tokens=False).input_ids
+    scored = stepper.score(ids)
+    return {"ppl": scored.perplexity, "tokens": scored.tokens, "stored": scored.stored}
+
+
+def measure_meteor(max_new_tokens: int, wordnet: Any) -> Measure:
+    """METEOR of the greedy answer; `tokens` generated, `stored` in the last layer's cache."""
+
+    def measure(stepper: Stepper, reference: str) -> dict[str, Any]:
+        before = stepper.stored
+        ids = stepper.answer(max_new_tokens)
+        text = stepper.loaded.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        score = meteor(reference, text, wordnet)
+        return {"meteor": score, "text": text, "tokens": len(ids), "stored": stepper.stored - before}
+
+    return measure
+
+
+def measure_conversation(
+    conversation: ReferenceConversation, loaded: LoadedModel, args: argparse.Namespace, measure: Measure, rounds: int
+) -> dict[str, Any]:
+    """Values of one conversation: of each of its first `rounds` turns, their sums, and the positions it took.
+
+    Raises:
+        BadSampleError, BadImageError: a row that cannot be asked; names the row, and the file of an image.
+    """
+    stepper, turns = Stepper(loaded), []
+    suffix = f"\n{SINGLE_PREDICTION}" if args.single_pred_prompt else ""
+    for number, turn in enumerate(conversation.turns[:rounds]):
+        if number == 0:
+            task = _task(conversation, suffix)
+            pictures = load_pictures(task, loaded, lambda name, where: load_image(args.image_folder, name, row=where))
+            stepper.feed(make_prompt("", task, loaded, args.conv_mode).input_ids, pictures)
+        else:
+            text = f"USER:{turn.question}{suffix}ASSISTANT:"
+            stepper.feed(loaded.tokenizer(text, add_special_tokens=False).input_ids)
+        turns.append(measure(stepper, turn.reference))
+    return {"turns": turns, "positions": stepper.positions}
+
+
+def main(
+    args: argparse.Namespace, metric: str, *, multi_round: bool, load: Callable[..., LoadedModel] = load_model
+) -> Path:
+    """Measure the chunk of `--question-file` that is asked for.
+
+    Args:
+        args: of `build_parser`.
+        metric: `ppl` or `meteor`.
+        multi_round: all turns of a conversation instead of the first.
+        load: loads the model.
+
+    Returns:
+        the finished results file; a summary is printed.
+
+    Raises:
+        LlavaError: a flag, a row, an image or the checkpoint is wrong; the message says what to do.
+    """
+    check_conv_mode(args.conv_mode)
+    measure = measure_perplexity if metric == "ppl" else measure_meteor(args.max_new_tokens, find_wordnet())
+    rows = get_chunk(read_conversations(args.question_file), args.num_chunks, args.chunk_idx)
+    results = _results_file(args, rows, metric, multi_round)
+    if results.pending:
+        loaded = load(args.model_path, args.model_base, device=args.device, torch_dtype=args.torch_dtype)
+        by_place = {row.where: row for row in rows}
+        with tqdm(total=len(rows), initial=len(results.rows), unit="conversation") as progress:
+            for key, task in results.pending.items():
+                rounds = len(by_place[task.where].turns) if multi_round else 1
+                values = measure_conversation(by_place[task.where], loaded, args, measure, rounds)
+                results.append({key: json.dumps(values)})
+                progress.update()
+    results.finish()
+    print(summary(list(results.rows.values()), metric, results.path))
+    return results.path
+
+
+def summary(rows: Sequence[Row], metric: str, path: Path) -> str:
+    """Mean over conversations of the mean over turns, and how much of the answers the last layer stored."""
+    means = [sum(turn[metric] for turn in row["turns"]) / len(row["turns"]) for row in rows]
+    tokens = sum(turn["tokens"] for row in rows for turn in row["turns"])
+    stored = sum(turn["stored"] for row in rows for turn in row["turns"])
+    return (
+        f"{path}: {len(rows)} conversations, mean {metric} {sum(means) / len(means):.4f}; "
+        f"{tokens} answer tokens, {stored} stored by the last layer; {sum(row['positions'] for row in rows)} positions"
+    )
+
+
+def _task(conversation: ReferenceConversation, suffix: str = "") -> Task:
+    """The first turn as a task of the runner."""
+    question = conversation.turns[0].question + suffix
+    return Task(conversation.question_id, question, question, conversation.images, conversation.where)
+
+
+def _results_file(
+    args: argparse.Namespace, rows: Sequence[ReferenceConversation], metric: str, multi_round: bool
+) -> AnswersFile:
+    """The file of results, with those that an interrupted run left."""
+    settings = {
+        "weights": weights_fingerprint(args.model_path) or args.model_path,
+        "base_weights": weights_fingerprint(args.model_base) or args.model_base,
+        "torch_dtype": str(choose_dtype(args.torch_dtype, choose_device(args.device))),
+        "conv_mode": args.conv_mode,
+        "single_pred_prompt": args.single_pred_prompt,
+        "metric": metric,
+        "multi_round": multi_round,
+        "max_new_tokens": getattr(args, "max_new_tokens", None),
+    }
+    return AnswersFile(
+        args.answers_file,
+        [_task(row) for row in rows],
+        model_id=get_model_name_from_path(args.model_path),
+        settings=settings,
+        arguments=vars(args),
+        to_row=_result_row,
+        restart=args.restart,
+    )
+
+
+def _result_row(task: Task, text: str, model_id: str) -> Row:
+    """`text` is the JSON of the values."""
+    row = {"question_id": task.question_id, "prompt": task.prompt, "model_id": model_id}
+    return row | (json.loads(text) if text else {})

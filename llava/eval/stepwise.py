@@ -1,0 +1,105 @@
+"""Decoding one conversation token by token on one cache, with every logit in hand.
+
+`generate` picks tokens; measurements of long answers feed given ones and read how probable each was, and continue the
+same cache in the next turn (upstream `dynamic_eval/model_lvis_*.py`). Works alike for dense and sparse models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+
+from llava.data.images import Picture
+from llava.eval.loading import LoadedModel
+from llava.eval.runner import image_arguments
+
+
+@dataclass(frozen=True)
+class ScoredAnswer:
+    """How probable a given answer was.
+
+    Attributes:
+        perplexity: exp of the mean cross-entropy of its tokens.
+        tokens: number of tokens that were scored, the end of sequence included.
+        stored: positions that the last layer's cache grew by; less than the tokens fed where a model drops some.
+    """
+
+    perplexity: float
+    tokens: int
+    stored: int
+
+
+class Stepper:
+    """A conversation in progress.
+
+    Args:
+        loaded: model and tokenizer.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+        offered = loaded.model.extensions.make_cache(loaded.model)
+        self.cache: Any = DynamicCache(config=loaded.model.config) if offered is None else offered
+        self.logits: Tensor | None = None
+
+    @property
+    def positions(self) -> int:
+        """Positions that went through the model, image patches included."""
+        return int(self.cache.get_seq_length(0))
+
+    @property
+    def stored(self) -> int:
+        """Positions in the cache of the last layer."""
+        return int(self.cache.get_seq_length(self.loaded.model.config.num_hidden_layers - 1))
+
+    @torch.no_grad()
+    def feed(self, ids: Tensor | Sequence[int], pictures: Sequence[Picture] = ()) -> Tensor:
+        """Run the next ids through the model.
+
+        Args:
+            ids: (n,) with an image token for each picture; pictures only in the first call.
+            pictures: of the first call.
+
+        Returns:
+            (V,) float32 logits of the token that comes next.
+        """
+        model = self.loaded.model
+        rows = torch.as_tensor(ids, dtype=torch.long, device=model.device)[None]  # (1, n)
+        images = image_arguments([pictures], self.loaded) if pictures else {}
+        output = model(input_ids=rows, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **images)
+        self.logits = output.logits[0, -1].float()
+        return self.logits
+
+    def score(self, ids: Sequence[int]) -> ScoredAnswer:
+        """Score a given answer one token per call; its last token is scored and not fed.
+
+        Args:
+            ids: of the answer, the end of sequence included; at least one.
+        """
+        if self.logits is None:
+            raise RuntimeError("feed the prompt before scoring an answer")
+        before, losses = self.stored, []
+        for index, token in enumerate(ids):
+            losses.append(F.cross_entropy(self.logits[None], torch.tensor([token], device=self.logits.device)))
+            if index + 1 < len(ids):
+                self.feed([token])
+        return ScoredAnswer(float(torch.stack(losses).mean().exp()), len(ids), self.stored - before)
+
+    def answer(self, max_new_tokens: int) -> list[int]:
+        """Greedy decoding until the end of sequence or `max_new_tokens`; the end itself is neither returned nor fed."""
+        if self.logits is None:
+            raise RuntimeError("feed the prompt before asking for an answer")
+        ids: list[int] = []
+        while len(ids) < max_new_tokens:
+            token = int(self.logits.argmax())
+            if token == self.loaded.tokenizer.eos_token_id:
+                break
+            ids.append(token)
+            self.feed([token])
+        return ids
