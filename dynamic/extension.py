@@ -9,15 +9,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from dynamic import model as sparse_model
 from dynamic.config import SparseConfig, SparseOptions
+from dynamic.statistics import KeepStatistics
+from dynamic.training import MaskedPass, TemperatureSchedule
 from llava.errors import CheckpointError, FlagError
-from llava.extension import Config, Extension
+from llava.extension import Config, DecoderState, Extension, MultimodalInputs, ParameterGroup
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
     from llava.train.arguments import RunArguments
 
 
@@ -26,6 +31,12 @@ class DynamicExtension(Extension):
 
     name = "dynamic"
     options = SparseOptions
+
+    def __init__(self) -> None:
+        # Per model, and gone with it: one extension may serve several models.
+        self._passes: WeakKeyDictionary[nn.Module, MaskedPass] = WeakKeyDictionary()
+        self._schedules: WeakKeyDictionary[nn.Module, TemperatureSchedule] = WeakKeyDictionary()
+        self._statistics: WeakKeyDictionary[nn.Module, KeepStatistics] = WeakKeyDictionary()
 
     def configure(self, args: RunArguments) -> Config | None:
         """The configuration of the predictors if `--dynamic` is on.
@@ -52,6 +63,59 @@ class DynamicExtension(Extension):
             sparse_model.attach(model, SparseConfig.from_dict(config))
         except ValueError as error:
             raise CheckpointError(f"extension '{self.name}': {error}") from error
+
+    def on_inputs(self, model: nn.Module, config: Config, inputs: MultimodalInputs) -> MultimodalInputs:
+        """Decide how this batch is made sparse: tokens are masked if a loss will be wanted, dropped otherwise."""
+        self._passes.pop(model, None)
+        if inputs.labels is not None:
+            self._passes[model] = MaskedPass(self._schedule(model).tau if model.training else None)
+        return inputs
+
+    def before_layer(self, model: nn.Module, config: Config, index: int, state: DecoderState) -> DecoderState:
+        """Let the predictors judge what enters the sparse layer."""
+        settings = SparseConfig.from_dict(config)
+        if index != settings.sparse_layer:
+            return state
+        if model in self._passes and state.segments is not None:
+            policy = self._passes[model].decide(
+                settings, sparse_model.predictors(model), state.hidden_states, state.segments
+            )
+            if policy is not None:
+                state.layer_kwargs["policy"] = policy
+            return state
+        return state
+
+    def losses(self, model: nn.Module, config: Config, inputs: MultimodalInputs) -> dict[str, Tensor]:
+        """The weighted keep-rate losses `image`, `output_text` and `instruct` of the predictors that exist."""
+        masked = self._passes.pop(model, None)
+        if masked is None:
+            return {}
+        if model.training:
+            self._statistics.setdefault(model, KeepStatistics()).add(masked.decisions)
+        return masked.losses(SparseConfig.from_dict(config), sparse_model.predictors(model))
+
+    def metrics(self, model: nn.Module, config: Config) -> dict[str, float]:
+        """`kept_<predictor>`, the share of the judged tokens that was kept since the last call, and `tau`."""
+        kept = self._statistics[model].pop() if model in self._statistics else {}
+        return {**kept, "tau": self._schedule(model).tau}
+
+    def parameter_groups(self, model: nn.Module, config: Config, args: RunArguments) -> list[ParameterGroup]:
+        """The predictors with their own learning rate and weight decay."""
+        options: SparseOptions = args.options[self.name]
+        parameters = [parameter for _, parameter in sparse_model.added_parameters(model)]
+        return [ParameterGroup("predictors", parameters, options.predictor_lr, options.predictor_weight_decay)]
+
+    def callbacks(self, model: nn.Module, config: Config, args: RunArguments) -> list[TrainerCallback]:
+        """The schedule of the temperature."""
+        options: SparseOptions = args.options[self.name]
+        self._schedules[model] = TemperatureSchedule(options.gumbel_start_tau, options.gumbel_end_tau)
+        return [self._schedules[model]]
+
+    def _schedule(self, model: nn.Module) -> TemperatureSchedule:
+        """Outside a run of the Trainer the temperature stays at the default start."""
+        if model not in self._schedules:
+            self._schedules[model] = TemperatureSchedule(SparseOptions.gumbel_start_tau, SparseOptions.gumbel_end_tau)
+        return self._schedules[model]
 
     def named_parameters(self, model: nn.Module, config: Config) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter of the predictors."""

@@ -17,6 +17,11 @@ KEEP = 0
 """Channel of a predictor's output that speaks for keeping the token."""
 
 
+def _as_weights(x: Tensor, module: nn.Module) -> Tensor:
+    """`x` in the dtype of the parameters of `module`: predictors in float32 judge a decoder in half precision."""
+    return x.to(next(module.parameters()).dtype)
+
+
 class PredictorAttention(nn.Module):
     """Bidirectional multi-head attention over all tokens, (B, n, d) -> (B, n, d)."""
 
@@ -26,10 +31,11 @@ class PredictorAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend from every token to every token."""
+    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Attend from every token to every token, or to those only that `visible` (B, 1, 1, n) bool marks."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, n, d / heads) each
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, n, d)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        return self.proj(mixed.transpose(1, 2).flatten(2))  # (B, n, d)
 
 
 class PredictorMLP(nn.Module):
@@ -55,9 +61,9 @@ class PredictorBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = PredictorMLP(width, inner)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attention, then MLP, each added to its input."""
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Attention, then MLP, each added to its input; `visible` as for the attention."""
+        x = x + self.attn(self.norm1(x), visible)
         return x + self.mlp(self.norm2(x))
 
 
@@ -81,19 +87,26 @@ class VisionPredictor(nn.Module):
             nn.Linear(d, d // 2), nn.GELU(), nn.Linear(d // 2, d // 4), nn.GELU(), nn.Linear(d // 4, 2)
         )
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
         """Logits (B, n, 2) of tokens `x` (B, n, D).
 
         Args:
             x: hidden states of the tokens of one image per row.
             mask: (B, n, 1), 0 where a token is to count as nothing: its embedding becomes zero and the pooled half
                 leaves it out, while attention still sees the zero (as the original); None is all ones.
+            valid: (B, n) bool, False at padding behind a shorter image, which nothing sees; None is all True. A row
+                of padding alone gives finite logits without meaning.
         """
-        h = self.down_mlp(x)  # (B, n, d)
+        h = self.down_mlp(_as_weights(x, self))  # (B, n, d)
         if mask is not None:
             h = h * mask
+        visible = None
+        if valid is not None:
+            valid = valid | ~valid.any(dim=1, keepdim=True)
+            visible = valid[:, None, None]  # (B, 1, 1, n)
+            mask = valid[..., None].to(h.dtype) if mask is None else mask * valid[..., None]
         for block in self.transformer:
-            h = block(h)
+            h = block(h, visible)
         local, pooled = h.chunk(2, dim=-1)  # (B, n, d / 2) each
         if mask is None:
             pooled = pooled.mean(dim=1, keepdim=True)  # (B, 1, d / 2)
@@ -126,7 +139,7 @@ class TextPredictor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (..., 2) of tokens `x` (..., D)."""
-        return self.output_mlp(x)
+        return self.output_mlp(_as_weights(x, self))
 
 
 def reset_predictor(predictor: nn.Module, std: float = 0.02) -> None:
@@ -184,7 +197,31 @@ def top_keep(logits: Tensor, count: int) -> Tensor:
     return scores.topk(count, dim=-1).indices.sort(dim=-1).values
 
 
-def keep_rate_loss(kept: Tensor, keep_rate: float, valid: Tensor | None = None, at_least: int = 0) -> Tensor:
+def top_keep_mask(logits: Tensor, keep_rate: float, valid: Tensor) -> Tensor:
+    """What `top_keep` keeps of each row, as a mask; rows may have different lengths.
+
+    Args:
+        logits: (B, n, 2).
+        keep_rate: share of each row's valid tokens; the number is that of `kept_count`.
+        valid: (B, n) bool, False at padding.
+
+    Returns:
+        (B, n) bool, False at padding.
+    """
+    scores = F.log_softmax(logits.float(), dim=-1)[..., KEEP].masked_fill(~valid, -torch.inf)  # (B, n)
+    lengths = valid.sum(dim=-1)  # (B,)
+    counts = torch.minimum(lengths, (lengths.double() * keep_rate).long().clamp(min=1))
+    ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return (ranks < counts[:, None]) & valid
+
+
+def keep_rate_loss(
+    kept: Tensor,
+    keep_rate: float,
+    valid: Tensor | None = None,
+    at_least: int = 0,
+    row_weights: Tensor | None = None,
+) -> Tensor:
     """Mean over samples of `(keep_rate - share of kept tokens)^2`, the paper's constraint on the number of kept tokens.
 
     Args:
@@ -192,6 +229,7 @@ def keep_rate_loss(kept: Tensor, keep_rate: float, valid: Tensor | None = None, 
         keep_rate: the share aimed at.
         valid: (B, n) bool, False at padding; None: all tokens count.
         at_least: a sample with fewer valid tokens, or with none, contributes 0 but still counts in the mean.
+        row_weights: (B,) weights to sum the rows with, where they are not one sample each; None: 1 / B.
 
     Returns:
         Scalar float32, not yet weighted.
@@ -201,7 +239,8 @@ def keep_rate_loss(kept: Tensor, keep_rate: float, valid: Tensor | None = None, 
     lengths = weights.sum(dim=-1)  # (B,)
     share = (kept * weights).sum(dim=-1) / lengths.clamp(min=1)  # (B,)
     counts = (lengths >= max(at_least, 1)).to(kept.dtype)
-    return (counts * (keep_rate - share).square()).mean()
+    deviations = counts * (keep_rate - share).square()  # (B,)
+    return deviations.mean() if row_weights is None else (row_weights * deviations).sum()
 
 
 def temperature(step: int, total_steps: int, start: float, end: float) -> float:

@@ -18,6 +18,7 @@ from dynamic.layer import (
     reset_predictor,
     temperature,
     top_keep,
+    top_keep_mask,
 )
 from tests.golden import golden_dir, load_case
 
@@ -74,6 +75,21 @@ def test_without_mask_is_a_mask_of_ones() -> None:
     assert not torch.allclose(predictor(x), predictor(x, half), atol=1e-3)
 
 
+def test_a_shorter_image_in_the_batch_is_judged_as_alone() -> None:
+    predictor, tensors = golden_predictor("predictor_vision_allones")
+    x = tensors["in/x"]
+    padded = x.clone()
+    padded[1, 10:] = 7.0
+    valid = torch.ones(x.shape[:2], dtype=torch.bool)
+    valid[1, 10:] = False
+    together = predictor(padded, valid=valid)
+    torch.testing.assert_close(together[:1], predictor(x[:1]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together[1:, :10], predictor(x[1:, :10]), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(predictor(padded)[1:, :10], together[1:, :10], atol=1e-2)
+    nothing = predictor(padded, valid=torch.zeros_like(valid))
+    assert bool(nothing.isfinite().all())
+
+
 def test_fresh_predictors_are_drawn_as_the_originals() -> None:
     torch.manual_seed(0)
     predictor = VisionPredictor(64, 32, 4, 64, 2)
@@ -117,6 +133,23 @@ def test_the_best_are_ranked_by_the_difference_of_the_logits() -> None:
 )
 def test_number_of_kept_tokens(tokens: int, rate: float, count: int) -> None:
     assert kept_count(tokens, rate) == count
+
+
+def test_the_mask_of_the_best_equals_their_indices_row_by_row() -> None:
+    torch.manual_seed(1)
+    logits, valid = torch.randn(3, 17, 2), torch.ones(3, 17, dtype=torch.bool)
+    valid[1, 11:], valid[2, :] = False, False
+    mask = top_keep_mask(logits, 0.3, valid)
+    for row, tokens in enumerate((17, 11, 0)):
+        expected = top_keep(logits[row : row + 1, :tokens], kept_count(tokens, 0.3))[0]
+        assert mask[row].nonzero().flatten().tolist() == expected.tolist()
+    assert torch.equal(top_keep_mask(logits, 1.0, valid), valid)
+
+
+def test_weighted_rows_make_a_mean_over_samples() -> None:
+    kept = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])  # two images of the first sample, one of the second
+    loss = keep_rate_loss(kept, 0.5, row_weights=torch.tensor([0.25, 0.25, 0.5]))
+    assert float(loss) == pytest.approx(((0 + 0.25) / 2 + 0.25) / 2)
 
 
 def test_keep_rate_loss_leaves_short_samples_and_padding_out() -> None:

@@ -1,0 +1,181 @@
+"""Passes with a loss: every token stays, and a policy tells attention which keys count (paper, section 3.3).
+
+Corresponds to the training branch of `DynamicLlamaModel.forward` in `dynamic_modeling_llama.py`. The decisions are made
+once, at the input of the sparse layer; the layers from there on get them as `policy`, losses and statistics read them.
+
+Shape letters: B batch, L sequence length, D width, R spans that a predictor judges, n longest span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from dynamic.config import SparseConfig
+from dynamic.layer import gumbel_keep, gumbel_noise, hard_keep, keep_rate_loss, temperature, top_keep_mask
+from dynamic.model import Predictors
+from dynamic.spans import Parts, SpanTable, answers, gather, images, instructions, write
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one predictor decided.
+
+    Attributes:
+        logits: (R, n, 2).
+        kept: (R, n) float32, 1 where a token is kept and 0 where it is dropped, with the gradient of the decision.
+        table: where the tokens lie.
+        judged: (R, n) bool, the tokens that were judged: no padding, and none of a span that is too short.
+    """
+
+    logits: Tensor
+    kept: Tensor
+    table: SpanTable
+    judged: Tensor
+
+
+@dataclass(frozen=True)
+class Judge:
+    """One of the three predictors with its part of the configuration."""
+
+    name: str
+    predictor: nn.Module
+    keep_rate: float
+    at_least: int
+    spans: Callable[[Sequence[Parts], torch.device], SpanTable]
+
+
+def judges(settings: SparseConfig, predictors: Predictors) -> list[Judge]:
+    """The predictors that exist, in the order in which the original draws their noise."""
+    s, p = settings, predictors
+    found = []
+    if p.image is not None:
+        found.append(Judge("image", p.image, s.vision_keep_rate, 0, images))
+    if p.output_text is not None:
+        at_least = s.output_text_len_for_training
+        found.append(Judge("output_text", p.output_text, s.output_text_keep_rate, at_least, answers))
+    if p.instruct is not None:
+        found.append(Judge("instruct", p.instruct, s.instruct_keep_rate, s.instruct_len_for_training, instructions))
+    return found
+
+
+def train_decision(judge: Judge, hidden: Tensor, samples: Sequence[Parts], tau: float) -> Decision:
+    """Decide by Gumbel-softmax; spans shorter than the configuration asks for are kept whole, without gradient.
+
+    Args:
+        judge: whose tokens are judged.
+        hidden: (B, L, D) input of the sparse layer.
+        samples: the parts of each.
+        tau: temperature.
+    """
+    table = judge.spans(samples, hidden.device)
+    logits = _logits(judge, hidden, table)  # (R, n, 2)
+    kept = gumbel_keep(logits, gumbel_noise(logits.shape, logits.device), tau)  # (R, n)
+    long_enough = (table.lengths >= judge.at_least)[:, None]
+    return Decision(logits, torch.where(long_enough, kept, 1.0), table, table.valid & long_enough)
+
+
+def inference_decision(judge: Judge, hidden: Tensor, samples: Sequence[Parts]) -> Decision:
+    """Decide as inference does: the best of each image, and of the text what the larger logit says.
+
+    The last token before the answer is kept in any case, since the answer is generated from it. Arguments as of
+    `train_decision`.
+    """
+    table = judge.spans(samples, hidden.device)
+    logits = _logits(judge, hidden, table)  # (R, n, 2)
+    judged = table.valid
+    if judge.spans is images:
+        keep = top_keep_mask(logits, judge.keep_rate, table.valid)
+    elif judge.spans is instructions:
+        judged = judged & (table.offsets < table.lengths[:, None] - 1)
+        keep = hard_keep(logits) | ~judged
+    else:
+        keep = hard_keep(logits)
+    return Decision(logits, keep.float(), table, judged)
+
+
+def _logits(judge: Judge, hidden: Tensor, table: SpanTable) -> Tensor:
+    tokens = gather(hidden, table)  # (R, n, D)
+    if judge.spans is images:
+        return judge.predictor(tokens, valid=table.valid)
+    return judge.predictor(tokens)
+
+
+def policy(hidden: Tensor, decisions: Sequence[Decision]) -> Tensor:
+    """Which keys count: (B, L) float32 with 1 where nothing was judged."""
+    result = torch.ones(hidden.shape[:2], dtype=torch.float32, device=hidden.device)
+    for decision in decisions:
+        result = write(result, decision.table, decision.kept)
+    return result
+
+
+@dataclass
+class MaskedPass:
+    """One forward pass with a loss.
+
+    Attributes:
+        tau: temperature of the Gumbel-softmax; None decides as inference does.
+        decisions: by the names of `judges`; empty until the sparse layer is reached.
+    """
+
+    tau: float | None
+    decisions: dict[str, Decision] = field(default_factory=dict)
+
+    def decide(
+        self, settings: SparseConfig, predictors: Predictors, hidden: Tensor, samples: Sequence[Parts]
+    ) -> Tensor | None:
+        """Let all predictors decide, whatever the batch holds, so that all processes run the same modules.
+
+        Args:
+            settings: of the predictors.
+            predictors: of the decoder.
+            hidden: (B, L, D) input of the sparse layer.
+            samples: the parts of each.
+
+        Returns:
+            The policy (B, L) for all following layers, or None for ordinary attention: in training without vision
+            predictor the text decisions feed their losses only, as in the original.
+        """
+        for judge in judges(settings, predictors):
+            if self.tau is None:
+                self.decisions[judge.name] = inference_decision(judge, hidden, samples)
+            else:
+                self.decisions[judge.name] = train_decision(judge, hidden, samples, self.tau)
+        if not self.decisions or (self.tau is not None and predictors.image is None):
+            return None
+        return policy(hidden, list(self.decisions.values()))
+
+    def losses(self, settings: SparseConfig, predictors: Predictors) -> dict[str, Tensor]:
+        """The keep-rate losses by name, each already weighted; means over the samples."""
+        return {
+            judge.name: settings.mask_loss_weight
+            * keep_rate_loss(
+                self.decisions[judge.name].kept,
+                judge.keep_rate,
+                self.decisions[judge.name].table.valid,
+                judge.at_least,
+                self.decisions[judge.name].table.weights,
+            )
+            for judge in judges(settings, predictors)
+            if judge.name in self.decisions
+        }
+
+
+class TemperatureSchedule(TrainerCallback):
+    """Sets the temperature when an update begins; a resumed run takes it from the number of updates already done.
+
+    Attributes:
+        tau: temperature of the present update.
+    """
+
+    def __init__(self, start: float, end: float) -> None:
+        self.start, self.end, self.tau = start, end, start
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Called by the Trainer."""
+        self.tau = temperature(state.global_step, state.max_steps, self.start, self.end)
