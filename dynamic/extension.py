@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from dynamic import inference
 from dynamic import model as sparse_model
 from dynamic.config import SparseConfig, SparseOptions
 from dynamic.statistics import KeepStatistics
@@ -21,7 +22,7 @@ from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, DecoderState, Extension, MultimodalInputs, ParameterGroup
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
+    from transformers import Cache, TrainerCallback
 
     from llava.train.arguments import RunArguments
 
@@ -72,7 +73,7 @@ class DynamicExtension(Extension):
         return inputs
 
     def before_layer(self, model: nn.Module, config: Config, index: int, state: DecoderState) -> DecoderState:
-        """Let the predictors judge what enters the sparse layer."""
+        """Let the predictors judge what enters the sparse layer; without a loss, drop what they do not keep."""
         settings = SparseConfig.from_dict(config)
         if index != settings.sparse_layer:
             return state
@@ -82,8 +83,13 @@ class DynamicExtension(Extension):
             )
             if policy is not None:
                 state.layer_kwargs["policy"] = policy
+            inference.store_all(state)
             return state
-        return state
+        return inference.drop_tokens(model, settings, state)
+
+    def make_cache(self, model: nn.Module, config: Config) -> Cache | None:
+        """A cache of kept tokens."""
+        return inference.make_cache(model, SparseConfig.from_dict(config))
 
     def losses(self, model: nn.Module, config: Config, inputs: MultimodalInputs) -> dict[str, Tensor]:
         """The weighted keep-rate losses `image`, `output_text` and `instruct` of the predictors that exist."""

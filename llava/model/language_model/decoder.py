@@ -68,7 +68,8 @@ class LlavaDecoder(LlavaMetaModel):
             position_ids: (B, L); None counts on from the cache.
             past_key_values: cache, or None.
             inputs_embeds: (B, L, D); exactly one of this and `input_ids`.
-            use_cache: make a cache if none is given; never while gradients are checkpointed.
+            use_cache: make a cache if none is given, an extension's own if there is one; never while gradients are
+                checkpointed.
             segments: see `DecoderState`.
             layer_kwargs: handed to every layer and its attention function.
 
@@ -80,9 +81,12 @@ class LlavaDecoder(LlavaMetaModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
             use_cache = False
+        host = self.host[0] if self.host else self
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, L, D)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = self.extensions.make_cache(host)
+            if past_key_values is None:
+                past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen)[None]
@@ -106,7 +110,7 @@ class LlavaDecoder(LlavaMetaModel):
         for index, (layer, kind) in enumerate(zip(self.layers, kinds, strict=True)):
             if len(masks) > 1:
                 state.causal_mask = masks[kind]
-            state = self.extensions.before_layer(self.host[0] if self.host else self, index, state)
+            state = self.extensions.before_layer(host, index, state)
             if len(masks) > 1 and state.causal_mask is not masks[kind]:
                 raise FlagError(
                     f"an extension replaces the attention mask before layer {index}, but the layers of this backbone "

@@ -1,0 +1,87 @@
+"""Listening to what the predictors decide while a model generates, for pictures of it and for measurements.
+
+    with record_decisions(model) as log:
+        model.generate(ids, images=images)
+    log.prompts[0].images(0)  # which patches of each picture of sample 0 were kept
+    log.stored()              # which generated tokens entered the cache
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from llava.extension import Segments, Span
+
+
+@dataclass(frozen=True)
+class PromptDecision:
+    """What was kept of a batch of prompts. Under beam search each beam is a row of its own.
+
+    Attributes:
+        keep: (B, L) bool, False for dropped tokens and for padding.
+        segments: one per row, of the sequence before anything was dropped.
+    """
+
+    keep: Tensor
+    segments: Sequence[Segments]
+
+    def images(self, row: int) -> list[Tensor]:
+        """Indices of the kept tokens of each picture, counted from the picture's first token, ascending."""
+        return [self._within(row, span) for span in self.segments[row].images]
+
+    def instruction(self, row: int) -> Tensor:
+        """Indices of the kept tokens of the last instruction, counted from its first token, ascending."""
+        return self._within(row, self.segments[row].last_instruct)
+
+    def generated(self, row: int) -> Tensor:
+        """The same for what stands behind the prompt, without cache; the newest token is always among them."""
+        return self._within(row, Span(self.segments[row].answer.start, self.keep.shape[1]))
+
+    def _within(self, row: int, span: Span) -> Tensor:
+        return self.keep[row, span.start : span.end].nonzero().flatten()
+
+
+@dataclass
+class DecisionLog:
+    """The decisions of all passes, in their order, on the CPU.
+
+    Attributes:
+        prompts: one for each pass over prompts; without cache every step of generation is one.
+        new_tokens: (B, n) bool for each pass on a filled cache: which of the n tokens the sparse layers stored.
+    """
+
+    prompts: list[PromptDecision] = field(default_factory=list)
+    new_tokens: list[Tensor] = field(default_factory=list)
+
+    def stored(self) -> Tensor:
+        """(B, T) bool: which of the tokens that followed the prompt are in the cache. The last token is never fed."""
+        if not self.new_tokens:
+            raise ValueError("no pass on a filled cache was recorded: generate at least two tokens, with cache")
+        return torch.cat(self.new_tokens, dim=1)
+
+
+_logs: WeakKeyDictionary[nn.Module, list[DecisionLog]] = WeakKeyDictionary()
+
+
+@contextmanager
+def record_decisions(model: nn.Module) -> Iterator[DecisionLog]:
+    """Record every decision that `model` (bare or inside a PEFT model) takes at inference while the block runs."""
+    decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+    log = DecisionLog()
+    logs = _logs.setdefault(decoder, [])
+    logs.append(log)
+    try:
+        yield log
+    finally:
+        logs[:] = [other for other in logs if other is not log]
+
+
+def logs_of(model: nn.Module) -> list[DecisionLog]:
+    """The logs that listen to `model` now."""
+    return _logs.get(model.get_decoder(), [])  # type: ignore[operator]
