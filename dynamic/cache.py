@@ -4,7 +4,7 @@ Corresponds to `cache_utils.py` of the original, which lets attention see the pa
 dense layers below the sparse one store every position in transformers' own layers. From the sparse layer on each sample
 has its own number of tokens; they stand at the front of the tensors, which are as long as the longest sample needs.
 
-Shape letters: B batch, H key-value heads, S stored positions (the longest sample's), n positions of this pass, E head width.
+Shape letters: B batch, H key-value heads, S stored positions (the longest sample's), n new positions, E head width.
 """
 
 from __future__ import annotations
@@ -73,12 +73,16 @@ class KeptLayer(CacheLayerMixin):
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Keys and values to attend to, stored and new ones; stores what was planned.
 
         Args:
             key_states: (B, H, n, E).
             value_states: (B, H, n, E).
+            args: not used; some backbones of transformers pass more.
+            kwargs: not used.
 
         Raises:
             ValueError: nothing was planned for this pass.
@@ -204,7 +208,9 @@ class SparseCache(Cache):
     def report(self) -> CacheReport:
         """Lengths by layer and sample, and the memory behind them."""
         lengths = [
-            (self.ledger.kept if isinstance(layer, KeptLayer) else self.ledger.seen).tolist() if layer.is_initialized else []
+            (self.ledger.kept if isinstance(layer, KeptLayer) else self.ledger.seen).tolist()
+            if layer.is_initialized
+            else []
             for layer in self.layers
         ]
         held = needed = 0

@@ -4,26 +4,25 @@ Corresponds to the inference branches of `DynamicLlamaModel.forward` in `dynamic
 shortens the sequence; a pass on a filled cache computes every new token, and only decides which of them are remembered.
 Each sample is treated as if it were alone: padding is dropped too, and what is left of it is masked.
 
-Shape letters: B batch, L sequence length, D width, K kept positions (the longest sample's), S cached positions.
+Shape letters: B batch, L sequence length, D width, S cached positions.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_causal_mask
 
 from dynamic.cache import SparseCache
 from dynamic.config import SparseConfig
 from dynamic.inspection import PromptDecision, logs_of
 from dynamic.layer import hard_keep, kept_count, top_keep
 from dynamic.model import Predictors, predictors
-from llava.extension import DecoderState, Segments, Span
+from dynamic.sequence import State, shorten, valid_positions, with_mask
+from dynamic.spans import Parts, Range
 
 
 def drops_tokens(config: SparseConfig) -> bool:
@@ -40,7 +39,7 @@ def make_cache(model: nn.Module, config: SparseConfig) -> SparseCache | None:
     return SparseCache(len(host.get_decoder().layers), config.sparse_layer)
 
 
-def drop_tokens(model: nn.Module, config: SparseConfig, state: DecoderState) -> DecoderState:
+def drop_tokens(model: nn.Module, config: SparseConfig, state: State) -> State:
     """What enters the sparse layer: a shorter sequence for prompts, the same tokens for later passes.
 
     Args:
@@ -54,7 +53,7 @@ def drop_tokens(model: nn.Module, config: SparseConfig, state: DecoderState) -> 
     if not drops_tokens(config):
         return state
     cache = _checked_cache(state)
-    valid = _valid(state)
+    valid = valid_positions(state)
     if cache is not None and cache.is_filled:
         return _later_pass(model, config, state, cache, valid)
     keep = valid
@@ -64,28 +63,20 @@ def drop_tokens(model: nn.Module, config: SparseConfig, state: DecoderState) -> 
             log.prompts.append(PromptDecision(keep.cpu(), state.segments))
     if not torch.equal(keep, valid):
         state = shorten(model, config, state, keep, valid)
-        keep = _valid(state)
+        keep = valid_positions(state)
     if cache is not None:
         cache.plan_pass(keep, valid)
     return state
 
 
-def store_all(state: DecoderState) -> None:
+def store_all(state: State) -> None:
     """Let a cache that came with a pass with a loss, where nothing is dropped, hold every token."""
     if isinstance(state.cache, SparseCache):
-        valid = _valid(state)
+        valid = valid_positions(state)
         state.cache.plan_pass(valid, valid)
 
 
-def _valid(state: DecoderState) -> Tensor:
-    """(B, L) bool, False at padding."""
-    batch, length, _ = state.hidden_states.shape
-    if state.attention_mask is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=state.hidden_states.device)
-    return state.attention_mask[:, -length:].bool().to(state.hidden_states.device)
-
-
-def _checked_cache(state: DecoderState) -> SparseCache | None:
+def _checked_cache(state: State) -> SparseCache | None:
     cache = state.cache
     if cache is None:
         return None
@@ -109,12 +100,12 @@ def _judge(predictor: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def prompt_decision(
-    config: SparseConfig, judges: Predictors, hidden: Tensor, segments: Sequence[Segments], valid: Tensor
+    config: SparseConfig, judges: Predictors, hidden: Tensor, segments: Sequence[Parts], valid: Tensor
 ) -> Tensor:
     """Which positions of a batch of prompts stay, (B, L) bool; of each sample the last one always does.
 
-    Of each image the share `vision_keep_rate` with the highest probability stays. Of the last instruction, and of tokens
-    that were generated before (generation without cache), those stay whose keep logit is the larger one.
+    Of each image the share `vision_keep_rate` with the highest probability stays. Of the last instruction, and of
+    tokens that were generated before (generation without cache), those stay whose keep logit is the larger one.
 
     Args:
         config: of the predictors.
@@ -128,23 +119,21 @@ def prompt_decision(
         _keep_best(judges.image, config.vision_keep_rate, hidden, segments, keep)
     if judges.instruct is not None:
         # The answer is generated from the last token of the instruction, so it is not asked about.
-        instructions = [Span(segment.last_instruct.start, segment.last_instruct.end - 1) for segment in segments]
+        instructions = [(start, end - 1) for start, end in (sample.last_instruct for sample in segments)]
         _keep_approved(judges.instruct, hidden, instructions, keep)
     if judges.output_text is not None:
         newest = _last_position(valid)
-        generated = [Span(s.answer.start, end) for s, end in zip(segments, newest, strict=True)]
+        generated = [(sample.answer[0], end) for sample, end in zip(segments, newest, strict=True)]
         _keep_approved(judges.output_text, hidden, generated, keep)
     return keep
 
 
-def _keep_best(
-    predictor: nn.Module, keep_rate: float, hidden: Tensor, segments: Sequence[Segments], keep: Tensor
-) -> None:
+def _keep_best(predictor: nn.Module, keep_rate: float, hidden: Tensor, segments: Sequence[Parts], keep: Tensor) -> None:
     """Clear the places of dropped image tokens in `keep`; images of one length are judged together."""
     by_length: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for row, segment in enumerate(segments):
-        for span in segment.images:
-            by_length[span.end - span.start].append((row, span.start))
+    for row, sample in enumerate(segments):
+        for start, end in sample.images:
+            by_length[end - start].append((row, start))
     for length, places in by_length.items():
         count = kept_count(length, keep_rate)
         if count == length:
@@ -156,7 +145,7 @@ def _keep_best(
         keep[rows, starts + best] = True
 
 
-def _keep_approved(predictor: nn.Module, hidden: Tensor, spans: Sequence[Span], keep: Tensor) -> None:
+def _keep_approved(predictor: nn.Module, hidden: Tensor, spans: Sequence[Range], keep: Tensor) -> None:
     """Clear the places in `keep` of those tokens of `spans`, one per sample, that the text predictor drops."""
     bounds = torch.tensor(spans, device=hidden.device)[..., None]  # (B, 2, 1)
     places = torch.arange(hidden.shape[1], device=hidden.device)
@@ -169,87 +158,7 @@ def _last_position(valid: Tensor) -> list[int]:
     return (valid.shape[1] - 1 - valid.flip(1).to(torch.uint8).argmax(dim=1)).tolist()
 
 
-def shorten(model: nn.Module, config: SparseConfig, state: DecoderState, keep: Tensor, valid: Tensor) -> DecoderState:
-    """The sequence of the kept positions, in their order, with everything that belongs to a position.
-
-    Samples that keep fewer than others are padded on the side on which the batch was padded; a batch without padding is
-    padded on the left, so that its last position stays that of the last token.
-
-    Args:
-        model: the causal language model.
-        config: of the predictors.
-        state: of L positions.
-        keep: (B, L) bool.
-        valid: (B, L) bool, False at padding.
-    """
-    counts = keep.sum(dim=1, keepdim=True)  # (B, 1)
-    longest = int(counts.max())
-    places = torch.arange(longest, device=keep.device)
-    on_the_left = bool(valid[:, -1].all())
-    if on_the_left:  # stable sorts leave kept positions in their order
-        index = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, -longest:]  # (B, K)
-        filled = places >= longest - counts
-    else:
-        index = keep.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
-        filled = places < counts
-    state = take_positions(state, index)
-    if state.segments is not None:
-        offsets = (longest - counts).flatten().tolist() if on_the_left else [0] * len(keep)
-        before = torch.cat([keep.new_zeros(len(keep), 1), keep], dim=1).cumsum(dim=1).tolist()  # L + 1 each
-        moved = [_move(*row) for row in zip(state.segments, before, offsets, strict=True)]
-        state = replace(state, segments=moved)
-    return _with_mask(model, config, state, filled)
-
-
-def take_positions(state: DecoderState, index: Tensor) -> DecoderState:
-    """Hidden states, positions and rotary embeddings of the positions `index` (B, K); masks are left as they are."""
-    rows = torch.arange(len(index), device=index.device)[:, None]
-
-    def take(x: Tensor) -> Tensor:  # (B or 1, L, ...) -> (B, K, ...)
-        return x.to(index.device).expand(len(index), *x.shape[1:])[rows, index]
-
-    cos, sin = state.position_embeddings
-    return replace(
-        state,
-        hidden_states=take(state.hidden_states),
-        position_ids=take(state.position_ids),
-        position_embeddings=(take(cos), take(sin)),
-    )
-
-
-def _move(segments: Segments, before: Sequence[int], offset: int) -> Segments:
-    """Segments of a shortened sample: `before[i]` positions are kept in front of position i, after `offset` of padding."""
-
-    def moved(span: Span) -> Span:
-        return Span(before[span.start] + offset, before[span.end] + offset)
-
-    return Segments(
-        system=moved(segments.system),
-        images=tuple(moved(span) for span in segments.images),
-        instruct=moved(segments.instruct),
-        last_instruct=moved(segments.last_instruct),
-        answer=moved(segments.answer),
-    )
-
-
-def _with_mask(model: nn.Module, config: SparseConfig, state: DecoderState, visible: Tensor) -> DecoderState:
-    """`state` with masks for keys of which `visible` (B, S + L) are to be seen."""
-    host: Any = model
-    mask = None if bool(visible.all()) else visible
-    causal_mask = create_causal_mask(
-        config=host.get_decoder().config,
-        inputs_embeds=state.hidden_states,
-        attention_mask=mask,
-        past_key_values=state.cache,
-        layer_idx=config.sparse_layer,
-        # No position_ids: their gaps would be taken for the borders of packed sequences.
-    )
-    return replace(state, attention_mask=mask, causal_mask=causal_mask)
-
-
-def _later_pass(
-    model: nn.Module, config: SparseConfig, state: DecoderState, cache: SparseCache, valid: Tensor
-) -> DecoderState:
+def _later_pass(model: nn.Module, config: SparseConfig, state: State, cache: SparseCache, valid: Tensor) -> State:
     """Tokens on top of a filled cache: one is generated text, several are the next turn of the user.
 
     All of them are computed and see the cache and each other; the sparse layers store those that are kept.
@@ -270,6 +179,6 @@ def _later_pass(
             keep[rows, _last_position(valid)] = valid.any(dim=1)
     for log in logs_of(model):
         log.new_tokens.append(keep.cpu())
-    state = _with_mask(model, config, state, torch.cat([cache.stored(valid.device), valid], dim=1))
+    state = with_mask(model, config, state, torch.cat([cache.stored(valid.device), valid], dim=1))
     cache.plan_pass(keep, valid)
     return state

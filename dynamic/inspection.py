@@ -1,9 +1,9 @@
 """Listening to what the predictors decide while a model generates, for pictures of it and for measurements.
 
-    with record_decisions(model) as log:
-        model.generate(ids, images=images)
-    log.prompts[0].images(0)  # which patches of each picture of sample 0 were kept
-    log.stored()              # which generated tokens entered the cache
+with record_decisions(model) as log:
+    model.generate(ids, images=images)
+log.prompts[0].images(0)  # which patches of each picture of sample 0 were kept
+log.stored()              # which generated tokens entered the cache
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from llava.extension import Segments, Span
+from dynamic.spans import Parts, Range
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class PromptDecision:
     """
 
     keep: Tensor
-    segments: Sequence[Segments]
+    segments: Sequence[Parts]
 
     def images(self, row: int) -> list[Tensor]:
         """Indices of the kept tokens of each picture, counted from the picture's first token, ascending."""
@@ -41,10 +41,10 @@ class PromptDecision:
 
     def generated(self, row: int) -> Tensor:
         """The same for what stands behind the prompt, without cache; the newest token is always among them."""
-        return self._within(row, Span(self.segments[row].answer.start, self.keep.shape[1]))
+        return self._within(row, (self.segments[row].answer[0], self.keep.shape[1]))
 
-    def _within(self, row: int, span: Span) -> Tensor:
-        return self.keep[row, span.start : span.end].nonzero().flatten()
+    def _within(self, row: int, span: Range) -> Tensor:
+        return self.keep[row, slice(*span)].nonzero().flatten()
 
 
 @dataclass

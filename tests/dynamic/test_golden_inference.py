@@ -17,15 +17,10 @@ from torch import Tensor
 from dynamic.cache import SparseCache
 from dynamic.inspection import DecisionLog, record_decisions
 from llava.extension import DecoderState, Extension
-from tests.dynamic.golden_model import golden_model, segments_of, write_tower
+from tests.dynamic.golden_model import golden_model, segments_of
 from tests.golden import load_case
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
-
-
-@pytest.fixture(scope="module")
-def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tower(tmp_path_factory.mktemp("tower"))
 
 
 class Listener(Extension):
@@ -83,8 +78,8 @@ def in_padded_form(segments: Any) -> list[dict[str, list[int]]]:
 
 @pytest.mark.parametrize("with_cache", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize("name", ["b1_k02", "b1_k05", "b2_k02", "b2_k05", "b1_instruct"])
-def test_prefill(tower: Path, name: str, with_cache: bool) -> None:
-    case = Case(f"prefill_{name}", tower)
+def test_prefill(golden_tower: Path, name: str, with_cache: bool) -> None:
+    case = Case(f"prefill_{name}", golden_tower)
     cache = case.cache() if with_cache else None
     logits = case.prefill(cache)
     tensors, scalars = case.tensors, case.scalars
@@ -110,9 +105,9 @@ def test_prefill(tower: Path, name: str, with_cache: bool) -> None:
             torch.testing.assert_close(cache.layers[-1].keys, tensors["out/key_cache_last"], **CLOSE)
 
 
-def test_a_left_padded_batch_is_not_sliced_by_its_first_sample(tower: Path) -> None:
+def test_a_left_padded_batch_is_not_sliced_by_its_first_sample(golden_tower: Path) -> None:
     """`prefill_quirk_left_padding`: sample 0 as the original has it, sample 1 as it is alone."""
-    case = Case("prefill_quirk_left_padding", tower)
+    case = Case("prefill_quirk_left_padding", golden_tower)
     mask = case.tensors["in/attention_mask"]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits = case.prefill(case.cache(), attention_mask=mask, position_ids=positions)
@@ -129,7 +124,7 @@ def test_a_left_padded_batch_is_not_sliced_by_its_first_sample(tower: Path) -> N
 
 
 def steps(case: Case, tokens: Tensor, cache: SparseCache) -> Iterator[tuple[Tensor, Tensor | None, list[Any]]]:
-    """Last logits (B, V), decision (B,) and cache lengths after the prompt and after each of `tokens` (B, T) but one."""
+    """Last logits (B, V), decision (B,) and cache lengths after the prompt and after each of `tokens` but the last."""
     logits = case.prefill(cache)
     yield logits[:, -1], None, cache.report().lengths
     for step in range(tokens.shape[1] - 1):
@@ -138,8 +133,8 @@ def steps(case: Case, tokens: Tensor, cache: SparseCache) -> Iterator[tuple[Tens
 
 
 @pytest.mark.parametrize("name", ["decode_b1", "decode_b2_alone_0", "decode_b2_alone_1"])
-def test_decoding(tower: Path, name: str) -> None:
-    case = Case(name, tower)
+def test_decoding(golden_tower: Path, name: str) -> None:
+    case = Case(name, golden_tower)
     cache = case.cache()
     expected = case.tensors
     for step, (logits, decision, lengths) in enumerate(steps(case, expected["out/tokens"], cache)):
@@ -154,9 +149,9 @@ def test_decoding(tower: Path, name: str) -> None:
     assert report.bytes_held == report.bytes_of_tokens
 
 
-def test_a_batch_decodes_as_its_samples_alone(tower: Path) -> None:
+def test_a_batch_decodes_as_its_samples_alone(golden_tower: Path) -> None:
     """`decode_b2_original` lets attention see padding; the samples alone are the reference."""
-    case = Case("decode_b2_original", tower)
+    case = Case("decode_b2_original", golden_tower)
     cache = case.cache()
     alone = [load_case("dynamic", f"decode_b2_alone_{row}")[1] for row in range(2)]
     tokens = torch.cat([each["out/tokens"] for each in alone])
@@ -166,15 +161,15 @@ def test_a_batch_decodes_as_its_samples_alone(tower: Path) -> None:
         assert lengths == torch.cat([each["out/true_cache_length"][step] for each in alone], dim=1).tolist()
         if decision is not None:
             assert decision.long().tolist() == [int(each["out/text_decision"][step]) for each in alone]
-        same_tokens = torch.equal(tokens[:, : step], case.tensors["out/tokens"][:, : step])
+        same_tokens = torch.equal(tokens[:, :step], case.tensors["out/tokens"][:, :step])
         differs = max(differs, float((logits - case.tensors["out/logits"][step]).abs().max()) if same_tokens else 0.0)
     assert differs > 1e-3, "the original's padding must make a difference"
     kept = [int(each["out/true_cache_length"][-1, -1]) for each in alone]
     assert cache.get_seq_length(3) == max(kept) > min(kept)
 
 
-def test_greedy_generation(tower: Path) -> None:
-    case = Case("generate_b1", tower)
+def test_greedy_generation(golden_tower: Path) -> None:
+    case = Case("generate_b1", golden_tower)
     tensors = case.tensors
     with record_decisions(case.model) as log:
         out = case.model.generate(
@@ -193,13 +188,13 @@ def test_greedy_generation(tower: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["multiround_instruct", "multiround_noinstruct"])
-def test_a_later_turn_on_a_filled_cache(tower: Path, name: str) -> None:
-    case = Case(name, tower)
+def test_a_later_turn_on_a_filled_cache(golden_tower: Path, name: str) -> None:
+    case = Case(name, golden_tower)
     cache = case.cache()
     call = 0
     for turn, length in enumerate(case.hp["steps"]):
         ids = case.tensors[f"in/round{turn}_input_ids"]
-        for step in range(length):
+        for _ in range(length):
             images = case.tensors["in/images"] if call == 0 else None
             logits = case.run(input_ids=ids, images=images, past_key_values=cache)
             expected = case.scalars["calls"][call]
