@@ -94,12 +94,40 @@ class _WeightedExperts(torch.autograd.Function):
         return for_code, for_weights, for_b, None
 
 
-def routed_low_rank(x: Tensor, shared_a: Tensor, experts_b: Tensor, weights: Tensor, scaling: float = 1.0) -> Tensor:
-    """`scaling * sum_e weights_e * B_e A x` as two matrix products, whatever the number of experts.
+class _DroppedLinear(torch.autograd.Function):
+    """`weight @ dropout(x)`, with x as it is and one byte for each of its numbers kept for backward.
+
+    The router needs x without dropout, so x is kept anyway; autograd would keep the dropped copy too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dropout: float) -> Tensor:
+        mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
+        ctx.save_for_backward(x, weight, mask)
+        ctx.scaling = 1 / (1 - dropout)
+        return F.linear(x * mask, weight) * ctx.scaling  # (..., r): scaled where it is small
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mask = ctx.saved_tensors
+        gradient = gradients[0] * ctx.scaling  # (..., r), under autocast in its dtype
+        for_x = for_weight = None
+        if ctx.needs_input_grad[0]:
+            for_x = ((gradient @ weight.to(gradient.dtype)) * mask).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            kept = (x * mask).to(gradient.dtype).reshape(-1, x.shape[-1])
+            for_weight = (gradient.reshape(-1, len(weight)).T @ kept).to(weight.dtype)
+        return for_x, for_weight, None
+
+
+def routed_low_rank(
+    x: Tensor, shared_a: Tensor, experts_b: Tensor, weights: Tensor, scaling: float = 1.0, dropout: float = 0.0
+) -> Tensor:
+    """`scaling * sum_e weights_e * B_e A dropout(x)` as two matrix products, whatever the number of experts.
 
     The weights scale the r-dimensional code A x, giving (..., E * r) numbers that one product with the stacked B
     turns into the sum; no tensor is larger than the input or the output by a factor of E. Kept for backward: x, the
-    code and the weights.
+    mask of its dropout, the code and the weights.
 
     Args:
         x: (..., in_features), in the dtype of `shared_a`.
@@ -107,11 +135,12 @@ def routed_low_rank(x: Tensor, shared_a: Tensor, experts_b: Tensor, weights: Ten
         experts_b: (E, out_features, r).
         weights: (..., E) weight of each expert for each token, float32; (B, 1, E) for whole sequences.
         scaling: factor of the sum, alpha / rank.
+        dropout: probability of dropping a number of x, below 1; one mask serves all experts. 0 in evaluation.
 
     Returns:
         (..., out_features) in the dtype of A x: that of the matrices, or of autocast.
     """
-    code = F.linear(x, shared_a)  # (..., r)
+    code = _DroppedLinear.apply(x, shared_a, dropout) if dropout else F.linear(x, shared_a)  # type: ignore[no-untyped-call]
     return _WeightedExperts.apply(code, weights, experts_b.to(code.dtype), scaling)  # type: ignore[no-untyped-call]
 
 
@@ -223,8 +252,8 @@ class RoutedMLP(RoutedModule, nn.Module):
     ) -> Tensor:
         """`W0 x + s * sum_e weights_e B_e A x` of one projection, in the dtype of `W0 x`; `wide` is x in that of A."""
         output: Tensor = base(x)
-        kept = F.dropout(wide, self.dropout, self.training)
-        update = routed_low_rank(kept, shared_a, experts_b, weights, self.alpha / self.rank)
+        dropout = self.dropout if self.training else 0.0
+        update = routed_low_rank(wide, shared_a, experts_b, weights, self.alpha / self.rank, dropout)
         return output + update.to(output.dtype)
 
     def extra_repr(self) -> str:

@@ -136,10 +136,11 @@ class HydraLoraLayer(BaseTunerLayer, RoutedModule):
         scaling = self.scaling[adapter_name]
         x = self._cast_input_dtype(x, shared_a.dtype)
         weights = self.expert_weights(adapter_name, x, rows)
-        kept = self.hydralora_dropout[adapter_name](x)
+        module = self.hydralora_dropout[adapter_name]
+        dropout = module.p if module.training else 0.0
         if self.experts[adapter_name] == 1:  # the weight is 1, and the order of products exactly that of LoRA
-            return routed_low_rank(kept, shared_a, experts_b, weights) * scaling
-        return routed_low_rank(kept, shared_a, experts_b, weights, scaling)
+            return routed_low_rank(x, shared_a, experts_b, weights, dropout=dropout) * scaling
+        return routed_low_rank(x, shared_a, experts_b, weights, scaling, dropout)
 
 
 class Linear(nn.Module, HydraLoraLayer):

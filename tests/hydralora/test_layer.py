@@ -95,19 +95,47 @@ def test_stacked_product_equals_loop(experts: int, leading: tuple[int, ...]) -> 
     torch.testing.assert_close(routed_low_rank(x, a, b, w), naive_low_rank(x, a, b, w), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("weights_shape", [(2, 4, 3), (2, 1, 3)], ids=["token", "sequence"])
-def test_gradients_of_the_stacked_product(weights_shape: tuple[int, ...]) -> None:
+def test_gradients_of_the_stacked_product(weights_shape: tuple[int, ...], dropout: float) -> None:
     """First and second derivatives against finite differences, in float64."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 4, 5), (2, 5), (3, 6, 2), weights_shape)
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
     def scaled(*tensors: Tensor) -> Tensor:
-        return routed_low_rank(*tensors, scaling=0.7)
+        torch.manual_seed(1)  # the same mask every time
+        return routed_low_rank(*tensors, scaling=0.7, dropout=dropout)
 
-    torch.testing.assert_close(scaled(*inputs), 0.7 * naive_low_rank(*inputs))
+    torch.manual_seed(1)
+    expected = 0.7 * naive_low_rank(F.dropout(inputs[0], dropout), *inputs[1:])
+    torch.testing.assert_close(scaled(*inputs), expected)
     assert torch.autograd.gradcheck(scaled, inputs)
     assert torch.autograd.gradgradcheck(scaled, inputs)
+
+
+def test_gradients_of_the_stacked_product_under_autocast() -> None:
+    """Of the parameters' dtype, and as near to float32 as autograd brings the same products."""
+    inputs = [torch.randn(2, 40, 32), torch.randn(4, 32), torch.randn(3, 16, 4), torch.rand(2, 40, 3)]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+
+    def by_autograd(x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+        code = F.linear(F.dropout(x, 0.3), a)
+        weighted = (weights.unsqueeze(-1) * code.unsqueeze(-2)).flatten(-2)
+        return F.linear(weighted, b.transpose(0, 1).flatten(1))
+
+    def gradients(run: Any, half: bool) -> list[Tensor]:
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            output = run(*inputs)
+        assert output.dtype == (torch.bfloat16 if half else torch.float32)
+        return list(torch.autograd.grad(output.float().square().mean(), inputs))
+
+    exact, reference = gradients(by_autograd, half=False), gradients(by_autograd, half=True)
+    ours = gradients(lambda *tensors: routed_low_rank(*tensors, dropout=0.3), half=True)
+    for tensor, gradient, other, correct in zip(inputs, ours, reference, exact, strict=True):
+        assert gradient.dtype == tensor.dtype
+        assert (gradient - correct).abs().max() <= 2 * (other - correct).abs().max()
 
 
 @pytest.mark.parametrize("index", range(4), ids=["x", "A", "B", "weights"])
@@ -126,9 +154,10 @@ def test_frozen_inputs_of_the_stacked_product_get_no_gradient(index: int) -> Non
         torch.testing.assert_close(gradient, tensor.grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_backward_keeps_the_inputs_and_the_code_alone(dtype: torch.dtype) -> None:
-    """No stacked copy of B and no (tokens, E * r) tensor stays alive between forward and backward."""
+def test_backward_keeps_the_inputs_the_code_and_a_mask_alone(dtype: torch.dtype, dropout: float) -> None:
+    """No stacked copy of B, no (tokens, E * r) and no dropped x stays alive between forward and backward."""
     x, a = torch.randn(2, 40, 8, dtype=dtype), torch.randn(4, 8, dtype=dtype, requires_grad=True)
     b, weights = torch.randn(3, 16, 4, dtype=dtype, requires_grad=True), torch.rand(2, 40, 3, requires_grad=True)
     kept: dict[int, Tensor] = {}
@@ -138,10 +167,10 @@ def test_backward_keeps_the_inputs_and_the_code_alone(dtype: torch.dtype) -> Non
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        routed_low_rank(x, a, b, weights, 2.0)
+        routed_low_rank(x, a, b, weights, 2.0, dropout)
     given = {tensor.untyped_storage().data_ptr() for tensor in (x, a, b, weights)}
-    others = [tuple(tensor.shape) for pointer, tensor in kept.items() if pointer not in given]
-    assert others == [(2, 40, 4)]
+    others = [(tensor.dtype, tuple(tensor.shape)) for pointer, tensor in kept.items() if pointer not in given]
+    assert others == [(torch.bool, (2, 40, 8))] * bool(dropout) + [(dtype, (2, 40, 4))]
 
 
 def test_sparse_mode_uses_the_most_probable_expert_unscaled() -> None:

