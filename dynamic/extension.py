@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from dynamic import inference
 from dynamic import model as sparse_model
+from dynamic.attention.interface import register
 from dynamic.config import SparseConfig, SparseOptions
 from dynamic.statistics import KeepStatistics
 from dynamic.training import MaskedPass, TemperatureSchedule
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, DecoderState, Extension, MultimodalInputs, ParameterGroup
+from llava.model.language_model.decoder import layer_kinds
 
 if TYPE_CHECKING:
     from transformers import Cache, TrainerCallback
@@ -82,10 +84,14 @@ class DynamicExtension(Extension):
                 settings, sparse_model.predictors(model), state.hidden_states, state.segments
             )
             if policy is not None:
-                state.layer_kwargs["policy"] = policy
+                _pass_on(policy, model, state)
             inference.store_all(state)
             return state
         return inference.drop_tokens(model, settings, state)
+
+    def attention_implementation(self, config: Config) -> str | None:
+        """Attention that obeys a policy; without one it is transformers' "sdpa"."""
+        return register()
 
     def make_cache(self, model: nn.Module, config: Config) -> Cache | None:
         """A cache of kept tokens."""
@@ -126,6 +132,14 @@ class DynamicExtension(Extension):
     def named_parameters(self, model: nn.Module, config: Config) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter of the predictors."""
         return sparse_model.added_parameters(model)
+
+
+def _pass_on(policy: Tensor, model: nn.Module, state: DecoderState) -> None:
+    """Let all following layers attend by `policy` (B, L), with the 2-D padding mask where that says everything."""
+    state.layer_kwargs["policy"] = policy
+    # A sliding window, or samples packed into one row, are in the 4-D mask only.
+    if state.attention_mask is not None and set(layer_kinds(model.config)) == {"full_attention"}:
+        state.causal_mask = state.attention_mask
 
 
 def _refuse_idle_options(options: SparseOptions) -> None:
