@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -60,8 +60,17 @@ class DynamicExtension(Extension):
         """Add the predictors; their parameters are float32 whatever the base is.
 
         Raises:
-            CheckpointError: the configuration is damaged, or the decoder is too shallow.
+            CheckpointError: the configuration is damaged, the decoder is too shallow, or its attention has a window.
         """
+        host: Any = model
+        windows = sorted(set(layer_kinds(host.config)) - {"full_attention"})
+        if windows:
+            raise CheckpointError(
+                f"extension '{self.name}': layers of this backbone have {windows} (sliding_window "
+                f"{host.config.sliding_window}), and a window over a sequence with gaps is another one than it was "
+                "trained with; take a backbone without window, or set sliding_window to null in its config.json if no "
+                "sequence is longer"
+            )
         try:
             sparse_model.attach(model, SparseConfig.from_dict(config))
         except ValueError as error:
