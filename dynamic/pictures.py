@@ -1,0 +1,170 @@
+"""Pictures of what was kept: dropped patches faded over the image, dropped words crossed out, as PNG and as a page.
+
+Corresponds to `dynamic_eval/visualize.py` of the original, which blanks the dropped patches. Knows no model: it is
+given an image, indices and words.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from PIL import Image, ImageDraw, ImageFont
+
+FADED = (255, 255, 255)
+FADED_SHARE = 0.82
+"""How much of a dropped patch is white."""
+KEPT_COLOUR, DROPPED_COLOUR = (20, 20, 20), (190, 60, 50)
+STYLE = """
+body { font-family: sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: #222; }
+figure { display: inline-block; margin: 6px; } img { width: 336px; image-rendering: pixelated; display: block; }
+.words { line-height: 1.9; font-size: 17px; } .dropped { color: #b8b8b8; text-decoration: line-through #b3261e; }
+"""
+
+
+@dataclass(frozen=True)
+class Word:
+    """A token of text.
+
+    Attributes:
+        text: with the blank in front that it stands for.
+        kept: whether the sparse layers remember it.
+    """
+
+    text: str
+    kept: bool
+
+
+@dataclass(frozen=True)
+class KeptImage:
+    """An image as the vision tower sees it.
+
+    Attributes:
+        image: RGB.
+        grid: rows and columns of patches.
+        kept: indices of the kept patches, row by row.
+    """
+
+    image: Image.Image
+    grid: tuple[int, int]
+    kept: Collection[int]
+
+    @property
+    def caption(self) -> str:
+        """Number of kept patches of all."""
+        patches = self.grid[0] * self.grid[1]
+        return f"{len(self.kept)} of {patches} patches kept ({len(self.kept) / patches:.0%})"
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A named run of words, for example the last instruction or the answer."""
+
+    title: str
+    words: Sequence[Word]
+
+    @property
+    def caption(self) -> str:
+        """Number of kept tokens of all."""
+        kept = sum(word.kept for word in self.words)
+        return f"{self.title}: {kept} of {len(self.words)} tokens kept"
+
+
+def fade_dropped(picture: KeptImage) -> Image.Image:
+    """The image with its dropped patches faded to white.
+
+    Raises:
+        ValueError: an index lies outside the grid.
+    """
+    rows, columns = picture.grid
+    outside = [index for index in picture.kept if not 0 <= index < rows * columns]
+    if outside:
+        raise ValueError(f"patch {outside[0]} lies outside a grid of {rows} x {columns} patches")
+    image = picture.image.convert("RGB")
+    faded = Image.blend(image, Image.new("RGB", image.size, FADED), FADED_SHARE)
+    width, height = image.size
+    for index in set(range(rows * columns)) - set(picture.kept):
+        row, column = divmod(index, columns)
+        box = (
+            *(column * width // columns, row * height // rows),
+            *((column + 1) * width // columns, (row + 1) * height // rows),
+        )
+        image.paste(faded.crop(box), box)
+    return image
+
+
+def draw_sheet(pictures: Sequence[KeptImage], passages: Sequence[Passage], *, side: int = 336) -> Image.Image:
+    """One picture of everything: each image beside what is kept of it, and below the words, dropped ones crossed out.
+
+    Args:
+        pictures: images of the prompt.
+        passages: texts.
+        side: edge of a drawn image in pixels.
+    """
+    margin, width = 16, 2 * side + 3 * 16
+    font = ImageFont.load_default(size=15)
+    lines = [line for passage in passages for line in _wrapped(passage, font, width - 2 * margin)]
+    line_height = 24
+    height = margin + len(pictures) * (side + line_height + margin) + len(lines) * line_height + margin
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, y = ImageDraw.Draw(sheet), margin
+    for picture in pictures:
+        for column, image in enumerate((picture.image.convert("RGB"), fade_dropped(picture))):
+            sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (margin + column * (side + margin), y))
+        draw.text((margin, y + side + 3), picture.caption, fill=KEPT_COLOUR, font=font)
+        y += side + line_height + margin
+    for line in lines:
+        x = float(margin)
+        for word in line:
+            length = draw.textlength(word.text, font=font)
+            draw.text((x, y), word.text, fill=KEPT_COLOUR if word.kept else DROPPED_COLOUR, font=font)
+            if not word.kept:
+                draw.line((x, y + 10, x + length, y + 10), fill=DROPPED_COLOUR)
+            x += length
+        y += line_height
+    return sheet
+
+
+def _wrapped(passage: Passage, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[list[Word]]:
+    """The passage as lines of at most `width` pixels, its caption first."""
+    lines: list[list[Word]] = [[Word(passage.caption, True)], []]
+    used = 0.0
+    for word in passage.words:
+        parts = word.text.split("\n")
+        for number, part in enumerate(parts):
+            length = font.getlength(part)
+            if lines[-1] and (number or used + length > width):
+                lines.append([])
+                used = 0.0
+            if part:
+                lines[-1].append(Word(part, word.kept))
+                used += length
+    return [*lines, []]
+
+
+def page(title: str, pictures: Sequence[KeptImage], passages: Sequence[Passage]) -> str:
+    """An HTML page with everything inside, to be opened without a network."""
+    parts = [f"<h1>{escape(title)}</h1>"]
+    for picture in pictures:
+        for image in (picture.image.convert("RGB"), fade_dropped(picture)):
+            parts.append(f'<figure><img src="data:image/png;base64,{_png(image)}" alt=""></figure>')
+        parts.append(f"<p>{escape(picture.caption)}</p>")
+    for passage in passages:
+        words = "".join(
+            f'<span class="{"kept" if word.kept else "dropped"}">{escape(word.text)}</span>' for word in passage.words
+        )
+        parts.append(f'<h2>{escape(passage.caption)}</h2><p class="words">{words.replace(chr(10), "<br>")}</p>')
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _png(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")

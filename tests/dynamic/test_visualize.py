@@ -1,0 +1,79 @@
+"""The pictures of what was kept: fading, words, the program on a tiny sparse model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageChops
+
+from dynamic.pictures import KeptImage, Passage, Word, draw_sheet, fade_dropped, page
+from llava.dynamic_eval import visualize
+from llava.errors import CheckpointError, FlagError
+from llava.eval.loading import load_model
+from tests.dynamic.sparse_checkpoint import write_sparse_checkpoint
+from tests.golden import golden_dir
+
+IMAGE = golden_dir("llava") / "data" / "images" / "im0.png"
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sparse_checkpoint(tmp_path_factory.mktemp("sparse") / "tiny-sparse-v1")
+
+
+def arguments(model: Path, output: Path, *more: str) -> list[str]:
+    words = ["--model-path", str(model), "--image-file", str(IMAGE), "--output-dir", str(output), "--device", "cpu"]
+    return [*words, "--query", "Is it red?", "--temperature", "0", "--max_new_tokens", "8", *more]
+
+
+def test_dropped_patches_fade_and_kept_ones_stay() -> None:
+    image = Image.effect_noise((40, 20), 80).convert("RGB").point(lambda value: value // 2)
+    faded = fade_dropped(KeptImage(image, (2, 4), {0, 5}))
+    for index in range(8):
+        row, column = divmod(index, 4)
+        box = (column * 10, row * 10, column * 10 + 10, row * 10 + 10)
+        changed = ImageChops.difference(image.crop(box), faded.crop(box)).getbbox() is not None
+        assert changed == (index not in {0, 5})
+
+
+def test_a_patch_outside_the_grid_is_refused() -> None:
+    with pytest.raises(ValueError, match="patch 8 lies outside a grid of 2 x 4"):
+        fade_dropped(KeptImage(Image.new("RGB", (8, 4)), (2, 4), [1, 8]))
+
+
+def test_page_and_sheet_show_words_and_escape_them() -> None:
+    passage = Passage("Answer", [Word("<b>", True), Word(" gone", False), Word("\nnext", True)])
+    picture = KeptImage(Image.new("RGB", (8, 8), "blue"), (2, 2), [0])
+    text = page("Q & A", [picture], [passage])
+    assert "Q &amp; A" in text
+    assert '<span class="kept">&lt;b&gt;</span><span class="dropped"> gone</span>' in text
+    assert "Answer: 2 of 3 tokens kept" in text
+    assert "1 of 4 patches kept (25%)" in text
+    with_words, without = (draw_sheet([picture], passages, side=64) for passages in ([passage], []))
+    assert with_words.height > without.height
+    long = Passage("Answer", [Word(" word", index % 2 == 0) for index in range(60)])
+    assert draw_sheet([picture], [long], side=64).height > with_words.height
+
+
+def test_the_program_shows_what_the_model_kept(
+    sparse: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = visualize.main(arguments(sparse, tmp_path / "kept"))
+    patches = load_model(str(sparse), device="cpu").patches_per_image
+    printed = capsys.readouterr().out
+    assert f"{patches // 2} of {patches} patches kept" in printed
+    assert "Answer, all but the last token: " in printed
+    assert Image.open(folder / "kept.png").size[0] > 600
+    text = (folder / "kept.html").read_text(encoding="utf-8")
+    assert text.count("<img") == 2
+    assert 'class="dropped"' in text
+    # The words of the instruction are the question's own, in order.
+    assert "".join(text.partition('class="words">')[2].partition("</p>")[0].split()).count("red") == 1
+
+
+def test_a_dense_model_and_beams_are_refused(sparse: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="a dense model"):
+        visualize.main(arguments(golden_dir("llava") / "tiny-llava-v1.5", tmp_path))
+    with pytest.raises(FlagError, match="--num_beams 2"):
+        visualize.main(arguments(sparse, tmp_path, "--num_beams", "2"))
