@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from dynamic import inference
+from dynamic import convert, inference
 from dynamic import model as sparse_model
-from dynamic.attention.interface import register
+from dynamic.attention import interface
 from dynamic.config import SparseConfig, SparseOptions
 from dynamic.statistics import KeepStatistics
 from dynamic.training import MaskedPass, TemperatureSchedule
 from llava.errors import CheckpointError, FlagError
-from llava.extension import Config, DecoderState, Extension, MultimodalInputs, ParameterGroup
+from llava.extension import Config, DecoderState, Extension, ImportedState, MultimodalInputs, ParameterGroup
 from llava.model.language_model.decoder import layer_kinds
 
 if TYPE_CHECKING:
@@ -51,6 +52,19 @@ class DynamicExtension(Extension):
         if not options.dynamic:
             _refuse_idle_options(options)
             return None
+        if (args.training.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise FlagError(
+                "--gradient_checkpointing_kwargs asks for use_reentrant, under which the loss does not reach the "
+                'predictors of --dynamic through attention; pass {"use_reentrant": false} or leave the flag out'
+            )
+        if args.model.attn_implementation not in (None, "sdpa", interface.NAME):
+            raise FlagError(
+                f"--attn_implementation {args.model.attn_implementation}: --dynamic trains with an attention of its "
+                "own, which is as lean; leave the flag out"
+            )
+        for name in ("gumbel_start_tau", "gumbel_end_tau"):
+            if not getattr(options, name) > 0:
+                raise FlagError(f"--{name} is {getattr(options, name)}; a temperature is more than 0")
         try:
             return options.config().to_dict()
         except ValueError as error:
@@ -100,7 +114,7 @@ class DynamicExtension(Extension):
 
     def attention_implementation(self, config: Config) -> str | None:
         """Attention that obeys a policy; without one it is transformers' "sdpa"."""
-        return register()
+        return interface.register()
 
     def make_cache(self, model: nn.Module, config: Config) -> Cache | None:
         """A cache of kept tokens."""
@@ -141,6 +155,31 @@ class DynamicExtension(Extension):
     def named_parameters(self, model: nn.Module, config: Config) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter of the predictors."""
         return sparse_model.added_parameters(model)
+
+    def import_checkpoint(self, folder: Path) -> ImportedState | None:
+        """Read a folder written by the original, known by the `sparse_config` in its `config.json`.
+
+        Raises:
+            CheckpointError: the configuration is damaged, or the weights lack a predictor that it switches on.
+        """
+        try:
+            config = convert.read_config(folder)
+            if config is None:
+                return None
+            return ImportedState(config.to_dict(), convert.read_predictors(folder, config), frozenset())
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+
+    def export_checkpoint(self, model: nn.Module, config: Config, folder: Path) -> None:
+        """Add the predictors to the full weights in `folder` and `sparse_config` to its `config.json`.
+
+        Raises:
+            CheckpointError: there are no full weights, the only place that the original has for predictors.
+        """
+        try:
+            convert.add_to_folder(folder, SparseConfig.from_dict(config), dict(sparse_model.added_parameters(model)))
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
 
 
 def _pass_on(policy: Tensor, model: nn.Module, state: DecoderState) -> None:

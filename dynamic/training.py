@@ -100,10 +100,11 @@ def inference_decision(judge: Judge, hidden: Tensor, samples: Sequence[Parts]) -
 
 
 def _logits(judge: Judge, hidden: Tensor, table: SpanTable) -> Tensor:
-    tokens = gather(hidden, table)  # (R, n, D)
+    device = next(judge.predictor.parameters()).device  # may be another one where layers are spread over several
+    tokens = gather(hidden, table).to(device)  # (R, n, D)
     if judge.spans is images:
-        return judge.predictor(tokens, valid=table.valid)
-    return judge.predictor(tokens)
+        return judge.predictor(tokens, valid=table.valid.to(device)).to(hidden.device)
+    return judge.predictor(tokens).to(hidden.device)
 
 
 def policy(hidden: Tensor, decisions: Sequence[Decision]) -> Tensor:

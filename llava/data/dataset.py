@@ -61,10 +61,14 @@ class LazySupervisedDataset(Dataset[Item]):
         on_bad_sample: `stop` raises the error of a bad row; `skip` writes it to `skipped_file` and gives the next good
             row of the same modality in its place, so that steps and batch shapes stay as they are.
         skipped_file: see `llava/data/skipped.py`.
+        requires_image: leave out the rows without an image.
+
+    Attributes:
+        left_out: number of rows that `requires_image` left out.
 
     Raises:
-        FlagError: options contradict each other, or the file is missing or empty; on access, a row names an image that
-            the options give no way to load.
+        FlagError: options contradict each other, or the file is missing or empty, or no row is left; on access, a row
+            names an image that the options give no way to load.
         BadSampleError: on access, a row cannot be trained on; the message names file, row and id.
         BadImageError: on access, as above, because of its image.
     """
@@ -85,6 +89,7 @@ class LazySupervisedDataset(Dataset[Item]):
         image_length: ImageLength | None = None,
         on_bad_sample: str = "stop",
         skipped_file: str | os.PathLike[str] | None = None,
+        requires_image: bool = False,
     ) -> None:
         if on_bad_sample not in ON_BAD_SAMPLE:
             raise FlagError(f"--on_bad_sample {on_bad_sample}: not known; known: {', '.join(ON_BAD_SAMPLE)}")
@@ -105,6 +110,28 @@ class LazySupervisedDataset(Dataset[Item]):
         self.on_bad_sample = on_bad_sample
         self.skipped_file = skipped_file
         self._bad_rows: set[int] = set()
+        self.left_out = self._leave_out_text() if requires_image else 0
+
+    def _leave_out_text(self) -> int:
+        """Keep the rows with an image and return the number of the others."""
+        rows = [row for row in range(len(self.records)) if self._has_image(row)]
+        if not rows:
+            raise FlagError(
+                f"--requires_image True: none of the {len(self.records)} rows of {self.records.paths} has an image"
+            )
+        before, self.records = len(self.records), self.records.select(rows)
+        self._bad_rows.clear()  # numbers of rows before the choice
+        return before - len(rows)
+
+    def _has_image(self, row: int) -> bool:
+        """False also for a row that cannot be read, which is listed, if bad rows are skipped."""
+        try:
+            return bool(image_names(self.records[row]))
+        except BadSampleError as error:
+            if self.on_bad_sample == "stop":
+                raise _with_row(error, self.records.name(row)) from error
+            self._skip(row, error)
+            return False
 
     def __len__(self) -> int:
         return len(self.records)

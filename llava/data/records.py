@@ -65,12 +65,17 @@ class RecordFiles(Sequence[Row]):
         BadSampleError: on access, the row is no JSON object; the message names file and row.
     """
 
-    def __init__(self, files: Sequence[Records]) -> None:
+    def __init__(self, files: Sequence[Records], chosen: Sequence[int] | None = None) -> None:
         self.files = list(files)
         self._ends = list(accumulate(map(len, self.files)))
+        self._chosen = None if chosen is None else array("Q", chosen)
+
+    def select(self, rows: Sequence[int]) -> RecordFiles:
+        """Some of the rows as rows of their own; messages keep naming each by file and number in it."""
+        return RecordFiles(self.files, rows if self._chosen is None else [self._chosen[row] for row in rows])
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._ends[-1] if self._chosen is None else len(self._chosen)
 
     def __getitem__(self, index: int) -> Row:
         file, row = self._locate(index)
@@ -94,6 +99,8 @@ class RecordFiles(Sequence[Row]):
     def _locate(self, index: int) -> tuple[Records, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
+        if self._chosen is not None:
+            index = self._chosen[index]
         number = bisect_right(self._ends, index)
         return self.files[number], index - (self._ends[number - 1] if number else 0)
 

@@ -13,6 +13,8 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
+from llava.conversation import conv_templates
+from llava.data.markers import user_marker_ids
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Extension, ImportedState, installed_extensions
 from llava.hub import local_folder
@@ -83,6 +85,8 @@ def load_pretrained_model(
         options["device_map"] = device_map
     model, missing = _load_base(contents, base, options)
     tokenizer = load_tokenizer(_tokenizer_folder(contents, base))
+    if getattr(model.config, "user_marker_ids", None) is None:  # upstream does not say which template it trained with
+        model.config.user_marker_ids = user_marker_ids(conv_templates["v1"], tokenizer)
     tokens = wanted_tokens(model.config)
     if tokens:
         add_image_tokens(model, tokenizer, tokens)

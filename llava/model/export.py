@@ -1,7 +1,8 @@
 """Writing a checkpoint in upstream's layout, for programs that read only that.
 
 Usage: `python -m llava.model.export CHECKPOINT OUTPUT [--model-base BASE]`. LoRA folders get `non_lora_trainables.bin`
-beside the adapter; extensions add what their original code wrote (MLLM-HydraLoRA: `moe_args.pth`).
+beside the adapter, full weights are copied; extensions add what their original code wrote (MLLM-HydraLoRA:
+`moe_args.pth`; Dynamic-LLaVA: predictors among the weights).
 """
 
 from __future__ import annotations
@@ -13,12 +14,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from llava.errors import CheckpointError
 from llava.extension import installed_extensions
 from llava.model.builder import base_folder
 from llava.model.checkpoint import load_trained
-from llava.model.formats import CheckpointContents, inspect_checkpoint, read_json, read_projector, read_tensors
+from llava.model.formats import (
+    NON_LORA_FILE,
+    CheckpointContents,
+    inspect_checkpoint,
+    read_json,
+    read_projector,
+    read_tensors,
+    weight_files,
+)
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.utils import run_program
 
@@ -58,8 +68,46 @@ def _export_extensions(contents: CheckpointContents, base: str, output: Path) ->
         item.extension.export_checkpoint(model, item.config, output)
 
 
+def _export_adapter_folder(contents: CheckpointContents, output: Path) -> None:
+    """LoRA and what is trained beside it."""
+    _export_adapter(contents, output)
+    trained = {} if contents.projector is None else read_projector(contents.projector)
+    torch.save({PEFT_PREFIX + name: tensor for name, tensor in trained.items()}, output / NON_LORA_FILE)
+
+
+def _export_full_weights(contents: CheckpointContents, output: Path) -> None:
+    """Everything but what is our own: weights, tokenizer, generation defaults."""
+    ours = {"config.json", "run.json", "trainer_state.json", "training_args.bin", SCHEDULER_NAME, OPTIMIZER_NAME}
+    weights = set(weight_files(contents.weights))
+    for path in contents.folder.iterdir():
+        is_kept = path.suffix in (".json", ".model", ".txt", ".jinja") and path.name not in ours
+        if path.is_file() and (is_kept or path in weights):
+            shutil.copyfile(path, output / path.name)
+
+
+def _refuse(contents: CheckpointContents) -> None:
+    """Raise for what upstream's layout has no place for."""
+    checkpoint = contents.folder
+    if contents.adapter is None and contents.weights is None:
+        raise CheckpointError(
+            f"{checkpoint}: holds neither a LoRA adapter nor full weights; upstream's layout has no other place for "
+            f"{sorted(contents.extensions) or 'what it holds'}"
+        )
+    if contents.adapter is None and not contents.extensions:
+        raise CheckpointError(f"{checkpoint}: holds no LoRA adapter; full weights are in upstream's layout already")
+    if contents.adapter is not None and read_json(checkpoint / "config.json").get("mm_use_im_start_end"):
+        raise CheckpointError(
+            f"{checkpoint}: was trained with mm_use_im_start_end, and upstream's LoRA layout has no place for the rows "
+            "of those tokens; merge the checkpoint with its base instead"
+        )
+    if contents.tower is not None and contents.adapter is None:
+        raise CheckpointError(
+            f"{checkpoint}: its vision tower was trained along, and upstream reads towers from elsewhere"
+        )
+
+
 def export_original(checkpoint: str | Path, output: str | Path, model_base: str | None = None) -> Path:
-    """Write a LoRA checkpoint, with or without extensions, in upstream's layout.
+    """Write a LoRA checkpoint, or full weights with extensions, in upstream's layout.
 
     Args:
         checkpoint: folder in our layout.
@@ -70,17 +118,11 @@ def export_original(checkpoint: str | Path, output: str | Path, model_base: str 
         The folder written. It appears whole or not at all.
 
     Raises:
-        CheckpointError: the folder holds no adapter, or `output` exists already.
+        CheckpointError: upstream's layout has no place for what the folder holds, or `output` exists already.
         FlagError: an extension has no original layout.
     """
     contents, output = inspect_checkpoint(checkpoint), Path(output)
-    if contents.adapter is None:
-        raise CheckpointError(f"{checkpoint}: holds no LoRA adapter; full weights are in upstream's layout already")
-    if read_json(contents.folder / "config.json").get("mm_use_im_start_end"):
-        raise CheckpointError(
-            f"{checkpoint}: was trained with mm_use_im_start_end, and upstream's LoRA layout has no place for the rows "
-            "of those tokens; merge the checkpoint with its base instead"
-        )
+    _refuse(contents)
     if output.exists():
         raise CheckpointError(f"{output}: exists already; choose a folder that does not")
     partial = output.with_name(output.name + ".partial")
@@ -89,11 +131,13 @@ def export_original(checkpoint: str | Path, output: str | Path, model_base: str 
     config = read_json(contents.folder / "config.json")
     config.pop("extensions", None)
     (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _export_adapter(contents, partial)
-    trained = {} if contents.projector is None else read_projector(contents.projector)
-    torch.save({PEFT_PREFIX + name: tensor for name, tensor in trained.items()}, partial / "non_lora_trainables.bin")
+    if contents.adapter is not None:
+        _export_adapter_folder(contents, partial)
+    else:
+        _export_full_weights(contents, partial)
     if contents.extensions:
-        _export_extensions(contents, base_folder(contents, model_base), partial)
+        base = base_folder(contents, model_base) if contents.needs_base else str(contents.folder)
+        _export_extensions(contents, str(base), partial)
     partial.rename(output)
     return output
 

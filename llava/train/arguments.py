@@ -70,6 +70,7 @@ class DataArguments:
         "square or resize (centre crop), pad (to a square), stretch (whole image), anyres (tiles)", "square"
     )
     image_grid_pinpoints: str | None = _option('anyres: possible sizes in pixels, "[(336, 672), (672, 336), ...]"')
+    requires_image: bool = _option("train on the rows with an image alone (llava.train.train_sparse: True)", False)
     on_bad_sample: str = _option("stop: end with an error; skip: leave the sample out and list it in a file", "stop")
 
 
@@ -143,11 +144,17 @@ class RunArguments:
         }
 
 
-def build_parser(extensions: Mapping[str, Extension]) -> transformers.HfArgumentParser:
+def build_parser(
+    extensions: Mapping[str, Extension], defaults: Mapping[str, Any] | None = None
+) -> transformers.HfArgumentParser:
     """Parser over the core's options and those of `extensions`.
 
+    Args:
+        extensions: by name.
+        defaults: values of options that are not given, by the options' names, for a program with defaults of its own.
+
     Raises:
-        FlagError: an extension defines an option that exists already.
+        FlagError: an extension defines an option that exists already, or `defaults` names one that does not exist.
     """
     classes: list[type] = [ModelArguments, DataArguments, TrainingArguments]
     owner = {option.name: cls.__name__ for cls in classes for option in dataclasses.fields(cls)}
@@ -161,21 +168,34 @@ def build_parser(extensions: Mapping[str, Extension]) -> transformers.HfArgument
                 )
             owner[option.name] = name
         classes.append(extension.options)
-    return transformers.HfArgumentParser(
+    unknown = sorted(set(defaults or {}) - set(owner))
+    if unknown:
+        raise FlagError(
+            f"this program sets the options {unknown}, which no installed extension defines (installed: "
+            f"{sorted(extensions)}); install the package that they come from"
+        )
+    parser = transformers.HfArgumentParser(
         classes,
         allow_abbrev=False,
         usage="%(prog)s --model_name_or_path BASE --data_path DATA --output_dir OUTPUT [options]",
         description="Fine-tune a LLaVA. An output folder that holds checkpoints is resumed.",
         epilog="Example: scripts/MLLM_HydraLoRA.sh. Checkpoints and what they hold: docs/architecture.md.",
     )
+    parser.set_defaults(**(defaults or {}))
+    return parser
 
 
-def parse_args(argv: Sequence[str] | None = None, extensions: Mapping[str, Extension] | None = None) -> RunArguments:
+def parse_args(
+    argv: Sequence[str] | None = None,
+    extensions: Mapping[str, Extension] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> RunArguments:
     """Options of a run, checked.
 
     Args:
         argv: command line without the program's name; None takes `sys.argv`.
         extensions: the extensions to compose with; None takes all installed ones.
+        defaults: see `build_parser`.
 
     Raises:
         FlagError: options are unknown, contradictory or not carried out; all problems are listed at once.
@@ -185,7 +205,7 @@ def parse_args(argv: Sequence[str] | None = None, extensions: Mapping[str, Exten
 
     extensions = installed_extensions() if extensions is None else extensions
     argv = translate_retired_flags(sys.argv[1:] if argv is None else list(argv))
-    parsed = build_parser(extensions).parse_args_into_dataclasses(
+    parsed = build_parser(extensions, defaults).parse_args_into_dataclasses(
         argv, look_for_args_file=False, return_remaining_strings=True
     )
     model, data, training, *options, unknown = parsed

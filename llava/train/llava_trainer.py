@@ -24,7 +24,7 @@ from llava.model.formats import inspect_checkpoint
 from llava.model.loss import LossReduction
 from llava.model.splice import count_targets
 from llava.train.arguments import RunArguments
-from llava.train.optimizer import optimizer_groups
+from llava.train.optimizer import BASE_GROUP, optimizer_groups
 from llava.train.run_record import copy_run_record
 from llava.train.sampling import EpochSampler, modality_order, random_order
 from llava.train.saving import STAGING_PREFIX, publish_files, publish_folder, rotate, staging_path
@@ -126,8 +126,15 @@ class LLaVATrainer(Trainer):
                 mean = self.accelerator.gather(total.reshape(1)).mean() / steps
                 logs[f"loss/{name}"] = round(mean.item(), 6)
             logs |= bare_model(self.model).extensions.metrics(bare_model(self.model))
+            logs |= self._learning_rates()
             self._loss_sums = {}
         super().log(logs, start_time)
+
+    def _learning_rates(self) -> dict[str, float]:
+        """`learning_rate/<group>` of every group but the base, whose rate the Trainer logs as `learning_rate`."""
+        rates = zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True)
+        named = {group["name"].partition(",")[0]: rate for group, rate in rates}
+        return {f"learning_rate/{name}": rate for name, rate in named.items() if name != BASE_GROUP}
 
     # Stopping at the first value that is no number, before it reaches weights that are saved
 

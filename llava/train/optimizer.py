@@ -14,6 +14,9 @@ from llava.model.checkpoint import bare_model
 from llava.model.components import Component, components
 from llava.train.arguments import RunArguments
 
+BASE_GROUP = "base"
+"""Name of the group of everything that has the run's own learning rate."""
+
 
 def _undecayed(model: nn.Module) -> set[int]:
     """Identities of biases and norm weights; each kind of decoder has a norm class of its own."""
@@ -56,7 +59,7 @@ def optimizer_groups(model: nn.Module, args: RunArguments) -> list[dict[str, Any
     claimed = {id(weight) for group in special for weight in group.parameters}
     rest = [weight for weight in model.parameters() if id(weight) not in claimed]
     groups: list[dict[str, Any]] = []
-    for group in [ParameterGroup("base", rest), *special]:
+    for group in [ParameterGroup(BASE_GROUP, rest), *special]:
         rate = args.training.learning_rate if group.learning_rate is None else group.learning_rate
         decay = args.training.weight_decay if group.weight_decay is None else group.weight_decay
         trained = [weight for weight in group.parameters if weight.requires_grad]

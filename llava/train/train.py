@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from llava.anyres import check_grid_pinpoints
 from llava.conversation import Conversation, select_template
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset
+from llava.data.markers import user_marker_ids
 from llava.errors import CheckpointError, FlagError, TrainingError
 from llava.extension import installed_extensions
 from llava.model.checkpoint import copy_tensors
@@ -144,6 +145,7 @@ def record_settings(model: LlavaForCausalLM, args: RunArguments, tokenizer: Any)
     tower = model.get_vision_tower()
     if args.data.image_aspect_ratio == "anyres" and tower is not None:
         config.image_grid_pinpoints = check_grid_pinpoints(args.data.image_grid_pinpoints, tower.image_size)
+    config.user_marker_ids = user_marker_ids(select_template(args.model.version, tokenizer), tokenizer)
     config.tokenizer_padding_side = tokenizer.padding_side
     config.tokenizer_model_max_length = tokenizer.model_max_length
     config.tune_mm_mlp_adapter = args.model.tune_mm_mlp_adapter
@@ -201,7 +203,7 @@ def build_dataset(args: RunArguments, tokenizer: Any, model: LlavaForCausalLM) -
     """The training data of a run."""
     template: Conversation = select_template(args.model.version, tokenizer)
     tower = model.get_vision_tower()
-    return LazySupervisedDataset(
+    dataset = LazySupervisedDataset(
         args.data.data_path,
         tokenizer,
         None if tower is None else tower.image_processor,
@@ -215,7 +217,11 @@ def build_dataset(args: RunArguments, tokenizer: Any, model: LlavaForCausalLM) -
         image_length=None if tower is None else model.image_length(),
         on_bad_sample=args.data.on_bad_sample,
         skipped_file=skipped_file(args),
+        requires_image=args.data.requires_image,
     )
+    if args.data.requires_image and args.training.should_log:
+        print(f"--requires_image True: {dataset.left_out} rows without image are left out, {len(dataset)} remain")
+    return dataset
 
 
 def build_run(args: RunArguments, attn_implementation: str | None = None) -> Run:
@@ -280,12 +286,17 @@ def run_updates(run: Run, resume_from: str | None) -> Any:
         ) from error
 
 
-def main(argv: Sequence[str] | None = None, attn_implementation: str | None = None) -> Path:
+def main(
+    argv: Sequence[str] | None = None,
+    attn_implementation: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Path:
     """Train as the command line says; an output folder that holds checkpoints is resumed.
 
     Args:
         argv: options; None takes those of the process.
         attn_implementation: used where `--attn_implementation` is not given.
+        defaults: values of options that are not given, where they are not the usual ones.
 
     Returns:
         The output folder, a complete checkpoint.
@@ -293,7 +304,7 @@ def main(argv: Sequence[str] | None = None, attn_implementation: str | None = No
     Raises:
         LlavaError: a problem with options, data or checkpoints that the user can mend.
     """
-    args = parse_args(argv)
+    args = parse_args(argv, defaults=defaults)
     join_processes(args.training)
     output = Path(args.training.output_dir)
     resume_from = args.training.resume_from_checkpoint or (get_last_checkpoint(output) if output.is_dir() else None)
