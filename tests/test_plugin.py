@@ -150,7 +150,8 @@ def test_on_it_is_trained_saved_and_loaded(reports: Reports) -> None:
 
 def test_its_losses_and_metrics_are_logged(reports: Reports) -> None:
     logged = set(reports.installed["llava-on-lora"]["logged"])
-    assert {key for key in logged if "example_scale" in key} == {"loss/example_scale/penalty", "example_scale/largest"}
+    expected = {"loss/example_scale/penalty", "example_scale/largest", "learning_rate/example_scale"}
+    assert {key for key in logged if "example_scale" in key} == expected
 
 
 def test_its_learning_rate_is_its_own(reports: Reports) -> None:
