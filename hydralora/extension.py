@@ -1,127 +1,139 @@
-"""HydraLoRA as an extension of llava: routed MLP blocks with the flags of MLLM-HydraLoRA.
+"""HydraLoRA as an extension of llava: routed MLP blocks, and HydraLoRA on attention layers of decoder and tower.
 
-Corresponds to the changes of MLLM-HydraLoRA to `train.py`, `llava_llama.py` and `builder.py`. `--use_lora True` puts
-LoRA on the attention projections and, with `--llm_moe True`, a routed block in place of every MLP of the decoder.
+Corresponds to the changes of MLLM-HydraLoRA to `train.py`, `llava_llama.py` and `builder.py`. What the flags switch on
+is decided in `flags.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from hydralora import convert, moe_args
+from hydralora import convert, linears, moe_args
 from hydralora import model as routed_model
-from hydralora.config import HydraLoraOptions, RoutedMLPConfig
+from hydralora.config import HydraLoraOptions, HydraLoraSettings, RoutedMLPConfig
+from hydralora.flags import settings_from_flags
 from hydralora.layer import expert_balance_loss
 from hydralora.statistics import RoutingStatistics
-from llava.errors import CheckpointError, FlagError
+from llava.errors import CheckpointError
 from llava.extension import Config, Extension, ImportedState, MultimodalInputs
 
 if TYPE_CHECKING:
-    from llava.train.arguments import RunArguments, TrainingArguments
+    from llava.train.arguments import RunArguments
 
-MLP_PROJECTIONS = frozenset({"gate_proj", "up_proj", "down_proj"})
+
+@dataclass
+class _Watched:
+    """Layers of a decoder whose routing is recorded, balanced and counted together.
+
+    Attributes:
+        prefix: of the names of loss and metrics.
+        balance_weight: factor of their balance loss; 0: none.
+        recorder: takes their routings during a forward pass.
+        statistics: counts them between two log lines.
+    """
+
+    prefix: str
+    balance_weight: float
+    recorder: routed_model.RoutingRecorder
+    statistics: RoutingStatistics = field(default_factory=RoutingStatistics)
 
 
 class HydraLoraExtension(Extension):
-    """Routed MLP blocks; the configuration is `RoutedMLPConfig.to_dict()`."""
+    """Routed MLP blocks and HydraLoRA on attention layers; the configuration is `HydraLoraSettings.to_dict()`."""
 
     name = "hydralora"
     options = HydraLoraOptions
 
     def __init__(self) -> None:
         # Per model, and gone with it: one extension may serve several models.
-        self._recorders: WeakKeyDictionary[nn.Module, routed_model.RoutingRecorder] = WeakKeyDictionary()
-        self._statistics: WeakKeyDictionary[nn.Module, RoutingStatistics] = WeakKeyDictionary()
+        self._watched: WeakKeyDictionary[nn.Module, list[_Watched]] = WeakKeyDictionary()
 
     def configure(self, args: RunArguments) -> Config | None:
-        """Switch LoRA on in the core, and return the configuration of the blocks if `--llm_moe` is on.
+        """Switch LoRA on in the core, and return what the flags put beside it; None for nothing.
 
         Raises:
             FlagError: a flag is contradictory or not carried out; see the messages.
         """
-        options: HydraLoraOptions = args.options[self.name]
-        if options.vit_trainable:
-            raise FlagError(
-                f"--vit_trainable {options.vit_trainable}: MLLM-HydraLoRA declares this flag and never reads it; "
-                "to train the vision tower pass --unfreeze_mm_vision_tower True"
-            )
-        if not options.use_lora:
-            _refuse_options_without_use_lora(options)
-            return None
-        _switch_lora_on(options, args.training)
-        if not options.llm_moe:
-            return None
-        training = args.training
-        if (training.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise FlagError(
-                "--gradient_checkpointing_kwargs asks for use_reentrant, under which the expert-balance loss of "
-                '--llm_moe reaches no parameter; pass {"use_reentrant": false} or leave the flag out'
-            )
-        try:
-            config = RoutedMLPConfig(
-                experts=options.llm_moe_num_experts,
-                rank=options.lora_rank,
-                alpha=training.lora_alpha,
-                dropout=training.lora_dropout,
-                dense=options.dense_moe,
-                balance_weight=options.moe_balance_w,
-            )
-        except ValueError as error:
-            raise FlagError(
-                f"{error} (flags: --llm_moe_num_experts, --lora_rank, --lora_alpha, --lora_dropout, --moe_balance_w)"
-            ) from error
-        return config.to_dict()
+        settings = settings_from_flags(args.options[self.name], args)
+        return None if settings is None else settings.to_dict()
 
     def attach(self, model: nn.Module, config: Config) -> None:
-        """Put the blocks in place; the added parameters are float32 whatever the base is.
+        """Put blocks and updates in place; the added parameters are float32 whatever the base is.
 
         Raises:
-            CheckpointError: the configuration is damaged, or the decoder has no gated MLPs to put the blocks around.
+            CheckpointError: the configuration is damaged, or the model has no layers of the kind to be adapted.
         """
         try:
-            routed_model.attach(model, RoutedMLPConfig.from_dict(config))
+            settings = HydraLoraSettings.from_dict(config)
+            if settings.mlp is not None:
+                routed_model.attach(model, settings.mlp)
+            if settings.linear is not None:
+                layers = {"attention": routed_model.decoder_layers(model), "vision": _tower_blocks(model)}
+                linears.attach(layers, settings.linear)
         except ValueError as error:
             raise CheckpointError(f"extension '{self.name}': {error}") from error
 
     def on_inputs(self, model: nn.Module, config: Config, inputs: MultimodalInputs) -> MultimodalInputs:
         """Start recording the routing if a loss will be wanted."""
-        if inputs.labels is not None and RoutedMLPConfig.from_dict(config).experts > 1:
-            if model not in self._recorders:
-                self._recorders[model] = routed_model.RoutingRecorder(routed_model.routed_blocks(model))
-            self._recorders[model].start()
+        if inputs.labels is not None:
+            if model not in self._watched:
+                self._watched[model] = _watch(model, HydraLoraSettings.from_dict(config))
+            for watched in self._watched[model]:
+                watched.recorder.start()
         return inputs
 
     def losses(self, model: nn.Module, config: Config, inputs: MultimodalInputs) -> dict[str, Tensor]:
-        """The weighted expert-balance loss, over all blocks and valid tokens; none with one expert or weight 0.
+        """The weighted expert-balance losses, each over its layers and all valid tokens; none with weight 0.
 
         Ends the recording before the backward pass begins, so that recomputation under gradient checkpointing is
         not recorded.
         """
-        if model not in self._recorders:
-            return {}
-        routings = [passes[-1] for passes in self._recorders[model].stop().values() if passes]
-        if not routings:
-            return {}
-        self._statistics.setdefault(model, RoutingStatistics()).add(routings, inputs.attention_mask)
-        settings = RoutedMLPConfig.from_dict(config)
-        if not settings.needs_balance_loss:
-            return {}
-        return {"balance": settings.balance_weight * expert_balance_loss(routings, inputs.attention_mask)}
+        found: dict[str, Tensor] = {}
+        for watched in self._watched.get(model, []):
+            routings = [passes[-1] for passes in watched.recorder.stop().values() if passes]
+            if routings:
+                watched.statistics.add(routings, inputs.attention_mask)
+                if watched.balance_weight > 0:
+                    loss = expert_balance_loss(routings, inputs.attention_mask)
+                    found[f"{watched.prefix}balance"] = watched.balance_weight * loss
+        return found
 
     def metrics(self, model: nn.Module, config: Config) -> dict[str, float]:
         """`share_<expert>` and `entropy` of this process since the last call; see `RoutingStatistics`."""
-        return self._statistics[model].pop() if model in self._statistics else {}
+        return {
+            f"{watched.prefix}{name}": value
+            for watched in self._watched.get(model, [])
+            for name, value in watched.statistics.pop().items()
+        }
 
     def named_parameters(self, model: nn.Module, config: Config) -> Iterator[tuple[str, nn.Parameter]]:
-        """A, B and router of every block."""
-        return routed_model.added_parameters(model)
+        """A, B and router of every block and every update."""
+        return chain(routed_model.added_parameters(model), linears.added_parameters(model))
+
+    def untrained_parameters(self, model: nn.Module, config: Config) -> list[nn.Parameter]:
+        """The routers of sparse blocks without balance loss: data parallelism waits for gradients that never come."""
+        mlp = HydraLoraSettings.from_dict(config).mlp
+        if mlp is None or mlp.trains_routers:
+            return []
+        blocks = routed_model.routed_blocks(model).values()
+        return [parameter for block in blocks for parameter in block.router.parameters()]
+
+    def export_problem(self, config: Config) -> str | None:
+        """The original's layout knows routed MLP blocks and LoRA alone."""
+        if HydraLoraSettings.from_dict(config).linear is None:
+            return None
+        return (
+            "it was trained with --hydralora_modules, and the layout of MLLM-HydraLoRA has no place for HydraLoRA on "
+            "attention layers; load it with its base instead"
+        )
 
     def import_checkpoint(self, folder: Path) -> ImportedState | None:
         """Read a folder written by MLLM-HydraLoRA, known by the keys in its `non_lora_trainables.bin`.
@@ -148,7 +160,7 @@ class HydraLoraExtension(Extension):
         try:
             stored = convert.read_weights(path) if path.is_file() else {}
             arguments = moe_args.arguments_of_config(
-                RoutedMLPConfig.from_dict(config),
+                RoutedMLPConfig.from_dict(config),  # of blocks alone; see `export_problem`
                 folder / "adapter_config.json",
                 (name for name, _ in model.named_modules()),
             )
@@ -176,41 +188,24 @@ def _import_original(folder: Path) -> ImportedState | None:
     return ImportedState(config.to_dict(), convert.from_original(stored, config, path), keys | {arguments_path.name})
 
 
-def _refuse_options_without_use_lora(options: HydraLoraOptions) -> None:
-    """Raise if an option other than a switch was given that nothing carries out while `--use_lora` is off."""
-    switches = {"use_lora", "llm_moe"}
-    idle = [
-        f"--{option.name} {getattr(options, option.name)}"
-        for option in dataclasses.fields(options)
-        if option.name not in switches and getattr(options, option.name) != option.default
-    ]
-    if idle:
-        raise FlagError(f"{', '.join(idle)}: without effect while --use_lora is off; pass --use_lora True")
+def _tower_blocks(model: Any) -> list[nn.Module]:
+    """The blocks of the vision tower that run; none without a tower."""
+    tower = model.get_vision_tower()
+    return [] if tower is None else list(tower.blocks(tower.loaded())[: tower.num_blocks])
 
 
-def _switch_lora_on(options: HydraLoraOptions, training: TrainingArguments) -> None:
-    """Set the core's LoRA options, which may have been given too if they say the same."""
-    modules = _lora_modules(options)
-    default_rank = type(training).__dataclass_fields__["lora_r"].default
-    if training.lora_r not in (default_rank, options.lora_rank):
-        raise FlagError(f"--lora_r {training.lora_r} contradicts --lora_rank {options.lora_rank}; give one of them")
-    if training.lora_target_modules not in (None, modules):
-        raise FlagError(
-            f"--lora_target_modules {training.lora_target_modules} contradicts --lora_modules {modules}; "
-            "give one of them"
-        )
-    training.lora_enable, training.lora_r, training.lora_target_modules = True, options.lora_rank, modules
+def _watch(model: Any, settings: HydraLoraSettings) -> list[_Watched]:
+    """What is recorded of a model: its blocks, and the attention layers of its decoder.
 
-
-def _lora_modules(options: HydraLoraOptions) -> str:
-    """`--lora_modules` without blanks, checked."""
-    names = [name.strip() for name in options.lora_modules.split(",")]
-    if not all(names):
-        raise FlagError(f"--lora_modules '{options.lora_modules}' names no module or holds an empty name")
-    clash = sorted(MLP_PROJECTIONS.intersection(names))
-    if options.llm_moe and clash:
-        raise FlagError(
-            f"--lora_modules names {clash}, which the routed blocks of --llm_moe True adapt already; leave them out or "
-            "pass --llm_moe False"
-        )
-    return ",".join(names)
+    The tower's layers are not: its tokens are no tokens of the text, and pictures that fill up rows of text alone run
+    through it too.
+    """
+    found: list[_Watched] = []
+    mlp, linear = settings.mlp, settings.linear
+    if mlp is not None and mlp.experts > 1:
+        recorder = routed_model.RoutingRecorder(routed_model.routed_blocks(model))
+        found.append(_Watched("", mlp.balance_weight, recorder))
+    if linear is not None and linear.experts > 1 and linear.projections("attention") is not None:
+        recorder = routed_model.RoutingRecorder(linears.routed_updates(model.get_decoder().layers))
+        found.append(_Watched("attention_", linear.balance_weight, recorder))
+    return found

@@ -1,12 +1,13 @@
-"""The mathematics of the routed MLP block of MLLM-HydraLoRA: shared A, experts B, one router per block.
+"""The mathematics of HydraLoRA: shared A, experts B, and a router per linear layer or per MLP block.
 
 HydraLoRA (Tian et al., NeurIPS 2024, arXiv 2404.19245, section 3) adapts a frozen projection W0 with one matrix A that
 all experts share and one matrix B_i per expert, weighted by a router:
 
     y = W0 x + s * sum_i w_i B_i A x,        w = softmax(W_g x),        s = alpha / rank
 
-MLLM-HydraLoRA (`moe.py` of its repository) puts this on the gate, up and down projection of a gated MLP and routes once
-per block, from the input of the block. Needs torch >= 2.1 and nothing else.
+`RoutedUpdate` is what this adds to the output of one layer. MLLM-HydraLoRA (`moe.py` of its repository) puts it on the
+gate, up and down projection of a gated MLP and routes once per block, from the input of the block (`RoutedMLP`).
+Needs torch >= 2.1 and nothing else.
 
 Shape letters: B batch, L sequence length, D width, M width inside the MLP, r rank, E experts.
 """
@@ -142,6 +143,75 @@ def routed_low_rank(
     """
     code = _DroppedLinear.apply(x, shared_a, dropout) if dropout else F.linear(x, shared_a)  # type: ignore[no-untyped-call]
     return _WeightedExperts.apply(code, weights, experts_b.to(code.dtype), scaling)  # type: ignore[no-untyped-call]
+
+
+def low_rank_update(
+    x: Tensor, shared_a: Tensor, experts_b: Tensor, weights: Tensor, scaling: float, dropout: float = 0.0
+) -> Tensor:
+    """`routed_low_rank`, for one expert, whose weight is 1, in exactly LoRA's order of products; same arguments."""
+    if len(experts_b) == 1:
+        return routed_low_rank(x, shared_a, experts_b, weights, dropout=dropout) * scaling
+    return routed_low_rank(x, shared_a, experts_b, weights, scaling, dropout)
+
+
+class RoutedUpdate(RoutedModule, nn.Module):
+    """What HydraLoRA adds to the output of one frozen linear layer, with a router of the layer's own.
+
+    The layer of the paper, and what `hydralora/tuner/linear.py` computes for an adapter of PEFT. Trained, all in
+    `dtype`: `shared_A` (r, in_features), `experts_B` (E, out_features, r), `router` (E, in_features).
+
+    Args:
+        in_features: of the layer.
+        out_features: of the layer.
+        experts: number of experts E; with 1 the update is that of LoRA.
+        rank: rank r of the experts.
+        alpha: the update is scaled by alpha / rank.
+        dropout: probability of dropping an input of A in training. One mask serves all experts.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        experts: int,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.experts, self.rank, self.alpha, self.dropout = experts, rank, alpha, dropout
+        self.observers = []
+        self.shared_A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+        self.experts_B = nn.Parameter(torch.empty(experts, out_features, rank, device=device, dtype=dtype))
+        self.router = nn.Parameter(torch.empty(experts, in_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self, identity: bool = True) -> None:
+        """Draw A and router uniform in +-1/sqrt(in_features); B is 0, or drawn too if not `identity` (for tests)."""
+        nn.init.kaiming_uniform_(self.shared_A, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
+        bound = 0.0 if identity else 1 / math.sqrt(self.rank)
+        nn.init.uniform_(self.experts_B, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The update, (..., out_features) in the dtype of A x, for `x` (..., in_features) of any dtype."""
+        x = x.to(self.shared_A.dtype)
+        probabilities = torch.softmax(F.linear(x, self.router), dim=-1, dtype=torch.float32)  # (..., E)
+        if self.observers:
+            choice = one_hot_argmax(probabilities) - probabilities.detach() + probabilities
+            for observe in self.observers:
+                observe(Routing(probabilities, choice))
+        dropout = self.dropout if self.training else 0.0
+        return low_rank_update(x, self.shared_A, self.experts_B, probabilities, self.alpha / self.rank, dropout)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows beside the children."""
+        return f"experts={self.experts}, rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
 
 
 class RoutedMLP(RoutedModule, nn.Module):

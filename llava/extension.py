@@ -158,7 +158,10 @@ class Extension:
 
     # 3. Modules
     def attach(self, model: nn.Module, config: Config) -> None:
-        """Replace or wrap sub-modules in place, found by class. Base weights keep their state-dict keys."""
+        """Replace or wrap sub-modules in place, found by class. Base weights keep their state-dict keys.
+
+        Tower and projector are in place by then; LoRA is not.
+        """
 
     # 4. Layer boundary
     def before_layer(self, model: nn.Module, config: Config, index: int, state: DecoderState) -> DecoderState:
@@ -192,6 +195,10 @@ class Extension:
         """Trainer callbacks, for example a temperature schedule."""
         return []
 
+    def untrained_parameters(self, model: nn.Module, config: Config) -> Iterable[nn.Parameter]:
+        """Of its parameters those on which no loss depends under this configuration; saved, but not trained."""
+        return ()
+
     # 8. State
     def named_parameters(self, model: nn.Module, config: Config) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter that the extension added, by its name in `model`: exactly these are trained and saved."""
@@ -199,6 +206,10 @@ class Extension:
 
     def import_checkpoint(self, folder: Path) -> ImportedState | None:
         """Read a folder written by the original code of the method; None if the folder is not of that kind."""
+        return None
+
+    def export_problem(self, config: Config) -> str | None:
+        """Why the original's layout cannot hold this configuration, or None; asked before a model is built."""
         return None
 
     def export_checkpoint(self, model: nn.Module, config: Config, folder: Path) -> None:
@@ -292,6 +303,10 @@ class ExtensionSet:
             for item in self
             for name, value in item.extension.metrics(model, item.config).items()
         }
+
+    def untrained_parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """Parameters of all extensions on which no loss depends (seam 7)."""
+        return [weight for item in self for weight in item.extension.untrained_parameters(model, item.config)]
 
     def named_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Parameters of all extensions by their name in `model` (seam 8)."""

@@ -1,7 +1,7 @@
 """The HydraLoRA layer of the PEFT tuner: a frozen linear layer with one shared A, E matrices B and a router.
 
 HydraLoRA (Tian et al., NeurIPS 2024, arXiv 2404.19245, section 3); `Linear` in `HydraLoRA/peft/tuners/lora.py` of the
-original. The mathematics is `routed_low_rank` in `hydralora/layer.py`; here it meets PEFT's rules for tuner layers.
+original. The mathematics is `low_rank_update` in `hydralora/layer.py`; here it meets PEFT's rules for tuner layers.
 
 Shape letters: B batch, T tokens, r rank, E experts.
 """
@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from hydralora.layer import RoutedModule, Routing, one_hot_argmax, routed_low_rank
+from hydralora.layer import RoutedModule, Routing, low_rank_update, one_hot_argmax
 from hydralora.tuner.batch import BatchNote
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 
@@ -133,14 +133,11 @@ class HydraLoraLayer(BaseTunerLayer, RoutedModule):
     def update(self, adapter_name: str, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """`s * sum_e w_e B_e A x`, what the adapter adds to the output of the frozen layer, (..., out_features)."""
         shared_a, experts_b = self.hydralora_A[adapter_name], self.hydralora_B[adapter_name]
-        scaling = self.scaling[adapter_name]
         x = self._cast_input_dtype(x, shared_a.dtype)
         weights = self.expert_weights(adapter_name, x, rows)
         module = self.hydralora_dropout[adapter_name]
         dropout = module.p if module.training else 0.0
-        if self.experts[adapter_name] == 1:  # the weight is 1, and the order of products exactly that of LoRA
-            return routed_low_rank(x, shared_a, experts_b, weights, dropout=dropout) * scaling
-        return routed_low_rank(x, shared_a, experts_b, weights, scaling, dropout)
+        return low_rank_update(x, shared_a, experts_b, weights, self.scaling[adapter_name], dropout)
 
 
 class Linear(nn.Module, HydraLoraLayer):

@@ -6,6 +6,9 @@ folders, projector-only folders, folders of an extension's original code, and ou
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +93,12 @@ def load_pretrained_model(
     tokens = wanted_tokens(model.config)
     if tokens:
         add_image_tokens(model, tokenizer, tokens)
-    imported = _attach_extensions(model, contents)
-    model = _load_rest(model, contents, imported, missing, merge=not (load_8bit or load_4bit))
     near = [contents.folder, *([Path(base)] if base else [])]
     image_processor = None
-    if getattr(model.config, "mm_vision_tower", None):
+    if getattr(model.config, "mm_vision_tower", None):  # a trained tower is read here, from inside the checkpoint
         image_processor = model.get_model().load_vision_tower(near, dtype).image_processor
+    imported = _attach_extensions(model, contents)
+    model = _load_rest(model, contents, imported, missing, merge=not (load_8bit or load_4bit))
     if load_4bit:
         choose_cpu_kernels(model, trained=False)
     if "device_map" in options or load_8bit or load_4bit:
@@ -192,8 +195,9 @@ def _load_rest(
         if not isinstance(peft_config, LoraConfig):
             raise CheckpointError(f"{contents.adapter}: a '{peft_config.peft_type}' adapter; only LoRA is supported")
         peft_config.base_model_name_or_path = model.config.name_or_path  # where the base is now, not where it was
-        host = get_peft_model(model, peft_config)
-    load_trained(host, contents.folder)
+        with _without_tower(model):
+            host = get_peft_model(model, peft_config)
+    load_trained(host, dataclasses.replace(contents, tower=None))
     projector_read = contents.projector is not None or contents.non_lora is not None
     still_missing = missing - set(components(model)[Component.PROJECTOR]) if projector_read else missing
     if still_missing:
@@ -204,6 +208,17 @@ def _load_rest(
     if contents.adapter is None:
         return model
     return host.merge_and_unload() if merge else model
+
+
+@contextlib.contextmanager
+def _without_tower(model: LlavaForCausalLM) -> Iterator[None]:
+    """Keep the tower out of PEFT's sight: upstream's target modules are last names, some of which it has too."""
+    decoder = model.get_model()
+    tower, decoder.vision_tower = decoder.vision_tower, None
+    try:
+        yield
+    finally:
+        decoder.vision_tower = tower
 
 
 def _check_claimed(contents: CheckpointContents, imported: dict[str, ImportedState]) -> None:

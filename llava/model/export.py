@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, FlagError
 from llava.extension import installed_extensions
 from llava.model.builder import base_folder
 from llava.model.checkpoint import load_trained
@@ -54,6 +54,19 @@ def _export_adapter(contents: CheckpointContents, output: Path) -> None:
     (output / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _check_extensions(contents: CheckpointContents) -> None:
+    """Ask each extension whether its original has a layout for what it does here.
+
+    Raises:
+        FlagError: one says that it has none.
+    """
+    available = installed_extensions(list(contents.extensions))
+    for name, folder in contents.extensions.items():
+        problem = available[name].export_problem(read_json(folder / "config.json"))
+        if problem is not None:
+            raise FlagError(f"{contents.folder}: cannot be exported with its extension '{name}': {problem}")
+
+
 def _export_extensions(contents: CheckpointContents, base: str, output: Path) -> None:
     """Let each extension write what its original code would have written."""
     config = load_config(contents.folder)
@@ -88,6 +101,7 @@ def _export_full_weights(contents: CheckpointContents, output: Path) -> None:
 def _refuse(contents: CheckpointContents) -> None:
     """Raise for what upstream's layout has no place for."""
     checkpoint = contents.folder
+    _check_extensions(contents)
     if contents.adapter is None and contents.weights is None:
         raise CheckpointError(
             f"{checkpoint}: holds neither a LoRA adapter nor full weights; upstream's layout has no other place for "
@@ -119,7 +133,7 @@ def export_original(checkpoint: str | Path, output: str | Path, model_base: str 
 
     Raises:
         CheckpointError: upstream's layout has no place for what the folder holds, or `output` exists already.
-        FlagError: an extension has no original layout.
+        FlagError: an extension has no original layout for what it does in this checkpoint.
     """
     contents, output = inspect_checkpoint(checkpoint), Path(output)
     _refuse(contents)

@@ -116,7 +116,7 @@ def _contradictions(args: RunArguments) -> list[str]:
         problems.append(
             "--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter exclude each other: nothing would be trained"
         )
-    if training.bits != 16 and not training.lora_enable:
+    if training.bits != 16 and not (training.lora_enable or (model.freeze_backbone and args.extensions)):
         problems.append(f"--bits {training.bits}: quantised weights cannot be trained; add --lora_enable True")
     if model.tune_mm_mlp_adapter and training.lora_enable:
         problems.append("--tune_mm_mlp_adapter trains the projector alone; LoRA cannot be on as well")

@@ -61,15 +61,19 @@ def freeze(model: nn.Module, args: RunArguments) -> list[ComponentCount]:
         FlagError: nothing would be trained.
     """
     trained = trained_components(args)
-    tower = bare_model(model).get_vision_tower()
-    if tower is not None:
-        tower.trainable = Component.VISION_TOWER in trained
-    counts: list[ComponentCount] = []
-    for part, named in components(model).items():
+    llava = bare_model(model)
+    untrained = {id(weight) for weight in llava.extensions.untrained_parameters(llava)}
+    tower = llava.get_vision_tower()
+    parts = components(model)
+    for part, named in parts.items():
         for weight in named.values():
-            weight.requires_grad_(part in trained)
+            weight.requires_grad_(part in trained and id(weight) not in untrained)
         if part is Component.VISION_TOWER and part in trained:
             _freeze_unused_blocks(tower)
+    if tower is not None:  # gradients have to pass through a frozen tower too, if extensions train something in it
+        tower.trainable = any(weight.requires_grad for weight in tower.parameters())
+    counts: list[ComponentCount] = []
+    for part, named in parts.items():
         total = sum(parameter_count(weight) for weight in named.values())
         trainable = sum(parameter_count(weight) for weight in named.values() if weight.requires_grad)
         if total:

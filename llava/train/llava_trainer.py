@@ -5,13 +5,16 @@ Corresponds to upstream's `llava/train/llava_trainer.py`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
@@ -44,7 +47,8 @@ class LLaVATrainer(Trainer):
         self._loss_sums: dict[str, Tensor] = {}
         self._loss_count = 0
         self._staged: Path | None = None  # the checkpoint that is being written
-        super().__init__(args=run.training, **kwargs)
+        with _adapters_declared(kwargs["model"]):
+            super().__init__(args=run.training, **kwargs)
         # The loss is divided by the targets of the whole global batch in `compute_loss`, not by the Trainer.
         self.model_accepts_loss_kwargs = True
 
@@ -270,6 +274,19 @@ class LLaVATrainer(Trainer):
         if contents.weights is not None:
             load_full_weights(bare_model(target), contents)
         load_trained(target, resume_from_checkpoint)
+
+
+@contextlib.contextmanager
+def _adapters_declared(model: nn.Module) -> Iterator[None]:
+    """Let transformers train what extensions added to a quantised model; by itself it knows PEFT's adapters alone."""
+    if isinstance(model, PeftModel) or not bare_model(model).extensions:
+        yield
+        return
+    model._hf_peft_config_loaded = True  # type: ignore[assignment]  # the attribute that transformers asks
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded
 
 
 def last_checkpoint(output: Path) -> str:

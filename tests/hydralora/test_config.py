@@ -13,7 +13,13 @@ from typing import Any
 
 import pytest
 
-from hydralora.config import HydraLoraOptions, RoutedMLPConfig
+from hydralora.config import (
+    HydraLoraOptions,
+    HydraLoraSettings,
+    OriginalOptions,
+    RoutedLinearConfig,
+    RoutedMLPConfig,
+)
 from hydralora.extension import HydraLoraExtension
 from llava.errors import FlagError
 from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments
@@ -64,17 +70,17 @@ class TestConfig:
 
 
 def test_flags_have_the_originals_names_types_and_defaults() -> None:
-    hints = typing.get_type_hints(HydraLoraOptions)
-    ours = [(field.name, hints[field.name].__name__, field.default) for field in dataclasses.fields(HydraLoraOptions)]
+    hints = typing.get_type_hints(OriginalOptions)
+    ours = [(field.name, hints[field.name].__name__, field.default) for field in dataclasses.fields(OriginalOptions)]
     assert sorted(ours) == sorted((flag["name"], flag["type"], flag["default"]) for flag in FLAGS["added"])
 
 
 def make_args(tmp_path: Path, training: dict[str, Any] | None = None, **options: Any) -> RunArguments:
     """Parsed options of a run."""
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **(training or {}))
-    return RunArguments(
-        ModelArguments(), DataArguments(), arguments, {HydraLoraExtension.name: HydraLoraOptions(**options)}
-    )
+    model = ModelArguments(vision_tower=options.pop("vision_tower", None))
+    model.unfreeze_mm_vision_tower = options.pop("unfreeze_mm_vision_tower", False)
+    return RunArguments(model, DataArguments(), arguments, {HydraLoraExtension.name: HydraLoraOptions(**options)})
 
 
 class TestConfigure:
@@ -135,6 +141,68 @@ class TestConfigure:
         with pytest.raises(FlagError) as caught:
             HydraLoraExtension().configure(make_args(tmp_path, training, **options))
         assert all(flag in str(caught.value) for flag in flags)
+
+    def test_modules_take_the_place_of_lora(self, tmp_path: Path) -> None:
+        """Sizes are those of LoRA and of the blocks; what is left of the default of --lora_modules keeps LoRA."""
+        training = {"lora_alpha": 64, "lora_dropout": 0.1}
+        options = {"use_lora": True, "lora_rank": 32, "llm_moe_num_experts": 4, "llm_moe": False}
+        args = make_args(tmp_path, training, **options, hydralora_modules="attention.q_proj, attention.k_proj")
+        config = HydraLoraExtension().configure(args)
+        targets = ["attention.q_proj", "attention.k_proj"]
+        assert config == HydraLoraSettings(None, RoutedLinearConfig(targets, 4, 32, 64, 0.1, 0.0)).to_dict()
+        assert (args.training.lora_enable, args.training.lora_target_modules) == (True, "v_proj,o_proj")
+        assert not args.model.freeze_backbone
+
+    def test_modules_in_place_of_all_lora_freeze_the_language_model(self, tmp_path: Path) -> None:
+        args = make_args(tmp_path, use_lora=True, hydralora_modules="attention")
+        config = HydraLoraExtension().configure(args)
+        assert config is not None
+        assert config["mlp"] == RoutedMLPConfig().to_dict()
+        assert (args.training.lora_enable, args.model.freeze_backbone) == (False, True)
+
+    @pytest.mark.parametrize(
+        ("options", "flags"),
+        [
+            ({"hydralora_modules": "mlp"}, ["--hydralora_modules", "'mlp'", "attention or vision"]),
+            ({"hydralora_modules": "attention,"}, ["--hydralora_modules 'attention,'", "empty name"]),
+            ({"hydralora_modules": "vision"}, ["--hydralora_modules vision", "--vision_tower"]),
+            (
+                {"hydralora_modules": "vision", "vision_tower": "x", "unfreeze_mm_vision_tower": True},
+                ["--hydralora_modules vision", "--unfreeze_mm_vision_tower"],
+            ),
+            (
+                {"hydralora_modules": "vision", "vision_tower": "x", "hydralora_balance_w": 0.1},
+                ["--hydralora_balance_w 0.1", "--hydralora_modules vision"],
+            ),
+            (
+                {"hydralora_modules": "attention", "lora_modules": "q_proj"},
+                ["--lora_modules names ['q_proj']", "--hydralora_modules attention"],
+            ),
+            ({"hydralora_modules": "attention", "hydralora_rank": 0}, ["rank is 0", "--hydralora_rank"]),
+            ({"hydralora_num_experts": 2}, ["--hydralora_num_experts 2", "--hydralora_modules"]),
+            ({"use_lora": False, "hydralora_modules": "attention"}, ["--hydralora_modules attention", "--use_lora"]),
+        ],
+        ids=str,
+    )
+    def test_modules_that_cannot_be_carried_out(
+        self, options: dict[str, Any], flags: list[str], tmp_path: Path
+    ) -> None:
+        with pytest.raises(FlagError) as caught:
+            HydraLoraExtension().configure(make_args(tmp_path, **{"use_lora": True} | options))
+        assert all(flag in str(caught.value) for flag in flags)
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [({}, True), ({"llm_moe_num_experts": 1, "moe_balance_w": 0.1}, True), ({"moe_balance_w": 0.1}, False)],
+        ids=str,
+    )
+    def test_routers_that_cannot_learn_are_named(
+        self, options: dict[str, Any], said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        options = {"use_lora": True, "dense_moe": False, "moe_balance_w": 0.0} | options
+        HydraLoraExtension().configure(make_args(tmp_path, **options))
+        printed = capsys.readouterr().out
+        assert all(flag in printed for flag in ("--dense_moe False", "--moe_balance_w")) == said
 
     def test_reentrant_checkpointing_is_fine_without_blocks(self, tmp_path: Path) -> None:
         training = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}

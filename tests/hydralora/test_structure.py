@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hydralora.config import RoutedLinearConfig
+from hydralora.linears import attach
 from hydralora.tuner import HydraLoraConfig, Linear
 from hydralora.tuner.batch import BatchNote
 from tests.hydralora.blocks import make_block
@@ -42,6 +44,16 @@ def tuner_layer(experts: int, **changes: Any) -> nn.Module:
     return Linear(base, "default", HydraLoraConfig(**settings), BatchNote())
 
 
+def adapted_linear(experts: int) -> nn.Module:
+    """A projection of an attention module with an update whose experts act."""
+    attention = nn.Module()
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        attention.add_module(name, nn.Linear(WIDTH, 12))
+    attach({"attention": [attention]}, RoutedLinearConfig(["attention.q_proj"], experts, rank=4, dropout=0.0))
+    attention.q_proj.routed.reset_parameters(identity=False)
+    return attention.q_proj
+
+
 class LoopOverExperts(nn.Module):
     """What must not be: one product after the other. The negative control of the count."""
 
@@ -57,6 +69,7 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "block_dense": lambda experts: make_block(WIDTH, experts=experts, dense=True),
     "block_sparse": lambda experts: make_block(WIDTH, experts=experts, dense=False),
     "block_dropout": lambda experts: make_block(WIDTH, experts=experts, dropout=0.5).train(),
+    "update": adapted_linear,
     "tuner": tuner_layer,
     "tuner_sequence": lambda experts: tuner_layer(experts, routing="sequence"),
     "tuner_dropout": lambda experts: tuner_layer(experts, lora_dropout=0.5).train(),
@@ -104,7 +117,7 @@ def test_fake_tensors_refuse_a_dispatch_by_value() -> None:
             rows[rows.sum(-1) > 0]
 
 
-@pytest.mark.parametrize("name", ["block_dense", "block_sparse", "tuner"])
+@pytest.mark.parametrize("name", ["block_dense", "block_sparse", "update", "tuner"])
 def test_the_compiler_sees_one_graph(name: str) -> None:
     """`torch.compile(fullgraph=True)` refuses every break of the graph; outputs and gradients stay the same."""
     layer = LAYERS[name](3)

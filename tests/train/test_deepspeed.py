@@ -26,6 +26,7 @@ pytest.importorskip("deepspeed", reason="the extra 'train' is not installed")
 LLAVA = golden_dir("llava")
 STAGES = ("zero2", "zero3")
 ROUTED = HYDRA | {"lora_dropout": 0.0, "lora_modules": "q_proj,k_proj,v_proj,o_proj", "moe_balance_w": 0.05}
+MODULES = {"hydralora_modules": "attention,vision", "gradient_checkpointing": True}
 # Plain SGD shows the scale of the gradients, which Adam hides.
 SGD = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.4, "gradient_accumulation_steps": 2, "max_steps": 3}
 SGD |= {"save_strategy": "no"}
@@ -33,6 +34,7 @@ EQUAL: dict[str, dict[str, Any]] = {
     "full": SGD,
     "hydralora": SGD | ROUTED,
     "hydralora sparse": SGD | ROUTED | {"dense_moe": False},
+    "hydralora modules": SGD | ROUTED | MODULES,
     "tower": SGD | {"unfreeze_mm_vision_tower": True, "mm_vision_tower_lr": 1.0},
     "stage 1": SGD
     | {

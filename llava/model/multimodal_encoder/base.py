@@ -54,7 +54,8 @@ class VisionTower(nn.Module, abc.ABC):
     Attributes:
         vision_tower: the network; None until `load_model`.
         image_processor: turns RGB images into pixel values; None until `load_model`.
-        trainable: False runs the network without gradient and in evaluation mode.
+        trainable: False runs the network without gradient and in evaluation mode; True if anything in it is trained,
+            its own weights or what an extension added.
 
     Raises:
         FlagError: the layer does not exist, or there is no class token to keep.
