@@ -1,8 +1,9 @@
-"""Writing results of programs so that they appear whole or not at all, and never over something that is there."""
+"""Writing results of programs so that they appear whole or not at all: new ones, or in the place of older ones."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,26 @@ def new_path(output: str | Path) -> Iterator[Path]:
         partial.rename(output)
     finally:
         _remove(partial)
+
+
+def replace_text(path: str | Path, text: str) -> Path:
+    """Write a text file in one step that cannot leave half a file, over an older one if there is one.
+
+    Returns:
+        the path; its folder is made if needed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
 
 
 def _remove(path: Path) -> None:

@@ -1,1 +1,4 @@
-"""The evaluation programs of Dynamic-LLaVA under their original names; all work is done in `llava.eval`."""
+"""Evaluation of sparse models under the module names of Dynamic-LLaVA.
+
+A sparse checkpoint is loaded like any other, so each program is that of `llava.eval` under another name.
+"""

@@ -10,19 +10,23 @@ import json
 import os
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llava.errors import BadSampleError, FlagError
 from llava.eval.questions import read_jsonl
+from llava.output import replace_text
 from llava.utils import package_versions
 
 Row = dict[str, Any]
 
 IDENTITY = ("question_id", "round_id", "prompt")
 """The keys that tell which question an answer belongs to. The id alone does not: TextVQA's is that of the image."""
+
+QBENCH_IDENTITY = ("img_path", "question")
+"""The same in the rows of Q-Bench, which have no id."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Task:
         prompt: what the answer row shows as the prompt; not necessarily all of `question`.
         images: what the runner's `open_image` needs to open each image; empty for a text-only question.
         where: `file:line` of the question, for error messages.
+        extra: what the answer row of a benchmark shows besides; not part of the prompt.
     """
 
     question_id: int | str
@@ -42,6 +47,7 @@ class Task:
     prompt: str
     images: tuple[str, ...]
     where: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 ToRow = Callable[[Task, str, str], Row]
@@ -69,7 +75,7 @@ def row_keys(rows: Iterable[Row]) -> list[str]:
     seen: Counter[str] = Counter()
     keys = []
     for row in rows:
-        identity = json.dumps([row.get(key) for key in IDENTITY])
+        identity = json.dumps([row.get(key) for key in IDENTITY] + [row[key] for key in QBENCH_IDENTITY if key in row])
         keys.append(f"{identity}#{seen[identity]}")
         seen[identity] += 1
     return keys
@@ -141,7 +147,7 @@ class AnswersFile:
         else:
             self.path.write_bytes(b"")
         record = {"settings": self.settings, "arguments": arguments or {}, "versions": package_versions()}
-        _write_atomically(self.settings_path, json.dumps(record, indent=2) + "\n")
+        replace_text(self.settings_path, json.dumps(record, indent=2) + "\n")
 
     @property
     def settings_path(self) -> Path:
@@ -168,7 +174,7 @@ class AnswersFile:
         """
         if self.pending:
             raise RuntimeError(f"{self.path}: {len(self.pending)} of {len(self.keys)} questions have no answer yet")
-        _write_atomically(self.path, _lines(self.rows[key] for key in self.keys))
+        replace_text(self.path, _lines(self.rows[key] for key in self.keys))
 
     def _resume(self) -> None:
         self._compare_settings()
@@ -221,12 +227,3 @@ def _refuse_ambiguous(tasks: dict[str, Task]) -> None:
 
 def _lines(rows: Iterable[Row]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

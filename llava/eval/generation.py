@@ -59,13 +59,15 @@ class GenerationOptions:
         """True if tokens are drawn at random."""
         return self.temperature > 0
 
-    def check_batch_size(self, batch_size: int) -> None:
-        """Refuse what cannot give the same answers as one question at a time.
+    def check_batch_size(self, batch_size: int | None) -> None:
+        """Refuse what cannot give the same answers as one question at a time; None stands for `auto`.
 
         Raises:
             FlagError: `batch_size` is below 1, or above 1 for beam search with sampling, which has one random stream
                 for the whole batch.
         """
+        if batch_size is None:
+            return
         if batch_size < 1:
             raise FlagError(f"--batch-size {batch_size}: must be at least 1")
         if batch_size > 1 and self.samples and self.num_beams > 1:

@@ -7,14 +7,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llava.data.images import load_image
+from llava.errors import FlagError
 from llava.eval.answers import AnswersFile, Task, ToRow, answer_row
 from llava.eval.generation import GenerationOptions
 from llava.eval.loading import DTYPES, choose_device, choose_dtype, load_model
 from llava.eval.prompts import check_conv_mode, plain_conv_mode
-from llava.eval.questions import Question, get_chunk, read_questions
+from llava.eval.questions import MissingChunkError, Question, get_chunk, read_questions
 from llava.eval.record import weights_fingerprint
-from llava.eval.runner import OpenImage, answer_tasks
+from llava.eval.runner import OpenImage, Speed, answer_tasks
 from llava.mm_utils import get_model_name_from_path
+
+
+def batch_size(text: str) -> int | None:
+    """The value of `--batch-size`: a number, or None for `auto`."""
+    return None if text == "auto" else int(text)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -41,10 +47,12 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling; has no effect with --temperature 0")
 
 
-def add_question_options(parser: argparse.ArgumentParser, *, conv_mode: str = "llava_v1") -> None:
+def add_question_options(
+    parser: argparse.ArgumentParser, *, conv_mode: str = "llava_v1", question_file: str = "tables/question.jsonl"
+) -> None:
     """Files, template and chunks as upstream, and our options of a run."""
     parser.add_argument("--image-folder", type=str, default="", help="folder that image names are relative to")
-    parser.add_argument("--question-file", type=str, default="tables/question.jsonl", help="the questions")
+    parser.add_argument("--question-file", type=str, default=question_file, help="the questions")
     parser.add_argument(
         "--answers-file", type=str, default="answer.jsonl", help="JSON lines, one answer each; continued"
     )
@@ -52,8 +60,20 @@ def add_question_options(parser: argparse.ArgumentParser, *, conv_mode: str = "l
     parser.add_argument("--num-chunks", type=int, default=1, help="cut the questions into this many chunks ...")
     parser.add_argument("--chunk-idx", type=int, default=0, help="... and answer only this one, counted from 0")
     parser.add_argument(
-        "--batch-size", type=int, default=1, help="questions answered together; no effect on the answers"
+        "--allow-empty-chunk", action="store_true", help="more chunks than questions: an empty file, not an error"
     )
+    add_run_options(parser)
+
+
+def add_run_options(parser: argparse.ArgumentParser, *, default_batch_size: str = "1") -> None:
+    """What is ours in every program that answers questions."""
+    parser.add_argument(
+        "--batch-size",
+        type=batch_size,
+        default=default_batch_size,
+        help="questions answered together, no effect on the answers; auto: many, and fewer when memory runs out",
+    )
+    parser.add_argument("--limit", type=int, default=None, help="answer only this many questions, the first ones")
     parser.add_argument("--num-workers", type=int, default=4, help="threads that read images")
     parser.add_argument("--restart", action="store_true", help="replace existing answers instead of continuing them")
 
@@ -76,22 +96,35 @@ def answer_question_file(args: argparse.Namespace, to_task: Callable[[Question],
     Raises:
         LlavaError: a flag, a row, an image or the checkpoint is wrong; the message says what to do.
     """
-    questions = get_chunk(read_questions(args.question_file), args.num_chunks, args.chunk_idx)
-    return answer_questions(
-        args,
-        [to_task(question) for question in questions],
-        lambda name, where: load_image(args.image_folder, name, row=where),
-    )
+    tasks = [to_task(question) for question in read_questions(args.question_file)]
+    return answer_questions(args, tasks, lambda name, where: load_image(args.image_folder, name, row=where))
+
+
+def chosen(tasks: Sequence[Task], args: argparse.Namespace) -> Sequence[Task]:
+    """The tasks of this run: the first `--limit`, of these the chunk that is asked for.
+
+    Raises:
+        FlagError: the limit is below 1, or there is no such chunk.
+    """
+    if args.limit is not None and args.limit < 1:
+        raise FlagError(f"--limit {args.limit}: must be at least 1")
+    try:
+        return get_chunk(tasks[: args.limit], args.num_chunks, args.chunk_idx)
+    except MissingChunkError as error:
+        if not args.allow_empty_chunk:
+            raise
+        print(f"nothing to do: {error}")
+        return []
 
 
 def answer_questions(
     args: argparse.Namespace, tasks: Sequence[Task], open_image: OpenImage, *, to_row: ToRow = answer_row
 ) -> Path:
-    """Write the answers file of a program; whatever can be wrong without the model is checked before it is loaded.
+    """Write the answers file of a program: of `tasks`, those that `--limit` and the chunk options choose.
 
     Args:
-        args: the options of the three functions above.
-        tasks: what is to be answered, in file order, the chunk already chosen.
+        args: the options of the functions above.
+        tasks: all that could be answered, in file order.
         open_image: opens one image of a task.
         to_row: makes the row of an answer.
 
@@ -101,6 +134,22 @@ def answer_questions(
     Raises:
         LlavaError: a flag, a row, an image or the checkpoint is wrong; the message says what to do.
     """
+    answers, speed = answer_and_measure(args, chosen(tasks, args), open_image, to_row=to_row)
+    print(f"{answers.path}: {len(answers.rows)} answers" + (f"; {speed}" if speed else ", all from earlier runs"))
+    return answers.path
+
+
+def answer_and_measure(
+    args: argparse.Namespace, tasks: Sequence[Task], open_image: OpenImage, *, to_row: ToRow = answer_row
+) -> tuple[AnswersFile, Speed | None]:
+    """Answer exactly `tasks`; whatever can be wrong without the model is checked before it is loaded.
+
+    Arguments and errors as `answer_questions`.
+
+    Returns:
+        the finished answers file, and how fast it went; None if there was nothing left to ask.
+    """
+    speed = None
     options = sampling_options(args)
     options.check_batch_size(args.batch_size)
     name = get_model_name_from_path(args.model_path)
@@ -119,7 +168,7 @@ def answer_questions(
     )
     print(f"{args.answers_file}: {len(answers.rows)} of {len(tasks)} questions are answered")
     if answers.pending:
-        answer_tasks(
+        speed = answer_tasks(
             answers,
             load_model(args.model_path, args.model_base, device=args.device, torch_dtype=args.torch_dtype),
             open_image,
@@ -129,7 +178,7 @@ def answer_questions(
             workers=args.num_workers,
         )
     answers.finish()
-    return answers.path
+    return answers, speed
 
 
 def answer_settings(args: argparse.Namespace, options: GenerationOptions, conv_mode: str) -> dict[str, object]:

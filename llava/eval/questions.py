@@ -69,6 +69,28 @@ def read_jsonl(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
+def read_json(path: str | Path, kind: type[T]) -> T:
+    """The content of a JSON file.
+
+    Args:
+        path: the file.
+        kind: `dict` or `list`: what it must hold.
+
+    Raises:
+        BadSampleError: the file is missing, no JSON, or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BadSampleError(f"{path}: no such file")
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise BadSampleError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, kind):
+        raise BadSampleError(f"{path}: expected a JSON {kind.__name__}, found {type(content).__name__}")
+    return content
+
+
 def field(row: dict[str, Any], key: str, kinds: tuple[type, ...], where: str) -> Any:
     """The value of a required key.
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,18 +19,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava.data.images import Picture
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, FlagError
 from llava.eval.answers import AnswersFile, Task
 from llava.eval.generation import GenerationOptions
 from llava.eval.loading import LoadedModel
+from llava.eval.prefetch import Prefetcher
 from llava.eval.prompts import add_image_markers, ask, prompt_ids
 from llava.mm_utils import process_images
 
 OpenImage = Callable[[str, str], Image.Image]
 """From an entry of `Task.images` and `Task.where` to an RGB picture; its errors name both."""
 
-BATCHES_AHEAD = 2
-"""Batches whose images are read while the model works."""
+FIRST_BATCH_SIZE = {"cpu": 8, "cuda": 64}
+"""Where `--batch-size auto` begins; on other devices as on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,28 @@ class Prompt:
     length: int
 
 
+@dataclass
+class Speed:
+    """How fast a run went.
+
+    Attributes:
+        questions: number of answers.
+        images: number of images shown.
+        seconds: from the first batch to the last, without loading the model.
+        batch_size: questions in one `generate`, at the end of the run.
+    """
+
+    questions: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    batch_size: int = 1
+
+    def __str__(self) -> str:
+        """Rates for people."""
+        rates = f"{self.questions / self.seconds:.2f} questions/s, {self.images / self.seconds:.2f} images/s"
+        return f"{rates}, batches of {self.batch_size}, {self.seconds:.0f} s"
+
+
 def answer_tasks(
     answers: AnswersFile,
     loaded: LoadedModel,
@@ -58,9 +79,9 @@ def answer_tasks(
     options: GenerationOptions,
     *,
     conv_mode: str,
-    batch_size: int = 1,
+    batch_size: int | None = 1,
     workers: int = 4,
-) -> None:
+) -> Speed:
     """Answer all pending tasks.
 
     The answers of a finished batch are in the file before the next batch begins. Answers do not depend on the batch
@@ -72,25 +93,61 @@ def answer_tasks(
         open_image: opens one image of a task.
         options: decoding options.
         conv_mode: name of the conversation template.
-        batch_size: questions in one `generate`.
+        batch_size: questions in one `generate`; None begins with many, halves them when the device runs out of memory,
+            and goes on with the batch that did not fit.
         workers: threads that read and preprocess images.
 
     Raises:
-        FlagError: unknown template, or options that do not go with the batch size.
+        FlagError: unknown template, options that do not go with the batch size, or the memory of the device is too
+            small for the batch size asked for, or for one question.
         BadSampleError, BadImageError: a task that cannot be asked; names the row, and the file of an image.
     """
     options.check_batch_size(batch_size)
     prompts = [make_prompt(key, task, loaded, conv_mode) for key, task in answers.pending.items()]
     # Longest first: running out of memory shows at once, and rows of one batch need little padding.
     prompts.sort(key=lambda prompt: -prompt.length)
-    groups = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-    images, started = 0, time.monotonic()
-    with tqdm(total=len(answers.keys), initial=len(answers.rows), unit="question", smoothing=0.1) as progress:
-        for group, pictures in _pictures_ahead(groups, loaded, open_image, workers):
-            answers.append(answer_batch(group, pictures, loaded, options))
-            images += sum(map(len, pictures))
-            progress.set_postfix_str(f"{images / (time.monotonic() - started):.2f} images/s", refresh=False)
+    speed, started = Speed(batch_size=batch_size or _first_batch_size(loaded, options)), time.monotonic()
+    with (
+        tqdm(total=len(answers.keys), initial=len(answers.rows), unit="question", smoothing=0.1) as progress,
+        Prefetcher(prompts, lambda prompt: load_pictures(prompt.task, loaded, open_image), workers) as queue,
+    ):
+        while queue:
+            batch = queue.take(speed.batch_size)
+            group, pictures = zip(*batch, strict=True)
+            try:
+                texts = answer_batch(group, pictures, loaded, options)
+            except torch.OutOfMemoryError as error:
+                _check_that_less_helps(speed.batch_size, batch_size, error)
+                texts = None
+            if texts is None:  # here nothing refers to the tensors of the failed batch any more
+                speed.batch_size = (speed.batch_size + 1) // 2
+                progress.write(f"out of memory: going on with batches of {speed.batch_size}")
+                queue.put_back(batch)
+                torch.cuda.empty_cache()
+                continue
+            answers.append(texts)
+            speed.questions += len(group)
+            speed.images += sum(map(len, pictures))
+            speed.seconds = time.monotonic() - started
+            progress.set_postfix_str(f"{speed.images / speed.seconds:.2f} images/s", refresh=False)
             progress.update(len(group))
+    return speed
+
+
+def _first_batch_size(loaded: LoadedModel, options: GenerationOptions) -> int:
+    """Where `auto` begins; beam search with sampling needs one question at a time."""
+    one_by_one = options.samples and options.num_beams > 1
+    return 1 if one_by_one else FIRST_BATCH_SIZE.get(torch.device(loaded.model.device).type, FIRST_BATCH_SIZE["cpu"])
+
+
+def _check_that_less_helps(batch_size: int, asked: int | None, error: torch.OutOfMemoryError) -> None:
+    """Raise if the batch is of the size that was asked for, or of one question."""
+    if asked is not None and batch_size > 1:
+        raise FlagError(
+            f"--batch-size {asked}: the device ran out of memory; ask for fewer, or for --batch-size auto"
+        ) from error
+    if batch_size == 1:
+        raise FlagError(f"the device has too little memory for a single question: {error}") from error
 
 
 def make_prompt(key: str, task: Task, loaded: LoadedModel, conv_mode: str) -> Prompt:
@@ -211,26 +268,3 @@ def warn_if_cut(prompts: Sequence[Prompt], pictures: Sequence[Sequence[Picture]]
                 f"(tokenizer_model_max_length); the end of the question is lost, shorten it",
                 stacklevel=2,
             )
-
-
-def _pictures_ahead(
-    groups: Sequence[Sequence[Prompt]], loaded: LoadedModel, open_image: OpenImage, workers: int
-) -> Iterator[tuple[Sequence[Prompt], list[list[Picture]]]]:
-    """Yield each group with its pictures, reading those of the next `BATCHES_AHEAD` groups in the background."""
-    waiting: deque[tuple[Sequence[Prompt], list[Future[list[Picture]]]]] = deque()
-    pool = ThreadPoolExecutor(max_workers=max(1, workers))
-    try:
-        for group in groups:
-            waiting.append((group, [pool.submit(load_pictures, prompt.task, loaded, open_image) for prompt in group]))
-            if len(waiting) > BATCHES_AHEAD:
-                yield _finished(*waiting.popleft())
-        while waiting:
-            yield _finished(*waiting.popleft())
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _finished(
-    group: Sequence[Prompt], futures: Sequence[Future[list[Picture]]]
-) -> tuple[Sequence[Prompt], list[list[Picture]]]:
-    return group, [future.result() for future in futures]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import types
 from pathlib import Path
@@ -15,7 +16,6 @@ from llava.errors import BadSampleError, FlagError
 from llava.eval import model_vqa, model_vqa_loader, program, run_llava
 from llava.eval.loading import LoadedModel, choose_device, choose_dtype
 from llava.eval.model_vqa_loader import main
-from llava.serve import cli
 from tests.golden import golden_dir
 
 QUERY = "How many dogs are there?"
@@ -152,17 +152,41 @@ def test_long_answers_are_the_same_program(
     assert limits == [128, 1024]
 
 
-@pytest.mark.parametrize(
-    ("script", "parser"),
-    [
-        ("llava/eval/model_vqa.py", model_vqa.build_parser()),
-        ("llava/eval/model_vqa_loader.py", model_vqa_loader.build_parser()),
-        ("llava/serve/cli.py", cli.build_parser()),
-    ],
-)
-def test_every_option_of_the_original_is_there(script: str, parser: argparse.ArgumentParser) -> None:
+FLAGS = json.loads((golden_dir("llava") / "flags.json").read_text())["cli"]
+SPARSE = json.loads((golden_dir("dynamic") / "table_eval_options.json").read_text())
+EVALUATION = [
+    *(f"llava/eval/model_vqa{name}.py" for name in ("", "_loader", "_science", "_mmbench")),
+    *(f"llava/eval/eval_{name}.py" for name in ("pope", "science_qa", "textvqa")),
+    *(f"scripts/convert_{name}_for_submission.py" for name in ("mmbench", "seed", "vizwiz", "vqav2")),
+    *(f"scripts/convert_{name}_for_eval.py" for name in ("gqa", "mmvet")),
+    "llava/serve/cli.py",
+]
+SPARSE_EVALUATION = [
+    *(f"llava/dynamic_eval/model_vqa{name}.py" for name in ("", "_loader", "_science")),
+    *(f"llava/dynamic_eval/eval_{name}.py" for name in ("pope", "science_qa", "textvqa")),
+    "llava/dynamic_eval/run_dynamic_llava.py",
+]
+
+
+def parser_of(script: str) -> argparse.ArgumentParser:
+    return importlib.import_module(script.removesuffix(".py").replace("/", ".")).build_parser()
+
+
+@pytest.mark.parametrize("script", SPARSE_EVALUATION)
+def test_programs_for_sparse_models_have_the_original_options(script: str) -> None:
+    actions = {flag: action for action in parser_of(script)._actions for flag in action.option_strings}
+    assert SPARSE[script]
+    for option in SPARSE[script]:
+        assert option["flag"] in actions
+        if "default" in option:
+            assert actions[option["flag"]].default == option["default"]
+
+
+@pytest.mark.parametrize("script", EVALUATION)
+def test_every_option_of_the_original_is_there(script: str) -> None:
     """With its default, but for the device (ours is the GPU if there is one) and for images, which may be several."""
-    golden = json.loads((golden_dir("llava") / "flags.json").read_text())["cli"][script]
+    golden = FLAGS[script]
+    parser = parser_of(script)
     actions = {flag: action for action in parser._actions for flag in action.option_strings}
     for option in golden:
         (flag,) = option["flags"]

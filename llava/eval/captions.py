@@ -1,0 +1,103 @@
+"""Scores of captions: CIDEr and BLEU of COCO's evaluation, by pycocoevalcap.
+
+Captions are cut into words by Stanford's PTB tokenizer, as COCO's own server does; it is a Java program that comes with
+pycocoevalcap. Without Java, `tokenizer="plain"` cuts with a regular expression: near, but not the published measure.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.errors import BadSampleError, FlagError
+
+TOKENIZERS = ("ptb", "plain")
+JAR = "stanford-corenlp-3.4.1.jar"
+PTB_CLASS = "edu.stanford.nlp.process.PTBTokenizer"
+WORD = re.compile(r"[a-z0-9]+(?:[-.][a-z0-9]+)*|'(?:s|re|ve|d|ll|m)\b|n't", re.IGNORECASE)
+
+
+def cider(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str = "ptb"
+) -> tuple[float, list[float]]:
+    """CIDEr-D over a set of images; the weights of words come from the references of the whole set.
+
+    Args:
+        predictions: one caption for each of N images.
+        references: the captions of each image's annotators.
+        tokenizer: one of `TOKENIZERS`.
+
+    Returns:
+        the score (1.0 is written as 100 in papers) and that of each image.
+
+    Raises:
+        FlagError: pycocoevalcap or Java is missing.
+        BadSampleError: the numbers of predictions and references differ, or an image has no reference.
+    """
+    module = _import("pycocoevalcap.cider.cider")
+    score, each = module.Cider().compute_score(*_by_image(predictions, references, tokenizer))
+    return float(score), [float(value) for value in each]
+
+
+def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str = "ptb") -> float:
+    """BLEU-4 over a set of images, in [0, 1]; arguments and errors as `cider`."""
+    module = _import("pycocoevalcap.bleu.bleu")
+    scores, _ = module.Bleu(4).compute_score(*_by_image(predictions, references, tokenizer), verbose=0)
+    return float(scores[3])
+
+
+def tokenize(captions: Sequence[str], tokenizer: str = "ptb") -> list[str]:
+    """Captions as words between single blanks, lower case, without punctuation.
+
+    Raises:
+        FlagError: unknown tokenizer, or what it needs is missing.
+    """
+    lines = [" ".join(caption.split()) for caption in captions]
+    if tokenizer == "plain":
+        return [" ".join(WORD.findall(line.lower())) for line in lines]
+    if tokenizer != "ptb":
+        raise FlagError(f"--tokenizer {tokenizer}: must be one of {', '.join(TOKENIZERS)}")
+    module = _import("pycocoevalcap.tokenizer.ptbtokenizer")
+    if shutil.which("java") is None:
+        raise FlagError(
+            "COCO's tokenizer is a Java program and there is no `java` on PATH; install a Java runtime, or score with "
+            "--tokenizer plain, which gives other numbers than those published"
+        )
+    jar = Path(module.__file__).with_name(JAR)
+    command = ["java", "-cp", str(jar), PTB_CLASS, "-preserveLines", "-lowerCase", "-encoding", "UTF-8"]
+    done = subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, encoding="utf-8", check=False)
+    words = [line.split() for line in done.stdout.split("\n")[: len(lines)]]
+    if done.returncode or len(words) != len(lines):
+        raise FlagError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+    return [" ".join(word for word in row if word not in module.PUNCTUATIONS) for row in words]
+
+
+def _by_image(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str
+) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """References and predictions in pycocoevalcap's form, all captions tokenized at once."""
+    if len(predictions) != len(references):
+        raise BadSampleError(f"{len(predictions)} captions for {len(references)} images")
+    if not predictions or not all(references):
+        raise BadSampleError("there is nothing to score, or an image has no reference caption")
+    words = iter(tokenize([*predictions, *(text for texts in references for text in texts)], tokenizer))
+    answers = {index: [next(words)] for index in range(len(predictions))}
+    return {index: [next(words) for _ in texts] for index, texts in enumerate(references)}, answers
+
+
+def _import(name: str) -> Any:
+    """A module of pycocoevalcap.
+
+    Raises:
+        FlagError: it is not installed.
+    """
+    try:
+        return __import__(name, fromlist=["_"])
+    except ModuleNotFoundError as error:
+        raise FlagError(
+            f"scores of captions need pycocoevalcap (pip install 'llava-extensions[eval]'): {error}"
+        ) from error

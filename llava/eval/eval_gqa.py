@@ -1,0 +1,134 @@
+"""GQA: accuracy, and a check of the file that the benchmark's own program wants.
+
+python -m llava.eval.eval_gqa --questions gqa/data/testdev_balanced_questions.json \
+    --predictions gqa/data/testdev_balanced_predictions.json
+
+`scripts/convert_gqa_for_eval.py` writes the predictions. An answer is right if it equals the annotated one, letter by
+letter, as in the benchmark's `eval.py`; binary and open questions are told apart as there, by their structural type.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llava.errors import BadSampleError
+from llava.eval.questions import read_json
+from llava.output import replace_text
+from llava.utils import run_program
+
+OPEN = "query"
+"""The structural type of an open question; all others are answered by yes or no or by a choice."""
+
+
+@dataclass(frozen=True)
+class GQAScore:
+    """Accuracies in [0, 1]; None where there are no such questions.
+
+    Attributes:
+        n: number of balanced questions.
+        accuracy: over all of them.
+        binary: over those answered by yes, no or a choice.
+        open: over the others.
+        by_type: by structural type, where the questions have one.
+    """
+
+    n: int
+    accuracy: float
+    binary: float | None
+    open: float | None
+    by_type: dict[str, float]
+
+    def __str__(self) -> str:
+        """Lines for people."""
+        parts = [("Binary", self.binary), ("Open", self.open), ("Accuracy", self.accuracy)]
+        parts += [(f"  {name}", value) for name, value in self.by_type.items()]
+        return "\n".join(f"{name}: {100 * value:.2f}%" for name, value in parts if value is not None)
+
+
+def read_predictions(path: str | Path, wanted: Sequence[str]) -> dict[str, str]:
+    """The predictions by question, checked as the benchmark's own program needs them.
+
+    Raises:
+        BadSampleError: the file is no JSON list of `questionId` (text) and `prediction` (text), a question is answered
+            twice, or a wanted one not at all.
+    """
+    rows = read_json(path, list)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("questionId", "prediction")):
+            raise BadSampleError(f"{path}: entry {number} must have the texts 'questionId' and 'prediction': {row!r}")
+    twice = [key for key, count in Counter(row["questionId"] for row in rows).items() if count > 1]
+    if twice:
+        raise BadSampleError(f"{path}: {len(twice)} questions are answered more than once, the first is {twice[0]}")
+    predictions = {row["questionId"]: row["prediction"] for row in rows}
+    missing = [key for key in wanted if key not in predictions]
+    if missing:
+        raise BadSampleError(
+            f"{path}: no prediction for {len(missing)} of {len(wanted)} questions, the first is {missing[0]}; the "
+            f"benchmark scores complete files only"
+        )
+    return predictions
+
+
+def evaluate(questions_file: str | Path, predictions_file: str | Path) -> GQAScore:
+    """Score a file of predictions on the balanced questions.
+
+    Raises:
+        BadSampleError: a file is broken, or there are no questions to score.
+    """
+    everything: dict[str, dict[str, Any]] = read_json(questions_file, dict)
+    questions = {key: row for key, row in everything.items() if row.get("isBalanced", True)}
+    if not questions:
+        raise BadSampleError(f"{questions_file}: no balanced questions here")
+    predictions = read_predictions(predictions_file, list(questions))
+    right = {key: predictions[key] == row["answer"] for key, row in questions.items()}
+    types = {key: row.get("types", {}).get("structural") for key, row in questions.items()}
+    by_type: dict[str, list[bool]] = {}
+    for key, kind in types.items():
+        if kind is not None:
+            by_type.setdefault(kind, []).append(right[key])
+    return GQAScore(
+        n=len(questions),
+        accuracy=sum(right.values()) / len(right),
+        binary=_mean([right[key] for key, kind in types.items() if kind not in (None, OPEN)]),
+        open=_mean(by_type.get(OPEN, [])),
+        by_type={kind: sum(values) / len(values) for kind, values in sorted(by_type.items())},
+    )
+
+
+def _mean(values: Sequence[bool]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this program."""
+    parser = argparse.ArgumentParser(
+        prog="llava.eval.eval_gqa", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--questions", type=str, required=True, help="GQA's questions with answers, by question id")
+    parser.add_argument("--predictions", type=str, required=True, help="JSON list of questionId and prediction")
+    parser.add_argument("--output", type=str, default=None, help="write the score as JSON here, too")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> GQAScore:
+    """Run the program.
+
+    Raises:
+        BadSampleError: see `evaluate`.
+    """
+    args = build_parser().parse_args(argv)
+    score = evaluate(args.questions, args.predictions)
+    print(score)
+    if args.output is not None:
+        replace_text(args.output, json.dumps(asdict(score), indent=2) + "\n")
+    return score
+
+
+if __name__ == "__main__":
+    run_program(main)
