@@ -20,8 +20,13 @@ OTHER_PROGRAMS = ("make", "git", "pip", "uv", "srun", "conda", "nvidia-smi")
 INPUT_FILES = frozenset({".json", ".jsonl", ".bin", ".safetensors", ".txt", ".csv", ".tsv"})
 
 # Each call goes to a file of its own, so that calls in the background do not mix.
+# A program that answers questions leaves a file, which the scripts read on.
 NOTE_THE_CALL = """#!/bin/sh
 printf '%s\\0' "${0##*/}" "$@" > "$(mktemp "$COMMAND_LINES/XXXXXXXX")"
+while [ $# -gt 1 ]; do
+    if [ "$1" = --answers-file ]; then mkdir -p "$(dirname "$2")" && : > "$2"; fi
+    shift
+done
 """
 
 

@@ -29,6 +29,8 @@ def parse(call: Call) -> None:
         FlagError: they are contradictory or not carried out.
     """
     module = importlib.import_module(call.module)
+    if hasattr(module, "__path__"):  # `python -m package`
+        module = importlib.import_module(f"{call.module}.__main__")
     if call.module.startswith("llava.train."):
         importlib.import_module("llava.train.arguments").parse_args([*call.arguments, *WITHOUT_GPU])
     elif call.module == "hydralora.finetune":

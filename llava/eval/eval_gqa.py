@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,14 +75,21 @@ def read_predictions(path: str | Path, wanted: Sequence[str]) -> dict[str, str]:
     return predictions
 
 
-def evaluate(questions_file: str | Path, predictions_file: str | Path) -> GQAScore:
+def evaluate(questions_file: str | Path, predictions_file: str | Path, only: Collection[str] | None = None) -> GQAScore:
     """Score a file of predictions on the balanced questions.
+
+    Args:
+        questions_file: GQA's questions with answers, by id.
+        predictions_file: JSON list of questionId and prediction.
+        only: score only these questions; None: all.
 
     Raises:
         BadSampleError: a file is broken, or there are no questions to score.
     """
     everything: dict[str, dict[str, Any]] = read_json(questions_file, dict)
-    questions = {key: row for key, row in everything.items() if row.get("isBalanced", True)}
+    questions = {
+        key: row for key, row in everything.items() if row.get("isBalanced", True) and (only is None or key in only)
+    }
     if not questions:
         raise BadSampleError(f"{questions_file}: no balanced questions here")
     predictions = read_predictions(predictions_file, list(questions))

@@ -110,8 +110,8 @@ def evaluate(
         the score of each category.
 
     Raises:
-        BadSampleError: there are no label files, an answer belongs to no question, a category has no answers, or
-            (`strict`) not as many answers as labels.
+        BadSampleError: there are no label files, an answer belongs to no question, no category has answers, or
+            (`strict`) one has not as many answers as labels.
     """
     categories = {
         field(row, "question_id", (int, str), where): field(row, "category", (str,), where)
@@ -132,13 +132,17 @@ def evaluate(
         answers, labels = by_category.get(category, []), read_labels(path)
         if len(answers) != len(labels):
             fault = f"{result_file}: {len(answers)} answers of category '{category}' for {len(labels)} labels in {path}"
-            if strict or not answers:
+            if strict:
                 raise BadSampleError(f"{fault}; answer the missing questions first")
             print(f"warning: {fault}; behind the first missing answer the pairs are wrong", file=sys.stderr)
+            if not answers:
+                continue
         scores[category] = score(answers, labels)
         print(f"Category: {category}, # samples: {len(answers)}")
         print(lines(scores[category], answers))
         print("====================================")
+    if not scores:
+        raise BadSampleError(f"{result_file}: no answer of any category that {annotation_dir} has labels for")
     return scores
 
 

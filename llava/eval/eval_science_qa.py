@@ -71,7 +71,12 @@ class ScienceQAScore:
 
 
 def evaluate(
-    base_dir: str | Path, result_file: str | Path, split: str = "test", options: Sequence[str] = "ABCDE"
+    base_dir: str | Path,
+    result_file: str | Path,
+    split: str = "test",
+    options: Sequence[str] = "ABCDE",
+    *,
+    only_answered: bool = False,
 ) -> ScienceQAScore:
     """Score an answers file.
 
@@ -80,6 +85,7 @@ def evaluate(
         result_file: JSON lines with question_id, prompt and text.
         split: which list of `pid_splits.json`.
         options: the letters of the choices, in order.
+        only_answered: leave out what has no answer, instead of counting it as wrong.
 
     Raises:
         BadSampleError: a file is missing or broken, or the split is unknown or empty.
@@ -93,6 +99,8 @@ def evaluate(
     output: dict[str, list[dict[str, Any]]] = {"correct": [], "incorrect": []}
     results, outputs = {}, {}
     for key in dict.fromkeys(splits[split]):
+        if only_answered and key not in answers:
+            continue
         problem, answer = problems[key], answers.get(key, MISSING)
         letter = parse_answer(answer["text"], options)
         results[key] = option_index(letter, problem["choices"], options)

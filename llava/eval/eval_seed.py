@@ -35,7 +35,7 @@ class SeedScore:
         return "\n".join(lines + [f"{kind} accuracy: {100 * value:.2f}%" for kind, value in self.by_kind.items()])
 
 
-def _as_answered(question_id: Any) -> int | str:
+def as_answered(question_id: Any) -> int | str:
     """An id as the answers file has it: a number where it can be one."""
     try:
         return int(question_id)
@@ -53,7 +53,7 @@ def read_answers(annotation: dict[str, Any], result_file: str | Path) -> list[st
         field(row, "question_id", (int, str), where): field(row, "text", (str,), where)
         for where, row in read_jsonl(result_file)
     }
-    ids = [_as_answered(question["question_id"]) for question in annotation["questions"]]
+    ids = [as_answered(question["question_id"]) for question in annotation["questions"]]
     missing = [key for key in ids if key not in texts]
     if missing:
         raise BadSampleError(
@@ -92,11 +92,14 @@ def evaluate(annotation_file: str | Path, result_file: str | Path, upload_file: 
     annotation = read_json(annotation_file, dict)
     answers = read_answers(annotation, result_file)
     result = score(annotation, answers)
-    replace_text(
-        upload_file,
-        "".join(
-            json.dumps({"question_id": question["question_id"], "prediction": answer}) + "\n"
-            for question, answer in zip(annotation["questions"], answers, strict=True)
-        ),
-    )
+    write_upload(annotation, answers, upload_file)
     return result
+
+
+def write_upload(annotation: dict[str, Any], answers: list[str], path: str | Path) -> Path:
+    """Write the file for the leaderboard: JSON lines of question_id, as annotated, and prediction."""
+    rows = (
+        {"question_id": question["question_id"], "prediction": answer}
+        for question, answer in zip(annotation["questions"], answers, strict=True)
+    )
+    return replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))

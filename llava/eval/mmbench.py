@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -29,6 +30,7 @@ INSTRUCTIONS = {
     "en": "Answer with the option's letter from the given choices directly.",
     "cn": "请直接回答选项字母。",
 }
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 NONE_WORDS = frozenset({"nan", "none"})
 
 
@@ -156,7 +158,8 @@ def write_spreadsheet(annotation_file: str | Path, answers_file: str | Path, out
     """
     table = read_table(annotation_file)
     table = table.drop(columns=[name for name in NOT_FOR_UPLOAD if name in table.columns])
-    texts = {row["question_id"]: row["text"] for _, row in read_jsonl(answers_file)}
+    # A spreadsheet cannot hold control characters, which a model may well say.
+    texts = {row["question_id"]: CONTROL.sub("", row["text"]) for _, row in read_jsonl(answers_file)}
     table.insert(PREDICTION_COLUMN, "prediction", table["index"].map(texts.get))
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)

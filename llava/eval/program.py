@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from llava.data.images import load_image
 from llava.errors import FlagError
@@ -23,9 +24,10 @@ def batch_size(text: str) -> int | None:
     return None if text == "auto" else int(text)
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """`--model-path` and `--model-base` as upstream, and our `--device` and `--torch-dtype`."""
-    parser.add_argument("--model-path", type=str, default="facebook/opt-350m", help="checkpoint folder")
+    default = None if required else "facebook/opt-350m"
+    parser.add_argument("--model-path", type=str, default=default, required=required, help="checkpoint folder")
     parser.add_argument("--model-base", type=str, default=None, help="base model of an adapter or projector checkpoint")
     parser.add_argument("--device", type=str, default=None, help="cuda, cuda:1, cpu, ...; default: cuda if available")
     parser.add_argument(
@@ -36,8 +38,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
-    """The decoding options of the original programs and `--seed`."""
+def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int | None = None) -> None:
+    """The decoding options of the original programs and `--seed`; without a limit, the caller fills it in."""
     parser.add_argument("--temperature", type=float, default=0.2, help="0: greedy decoding; above 0: sampling")
     parser.add_argument(
         "--top_p", type=float, default=None, help="sample from the most probable tokens up to this mass"
@@ -57,12 +59,17 @@ def add_question_options(
         "--answers-file", type=str, default="answer.jsonl", help="JSON lines, one answer each; continued"
     )
     parser.add_argument("--conv-mode", type=str, default=conv_mode, help="conversation template")
+    add_chunk_options(parser)
+    add_run_options(parser)
+
+
+def add_chunk_options(parser: argparse.ArgumentParser) -> None:
+    """`--num-chunks` and `--chunk-idx` as upstream, and what becomes of chunks that are too many."""
     parser.add_argument("--num-chunks", type=int, default=1, help="cut the questions into this many chunks ...")
     parser.add_argument("--chunk-idx", type=int, default=0, help="... and answer only this one, counted from 0")
     parser.add_argument(
         "--allow-empty-chunk", action="store_true", help="more chunks than questions: an empty file, not an error"
     )
-    add_run_options(parser)
 
 
 def add_run_options(parser: argparse.ArgumentParser, *, default_batch_size: str = "1") -> None:
@@ -76,6 +83,11 @@ def add_run_options(parser: argparse.ArgumentParser, *, default_batch_size: str 
     parser.add_argument("--limit", type=int, default=None, help="answer only this many questions, the first ones")
     parser.add_argument("--num-workers", type=int, default=4, help="threads that read images")
     parser.add_argument("--restart", action="store_true", help="replace existing answers instead of continuing them")
+
+
+def json_values(args: argparse.Namespace) -> dict[str, Any]:
+    """The options as JSON values, paths as texts."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
 def sampling_options(args: argparse.Namespace) -> GenerationOptions:
@@ -162,7 +174,7 @@ def answer_and_measure(
         tasks,
         model_id=name,
         settings=answer_settings(args, options, conv_mode),
-        arguments=vars(args),
+        arguments=json_values(args),
         to_row=to_row,
         restart=args.restart,
     )

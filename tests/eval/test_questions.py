@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from llava.errors import BadSampleError, FlagError
+from llava.eval import mmbench
 from llava.eval.questions import DEFAULT_CATEGORY, MissingChunkError, get_chunk, read_questions
 from tests.golden import load_case
 
@@ -92,3 +93,16 @@ def test_missing_and_empty_files_are_errors(tmp_path: Path) -> None:
         read_questions(tmp_path / "none.jsonl")
     with pytest.raises(BadSampleError, match="no rows"):
         read_questions(write(tmp_path / "empty.jsonl", ""))
+
+
+def test_cells_of_mmbench() -> None:
+    """What counts as nothing, and how far the options of a row go."""
+    case = load_case("metrics", "runner_helpers")[0]
+    nan = float("nan")
+
+    def cell(value: object) -> object:
+        return nan if value == "__nan__" else value
+
+    assert [mmbench.is_none(cell(value)) for value in case["in"]["is_none"]] == case["out"]["is_none"]
+    rows = [{key: cell(value) for key, value in row.items()} for row in case["in"]["options"]]
+    assert [mmbench.get_options(row) for row in rows] == case["out"]["options"]

@@ -16,8 +16,8 @@ from torch import Tensor
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data.images import load_image
 from llava.errors import BadImageError
-from llava.eval import runner
-from llava.eval.answers import AnswersFile, Task
+from llava.eval import mmbench, model_vqa_science, runner
+from llava.eval.answers import AnswersFile, Task, ToRow, answer_row
 from llava.eval.generation import GenerationOptions
 from llava.eval.loading import LoadedModel
 from llava.eval.model_vqa_loader import make_task
@@ -28,11 +28,8 @@ METRICS = golden_dir("metrics") / "runners"
 RECORDED_TOKENS = 8
 """Limit that was in force when the golden answers were recorded."""
 
-RUNS = [
-    run
-    for run in json.loads((METRICS / "expected_runs.json").read_text(encoding="utf-8"))["runs"]
-    if run["script"] in ("model_vqa_loader", "model_vqa")
-]
+RUNS = json.loads((METRICS / "expected_runs.json").read_text(encoding="utf-8"))["runs"]
+IMAGES = golden_dir("llava") / "data" / "images"
 
 
 class Spy:
@@ -62,14 +59,16 @@ def ask(
     *,
     batch_size: int = 1,
     conv_mode: str = "vicuna_v1",
+    open_image: runner.OpenImage | None = None,
+    to_row: ToRow = answer_row,
     **options: Any,
 ) -> list[str]:
     """The answer texts of a new answers file."""
-    answers = AnswersFile(path, tasks, model_id=loaded.name, settings={}, restart=True)
+    answers = AnswersFile(path, tasks, model_id=loaded.name, settings={}, to_row=to_row, restart=True)
     runner.answer_tasks(
         answers,
         loaded,
-        lambda name, where: load_image(image_folder, name, row=where),
+        open_image or (lambda name, where: load_image(image_folder, name, row=where)),
         GenerationOptions(**{"temperature": 0.0, "max_new_tokens": 12} | options),
         conv_mode=conv_mode,
         batch_size=batch_size,
@@ -105,32 +104,46 @@ def test_the_golden_runs_are_there() -> None:
         ("model_vqa_loader", "llava_v0", False),
         ("model_vqa", "llava_v1", False),
         ("model_vqa", "llava_v1", True),
+        ("model_vqa_science", "vicuna_v1", False),
+        ("model_vqa_science", "llava_v0", False),
+        ("model_vqa_mmbench", "vicuna_v1", False),
+        ("model_vqa_mmbench", "vicuna_v1", False),
+        ("model_vqa_mmbench", "llava_v1", False),
     ]
 
 
+def asked_by(run: dict[str, Any]) -> tuple[Sequence[Task], dict[str, Any]]:
+    """The tasks of a recorded run, and how its program opens images and writes rows."""
+    path, options = METRICS / "input" / run["q"], run["kw"]
+    if run["script"] == "model_vqa_science":
+        return model_vqa_science.read_tasks(path, single_pred_prompt=options["single_pred_prompt"]), {}
+    if run["script"] == "model_vqa_mmbench":
+        pytest.importorskip("pandas", reason="the extra `eval` is not installed")
+        flags = {name: options[name] for name in ("all_rounds", "single_pred_prompt", "lang")}
+        return mmbench.read_tasks(path, **flags), {"open_image": mmbench.open_image, "to_row": mmbench.to_row}
+    chunk = (options.get("num_chunks", 1), options.get("chunk_idx", 0))
+    return [make_task(question) for question in get_chunk(read_questions(path), *chunk)], {}
+
+
 @pytest.mark.parametrize("batch_size", [1, 5])
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run['script']}-{run['conv_mode']}")
+@pytest.mark.parametrize("run", RUNS, ids=[f"{run['script']}-{number}" for number, run in enumerate(RUNS)])
 def test_answers_of_the_original_program(
     run: dict[str, Any], batch_size: int, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in run.get("config", {}).items():
         monkeypatch.setattr(loaded.model.config, name, value, raising=False)
     spy = Spy(monkeypatch, loaded)
-    chunk = (run["kw"].get("num_chunks", 1), run["kw"].get("chunk_idx", 0))
-    asked = [make_task(question) for question in get_chunk(read_questions(METRICS / "input" / "vqa.jsonl"), *chunk)]
-    texts = ask(
-        loaded,
-        asked,
-        tmp_path / "a.jsonl",
-        golden_dir("llava") / "data" / "images",
-        batch_size=batch_size,
-        conv_mode=run["conv_mode"],
-        max_new_tokens=RECORDED_TOKENS,
-    )
-    assert texts == [answer["text"] for answer in run["answers"]]
-    assert [task.prompt for task in asked] == [answer["prompt"] for answer in run["answers"]]
+    asked, program = asked_by(run)
+    path = tmp_path / "a.jsonl"
+    short = {"batch_size": batch_size, "conv_mode": run["conv_mode"], "max_new_tokens": RECORDED_TOKENS}
+    ask(loaded, asked, path, IMAGES, **program, **short)
+    rows = [json.loads(line) | {"answer_id": "<random>"} for line in path.read_text().splitlines()]
+    assert rows == run["answers"]
+    assert [list(row) for row in rows] == [list(answer) for answer in run["answers"]]
     rows = [row.tolist() for call in spy.calls for row in prompt_ids(call)]
     assert sorted(rows) == sorted(call["prompt_ids"] for call in run["generate_calls"])
+    if any(call["images"] is None for call in run["generate_calls"]):
+        return  # in a batch, a row without an image has a dummy
     sizes = [list(size) for call in spy.calls for size in call["image_sizes"]]
     assert sorted(sizes) == sorted(call["image_sizes"][0] for call in run["generate_calls"])
     assert all(list(call["images"].shape[1:]) == run["generate_calls"][0]["images"][1:] for call in spy.calls)

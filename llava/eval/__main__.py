@@ -1,0 +1,109 @@
+r"""Run one benchmark from questions to score.
+
+python -m llava.eval textvqa --model-path checkpoints/llava-v1.5-7b
+python -m llava.eval pope --model-path checkpoints/llava-v1.5-7b-lora --model-base checkpoints/vicuna-7b-v1.5
+
+Files lie where upstream has them, below `playground/data/eval`; docs/evaluation.md says what each benchmark needs. The
+same command again continues an interrupted run. Beside the answers lie `<name>.result.json` (scores, prompt, settings,
+versions) and, where single answers are scored here, `<name>.samples.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.eval.benchmarks import BENCHMARKS, Benchmark, find
+from llava.eval.outcomes import Run
+from llava.eval.program import (
+    add_chunk_options,
+    add_model_options,
+    add_run_options,
+    add_sampling_options,
+    answer_and_measure,
+    chosen,
+)
+from llava.eval.results import report, summary_line, write_samples
+from llava.mm_utils import get_model_name_from_path
+from llava.utils import run_program
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this program."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("benchmark", choices=BENCHMARKS, help="which one", metavar="BENCHMARK")
+    parser.epilog = "benchmarks: " + ", ".join(f"{one.name} ({one.title})" for one in BENCHMARKS.values())
+    add_model_options(parser, required=True)
+    parser.add_argument("--data-dir", type=Path, default=Path("playground/data/eval"), help="folder of all benchmarks")
+    parser.add_argument("--split", type=str, default=None, help="split, where a benchmark has several")
+    parser.add_argument("--experiment", type=str, default=None, help="name in file names; default: the model's")
+    parser.add_argument("--question-file", type=Path, default=None, help="questions that lie elsewhere")
+    parser.add_argument("--image-folder", type=Path, default=None, help="images that lie elsewhere")
+    parser.add_argument("--answers-file", type=Path, default=None, help="answers that are to lie elsewhere")
+    parser.add_argument("--conv-mode", type=str, default=None, help="conversation template; default: the benchmark's")
+    add_chunk_options(parser)
+    add_run_options(parser, default_batch_size="auto")
+    add_sampling_options(parser)
+    parser.set_defaults(temperature=0.0)
+    return parser
+
+
+def fill_in(args: argparse.Namespace, benchmark: Benchmark) -> argparse.Namespace:
+    """Give every option that was not given the value of the benchmark's entry."""
+    folder = args.data_dir / benchmark.folder
+    args.experiment = args.experiment or get_model_name_from_path(args.model_path)
+    args.split = args.split or benchmark.splits[0]
+    names = {"split": args.split, "model": args.experiment}
+    args.question_file = args.question_file or folder / benchmark.questions.format(**names)
+    args.image_folder = args.image_folder or folder / benchmark.images.format(**names)
+    args.answers_file = args.answers_file or folder / benchmark.answers.format(**names)
+    if args.limit is not None:  # a part of the answers must not pass for all of them
+        args.answers_file = args.answers_file.with_stem(f"{args.answers_file.stem}-first-{args.limit}")
+    args.conv_mode = args.conv_mode or benchmark.conv_mode
+    args.max_new_tokens = args.max_new_tokens or benchmark.max_new_tokens
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
+    """Run the program.
+
+    Returns:
+        what the result file holds; None for a chunk, which is not scored.
+
+    Raises:
+        LlavaError: a flag, a row, an image or the checkpoint is wrong; the message says what to do.
+    """
+    args = build_parser().parse_args(argv)
+    benchmark = find(args.benchmark)
+    args = fill_in(args, benchmark)
+    tasks = chosen(benchmark.read(args.question_file), args)
+    open_image = benchmark.open_images(args.image_folder)
+    answers, speed = answer_and_measure(args, tasks, open_image, to_row=benchmark.to_row)
+    if args.num_chunks > 1:
+        print(f"chunk {args.chunk_idx} of {args.num_chunks}: {len(tasks)} answers in {answers.path}")
+        return None
+    rows = [answers.rows[key] for key in answers.keys]
+    outcome = benchmark.finish(
+        Run(
+            data=args.data_dir / benchmark.folder,
+            questions=args.question_file,
+            answers=answers.path,
+            split=args.split,
+            model=args.experiment,
+            tasks=tasks,
+            rows=rows,
+            complete=args.limit is None,
+        )
+    )
+    write_samples(answers, outcome)
+    result = report(args, benchmark, tasks, answers, outcome, speed)
+    print(summary_line(result))
+    return result
+
+
+if __name__ == "__main__":
+    run_program(main)

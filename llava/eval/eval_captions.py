@@ -1,0 +1,86 @@
+"""COCO-style captions: CIDEr and BLEU-4 of one caption per image.
+
+python -m llava.eval.eval_captions --annotation-file captions_val2014.json --result-file answers.jsonl
+
+The annotation file is COCO's (`images` with id and file_name, `annotations` with image_id and caption); the question_id
+of an answer is the image's id. COCO's tokenizer is a Java program: see `llava/eval/captions.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava.errors import BadSampleError
+from llava.eval.answers import Task
+from llava.eval.captions import TOKENIZERS, bleu4, cider
+from llava.eval.questions import read_json, read_jsonl
+from llava.utils import run_program
+
+PROMPT = "Provide a one-sentence caption for the provided image."
+
+
+def read_tasks(annotation_file: str | Path) -> list[Task]:
+    """One task for each image that has captions, in the file's order; the captions are in `extra`.
+
+    Raises:
+        BadSampleError: the file is broken or has no image with captions.
+    """
+    annotation = read_json(annotation_file, dict)
+    captions: dict[int, list[str]] = {}
+    for row in annotation["annotations"]:
+        captions.setdefault(row["image_id"], []).append(row["caption"])
+    tasks = [
+        Task(row["id"], PROMPT, PROMPT, (row["file_name"],), f"{annotation_file}: image {row['id']}", extra)
+        for row in annotation["images"]
+        if (extra := {"captions": captions.get(row["id"], [])})["captions"]
+    ]
+    if not tasks:
+        raise BadSampleError(f"{annotation_file}: no image with captions here")
+    return tasks
+
+
+def score(tasks: Sequence[Task], texts: dict[int | str, str], tokenizer: str = "ptb") -> dict[str, float]:
+    """CIDEr and BLEU-4 of one caption for each task.
+
+    Raises:
+        BadSampleError: a task has no answer.
+        FlagError: what the tokenizer needs is missing.
+    """
+    missing = [task.question_id for task in tasks if task.question_id not in texts]
+    if missing:
+        raise BadSampleError(f"no caption for {len(missing)} of {len(tasks)} images, the first is {missing[0]}")
+    answers = [texts[task.question_id] for task in tasks]
+    references = [task.extra["captions"] for task in tasks]
+    return {"CIDEr": cider(answers, references, tokenizer)[0], "BLEU-4": bleu4(answers, references, tokenizer)}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this program."""
+    parser = argparse.ArgumentParser(
+        prog="llava.eval.eval_captions", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--annotation-file", type=str, required=True, help="captions in COCO's format")
+    parser.add_argument("--result-file", type=str, required=True, help="answers of `python -m llava.eval coco_caption`")
+    parser.add_argument("--tokenizer", choices=TOKENIZERS, default="ptb", help="plain needs no Java; other numbers")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Run the program.
+
+    Raises:
+        BadSampleError: a file is broken, or a caption is missing.
+        FlagError: what the tokenizer needs is missing.
+    """
+    args = build_parser().parse_args(argv)
+    texts = {row["question_id"]: row["text"] for _, row in read_jsonl(args.result_file)}
+    scores = score(read_tasks(args.annotation_file), texts, args.tokenizer)
+    for name, value in scores.items():
+        print(f"{name}: {100 * value:.2f}")
+    return scores
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# A sparse model (Dynamic-LLaVA) on MMBench-CN: scripts/v1_5/eval/mmbench_cn.sh under the original's names.
+#
+# CUDA_VISIBLE_DEVICES=0,1 MODEL=./results/dynamic-llava-7b bash run/dynamic_eval/eval_for_mmbench_cn.sh
+set -euo pipefail
+
+export MODEL="${MODEL:-./results/dynamic-llava-7b}" PROGRAMS=llava.dynamic_eval
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../scripts/v1_5/eval/mmbench_cn.sh" "$@"
