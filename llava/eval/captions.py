@@ -65,7 +65,7 @@ def tokenize(captions: Sequence[str], tokenizer: str = "ptb") -> list[str]:
     if shutil.which("java") is None:
         raise FlagError(
             "COCO's tokenizer is a Java program and there is no `java` on PATH; install a Java runtime, or score with "
-            "--tokenizer plain, which gives other numbers than those published"
+            "`llava.eval.eval_captions --tokenizer plain`, which gives other numbers than those published"
         )
     jar = Path(module.__file__).with_name(JAR)
     command = ["java", "-cp", str(jar), PTB_CLASS, "-preserveLines", "-lowerCase", "-encoding", "UTF-8"]

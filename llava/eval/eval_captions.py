@@ -41,8 +41,13 @@ def read_tasks(annotation_file: str | Path) -> list[Task]:
     return tasks
 
 
-def score(tasks: Sequence[Task], texts: dict[int | str, str], tokenizer: str = "ptb") -> dict[str, float]:
+def score(
+    tasks: Sequence[Task], texts: dict[int | str, str], tokenizer: str = "ptb"
+) -> tuple[dict[str, float], list[float]]:
     """CIDEr and BLEU-4 of one caption for each task.
+
+    Returns:
+        both scores by name, and the CIDEr of each caption.
 
     Raises:
         BadSampleError: a task has no answer.
@@ -53,7 +58,8 @@ def score(tasks: Sequence[Task], texts: dict[int | str, str], tokenizer: str = "
         raise BadSampleError(f"no caption for {len(missing)} of {len(tasks)} images, the first is {missing[0]}")
     answers = [texts[task.question_id] for task in tasks]
     references = [task.extra["captions"] for task in tasks]
-    return {"CIDEr": cider(answers, references, tokenizer)[0], "BLEU-4": bleu4(answers, references, tokenizer)}
+    whole, each = cider(answers, references, tokenizer)
+    return {"CIDEr": whole, "BLEU-4": bleu4(answers, references, tokenizer)}, each
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """
     args = build_parser().parse_args(argv)
     texts = {row["question_id"]: row["text"] for _, row in read_jsonl(args.result_file)}
-    scores = score(read_tasks(args.annotation_file), texts, args.tokenizer)
+    scores, _ = score(read_tasks(args.annotation_file), texts, args.tokenizer)
     for name, value in scores.items():
         print(f"{name}: {100 * value:.2f}")
     return scores

@@ -26,7 +26,7 @@ from llava.eval import (
 from llava.eval import eval_textvqa as textvqa_module
 from llava.eval.answers import Row, Task
 from llava.eval.m4c_evaluator import TextVQAAccuracyEvaluator
-from llava.eval.questions import read_json
+from llava.eval.questions import read_json, read_questions
 from llava.output import replace_text
 
 
@@ -154,7 +154,22 @@ def pope(run: Run) -> Outcome:
     }
     for category, one in scores.items():
         metrics |= {f"F1 {category}": 100 * one.f1, f"accuracy {category}": 100 * one.accuracy}
-    return Outcome(metrics)
+    return Outcome(metrics, _pope_samples(run))
+
+
+def _pope_samples(run: Run) -> list[dict[str, Any]]:
+    """Each answer with its label; they are paired by their order within a category."""
+    labels = {
+        path.stem.removeprefix(eval_pope.PREFIX): iter(eval_pope.read_labels(path))
+        for path in (run.data / "coco").glob(f"{eval_pope.PREFIX}*{eval_pope.SUFFIX}")
+    }
+    categories = {question.question_id: question.category for question in read_questions(run.questions)}
+    samples = []
+    for task, row in zip(run.tasks, run.rows, strict=True):
+        label = next(labels[categories[task.question_id]])
+        right = eval_pope.says_yes(row["text"]) == label
+        samples.append(sample(task, row, "yes" if label else "no", float(right)))
+    return samples
 
 
 def mme(run: Run) -> Outcome:
@@ -216,8 +231,8 @@ def mmvet(run: Run) -> Outcome:
 
 
 def llava_bench(run: Run) -> Outcome:
-    """Nothing: another model compares these answers with GPT-4's."""
-    return Outcome(note="have the answers reviewed against answers_gpt4.jsonl, as the benchmark's authors describe")
+    """Nothing yet: another model compares these answers with GPT-4's."""
+    return Outcome(note="review them with llava.eval.eval_gpt_review_bench, then llava.eval.summarize_gpt_review")
 
 
 def qbench(run: Run) -> Outcome:
@@ -245,5 +260,8 @@ def chartqa(run: Run) -> Outcome:
 
 def captions(run: Run) -> Outcome:
     """CIDEr and BLEU-4."""
-    scores = eval_captions.score(run.tasks, run.texts)
-    return Outcome({name: 100 * value for name, value in scores.items()})
+    scores, each = eval_captions.score(run.tasks, run.texts)
+    samples = [
+        sample(task, row, task.extra["captions"], one) for task, row, one in zip(run.tasks, run.rows, each, strict=True)
+    ]
+    return Outcome({name: 100 * value for name, value in scores.items()}, samples)

@@ -65,7 +65,7 @@ class Programs:
             env={"PATH": os.environ["PATH"], "PYTHON": str(self.python), "CUDA_VISIBLE_DEVICES": "0,1"} | environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=1200,
             check=False,
         )
 

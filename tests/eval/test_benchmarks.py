@@ -104,7 +104,13 @@ def test_known_answers_score_as_they_should(
 ) -> None:
     needs(name)
     say(LABELS[name])
-    metrics = run(name, checkpoint, folder)["metrics"]
+    result = run(name, checkpoint, folder)
+    metrics = result["metrics"]
+    if name != "mme":  # its folder of results holds every answer
+        answers = Path(result["answers_file"])
+        log = answers.with_name(f"{answers.stem}.samples.jsonl").read_text(encoding="utf-8").splitlines()
+        assert len(log) == result["questions"]
+        assert all({"text", "score"} <= json.loads(line).keys() or name == "scienceqa" for line in log)
     if name == "coco_caption":
         assert metrics["CIDEr"] > 100
         return

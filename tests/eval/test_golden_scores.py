@@ -99,6 +99,17 @@ def test_written_files(system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             assert ours.read_bytes() == path.read_bytes(), ours
 
 
+def test_the_two_folders_of_the_sparse_models_script(tmp_path: Path) -> None:
+    """Dynamic-LLaVA's script names the questions' folder and that of the results apart."""
+    system = METRICS / "vqav2_submission"
+    shutil.copytree(system / "input" / "vqav2" / "answers", tmp_path / "results" / "answers")
+    split = "llava_vqav2_mscoco_test-dev2015"
+    folders = ["--test_dir", str(system / "input" / "vqav2"), "--result_dir", str(tmp_path / "results")]
+    run(["scripts/convert_vqav2_for_submission.py", "--split", split, "--ckpt", "tiny", *folders])
+    written = Path("answers_upload") / split / "tiny.json"
+    assert (tmp_path / "results" / written).read_bytes() == (system / "expected" / "vqav2" / written).read_bytes()
+
+
 def test_pope_refuses_unequal_numbers_if_asked(tmp_path: Path) -> None:
     folder = METRICS / "pope" / "input"
     argv = ["--annotation-dir", folder / "coco", "--question-file", folder / "llava_pope_test.jsonl"]

@@ -31,7 +31,7 @@ SCRIPTS = {
     "mmbench_cn": "mmbench_cn/answers_upload/mmbench_dev_cn_20231003",
     "seed": "",
     "mmvet": "score with MM-Vet's evaluator",
-    "llavabench": "reviewed against",
+    "llavabench": "set OPENAI_API_KEY",
     "qbench": "",
     "qbench_zh": "",
     "chartqa": "",
