@@ -183,7 +183,18 @@ class DynamicExtension(Extension):
 
 
 def _pass_on(policy: Tensor, model: nn.Module, state: DecoderState) -> None:
-    """Let all following layers attend by `policy` (B, L), with the 2-D padding mask where that says everything."""
+    """Let all following layers attend by `policy` (B, L), with the 2-D padding mask where that says everything.
+
+    Raises:
+        FlagError: the attention is one that would ignore the policy.
+    """
+    attention = model.config._attn_implementation  # type: ignore[union-attr]
+    if attention != interface.NAME:
+        raise FlagError(
+            f"a loss of 'dynamic' needs the attention '{interface.NAME}', but the model was given '{attention}', "
+            f"which knows no policy; call model.set_attn_implementation('{interface.NAME}'), or load it without "
+            "use_flash_attn and attn_implementation"
+        )
     state.layer_kwargs["policy"] = policy
     # A sliding window, or samples packed into one row, are in the 4-D mask only.
     if state.attention_mask is not None and set(layer_kinds(model.config)) == {"full_attention"}:

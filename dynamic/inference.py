@@ -87,7 +87,7 @@ def _checked_cache(state: State) -> SparseCache | None:
         )
     if cache.is_filled and state.segments is not None:
         raise ValueError(
-            f"a prompt begins a sequence, but the cache holds {cache.get_seq_length()} positions already; pass an "
+            f"a prompt begins a sequence, but the cache holds {int(cache.ledger.seen.max())} tokens already; pass an "
             "empty cache, or continue with `model(input_ids=..., past_key_values=cache)`"
         )
     return cache

@@ -98,6 +98,8 @@ def load_pretrained_model(
     if getattr(model.config, "mm_vision_tower", None):  # a trained tower is read here, from inside the checkpoint
         image_processor = model.get_model().load_vision_tower(near, dtype).image_processor
     imported = _attach_extensions(model, contents)
+    if "attn_implementation" in options:  # what was asked for; what an extension chose is needed for its losses
+        model.config._attn_implementation = options["attn_implementation"]
     model = _load_rest(model, contents, imported, missing, merge=not (load_8bit or load_4bit))
     if load_4bit:
         choose_cpu_kernels(model, trained=False)

@@ -1,8 +1,8 @@
 """Decoding without cache: the original's rule put together from our functions, and what we do instead.
 
 The original keeps the k generated tokens with the largest keep logit, k being that of the batch's row with most; it
-repeats the last token of the prompt on the first call, and remembers the start of the answer for ever. With the instruct
-predictor it judges generated tokens as instruction. We decide as with cache, so that the tokens are the same.
+repeats the last token of the prompt on the first call, and remembers the start of the answer for ever. With the
+instruct predictor it judges generated tokens as instruction. We decide as with cache, so that the tokens are the same.
 """
 
 from __future__ import annotations
