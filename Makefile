@@ -1,11 +1,12 @@
 # Everything from a fresh clone, on a machine that has Python 3.11 or 3.12 and make. `make` alone lists the targets.
 
-EXTRAS ?= dev,train,quant,openclip,eval,analysis
+EXTRAS ?= dev,train,quant,openclip,eval,harness,analysis
 WORKERS ?= 2
 ARGS ?=
 
 VENV := .venv
 CORE := .venv-core
+LOWEST := .peft-lowest
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 PINNED := --constraint constraints.txt --build-constraint constraints.txt
@@ -19,7 +20,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3 python; do \
 	"$$name" -c '$(VERSION_CHECK)' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-core lint types format check constraints clean
+.PHONY: help install demo test test-core test-peft lint types format check constraints clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,11 +30,24 @@ install: $(VENV)/.installed ## Install the package, its extras and the tools int
 demo: install ## Train, evaluate and reload a tiny model on the CPU; writes playground/out
 	$(OFFLINE) $(BIN)/python -m playground.demo $(ARGS)
 
-test: install test-core ## Run all tests (ARGS="tests/data -x" selects)
+test: install test-core test-peft ## Run all tests (ARGS="tests/data -x" selects)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not network" $(ARGS)
 
 test-core: install $(CORE)/.installed ## Import every module with the core dependencies only
 	$(OFFLINE) $(CORE)/bin/python -P tests/import_everything.py
+
+# What pip calls the installed version; a folder in front of the others on the path hides theirs.
+PEFT_VERSION := import importlib.metadata as m; print(m.version("peft"))
+
+test-peft: install $(LOWEST)/.installed ## Test the PEFT method on the lowest PEFT that pyproject.toml admits
+	@tested=$$($(BIN)/python -c '$(PEFT_VERSION)'); \
+	lowest=$$(PYTHONPATH=$(LOWEST) $(BIN)/python -c '$(PEFT_VERSION)'); \
+	if [ "$$lowest" = "$$tested" ]; then \
+		echo "PEFT $$tested is the lowest version that pyproject.toml admits; the other tests run on it"; \
+	else \
+		echo "PEFT $$lowest, the lowest that pyproject.toml admits; the other tests run on $$tested"; \
+		PYTHONPATH=$(LOWEST) $(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) tests/hydralora/tuner; \
+	fi
 
 lint: install types ## Check style and formatting with ruff, then the types
 	$(BIN)/ruff check .
@@ -50,14 +64,14 @@ check: lint test ## lint, types and test
 
 constraints: install ## Write constraints.txt anew from the newest versions that pyproject.toml allows
 	$(UV) venv --quiet --clear --seed --python $(BIN)/python .venv-constraints
-	$(UV) pip install --quiet --python .venv-constraints ".[dev,train,quant,openclip,serve,eval,analysis]"
+	$(UV) pip install --quiet --python .venv-constraints ".[dev,train,quant,openclip,serve,eval,harness,analysis]"
 	grep '^#' constraints.txt > .venv-constraints/pins
 	$(UV) pip freeze --python .venv-constraints | grep -vE '^(llava-extensions|pip)\b' >> .venv-constraints/pins
 	mv .venv-constraints/pins constraints.txt
 	rm -rf .venv-constraints
 
 clean: ## Remove the environments and everything that tools have cached
-	rm -rf $(VENV) $(CORE) .venv-constraints build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(CORE) $(LOWEST) .venv-constraints build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@"$(PYTHON)" -c '$(VERSION_CHECK)' 2>/dev/null || { \
@@ -73,4 +87,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(CORE)/.installed: $(VENV)/.installed
 	$(UV) venv --quiet --clear --python $(BIN)/python $(CORE)
 	$(UV) pip install --quiet --python $(CORE) $(PINNED) --editable .
+	@touch $@
+
+$(LOWEST)/.installed: $(VENV)/.installed tests/requirement.py
+	rm -rf $(LOWEST)
+	$(UV) pip install --quiet --python $(VENV) --target $(LOWEST) --no-deps --resolution lowest \
+		"$$($(BIN)/python tests/requirement.py peft)"
 	@touch $@

@@ -32,6 +32,7 @@ from hydralora.text.training import (
     load_tokenizer,
 )
 from llava.errors import FlagError
+from llava.train.zero import join_processes, prepare_resume, set_precision
 from llava.utils import package_versions, run_program
 
 __all__ = ["Run", "build_parser", "build_run", "main", "parse_args"]
@@ -107,6 +108,8 @@ def build_run(args: RunArguments) -> Run:
     tokenizer = load_tokenizer(args)
     train, evaluation = load_data(args, tokenizer)
     model = add_adapter(load_base(args), args)
+    if training.deepspeed:
+        set_precision(model, training)
     if training.gradient_checkpointing:
         model.enable_input_require_grads()
     if training.should_log:
@@ -139,14 +142,19 @@ def main(argv: Sequence[str] | None = None) -> Path:
         The folder of the finished adapter, or the output folder of a run that only evaluates.
 
     Raises:
-        LlavaError: a problem with options or data that the user can mend.
+        LlavaError: a problem with options, data or checkpoints that the user can mend.
     """
     args = parse_args(argv)
     training, output = args.training, Path(args.training.output_dir)
+    join_processes(training)
+    resume_from = None
+    if training.do_train:
+        resume_from = training.resume_from_checkpoint or (get_last_checkpoint(output) if output.is_dir() else None)
+    if resume_from is not None:
+        prepare_resume(training, Path(resume_from))
     run = build_run(args)
     adapter = output / ADAPTER_FOLDER
     if training.do_train:
-        resume_from = training.resume_from_checkpoint or (get_last_checkpoint(output) if output.is_dir() else None)
         result = run.trainer.train(resume_from_checkpoint=resume_from)
         run.trainer.save_model(str(adapter))
         run.trainer.log_metrics("train", result.metrics)

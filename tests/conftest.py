@@ -57,6 +57,13 @@ def repository() -> Path:
 
 
 @pytest.fixture(scope="session")
+def compiled_extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where DeepSpeed puts what it compiles (TORCH_EXTENSIONS_DIR): once per test session, for all its processes."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "torch-extensions"
+
+
+@pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Folder beside the checkout with the larger reference data; most machines do not have it."""
     folder = ROOT.parent / "shared"

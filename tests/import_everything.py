@@ -16,7 +16,18 @@ from collections.abc import Iterator
 PACKAGES = ("llava", "hydralora", "dynamic", "playground")
 
 # One package of each extra: their absence shows that this environment really is the core alone.
-EXTRAS = ("deepspeed", "wandb", "bitsandbytes", "flash_attn", "open_clip", "gradio", "sklearn", "matplotlib", "pytest")
+EXTRAS = (
+    "deepspeed",
+    "wandb",
+    "bitsandbytes",
+    "flash_attn",
+    "open_clip",
+    "gradio",
+    "sklearn",
+    "lm_eval",
+    "matplotlib",
+    "pytest",
+)
 
 
 def modules_of(package: str) -> Iterator[str]:

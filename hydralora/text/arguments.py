@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import transformers
 
 from hydralora.tuner.config import RoutingUnit
 from llava.errors import FlagError
 from llava.train.retired_flags import translate_retired_flags
+from llava.train.zero import zero_settings, zero_stage
 
 AUTO = "auto:"
 """`--lora_nums auto:FILE` takes the number from a file that `python -m hydralora.components` wrote."""
@@ -87,6 +89,17 @@ class TrainingArguments(transformers.TrainingArguments):
     double_quant: bool = _option("4 bit: quantise the quantisation constants too", True)
     quant_type: str = _option("4 bit: nf4 or fp4", "nf4")
     load_in_kbits: int = _option("precision of the frozen base: 16, or 8 or 4 (QLoRA)", 16)
+
+    def __post_init__(self) -> None:
+        """Resolve `--deepspeed` before transformers reads it."""
+        self.deepspeed = zero_settings(self)
+        super().__post_init__()
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this process. Accelerate numbers CPUs among several processes, which `torch.load` does not know."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
 
 @dataclass
@@ -181,6 +194,8 @@ def _problems(args: RunArguments) -> list[str]:
             problems.append(f"--{name} {path}: does not exist")
     if training.load_in_kbits not in (4, 8, 16):
         problems.append(f"--load_in_kbits {training.load_in_kbits}: known values are 4, 8 and 16")
+    elif training.load_in_kbits != 16 and zero_stage(training) == 3:
+        problems.append(f"--load_in_kbits {training.load_in_kbits}: ZeRO-3 cannot split quantised weights; use ZeRO-2")
     try:
         number_of_experts(training.lora_nums)
     except FlagError as error:

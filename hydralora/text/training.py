@@ -6,28 +6,28 @@ original prepares and never computes, are carried out here.
 
 from __future__ import annotations
 
-import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hydralora.layer import expert_balance_loss
 from hydralora.model import RoutingRecorder
 from hydralora.statistics import TaskStatistics
 from hydralora.text.arguments import RunArguments
 from hydralora.tuner import HydraLoraConfig, hydralora_layers
-from hydralora.tuner.original import import_adapter
+from hydralora.tuner.loading import load_adapter
 from llava.errors import FlagError
 from llava.hub import TOKENIZER_FILES, local_folder
+from llava.model.partition import fetch
 from llava.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer as read_tokenizer
 from llava.train.sampling import EpochSampler, random_order
+from llava.train.zero import same_draws
+from llava.train.zero_trainer import ZeroTrainer
 
 ADAPTER_FOLDER = "sft_lora_model"
 """Where the original puts the finished adapter, in the output folder and in each checkpoint."""
@@ -55,6 +55,8 @@ def load_base(args: RunArguments) -> nn.Module:
     model, training = args.model, args.training
     dtype: Any = "auto" if model.torch_dtype in (None, "auto") else getattr(torch, str(model.torch_dtype))
     options: dict[str, Any] = {"dtype": dtype, "cache_dir": model.cache_dir, "revision": model.model_revision}
+    if training.deepspeed:
+        options["dtype"] = training.hf_deepspeed_config.dtype()  # the one that it computes in
     if training.flash_attn:
         options["attn_implementation"] = "flash_attention_2"
     if training.load_in_kbits != 16:
@@ -63,7 +65,10 @@ def load_base(args: RunArguments) -> nn.Module:
         options["quantization_config"] = quantisation_config(bits, compute, kind, training.double_quant)
         if training.device.type == "cuda":  # quantised weights cannot be moved there later
             options["device_map"] = {"": training.device}
-    base = AutoModelForCausalLM.from_pretrained(model.model_name_or_path, token=model.use_auth_token or None, **options)
+    with same_draws(training):
+        base = AutoModelForCausalLM.from_pretrained(
+            model.model_name_or_path, token=model.use_auth_token or None, **options
+        )
     if training.load_in_kbits == 4:
         choose_cpu_kernels(base, trained=True)
     base.config.use_cache = False
@@ -71,10 +76,20 @@ def load_base(args: RunArguments) -> nn.Module:
 
 
 def add_adapter(base: nn.Module, args: RunArguments) -> PeftModel:
-    """The base with a new adapter, or with the one that `--peft_path` names, ours or the original's."""
+    """The base with a new adapter, or with the one that `--peft_path` names, ours or the original's.
+
+    Raises:
+        FlagError: `--peft_path` names no folder with such an adapter.
+    """
     training = args.training
     if training.peft_path:
-        return _load_adapter(base, Path(training.peft_path))
+        try:
+            model = load_adapter(base, Path(training.peft_path), is_trainable=True)
+        except ValueError as error:
+            raise FlagError(f"--peft_path: {error}") from error
+        if not hydralora_layers(model):
+            raise FlagError(f"--peft_path {training.peft_path}: is an adapter of another method than HydraLoRA")
+        return model
     modules = [name.strip() for name in training.trainable.split(",") if name.strip()]
     config = HydraLoraConfig(
         r=training.lora_rank,
@@ -88,25 +103,6 @@ def add_adapter(base: nn.Module, args: RunArguments) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(base, config)
-
-
-def _load_adapter(base: nn.Module, folder: Path) -> PeftModel:
-    """A stored adapter, to go on training it.
-
-    Raises:
-        FlagError: the folder holds none.
-    """
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise FlagError(f"--peft_path {folder}: has no {CONFIG_NAME}, so it is no adapter")
-    if json.loads(path.read_text(encoding="utf-8")).get("peft_type") != "LORA":
-        return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            import_adapter(folder, Path(scratch) / "adapter")
-        except ValueError as error:
-            raise FlagError(f"--peft_path: {error}") from error
-        return PeftModel.from_pretrained(base, str(Path(scratch) / "adapter"), is_trainable=True)
 
 
 class AdapterFolders(TrainerCallback):
@@ -129,7 +125,7 @@ def link_adapter(source: Path, target: Path) -> None:
             copy.hardlink_to(path)
 
 
-class HydraLoraTrainer(Trainer):
+class HydraLoraTrainer(ZeroTrainer):
     """Trainer that adds the balance loss and logs the share of each expert, by task where the data has tasks."""
 
     def __init__(self, *, balance_weight: float, **kwargs: Any) -> None:
@@ -143,6 +139,17 @@ class HydraLoraTrainer(Trainer):
         size = len(self.train_dataset if train_dataset is None else train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochSampler(random_order(size), size, seed)  # the same order after an interruption
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter; under DeepSpeed in the optimizer's precision, not in that of the forward pass."""
+        if not self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        tensors = fetch(trained, keep=self.args.should_save)  # split parameters are gathered by all processes
+        if self.args.should_save:
+            self._save(output_dir or self.args.output_dir, state_dict=tensors)
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # The Trainer would take the folder `sft_lora_model` in a checkpoint for a second adapter, and load that alone.

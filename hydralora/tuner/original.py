@@ -119,6 +119,16 @@ def config_to_original(config: HydraLoraConfig) -> dict[str, Any]:
     }
 
 
+def is_original(folder: Path) -> bool:
+    """True if the folder holds an adapter of the original; False for every other one.
+
+    Raises:
+        ValueError: it holds no adapter, or its configuration cannot be read.
+    """
+    values = _read_config(folder)
+    return values.get("peft_type") == "LORA" and "lora_nums" in values
+
+
 def import_adapter(source: Path, target: Path) -> HydraLoraConfig:
     """Read a folder of the original and write it as a PEFT folder that `PeftModel.from_pretrained` loads.
 

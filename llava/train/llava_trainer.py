@@ -17,8 +17,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from llava.errors import LlavaError, TrainingError
@@ -31,10 +30,10 @@ from llava.train.optimizer import BASE_GROUP, optimizer_groups
 from llava.train.run_record import copy_run_record
 from llava.train.sampling import EpochSampler, modality_order, random_order
 from llava.train.saving import STAGING_PREFIX, publish_files, publish_folder, rotate, staging_path
-from llava.train.zero import load_zero_state
+from llava.train.zero_trainer import ZeroTrainer
 
 
-class LLaVATrainer(Trainer):
+class LLaVATrainer(ZeroTrainer):
     """Trainer of a LLaVA with any set of extensions.
 
     Args:
@@ -248,25 +247,6 @@ class LLaVATrainer(Trainer):
             partial = path.with_name(STAGING_PREFIX + path.name)
             self.state.save_to_json(str(partial))
             os.replace(partial, path)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_deepspeed_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        # What is frozen comes from the base; what is trained is in DeepSpeed's files as each process holds it.
-        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        load_zero_state(self.model_wrapped, Path(resume_from_checkpoint), self.args)
-        self._load_optimizer_and_scheduler(resume_from_checkpoint)  # under DeepSpeed, only the schedule
-        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
-        return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model

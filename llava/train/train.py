@@ -48,7 +48,7 @@ from llava.train.lora import add_lora
 from llava.train.run_record import write_run_record
 from llava.train.saving import remove_leftovers
 from llava.train.summary import print_summary
-from llava.train.zero import declare_parameters, join_processes, prepare_resume, same_draws, set_precision
+from llava.train.zero import join_processes, prepare_resume, same_draws, set_precision, zero_stage
 from llava.utils import run_program
 
 __all__ = ["DataArguments", "ModelArguments", "Run", "TrainingArguments", "build_run", "main", "parse_args"]
@@ -173,6 +173,21 @@ def add_vocabulary(model: LlavaForCausalLM, args: RunArguments, tokenizer: Any) 
             )
     if args.model.mm_use_im_start_end and Component.LANGUAGE_MODEL not in trained_components(args):
         train_image_tokens(model)
+
+
+def declare_parameters(llava: LlavaForCausalLM, training: TrainingArguments) -> None:
+    """Tell ZeRO-3 of parameters that are used outside of the module that owns them, so that they are whole in time."""
+    if zero_stage(training) != 3:
+        return
+    import deepspeed
+
+    register = deepspeed.zero.register_external_parameter
+    tower, newline = llava.get_vision_tower(), getattr(llava.get_model(), "image_newline", None)
+    if newline is not None:
+        register(llava, newline)
+    for part in [] if tower is None else tower.embedding_modules(tower.loaded()):
+        if isinstance(part, nn.Parameter):
+            register(tower, part)
 
 
 def build_model(args: RunArguments, tokenizer: Any, attn_implementation: str | None = None) -> nn.Module:

@@ -24,8 +24,7 @@ from llava.model.partition import is_split
 from llava.train.saving import STAGING_PREFIX
 
 if TYPE_CHECKING:
-    from llava.model.language_model.causal_lm import LlavaForCausalLM
-    from llava.train.arguments import TrainingArguments
+    from transformers import TrainingArguments
 
 LAUNCHERS = "deepspeed, torchrun or accelerate launch (for one process: torchrun --standalone --nproc_per_node 1)"
 
@@ -102,21 +101,6 @@ def join_processes(training: TrainingArguments) -> None:
         # behind on which all later runs would wait for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=training.distributed_state.backend, auto_mpi_discovery=False)
-
-
-def declare_parameters(llava: LlavaForCausalLM, training: TrainingArguments) -> None:
-    """Tell ZeRO-3 of parameters that are used outside of the module that owns them, so that they are whole in time."""
-    if zero_stage(training) != 3:
-        return
-    import deepspeed
-
-    register = deepspeed.zero.register_external_parameter
-    tower, newline = llava.get_vision_tower(), getattr(llava.get_model(), "image_newline", None)
-    if newline is not None:
-        register(llava, newline)
-    for part in [] if tower is None else tower.embedding_modules(tower.loaded()):
-        if isinstance(part, nn.Parameter):
-            register(tower, part)
 
 
 @contextlib.contextmanager

@@ -48,7 +48,8 @@ def launch_runs(processes: int, runs: list[dict[str, Any]], folder: Path, limit:
 
     Args:
         processes: started by torchrun.
-        runs: `arguments` of each run, and optionally `copy`: source and target of a folder to copy first.
+        runs: `arguments` of each run, and what else `several_runs.py` knows, for example `copy`: source and target of
+            a folder to copy first.
         folder: for the list of runs and the log.
         limit: seconds for all of them.
     """

@@ -1,11 +1,13 @@
 """Started by a launcher: several training runs one after another in the same processes, since starting costs most.
 
-Usage: `several_runs.py RUNS.json`, a list of objects: `arguments` for `llava/train/train.py`, and optionally `copy`,
-source and target of a folder that is copied first, or `killed_at`, the update at which process 1 is killed.
+Usage: `several_runs.py RUNS.json`, a list of objects: `arguments` for `llava/train/train.py`, and optionally `program`,
+another module whose `main` takes them, `copy`, source and target of a folder that is copied first, or `killed_at`, the
+update at which process 1 is killed.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -17,7 +19,6 @@ from typing import Any
 import torch
 
 from llava.train.llava_trainer import LLaVATrainer
-from llava.train.train import main
 
 
 def kill_process_1_at(update: int) -> None:
@@ -42,4 +43,4 @@ if __name__ == "__main__":
                 torch.distributed.barrier()
         if "killed_at" in run:
             kill_process_1_at(run["killed_at"])
-        main(run["arguments"])
+        importlib.import_module(run.get("program", "llava.train.train")).main(run["arguments"])

@@ -50,10 +50,10 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["deepspeed", "accelerate", "torchrun, offloaded"])
-def test_launcher(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launcher(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled_extensions: Path) -> None:
     if "offloaded" in name and shutil.which("g++") is None:
         pytest.skip("DeepSpeed compiles the optimizer of zero3_offload.json with g++, which is not here")
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(compiled_extensions))
     command, behind = launcher(name)
     arguments = command_line(tmp_path / "several", **RUN, per_device_train_batch_size=1)
     log = tmp_path / "log"

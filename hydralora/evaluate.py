@@ -1,0 +1,145 @@
+"""Adapters of text models in lm-evaluation-harness, as its model type `hydralora`.
+
+    python -m hydralora.evaluate --model_args pretrained=BASE,peft=ADAPTER --tasks mmlu --num_fewshot 0
+
+takes every option of `lm_eval run`. It is HFLM, the harness's own class for models of transformers, with another way
+to load the adapter, and with routing by sequence kept to the prompt. Needs the extra `harness`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hydralora.tuner import RoutingUnit, hydralora_layers
+from hydralora.tuner.batch import IGNORED
+from hydralora.tuner.loading import load_adapter
+from llava.errors import CheckpointError, FlagError
+from llava.hub import local_folder
+from llava.utils import run_program
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+
+MODEL_TYPE = "hydralora"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
+
+
+class AdaptedModel:
+    """What a model type of the harness does otherwise for adapters; goes in front of HFLM.
+
+    `peft` may name an adapter of ours, of the original HydraLoRA or of any other method of PEFT; without it, the base
+    alone is evaluated.
+    """
+
+    _model: Any
+    _targets = 0  # of the row under way, for routing by sequence
+
+    def _create_model(self, *args: Any, peft: str | None = None, revision: str | None = None, **kwargs: Any) -> None:
+        """Base and adapter.
+
+        HFLM cuts the base's vocabulary down to the tokenizer's as soon as there is an adapter, which changes the
+        probabilities of the base itself; an adapter of a linear layer needs nothing of the kind.
+
+        Raises:
+            CheckpointError: there is no adapter of that name, or it cannot be read.
+        """
+        super()._create_model(*args, revision=revision, **kwargs)  # type: ignore[misc]
+        if not peft:
+            return
+        try:
+            self._model = load_adapter(self._model, local_folder(peft, ADAPTER_FILES, revision=revision))
+        except ValueError as error:
+            raise CheckpointError(f"peft={peft}: {error}") from error
+
+    def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any) -> list[Any]:
+        """Log-likelihoods of continuations; where a router decides for the whole sequence, row by row.
+
+        The harness pads without a mask, and the continuation must not take part in the decision.
+        """
+        compute = super()._loglikelihood_tokens  # type: ignore[misc]
+        layers = hydralora_layers(self._model).values()
+        if not any(unit is RoutingUnit.SEQUENCE for layer in layers for unit in layer.routing.values()):
+            return compute(requests, disable_tqdm=disable_tqdm, **kwargs)
+        answers = []
+        for request in tqdm(requests, desc="log-likelihoods, row by row", disable=disable_tqdm):
+            self._targets = len(request[2])
+            answers += compute([request], disable_tqdm=True, override_bs=1)
+        self._targets = 0
+        return answers
+
+    def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Logits (B, T, vocabulary) for `inps` (B, T)."""
+        if not self._targets:
+            return super()._model_call(inps, *args, **kwargs)  # type: ignore[misc]
+        # `inps` ends one token before the continuation does, and the labels say where the prompt ends.
+        labels = inps.clone()
+        labels[:, : inps.shape[1] + 1 - self._targets] = IGNORED
+        with torch.no_grad():
+            return self._model(input_ids=inps, labels=labels).logits
+
+
+@cache
+def register() -> type[HFLM]:
+    """Make the model type known to the harness in this process; returns its class.
+
+    Raises:
+        FlagError: the harness is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise FlagError("lm-evaluation-harness is not installed; pip install 'llava-extensions[harness]'")
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+
+    @register_model(MODEL_TYPE)
+    class HydraLoraLM(AdaptedModel, HFLM):
+        """A model of transformers with an adapter."""
+
+    return HydraLoraLM
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of `lm_eval run`, with this model type for a default."""
+    register()
+    from lm_eval._cli.run import Run
+
+    commands = argparse.ArgumentParser().add_subparsers()
+    Run.create(commands)
+    parser = commands.choices["run"]
+    parser.prog = "python -m hydralora.evaluate"
+    parser.usage = "%(prog)s --model_args pretrained=BASE,peft=ADAPTER --tasks TASK [options]"
+    parser.description = (
+        "Evaluate an adapter of a text model with lm-evaluation-harness. BASE is a folder or an id on a model hub; "
+        "ADAPTER is what hydralora.finetune wrote (OUTPUT/sft_lora_model), an adapter of the original HydraLoRA, or "
+        "one of any other method of PEFT; leave it out to evaluate the base."
+    )
+    parser.epilog = "lm_eval ls tasks lists the tasks. A table at the end has the results; --output_path stores them."
+    parser.set_defaults(model=MODEL_TYPE)
+    for action in parser._actions:
+        if action.dest == "model":
+            action.help = f"model type of the harness (default: {MODEL_TYPE})"
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the evaluation and print the harness's table.
+
+    Raises:
+        LlavaError: the harness is not installed, or the adapter cannot be loaded.
+    """
+    args = build_parser().parse_args(argv)
+    from lm_eval.utils import setup_logging
+
+    setup_logging()
+    args.func(args)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,30 @@
+"""A stored adapter onto a base: a folder of PEFT, or one of the original HydraLoRA."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from peft import PeftModel
+from torch import nn
+
+from hydralora.tuner.original import import_adapter, is_original
+
+
+def load_adapter(base: nn.Module, folder: Path, is_trainable: bool = False) -> PeftModel:
+    """The base with the adapter of a folder, of whatever method of PEFT.
+
+    Args:
+        base: model that the adapter was trained on.
+        folder: what `save_pretrained` or the original's program wrote; told apart by `adapter_config.json`.
+        is_trainable: load it to go on training it.
+
+    Raises:
+        ValueError: the folder holds no adapter, or one of the original that cannot be carried out here.
+    """
+    if not is_original(folder):
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
+    with tempfile.TemporaryDirectory() as scratch:
+        converted = Path(scratch) / "adapter"
+        import_adapter(folder, converted)
+        return PeftModel.from_pretrained(base, str(converted), is_trainable=is_trainable)
