@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 LAUNCHERS = ("python", "python3", "torchrun", "deepspeed", "accelerate")
-OTHER_PROGRAMS = ("make", "git", "pip", "uv", "srun", "conda", "nvidia-smi")
+OTHER_PROGRAMS = ("make", "git", "pip", "uv", "srun", "conda", "nvidia-smi", "opencompass")
 INPUT_FILES = frozenset({".json", ".jsonl", ".bin", ".safetensors", ".txt", ".csv", ".tsv"})
 
 # Each call goes to a file of its own, so that calls in the background do not mix.
