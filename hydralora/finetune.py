@@ -178,6 +178,9 @@ def _print_summary(run: Run, adapter: Path | None, metrics: dict[str, float]) ->
     Console().print(Panel("\n".join(lines), title="Finished", title_align="left", expand=False))
     if adapter is not None:
         print(f'import hydralora; PeftModel.from_pretrained(base, "{adapter}")')
+        print("and is evaluated (extra harness) by")
+        models = f"pretrained={run.args.model.model_name_or_path},peft={adapter}"
+        print(f"python -m hydralora.evaluate --model_args {models} --tasks mmlu --num_fewshot 0")
 
 
 if __name__ == "__main__":
