@@ -106,7 +106,7 @@ class _DroppedLinear(torch.autograd.Function):
         mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
         ctx.save_for_backward(x, weight, mask)
         ctx.scaling = 1 / (1 - dropout)
-        return F.linear(x * mask, weight) * ctx.scaling  # (..., r): scaled where it is small
+        return F.linear(torch.where(mask, x, 0.0), weight) * ctx.scaling  # (..., r): scaled where it is small
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -114,9 +114,9 @@ class _DroppedLinear(torch.autograd.Function):
         gradient = gradients[0] * ctx.scaling  # (..., r), under autocast in its dtype
         for_x = for_weight = None
         if ctx.needs_input_grad[0]:
-            for_x = ((gradient @ weight.to(gradient.dtype)) * mask).to(x.dtype)
+            for_x = torch.where(mask, gradient @ weight.to(gradient.dtype), 0.0).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            kept = (x * mask).to(gradient.dtype).reshape(-1, x.shape[-1])
+            kept = torch.where(mask, x, 0.0).to(gradient.dtype).reshape(-1, x.shape[-1])
             for_weight = (gradient.reshape(-1, len(weight)).T @ kept).to(weight.dtype)
         return for_x, for_weight, None
 

@@ -1,0 +1,179 @@
+"""What a run writes: a JSON record that says how the numbers came about, and a Markdown table of the ratios."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava.utils import package_versions
+
+ROOT = Path(__file__).resolve().parents[1]
+VERSIONS = ("python", "torch", "peft", "transformers", "llava-extensions")
+
+RATIOS = {
+    "to_lora": ("hydralora", "lora"),
+    "to_lora_matched": ("hydralora", "lora_matched"),
+    "sparse_to_lora": ("hydralora_sparse", "lora"),
+    "loop_to_hydralora": ("loop", "hydralora"),
+    "loop_to_lora": ("loop", "lora"),
+}
+"""Quotients of times by name: the first method's over the second's."""
+
+AIMED_EXPERTS = 3
+AIMS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "to_lora": ("at most 1.25 times LoRA of the same rank", lambda value: value <= 1.25),
+    "loop_to_hydralora": ("at least 1.8 times faster than the loop", lambda value: value >= 1.8),
+}
+"""What the layer should reach with three experts."""
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The machine that measures."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "system": platform.platform(),
+        "load_average": list(os.getloadavg()),
+    }
+
+
+def _cpu_name() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str | None:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def provenance(program: str, arguments: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """Date, command, versions, commit and machine, noted before the first measurement."""
+    versions = package_versions()
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", program, *arguments]),
+        "versions": {name: versions[name] for name in VERSIONS if name in versions},
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": None if changed is None else bool(changed),
+        "machine": machine(device),
+    }
+
+
+def write_record(record: Mapping[str, Any], path: Path) -> None:
+    """Write `path` (JSON) and the table beside it (`.md`), each whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = {path: json.dumps(record, indent=1) + "\n", path.with_suffix(".md"): document(record)}
+    for target, text in texts.items():
+        partial = target.with_name(f"{target.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+
+
+def document(record: Mapping[str, Any]) -> str:
+    """The Markdown file of a record."""
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    where, settings = record["machine"], record["settings"]
+    device = where["gpu"] or f"{where['cpu']}, {settings['threads']} thread(s)"
+    times = "computing time of the process" if settings["clock"] == "process" else "wall-clock time"
+    batch = f"{settings['dtype']}; {settings['tokens']} tokens, rank {settings['rank']}"
+    how = f"{times}, median of {settings['repeats']} rounds in each of {settings['passes']} passes"
+    lines = [
+        f"# Forward and backward of HydraLoRA: {device}",
+        "",
+        f"{record['date'][:10]}; {versions}; {batch}; {how}.",
+        "",
+        "```console",
+        f"$ {record['command']}",
+        "```",
+        "",
+        table(record["cases"]),
+        "",
+        *aim_lines(record["cases"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _grouped(cases: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The passes of each case together."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
+    for case in cases:
+        groups[tuple(case[name] for name in ("kind", "width", "inner", "experts", "dropout", "compiled"))].append(case)
+    return list(groups.values())
+
+
+def _ratio(group: Sequence[Mapping[str, Any]], name: str) -> str:
+    """Median ratios of the passes, without a number twice."""
+    values = [case["ratios"][name] for case in group if name in case["ratios"]]
+    return ", ".join(f"{value['median']:.2f}" for value in values) or "-"
+
+
+def table(cases: Sequence[Mapping[str, Any]]) -> str:
+    """One line per case; a cell with several numbers has one for each pass."""
+    columns = ("", "E", "dropout", "HydraLoRA / LoRA", "sparse / LoRA", "HydraLoRA / LoRA of its size")
+    columns += ("loop / HydraLoRA", "loop / LoRA", "loop / HydraLoRA, update alone")
+    columns += ("kept, LoRA (KiB)", "kept, HydraLoRA", "allowed", "kept, loop")
+    lines = ["| " + " | ".join(columns) + " |", "| --- |" + " --: |" * (len(columns) - 1)]
+    for group in _grouped(cases):
+        case = group[0]
+        name = f"{case['kind']} {case['width']} x {case['inner']}" + (", compiled" if case["compiled"] else "")
+        kept = {method: values["saved_bytes"] for method, values in case["methods"].items()}
+        memory = [kept["lora"], kept["hydralora"], case["memory"]["allowed_bytes"], kept["loop"]]
+        cells = [name, str(case["experts"]), f"{case['dropout']:g}"]
+        cells += [_ratio(group, ratio) for ratio in ("to_lora", "sparse_to_lora", "to_lora_matched")]
+        cells += [_ratio(group, ratio) for ratio in ("loop_to_hydralora", "loop_to_lora", "update_loop_to_hydralora")]
+        cells += [f"{size / 1024:,.0f}" for size in memory]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def aim_lines(cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each aim, where it was reached and where not: layers with three experts, every pass; memory of all cases."""
+    lines = []
+    aimed = [case for case in cases if case["kind"] == "layer" and case["experts"] == AIMED_EXPERTS]
+    for ratio, (text, reached) in AIMS.items():
+        if aimed:
+            outcome = {_case_name(case): True for case in aimed}
+            for case in aimed:
+                outcome[_case_name(case)] &= reached(case["ratios"][ratio]["median"])
+            lines.append(f"- Layer with {AIMED_EXPERTS} experts, {text}: {_outcome(outcome)}.")
+    memory = {_case_name(case): case["memory"]["gap_bytes"] <= 0 for case in cases if not case["compiled"]}
+    if memory:
+        lines.append(f"- Kept for backward no more than LoRA's and the routed activations: {_outcome(memory)}.")
+    return lines
+
+
+def _case_name(case: Mapping[str, Any]) -> str:
+    compiled = ", compiled" if case["compiled"] else ""
+    return (
+        f"{case['kind']} {case['width']} x {case['inner']}, E {case['experts']}, dropout {case['dropout']:g}{compiled}"
+    )
+
+
+def _outcome(reached: Mapping[str, bool]) -> str:
+    missed = [name for name, good in reached.items() if not good]
+    return f"reached in {len(reached) - len(missed)} of {len(reached)} cases" + (
+        f"; missed by {'; '.join(missed)}" if missed else ""
+    )
+
+
+def show(text: str) -> None:
+    """Print what a person reads at the end."""
+    sys.stdout.write(text + "\n")
