@@ -32,16 +32,16 @@ SEED = 0
 LAYERS = {"cpu": ("512", "1024", "2048"), "cuda": ("4096x11008", "11008x4096")}
 BLOCKS = {"cpu": ("512x1376",), "cuda": ("4096x11008",)}
 """Sizes by device; a block of 4096x11008 is that of LLaMA-7B, the smaller one has its proportions."""
-TOKENS = {"cpu": 1024, "cuda": 4096}
+TOKENS = {"cpu": 512, "cuda": 4096}
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 def sizes(text: str) -> tuple[int, int]:
     """Input and output width of `512x1376`; `512` is square."""
-    first, _, second = text.partition("x")
-    if not (first.isdigit() and (second or first).isdigit() and int(first) and int(second or first)):
+    parts = text.split("x")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"'{text}' is no size; write 512, or 512x1376 for input x output")
-    return int(first), int(second or first)
+    return int(parts[0]), int(parts[-1])
 
 
 def positive(text: str) -> int:
@@ -62,10 +62,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--experts", type=positive, nargs="+", default=[1, 3, 8], help="numbers of experts (default 1 3 8)")
     add("--rank", type=positive, default=8, help="rank of HydraLoRA and of LoRA (default %(default)s)")
     add("--dropout", type=float, nargs="+", default=[0.0, 0.05], help="before A (default 0 and the authors' 0.05)")
-    add("--tokens", type=positive, default=None, help="tokens of the batch (default 1024, on a GPU 4096)")
+    add("--tokens", type=positive, default=None, help="tokens of the batch (default 512, on a GPU 4096)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None, help="default float32, on a GPU bfloat16")
-    add("--repeats", type=positive, default=20, help="timed rounds of each case (default %(default)s)")
-    add("--warmup", type=positive, default=3, help="rounds before them that do not count (default %(default)s)")
+    add("--repeats", type=positive, default=15, help="timed rounds of each case (default %(default)s)")
+    add("--warmup", type=positive, default=2, help="rounds before them that do not count (default %(default)s)")
     add(
         "--passes", type=positive, default=2, help="times that everything is measured, to see whether the numbers agree"
     )
