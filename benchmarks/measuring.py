@@ -109,7 +109,7 @@ def saved_bytes(module: nn.Module, x: Tensor) -> int:
     alive: list[weakref.ref[_Kept]] = []
 
     def pack(tensor: Tensor) -> _Kept:
-        kept = _Kept(tensor)
+        kept = _Kept(tensor.detach())  # an output that its own node keeps would hold itself alive otherwise
         alive.append(weakref.ref(kept))
         return kept
 
