@@ -125,8 +125,7 @@ def measure(
         for name, module in methods.items()
     }
     timed = {name: torch.compile(module) for name, module in methods.items()} if compiled else methods
-    interleaved_times(timed, x, cotangent, clock, args.warmup, after_round)
-    times = interleaved_times(timed, x, cotangent, clock, args.repeats, after_round)
+    times = interleaved_times(timed, x, cotangent, clock, args.repeats, args.warmup, after_round)
     for name, values in times.items():
         facts[name]["milliseconds"] = spread(values)
     allowed = facts["lora"]["saved_bytes"] + case.routed_bytes(args.tokens, dtype)

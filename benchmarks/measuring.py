@@ -64,16 +64,20 @@ def interleaved_times(
     cotangent: Tensor,
     clock: Clock,
     rounds: int,
+    warmup: int,
     after_round: Callable[[], object],
 ) -> dict[str, list[float]]:
-    """Milliseconds of each method in each round; `after_round` is called after every one (a progress bar)."""
+    """Milliseconds of each method in each of `rounds` rounds, which follow `warmup` others that do not count.
+
+    `after_round` is called after every one (a progress bar).
+    """
     names = list(methods)
     times: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        for number in range(rounds):
+        for number in range(warmup + rounds):
             first = number % len(names)
             for name in names[first:] + names[:first]:
                 start = clock.read()
@@ -83,7 +87,7 @@ def interleaved_times(
     finally:
         if collecting:
             gc.enable()
-    return times
+    return {name: values[warmup:] for name, values in times.items()}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
