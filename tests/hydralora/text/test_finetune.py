@@ -219,6 +219,39 @@ def test_quantised_base(bits: int, folder: Path, tmp_path: Path) -> None:
     assert [row for row in history(tmp_path) if "loss" in row]
 
 
+def test_an_evaluation_between_updates_of_a_4_bit_base(folder: Path, tmp_path: Path) -> None:
+    """The run with an evaluation after every update is the one without, losses and adapter.
+
+    The layers have sizes that the packed layout of bitsandbytes' CPU kernel for inference takes; on CPUs that have the
+    kernel, a layer that is packed by the evaluation has no gradient any more.
+    """
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")
+    (tmp_path / "data").mkdir()
+    shutil.copytree(folder / "base", tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    (tmp_path / "data" / "train.json").write_text(json.dumps(CASE["records"]))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=896, **sizes)).save_pretrained(tmp_path / "base")
+    (tmp_path / "test.json").write_text(json.dumps(CASE["records"][:2]))
+    evaluated = {"do_eval": True, "validation_file": tmp_path / "test.json", "eval_strategy": "steps", "eval_steps": 1}
+    kept, stored = [], []
+    for name, options in {"plain": {}, "evaluated": evaluated}.items():
+        output = tmp_path / name
+        run = build_run(parse_args(command_line(tmp_path, output, load_in_kbits=4, max_steps=3, **options)))
+        layers = [layer for layer in run.model.modules() if isinstance(layer, bitsandbytes.nn.Linear4bit)]
+        before = [layer.weight.data.clone() for layer in layers]
+        run.trainer.train()
+        assert len(layers) == 2 * 7
+        assert all(torch.equal(layer.weight.data, data) for layer, data in zip(layers, before, strict=True))
+        run.trainer.save_model()
+        kept.append([row["loss"] for row in run.trainer.state.log_history if "loss" in row])
+        stored.append(load_file(output / "adapter_model.safetensors"))
+    assert sum("eval_loss" in row for row in run.trainer.state.log_history) == 3
+    assert kept[0] == kept[1]
+    assert all(torch.equal(stored[1][key], value) for key, value in stored[0].items())
+    assert any(value.any() for key, value in stored[1].items() if key.endswith("hydralora_B"))
+
+
 def test_balance_loss_and_routing_by_task(folder: Path, tmp_path: Path) -> None:
     main(command_line(folder, tmp_path / "without"))
     main(command_line(folder, tmp_path / "with", balance_weight=0.5))
