@@ -205,11 +205,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--text-tokens", type=int, default=64, help="tokens of the prompt beside the picture")
     parser.add_argument("--dropped-instruction", type=int, default=0, help="how many of them are dropped")
     parser.add_argument("--generated", type=int, default=1000, help="tokens of the answer")
-    parser.add_argument("--kept-output", type=float, default=0.5, help="share of the answer that is remembered")
     parser.add_argument(
-        "--vision-keep-rate", type=float, help="share of image tokens that is kept; default: the model's"
+        "--kept-output", type=float, help="share of the answer that is remembered (default: as trained)"
     )
-    parser.add_argument("--sparse-layer", type=int, help="first layer with kept tokens only; default: the model's")
+    parser.add_argument(
+        "--vision-keep-rate", type=float, help="share of image tokens that is kept (default: as trained)"
+    )
+    parser.add_argument("--sparse-layer", type=int, help="first layer with kept tokens only (default: as trained)")
     parser.add_argument("--convention", choices=("paper", "exact"), default="paper", help="what an MLP counts")
     return parser
 
@@ -240,7 +242,8 @@ def main(argv: Sequence[str] | None = None) -> str:
         raise FlagError("numbers of tokens must not be negative, and --kept-output lies between 0 and 1")
     if work.dropped_instruction > work.text or not work.prompt:
         raise FlagError(
-            f"--dropped-instruction {work.dropped_instruction} of --text-tokens {work.text}: nothing is left"
+            f"--dropped-instruction {work.dropped_instruction} with --text-tokens {work.text} and --image-tokens "
+            f"{work.image}: nothing is left of the prompt"
         )
     text = table(decoder.paper() if args.convention == "paper" else decoder, config, work)
     print(text)
