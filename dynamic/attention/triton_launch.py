@@ -43,6 +43,12 @@ def _inputs(problem: Problem) -> list[Tensor]:
 
 def forward(problem: Problem, want_top: bool) -> Forward:
     """See `Kernels`."""
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device_of(problem.q):
+        return _forward(problem, want_top)
+
+
+def _forward(problem: Problem, want_top: bool) -> Forward:
     (B, H, N, _), given = problem.q.shape, constants(problem)
     output = torch.empty_like(problem.q, memory_format=torch.contiguous_format)
     log_sum = torch.empty((B, H, N), dtype=torch.float32, device=output.device)
@@ -65,6 +71,11 @@ def forward(problem: Problem, want_top: bool) -> Forward:
 
 def backward(problem: Problem, grad: Tensor, log_denominator: Tensor, inner: Tensor) -> Gradients:
     """See `Kernels`."""
+    with torch.cuda.device_of(problem.q):
+        return _backward(problem, grad, log_denominator, inner)
+
+
+def _backward(problem: Problem, grad: Tensor, log_denominator: Tensor, inner: Tensor) -> Gradients:
     (B, H, N, _), K, given = problem.q.shape, problem.k.shape[1], constants(problem)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in problem[:3])
     dpolicy = torch.empty((B, K, N), dtype=torch.float32, device=dq.device)
@@ -107,10 +118,11 @@ def _check_once(device: torch.device, dtype: torch.dtype, width: int) -> None:
     key_mask = torch.arange(N, device=device) >= torch.tensor([[0], [9]], device=device)
     problem = Problem(draw(2), draw(1), draw(1), policy, True, key_mask, None, width**-0.5)
     grad, results = draw(2), []
-    for kernels in (Kernels(forward, backward), blockwise.blockwise()):
-        result = kernels.forward(problem, True)
-        inner = (grad.float() * result.output).sum(dim=-1)
-        results.append([result.output, *kernels.backward(problem, grad, result.log_sum, inner)])
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        for kernels in (Kernels(forward, backward), blockwise.blockwise()):
+            result = kernels.forward(problem, True)
+            inner = (grad.float() * result.output).sum(dim=-1)
+            results.append([result.output, *kernels.backward(problem, grad, result.log_sum, inner)])
     for what, ours, theirs in zip(("output", "dq", "dk", "dv", "dpolicy"), *results, strict=True):
         error = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
         # float32 differs by rounding alone; half precision rounds the probabilities, 2^-8 of each.

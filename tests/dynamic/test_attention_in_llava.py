@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dynamic.attention.interface import NAME
+from dynamic.config import SparseOptions
+from dynamic.extension import DynamicExtension
+from llava.errors import FlagError
+from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments
 from tests.dynamic.golden_model import golden_model, inputs_of
 from tests.golden import load_case
 
@@ -56,3 +60,18 @@ def test_implementations_agree_and_the_policy_is_obeyed(golden_tower: Path, impl
     torch.testing.assert_close(other, logits)
     mixed, _ = masked_pass(golden_tower, policy_implementation=implementation, policy_eps=1e9)
     assert (mixed - logits).abs().max() > 1e-2  # with a huge eps every token sees the mean of all values
+
+
+@pytest.mark.parametrize("asked", [None, "sdpa", "eager", "flash_attention_2"])
+def test_another_attention_is_refused_rather_than_replaced(asked: str | None, tmp_path: Path) -> None:
+    args = RunArguments(
+        ModelArguments(attn_implementation=asked),
+        DataArguments(),
+        TrainingArguments(output_dir=str(tmp_path), use_cpu=True),
+        {DynamicExtension.name: SparseOptions(dynamic=True)},
+    )
+    if asked in (None, "sdpa"):
+        assert DynamicExtension().configure(args) is not None
+    else:
+        with pytest.raises(FlagError, match=f"--attn_implementation {asked}: --dynamic"):
+            DynamicExtension().configure(args)
