@@ -99,9 +99,9 @@ class DynamicExtension(Extension):
 
     def before_layer(self, model: nn.Module, config: Config, index: int, state: DecoderState) -> DecoderState:
         """Let the predictors judge what enters the sparse layer; without a loss, drop what they do not keep."""
-        settings = SparseConfig.from_dict(config)
-        if index != settings.sparse_layer:
+        if index != config.get("sparse_layer", SparseConfig.sparse_layer):
             return state
+        settings = SparseConfig.from_dict(config)
         if model in self._passes and state.segments is not None:
             policy = self._passes[model].decide(
                 settings, sparse_model.predictors(model), state.hidden_states, state.segments
