@@ -32,7 +32,8 @@ def parse(call: Call) -> None:
     if hasattr(module, "__path__"):  # `python -m package`
         module = importlib.import_module(f"{call.module}.__main__")
     if call.module.startswith("llava.train."):
-        importlib.import_module("llava.train.arguments").parse_args([*call.arguments, *WITHOUT_GPU])
+        arguments, defaults = [*call.arguments, *WITHOUT_GPU], getattr(module, "DEFAULTS", None)
+        importlib.import_module("llava.train.arguments").parse_args(arguments, defaults=defaults)
     elif call.module == "hydralora.finetune":
         module.parse_args([*call.arguments, *WITHOUT_GPU])
     else:

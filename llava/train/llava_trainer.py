@@ -45,6 +45,7 @@ class LLaVATrainer(ZeroTrainer):
         self.run = run
         self._loss_sums: dict[str, Tensor] = {}
         self._loss_count = 0
+        self._rates: dict[str, float] = {}  # learning rate of each parameter group in the latest update
         self._staged: Path | None = None  # the checkpoint that is being written
         with _adapters_declared(kwargs["model"]):
             super().__init__(args=run.training, **kwargs)
@@ -122,22 +123,23 @@ class LLaVATrainer(ZeroTrainer):
             self._loss_sums[name] = previous + value.detach().float()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of the loss and the extensions' metrics to a line of training progress."""
+        """Add to a line of training progress: parts of the loss, metrics of extensions, rates of special groups."""
         if "loss" in logs and self._loss_sums:
             steps = max(1, self.state.global_step - self._loss_count)
             for name, total in self._loss_sums.items():
                 mean = self.accelerator.gather(total.reshape(1)).mean() / steps
                 logs[f"loss/{name}"] = round(mean.item(), 6)
             logs |= bare_model(self.model).extensions.metrics(bare_model(self.model))
-            logs |= self._learning_rates()
+            logs |= {f"learning_rate/{name}": rate for name, rate in self._rates.items() if name != BASE_GROUP}
             self._loss_sums = {}
         super().log(logs, start_time)
 
-    def _learning_rates(self) -> dict[str, float]:
-        """`learning_rate/<group>` of every group but the base, whose rate the Trainer logs as `learning_rate`."""
-        rates = zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True)
-        named = {group["name"].partition(",")[0]: rate for group, rate in rates}
-        return {f"learning_rate/{name}": rate for name, rate in named.items() if name != BASE_GROUP}
+    def _get_learning_rate(self) -> float:
+        # The Trainer asks after the step of the optimizer and before that of the schedule.
+        self._rates = {
+            group.get("name", BASE_GROUP).partition(",")[0]: float(group["lr"]) for group in self.optimizer.param_groups
+        }
+        return super()._get_learning_rate()
 
     # Stopping at the first value that is no number, before it reaches weights that are saved
 
