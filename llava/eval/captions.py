@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +22,45 @@ PTB_CLASS = "edu.stanford.nlp.process.PTBTokenizer"
 WORD = re.compile(r"[a-z0-9]+(?:[-.][a-z0-9]+)*|'(?:s|re|ve|d|ll|m)\b|n't", re.IGNORECASE)
 
 
-def cider(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str = "ptb"
-) -> tuple[float, list[float]]:
-    """CIDEr-D over a set of images; the weights of words come from the references of the whole set.
+@dataclass(frozen=True)
+class Captions:
+    """Tokenized captions of N images in pycocoevalcap's form, by the image's position; made by `pair`."""
 
-    Args:
-        predictions: one caption for each of N images.
-        references: the captions of each image's annotators.
-        tokenizer: one of `TOKENIZERS`.
+    references: dict[int, list[str]]
+    predictions: dict[int, list[str]]
+
+
+def pair(predictions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str = "ptb") -> Captions:
+    """Tokenize one caption and the annotators' captions of each of N images, all at once.
+
+    Raises:
+        FlagError: unknown tokenizer, or pycocoevalcap or Java is missing.
+        BadSampleError: the numbers of predictions and references differ, or an image has no reference.
+    """
+    if len(predictions) != len(references):
+        raise BadSampleError(f"{len(predictions)} captions for {len(references)} images")
+    if not predictions or not all(references):
+        raise BadSampleError("there is nothing to score, or an image has no reference caption")
+    words = iter(tokenize([*predictions, *(text for texts in references for text in texts)], tokenizer))
+    answers = {index: [next(words)] for index in range(len(predictions))}
+    return Captions({index: [next(words) for _ in texts] for index, texts in enumerate(references)}, answers)
+
+
+def cider(captions: Captions) -> tuple[float, list[float]]:
+    """CIDEr-D; the weights of words come from the references of the whole set.
 
     Returns:
         the score (1.0 is written as 100 in papers) and that of each image.
-
-    Raises:
-        FlagError: pycocoevalcap or Java is missing.
-        BadSampleError: the numbers of predictions and references differ, or an image has no reference.
     """
     module = _import("pycocoevalcap.cider.cider")
-    score, each = module.Cider().compute_score(*_by_image(predictions, references, tokenizer))
+    score, each = module.Cider().compute_score(captions.references, captions.predictions)
     return float(score), [float(value) for value in each]
 
 
-def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str = "ptb") -> float:
-    """BLEU-4 over a set of images, in [0, 1]; arguments and errors as `cider`."""
+def bleu4(captions: Captions) -> float:
+    """BLEU-4 over the whole set, in [0, 1]."""
     module = _import("pycocoevalcap.bleu.bleu")
-    scores, _ = module.Bleu(4).compute_score(*_by_image(predictions, references, tokenizer), verbose=0)
+    scores, _ = module.Bleu(4).compute_score(captions.references, captions.predictions, verbose=0)
     return float(scores[3])
 
 
@@ -74,19 +88,6 @@ def tokenize(captions: Sequence[str], tokenizer: str = "ptb") -> list[str]:
     if done.returncode or len(words) != len(lines):
         raise FlagError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
     return [" ".join(word for word in row if word not in module.PUNCTUATIONS) for row in words]
-
-
-def _by_image(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str
-) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """References and predictions in pycocoevalcap's form, all captions tokenized at once."""
-    if len(predictions) != len(references):
-        raise BadSampleError(f"{len(predictions)} captions for {len(references)} images")
-    if not predictions or not all(references):
-        raise BadSampleError("there is nothing to score, or an image has no reference caption")
-    words = iter(tokenize([*predictions, *(text for texts in references for text in texts)], tokenizer))
-    answers = {index: [next(words)] for index in range(len(predictions))}
-    return {index: [next(words) for _ in texts] for index, texts in enumerate(references)}, answers
 
 
 def _import(name: str) -> Any:

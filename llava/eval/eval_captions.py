@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llava.errors import BadSampleError
 from llava.eval.answers import Task
-from llava.eval.captions import TOKENIZERS, bleu4, cider
+from llava.eval.captions import TOKENIZERS, bleu4, cider, pair
 from llava.eval.questions import read_json, read_jsonl
 from llava.utils import run_program
 
@@ -57,9 +57,9 @@ def score(
     if missing:
         raise BadSampleError(f"no caption for {len(missing)} of {len(tasks)} images, the first is {missing[0]}")
     answers = [texts[task.question_id] for task in tasks]
-    references = [task.extra["captions"] for task in tasks]
-    whole, each = cider(answers, references, tokenizer)
-    return {"CIDEr": whole, "BLEU-4": bleu4(answers, references, tokenizer)}, each
+    captions = pair(answers, [task.extra["captions"] for task in tasks], tokenizer)
+    whole, each = cider(captions)
+    return {"CIDEr": whole, "BLEU-4": bleu4(captions)}, each
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 from llava.errors import BadSampleError
-from llava.eval.captions import bleu4
+from llava.eval.captions import bleu4, pair
 from llava.eval.contractions import CONTRACTIONS
 
 ANNOTATORS = 10
@@ -141,7 +141,8 @@ class TextCapsBleu4Evaluator:
 
     def eval_pred_list(self, pred_list: Sequence[Prediction]) -> float:
         """BLEU-4 over all items, in [0, 1]."""
-        return bleu4([item["pred_answer"] for item in pred_list], [list(item["gt_answers"]) for item in pred_list])
+        references = [list(item["gt_answers"]) for item in pred_list]
+        return bleu4(pair([item["pred_answer"] for item in pred_list], references))
 
 
 def edit_distance(first: str, second: str) -> int:

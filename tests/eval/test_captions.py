@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from llava.errors import BadSampleError, FlagError
-from llava.eval.captions import bleu4, cider, tokenize
+from llava.eval.captions import bleu4, cider, pair, tokenize
 from llava.eval.m4c_evaluator import TextCapsBleu4Evaluator
 
 REFERENCES = [
@@ -25,11 +25,12 @@ def _library() -> None:
 
 def test_cider_tells_right_from_wrong() -> None:
     right = [texts[0] for texts in REFERENCES]
-    good, each = cider(right, REFERENCES, "plain")
-    swapped, _ = cider([*right[1:], right[0]], REFERENCES, "plain")
+    captions = pair(right, REFERENCES, "plain")
+    good, each = cider(captions)
+    swapped, _ = cider(pair([*right[1:], right[0]], REFERENCES, "plain"))
     assert good == pytest.approx(sum(each) / 3)
     assert good > 3 > 0.1 > swapped
-    assert bleu4(right, REFERENCES, "plain") == pytest.approx(1.0, abs=1e-6)
+    assert bleu4(captions) == pytest.approx(1.0, abs=1e-6)
 
 
 @needs_java
@@ -48,8 +49,8 @@ def test_the_tokenizer_of_coco(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_wrong_uses_are_refused() -> None:
     with pytest.raises(BadSampleError, match="2 captions for 3 images"):
-        cider(["a", "b"], REFERENCES, "plain")
+        pair(["a", "b"], REFERENCES, "plain")
     with pytest.raises(BadSampleError, match="no reference"):
-        cider(["a"], [[]], "plain")
+        pair(["a"], [[]], "plain")
     with pytest.raises(FlagError, match="--tokenizer words"):
         tokenize(["a"], "words")
