@@ -22,6 +22,7 @@ from llava.errors import FlagError
 from llava.utils import run_program
 
 RESULT_FILE = "similarity.json"
+NO_FIGURES = "none"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,7 +32,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("adapters", nargs="+", metavar="NAME=ADAPTER", help="a name and the folder of an adapter")
     parser.add_argument("--output-dir", type=Path, default=Path("analysis"), help="where figures and numbers go")
-    parser.add_argument("--method", choices=["tsne", "pca"], default="tsne", help="how matrices become points")
+    parser.add_argument(
+        "--method",
+        choices=["tsne", "pca", NO_FIGURES],
+        default="tsne",
+        help="how matrices become points; none: no figures",
+    )
     parser.add_argument("--seed", type=int, default=42)
     return parser
 
@@ -89,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     result = args.output_dir / RESULT_FILE
     result.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    figures = plot_matrices(adapters, args.method, args.seed, args.output_dir / f"matrices-{args.method}")
+    figures = []
+    if args.method != NO_FIGURES:
+        figures = plot_matrices(adapters, args.method, args.seed, args.output_dir / f"matrices-{args.method}")
     print_summary(record)
     print("written: " + ", ".join(map(str, [result, *figures])))
     return result

@@ -9,12 +9,10 @@ Run from the root of the repository. The same command again continues after an i
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from llava.errors import FlagError
 from scripts.experiments.nlvr import report, tiny
 from scripts.experiments.nlvr.recipe import METHODS, SEEDS, TEMPLATE, Recipe, base_flags, common_flags, tuned_flags
 from scripts.experiments.nlvr.rows import (
@@ -24,7 +22,7 @@ from scripts.experiments.nlvr.rows import (
     read_questions,
     read_train,
 )
-from scripts.experiments.nlvr.steps import Step, marker, run_steps, write_json
+from scripts.experiments.nlvr.steps import Step, marker, run_steps, same_recipe, write_json
 
 DOCUMENT = Path("docs/experiments.md")
 
@@ -57,10 +55,7 @@ def prepare(recipe: Recipe, data: Path, folder: Path) -> None:
     Raises:
         FlagError: the folder was prepared with another recipe.
     """
-    record, settings = folder / "recipe.json", json.loads(json.dumps(asdict(recipe)))
-    if record.exists():
-        if json.loads(record.read_text(encoding="utf-8")) != settings:
-            raise FlagError(f"{record}: was made with another recipe; give another --output-dir or remove the folder")
+    if same_recipe(folder, asdict(recipe)):
         return
     asked = read_train(data / "train.json")
     tokenizer = tiny.train_tokenizer(tiny.tokenizer_text(asked, TEMPLATE), recipe.sizes.vocabulary)
@@ -72,7 +67,7 @@ def prepare(recipe: Recipe, data: Path, folder: Path) -> None:
         tiny.save_tower(start / "tower", recipe.sizes, seed)
         tiny.save_language_model(start / "llm", recipe.sizes, seed)
         tiny.save_tokenizer(start / "llm", tokenizer, recipe.sizes.max_length)
-    write_json(record, settings)
+    write_json(folder / "recipe.json", asdict(recipe))
 
 
 def training_step(recipe: Recipe, method: str, seed: int, data: Path, folder: Path) -> Step:

@@ -65,6 +65,12 @@ def test_every_kind_of_adapter_is_read(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "matrices-pca.png").is_file()
 
 
+def test_numbers_without_figures(tmp_path: Path) -> None:
+    ours = save(tmp_path / "ours", 1)
+    main([f"a={ours}", f"b={ours}", "--method", "none", "--output-dir", str(tmp_path / "out")])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["similarity.json"]
+
+
 def test_measures() -> None:
     matrix = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
     mixed = torch.tensor([[0.0, 2, 0], [1, 0, 0], [0, 1, 3]]) @ matrix
