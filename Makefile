@@ -12,7 +12,8 @@ UV := $(BIN)/uv
 PINNED := --constraint constraints.txt --build-constraint constraints.txt
 OFFLINE := HF_HUB_OFFLINE=1
 # One thread per test process: the tiny models are too small to gain from more, and two workers share two cores.
-TEST_ENV := $(OFFLINE) OMP_NUM_THREADS=1
+# Bytecode is written even where the machine says otherwise: without it every process of a test compiles torch anew.
+TEST_ENV := $(OFFLINE) OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 
 # A name on PATH may be a shim of a version that is not installed, so each candidate is run.
 VERSION_CHECK := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
