@@ -78,12 +78,16 @@ def provenance(program: str, arguments: Sequence[str], device: torch.device) -> 
 
 
 def write_record(record: Mapping[str, Any], path: Path) -> None:
-    """Write `path` (JSON) and the table beside it (`.md`), each whole or not at all."""
+    """Write the record of `benchmarks.hydralora` to `path` (JSON) and its table beside it (`.md`)."""
+    write_files(record, path, document(record))
+
+
+def write_files(record: Mapping[str, Any], path: Path, text: str) -> None:
+    """Write `path` (JSON) and `text` beside it (`.md`), each whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    texts = {path: json.dumps(record, indent=1) + "\n", path.with_suffix(".md"): document(record)}
-    for target, text in texts.items():
+    for target, content in ((path, json.dumps(record, indent=1) + "\n"), (path.with_suffix(".md"), text)):
         partial = target.with_name(f"{target.name}.partial")
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(content, encoding="utf-8")
         os.replace(partial, target)
 
 
