@@ -19,7 +19,7 @@ SETTINGS = SparseConfig(
     use_instruct_predictor=False, d_model=8, nhead=2, dim_feedforward=16, num_layers=1, vision_keep_rate=0.25
 )
 CPU = torch.device("cpu")
-TINY = "--layers 4 --width 32 --patches 16 --keep-rate 0.25 --tokens 8 --tokens-without-cache 2 --train-text 64 --repeats 2"
+TINY = "--layers 4 --width 32 --patches 16 --keep-rate 0.25 --tokens 8 --tokens-without-cache 2 --train-text 64"
 
 
 def test_dense_and_sparse_have_the_same_weights() -> None:
@@ -54,7 +54,7 @@ def test_the_training_step_is_the_same_with_both_implementations() -> None:
 
 def test_the_program_writes_record_table_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "dynamic.json"
-    record = dynamic.main([*TINY.split(), "--batches", "1", "2", "--output", str(path)])
+    record = dynamic.main([*TINY.split(), "--repeats", "2", "--batches", "1", "2", "--output", str(path)])
     assert json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(record))
     assert [entry["batch"] for entry in record["prefill"]] == [1, 2]
     cache = record["answer"]["cache"]
