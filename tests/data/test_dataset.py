@@ -276,3 +276,35 @@ def test_records_with_blank_lines_and_byte_order_mark(content: str, mark: str, t
     path = tmp_path / "data"
     path.write_text(mark + content, encoding="utf-8", newline="")
     assert list(open_records(path)) == [{"id": 1}, {"id": 2}]
+
+
+@pytest.mark.parametrize("on_bad_sample", ["stop", "skip"])
+def test_requires_image_leaves_text_out(on_bad_sample: str, tmp_path: Path) -> None:
+    """Exactly the rows with an image, each once; the original repeats some of them and never reaches others."""
+    with_image = [0, 1, 0, 1, 1, 0, 0, 1, 0]
+    rows = [
+        {"id": index, "conversations": GOOD_IMAGE["conversations"] if flag else GOOD_TEXT["conversations"]}
+        | ({"image": GOOD_IMAGE["image"]} if flag else {})
+        for index, flag in enumerate(with_image)
+    ]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    options = {"on_bad_sample": on_bad_sample, "skipped_file": tmp_path / "skipped.jsonl"}
+    dataset = make_dataset(path, requires_image=True, **options)
+    assert [dataset.records[index]["id"] for index in range(len(dataset))] == [1, 3, 4, 7]
+    assert dataset.left_out == 5
+    assert len(dataset.lengths) == len(dataset.modality_lengths) == 4
+    assert all(length > 0 for length in dataset.modality_lengths)
+    assert dataset.records.name(3).endswith("row 7")
+    assert all(dataset[index]["image"].any() for index in range(4))
+    rows[1]["image"] = 3
+    path.write_text(json.dumps(rows))
+    if on_bad_sample == "stop":
+        with pytest.raises(BadSampleError, match="row 1: 'image' must be a file name"):
+            make_dataset(path, requires_image=True, **options)
+    else:
+        assert len(make_dataset(path, requires_image=True, **options)) == 3
+        assert count_skipped(tmp_path / "skipped.jsonl") == 1
+    path.write_text(json.dumps([row for row in rows if "image" not in row]))
+    with pytest.raises(FlagError, match="none of the 5 rows"):
+        make_dataset(path, requires_image=True, **options)
