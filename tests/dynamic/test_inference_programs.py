@@ -34,8 +34,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = sparse_llava()
     for parameter in model.extensions.named_parameters(model).values():
         parameter.requires_grad_(True)
-    save_checkpoint(model, tmp_path_factory.mktemp("sparse") / "llava-sparse")
-    return tmp_path_factory.getbasetemp() / "sparse0" / "llava-sparse"
+    folder = tmp_path_factory.mktemp("sparse") / "llava-sparse"
+    save_checkpoint(model, folder)
+    return folder
 
 
 def answers(checkpoint: Path | None, folder: Path, batch_size: int) -> dict[int, str]:
