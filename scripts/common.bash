@@ -4,6 +4,8 @@
 #             "accelerate launch", "deepspeed --hostfile scripts/hostfile", or "python" for one process
 #   ZERO      DeepSpeed's configuration file; empty: plain data parallelism
 #
+# TRAIN_PROGRAM is set by the scripts that train by another program than llava/train/train_mem.py.
+#
 # Run the scripts from the root of the repository. Flags given to a script are appended and win over its own.
 set -euo pipefail
 
@@ -11,7 +13,7 @@ launch_training() {
     local launcher zero=()
     read -ra launcher <<<"${LAUNCHER:-deepspeed}"
     if [[ -n "${ZERO-}" ]]; then zero=(--deepspeed "$ZERO"); fi
-    "${launcher[@]}" llava/train/train_mem.py \
+    "${launcher[@]}" "${TRAIN_PROGRAM:-llava/train/train_mem.py}" \
         ${zero[@]+"${zero[@]}"} \
         --mm_vision_select_layer -2 \
         --mm_use_im_start_end False \

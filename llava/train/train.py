@@ -42,6 +42,7 @@ from llava.model.loss import LossReduction
 from llava.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments, parse_args
+from llava.train.continued import check_recorded, recorded_extensions, train_on
 from llava.train.freeze import freeze, print_trainable, trained_components
 from llava.train.llava_trainer import LLaVATrainer, last_checkpoint
 from llava.train.lora import add_lora
@@ -197,6 +198,8 @@ def build_model(args: RunArguments, tokenizer: Any, attn_implementation: str | N
         CheckpointError: weights are missing or do not fit.
         FlagError: options that cannot be carried out on this model.
     """
+    recorded = recorded_extensions(args.model.model_name_or_path, args.training.cache_dir)
+    check_recorded(args.model.model_name_or_path, recorded, args.extensions)
     llava = load_base(args, attn_implementation)
     if args.model.vision_tower is not None:
         add_vision(llava, args)
@@ -205,6 +208,7 @@ def build_model(args: RunArguments, tokenizer: Any, attn_implementation: str | N
     available = installed_extensions(list(args.extensions)) if args.extensions else {}
     for name, config in args.extensions.items():
         llava.extensions.attach(llava, available[name], config)
+    train_on(llava, recorded, announce=args.training.should_log)
     model: nn.Module = add_lora(llava, args.training) if args.training.lora_enable else llava
     counts = freeze(model, args)
     set_precision(model, args.training)

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from llava.errors import CheckpointError, FlagError
 from llava.model.checkpoint import bare_model
 from llava.model.components import Component, components
 from llava.train.train import Run, build_run, main, parse_args
 from llava.train.train_sparse import DEFAULTS
-from tests.train.test_training import HYDRA, command_line, logits, losses
+from tests.train.test_training import HYDRA, LLAVA, command_line, logits, losses
 
 SPARSE: dict[str, Any] = {
     "sparse_layer": 1, "d_model": 16, "nhead": 2, "dim_feedforward": 32, "num_layers": 1,
@@ -131,3 +133,24 @@ def test_rows_without_image_are_left_out(tmp_path: Path, capsys: pytest.CaptureF
     assert all(length > 0 for length in chosen.modality_lengths)
     said = f"--requires_image True: {len(rows) - len(chosen)} rows without image are left out, {len(chosen)} remain"
     assert said in capsys.readouterr().out
+
+
+def test_predictors_of_the_base_are_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second run goes on with the predictors of the first, whatever settings it changes; it never drops them."""
+    main(sparse_line(tmp_path / "first"), defaults=DEFAULTS)
+    then = {name: weight.clone() for name, weight in predictors_in(tmp_path / "first").items()}
+    again = {"model_name_or_path": tmp_path / "first", "vision_tower": LLAVA / "tiny-clip", "vision_keep_rate": 0.25}
+    second = build(tmp_path / "second", seed=7, **again)
+    now = components(second.model)[Component.EXTENSION]
+    assert now.keys() == then.keys()
+    assert all(torch.equal(now[name], then[name]) for name in then)
+    assert "dynamic: trained on from" in (said := capsys.readouterr().out)
+    assert "vision_keep_rate 0.5 -> 0.25" in said
+    with pytest.raises(CheckpointError, match="shape"):
+        build(tmp_path / "other", **again, d_model=32)
+    with pytest.raises(FlagError, match=r"was trained with \['dynamic'\]"):
+        build_run(parse_args(command_line(tmp_path / "dense", model_name_or_path=tmp_path / "first")))
+
+
+def predictors_in(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "extensions" / "dynamic" / "model.safetensors")
