@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("llava", "hydralora", "dynamic", "playground")
+PACKAGES = ("llava", "hydralora", "dynamic", "mma", "playground")
 EXTENSIONS = ("hydralora", "dynamic", "mma", "moe_patch")
 MAX_LINES = 500
 WITHOUT_A_MODEL = {"llava.errors", "llava.hub", "llava.quantisation", "llava.tokenizer", "llava.utils"}
@@ -86,7 +86,7 @@ def test_the_lists_of_cases_are_not_empty() -> None:
     """Without this, a renamed folder would turn the tests below into tests of nothing."""
     assert {_module_name(path).partition(".")[0] for path in MODULES} == set(PACKAGES)
     assert len(MODULES) > 30
-    assert [_id(path) for path in LAYERS] == ["dynamic/layer.py", "hydralora/layer.py"]
+    assert [_id(path) for path in LAYERS] == ["dynamic/layer.py", "hydralora/layer.py", "mma/layer.py"]
     assert ROOT / "Makefile" in _written_files()
 
 
