@@ -36,6 +36,7 @@ def user_marker_ids(template: Conversation, tokenizer: PreTrainedTokenizerBase) 
         return []
     ids = tokenizer(before + opening, add_special_tokens=False).input_ids
     head = tokenizer(before, add_special_tokens=False).input_ids
-    if ids[: len(head)] == head:
-        return list(ids[len(head) :])
-    return list(tokenizer(opening, add_special_tokens=False).input_ids)
+    # The last piece of the answer's end and the first of the opening may be one token ("><" of the mpt templates).
+    differing = (place for place, (one, other) in enumerate(zip(ids, head, strict=False)) if one != other)
+    shared = next(differing, len(head))
+    return list(ids[shared:])

@@ -8,7 +8,7 @@ from llava.conversation import select_template
 from llava.data.markers import user_marker_ids
 from tests.data.tokenizers import make_tokenizer
 
-OPENINGS = {"v1": "USER:", "vicuna_v1": "USER:"}
+OPENINGS = {"v1": "USER:", "vicuna_v1": "USER:", "llama_2": "[INST]", "mpt": "<|im_start|>user"}
 
 
 @pytest.mark.parametrize("version", OPENINGS)
@@ -23,8 +23,9 @@ def test_marker_stands_before_the_second_question(version: str) -> None:
     ids = tokenizer(conversation.get_prompt()).input_ids
     places = [start for start in range(len(ids)) if ids[start : start + len(marker)] == marker]
     assert places, "the marker must be found in a conversation"
-    before = tokenizer.decode(ids[: places[-1]], skip_special_tokens=True)
-    assert before.rstrip().rstrip("#").rstrip().endswith(("This.", "This.<|im_end|>"))
+    until = tokenizer.decode(ids[: places[-1] + len(marker)], skip_special_tokens=True)
+    answer = until.rstrip().removesuffix(OPENINGS[version]).rstrip().removesuffix("<|im_end|>").rstrip("# ")
+    assert answer.endswith("This.")
 
 
 def test_nothing_marks_a_turn_of_plain_text() -> None:
