@@ -121,10 +121,31 @@ def test_layers_import_torch_and_the_standard_library_only(path: Path) -> None:
     assert not foreign, f"{_id(path)} holds mathematics and imports {sorted(foreign)}"
 
 
-@_each([path for path in MODULES if path.relative_to(ROOT).parts[0] in EXTENSIONS and path.name != "extension.py"])
+PROGRAMS_ON_LLAVA = tuple(
+    ROOT / "mma" / name for name in ("data", "weights", "train.py", "eval.py", "eval_mme.py", "demo.py")
+)
+"""LaVIN's own command lines: they start llava's training and evaluation; no module of the method imports them."""
+
+
+def _may_know_llava(path: Path) -> bool:
+    return path.name == "extension.py" or any(path.is_relative_to(program) for program in PROGRAMS_ON_LLAVA)
+
+
+METHODS = [path for path in MODULES if path.relative_to(ROOT).parts[0] in EXTENSIONS and not _may_know_llava(path)]
+
+
+@_each(METHODS)
 def test_only_extension_py_knows_the_seams_of_llava(path: Path) -> None:
     names = {name for name in _imported_modules(path) if name.partition(".")[0] == "llava"}
     assert names <= WITHOUT_A_MODEL, f"{_id(path)} imports {sorted(names)}; only extension.py may"
+
+
+@_each(METHODS)
+def test_methods_do_without_their_programs(path: Path) -> None:
+    programs = {f"mma.{program.stem}" for program in PROGRAMS_ON_LLAVA}
+    assert not {
+        name for name in _imported_modules(path) for program in programs if f"{name}.".startswith(f"{program}.")
+    }
 
 
 @_each(MODULES)

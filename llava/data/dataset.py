@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -16,7 +17,7 @@ from llava.anyres import GridPinpoints, ImageLength
 from llava.conversation import Conversation
 from llava.data.images import ImageTransform, Picture, load_image
 from llava.data.labels import tokenize_conversation
-from llava.data.records import Row, open_records
+from llava.data.records import RecordFiles, Row, open_records
 from llava.data.skipped import append_skipped
 from llava.errors import BadImageError, BadSampleError, FlagError
 
@@ -46,7 +47,7 @@ class LazySupervisedDataset(Dataset[Item]):
     With `is_multimodal` a row without image has a black picture; it adds nothing but keeps batches equal in kind.
 
     Args:
-        data_path: JSON list or JSONL file, or several of them.
+        data_path: JSON list or JSONL file, or several of them; or rows that were opened already.
         tokenizer: see `load_tokenizer`.
         image_processor: see `load_image_processor`; may be None without `is_multimodal`.
         template: template without messages, see `select_template`.
@@ -75,7 +76,7 @@ class LazySupervisedDataset(Dataset[Item]):
 
     def __init__(
         self,
-        data_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        data_path: RecordFiles | str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         tokenizer: PreTrainedTokenizerBase,
         image_processor: Any,
         *,
@@ -97,7 +98,7 @@ class LazySupervisedDataset(Dataset[Item]):
             raise FlagError("--on_bad_sample skip needs a file to list the skipped rows in")
         if is_multimodal and image_processor is None:
             raise FlagError("a model with a vision tower needs its image processor to prepare the data")
-        self.records = open_records(data_path)
+        self.records = data_path if isinstance(data_path, RecordFiles) else open_records(data_path)
         self.tokenizer = tokenizer
         self.transform = (
             ImageTransform(image_processor, image_aspect_ratio, image_grid_pinpoints) if is_multimodal else None
@@ -196,23 +197,37 @@ class LazySupervisedDataset(Dataset[Item]):
             names = image_names(row)
             # Tiles are cut first: how long a prompt becomes depends on their number.
             pictures = self._load_images(names, name) if names and self._tiled else None
-            prompt = tokenize_conversation(
-                conversation_of(row),
-                self.tokenizer,
-                self.template,
-                image_count=len(names),
-                mm_use_im_start_end=self.mm_use_im_start_end,
-                max_length=self.model_max_length,
-                patches_per_image=self._lengths(pictures),
-            )
+            input_ids, labels = self.tokenize(row, len(names), self._lengths(pictures))
         except BadSampleError as error:
             raise _with_row(error, name) from error
-        item: Item = {"input_ids": prompt.input_ids, "labels": prompt.labels}
+        item: Item = {"input_ids": input_ids, "labels": labels}
         if names:
             item |= self._collated(self._load_images(names, name) if pictures is None else pictures)
         elif self.transform is not None:
             item |= self._collated([self.transform.dummy()])
         return item
+
+    def tokenize(self, row: Row, image_count: int, patches_per_image: int | Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Token ids and labels of a row, both int64 (T,); a subclass may have a layout of its own.
+
+        Args:
+            row: a row of the data.
+            image_count: number of its images.
+            patches_per_image: embeddings of each image, or of every image if all have the same number.
+
+        Raises:
+            BadSampleError: the row cannot be trained on.
+        """
+        prompt = tokenize_conversation(
+            conversation_of(row),
+            self.tokenizer,
+            self.template,
+            image_count=image_count,
+            mm_use_im_start_end=self.mm_use_im_start_end,
+            max_length=self.model_max_length,
+            patches_per_image=patches_per_image,
+        )
+        return prompt.input_ids, prompt.labels
 
     @property
     def _tiled(self) -> bool:
