@@ -10,8 +10,6 @@ Shape letters: B batch, L sequence length, D width, h hidden width of an adapter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,52 +18,41 @@ PATHS = 2
 """Number of ways up that the routed adapter mixes."""
 
 
-def grouped_up(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Grouped linear map: slice i of the outputs sees only slice i of the inputs.
+class PointwiseConv(nn.Conv1d):
+    """A grouped 1x1 convolution over the last axis: slice i of the outputs sees only slice i of the inputs.
 
-    Args:
-        z: (..., h).
-        weight: (D, h / g), as a grouped 1x1 convolution has it without its last axis.
-        bias: (D), or None.
-
-    Returns:
-        (..., D).
+    It is a module that is called, so that a program which splits parameters over processes makes them whole in time.
     """
-    groups = z.shape[-1] // weight.shape[-1]
-    sliced = z.reshape(*z.shape[:-1], groups, -1)  # (..., g, h / g)
-    y = torch.einsum("...gi,goi->...go", sliced, weight.reshape(groups, -1, weight.shape[-1])).flatten(-2)  # (..., D)
-    return y if bias is None else y + bias
+
+    def __init__(self, width_in: int, width_out: int, groups: int = 1) -> None:
+        super().__init__(width_in, width_out, 1, groups=groups)
+
+    def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
+        """`W x + w`, multiplied by `factor` before anything of the width of the outputs exists.
+
+        Args:
+            x: (..., in).
+            factor: broadcastable to (..., 1), or None for 1.
+
+        Returns:
+            (..., out).
+        """
+        weight = self.weight[..., 0]
+        if self.groups == 1 and factor is None:
+            return F.linear(x, weight, self.bias)
+        factor = x.new_ones(()) if factor is None else factor
+        ones = factor.expand(*x.shape[:-1], 1)  # (..., 1), for the bias as last column
+        slices = (x * factor).reshape(*x.shape[:-1], self.groups, -1)  # (..., g, in / g)
+        slices = torch.cat([slices, ones[..., None].expand(*slices.shape[:-1], 1)], dim=-1)  # (..., g, in / g + 1)
+        columns = torch.cat([weight, self.bias[:, None]], dim=1)  # type: ignore[index]  # it always has one
+        columns = columns.reshape(self.groups, -1, columns.shape[-1])  # (g, out / g, in / g + 1)
+        return torch.einsum("...gi,goi->...go", slices, columns).flatten(-2)
 
 
 def _check_groups(width: int, hidden: int, groups: int) -> None:
     """Raise `ValueError` unless both widths fall into equal groups."""
     if hidden % groups or width % groups:
         raise ValueError(f"width {width} and hidden width {hidden} must be multiples of the number of groups {groups}")
-
-
-def mixed_up(z: Tensor, routing: Tensor, paths: Sequence[nn.Conv1d]) -> Tensor:
-    """Several grouped ways up, mixed: `sum_k routing_k (W_k z + w_k)`, in one multiplication.
-
-    The weights stand beside each other with their biases as last columns, and the hidden state is mixed instead of the
-    outputs, so that nothing of width D is kept for the backward pass.
-
-    Args:
-        z: (B, L, h).
-        routing: (B, 1, K) or (B, L, K).
-        paths: K grouped 1x1 convolutions.
-
-    Returns:
-        (B, L, D).
-    """
-    groups = paths[0].groups
-    routing = routing.expand(*z.shape[:-1], len(paths))  # (B, L, K)
-    mixed = routing[..., None] * z[..., None, :]  # (B, L, K, h)
-    slices = mixed.reshape(*mixed.shape[:-1], groups, -1).transpose(-3, -2)  # (B, L, g, K, h / g)
-    slices = torch.cat([slices.flatten(-2), routing[..., None, :].expand(*slices.shape[:-2], -1)], dim=-1)
-    columns = [path.weight[..., 0] for path in paths] + [path.bias[:, None] for path in paths if path.bias is not None]
-    weight = torch.cat(columns, dim=1)
-    weight = weight.reshape(groups, -1, weight.shape[-1])  # (g, D / g, K h / g + K)
-    return torch.einsum("...gi,goi->...go", slices, weight).flatten(-2)
 
 
 class RepAdapter(nn.Module):
@@ -82,25 +69,25 @@ class RepAdapter(nn.Module):
         super().__init__()
         _check_groups(width, hidden, groups)
         self.dropout = dropout
-        self.conv_A = nn.Conv1d(width, hidden, 1)
-        self.conv_B = nn.Conv1d(hidden, width, 1, groups=groups)
+        self.conv_A = PointwiseConv(width, hidden)
+        self.conv_B = PointwiseConv(hidden, width, groups)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw A by Xavier's rule; biases and the way up are zero, so the adapter starts as zero."""
         nn.init.xavier_uniform_(self.conv_A.weight)
-        for parameter in (self.conv_A.bias, self.conv_B.weight, self.conv_B.bias):
+        for parameter in (self.conv_A.bias, *self.conv_B.parameters()):
             if parameter is not None:
                 nn.init.zeros_(parameter)
 
     def hidden(self, x: Tensor) -> Tensor:
         """The hidden state (..., h) of `x` (..., D), after dropout; computed in the dtype of the parameters."""
-        z = F.linear(x.to(self.conv_A.weight.dtype), self.conv_A.weight[..., 0], self.conv_A.bias)
+        z = self.conv_A(x.to(self.conv_A.weight.dtype))
         return F.dropout(z, self.dropout, self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) for `x` (..., D), in the dtype of `x`."""
-        return grouped_up(self.hidden(x), self.conv_B.weight[..., 0], self.conv_B.bias).to(x.dtype)
+        return self.conv_B(self.hidden(x)).to(x.dtype)
 
 
 class RoutedRepAdapter(RepAdapter):
@@ -126,7 +113,7 @@ class RoutedRepAdapter(RepAdapter):
     ) -> None:
         super().__init__(width, hidden, groups, dropout)
         self.scale, self.temperature = scale, temperature
-        self.conv_D = nn.Conv1d(hidden, width, 1, groups=groups)
+        self.conv_D = PointwiseConv(hidden, width, groups)
         self.expert_weights = nn.Linear(width, PATHS)
         for parameter in self.conv_D.parameters():
             nn.init.zeros_(parameter)
@@ -151,7 +138,8 @@ class RoutedRepAdapter(RepAdapter):
         if r.ndim == 2:
             r = r[:, None]  # (B, 1, 2)
         z = self.hidden(x)  # (B, L, h)
-        update = mixed_up(z, r.to(z.dtype) * self.scale, (self.conv_B, self.conv_D))  # (B, L, D)
+        r = r.to(z.dtype) * self.scale
+        update = self.conv_B(z, r[..., :1]) + self.conv_D(z, r[..., 1:])  # (B, L, D)
         return x + update.to(x.dtype)
 
     def extra_repr(self) -> str:

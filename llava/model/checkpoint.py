@@ -83,7 +83,9 @@ def _collect(model: nn.Module, keep: bool) -> _Trained:
     if Component.LANGUAGE_MODEL not in trained:
         found.image_tokens = image_token_rows(llava, keep)
     if Component.VISION_TOWER in trained:
-        found.tower = fetch(dict(llava.get_vision_tower().vision_tower.named_parameters()), keep)
+        own = {id(weight) for weight in parts[Component.VISION_TOWER].values()}  # and not what extensions added
+        network = llava.get_vision_tower().loaded()
+        found.tower = fetch({name: weight for name, weight in network.named_parameters() if id(weight) in own}, keep)
     if isinstance(model, PeftModel):
         adapter = {id(weight) for weight in parts[Component.ADAPTER].values()}
         named = {name: weight for name, weight in model.named_parameters() if id(weight) in adapter}
@@ -193,8 +195,9 @@ def copy_tensors(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
                 f"{source}: '{name}' is quantised in the model ({parameter.dtype}) and cannot be filled"
             )
     for name, parameter in parameters.items():
-        with whole([parameter], modify=True):
-            parameter.data.copy_(tensors[name].to(device=parameter.device, dtype=parameter.dtype))
+        # Not through `.data`: whoever keeps what follows from parameters sees a change by their version.
+        with whole([parameter], modify=True), torch.no_grad():
+            parameter.copy_(tensors[name].to(device=parameter.device, dtype=parameter.dtype))
 
 
 def load_adapter(model: PeftModel, path: Path) -> None:

@@ -82,6 +82,8 @@ def check_convertible(model: LlavaForCausalLM) -> None:
         raise FlagError(
             f"'{tower.vision_tower_name}' is a tower of open_clip, whose network transformers does not have"
         )
+    if tower.interval is not None:
+        raise FlagError(f"mm_vision_select_feature {tower.select_feature}: transformers' LLaVA has no such features")
     if config.mm_projector_type != "mlp2x_gelu":
         raise FlagError(f"mm_projector_type {config.mm_projector_type}: transformers' LLaVA has mlp2x_gelu alone")
     if getattr(config, "mm_patch_merge_type", "flat") != "flat":

@@ -16,7 +16,7 @@ from llava.anyres import ImageLength, get_anyres_image_grid_shape
 from llava.errors import FlagError
 from llava.extension import ExtensionSet, MultimodalInputs
 from llava.model.multimodal_encoder.base import VisionTower
-from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.builder import build_vision_tower, set_normalization
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import SpliceOptions, splice
 from llava.model.tiles import merge_tiles
@@ -56,6 +56,7 @@ class LlavaMetaModel:
         tower = build_vision_tower(self.config, near)
         with torch.random.fork_rng(devices=[]):  # ZeRO-3 builds modules for real and would draw for each
             tower.load_model(dtype)
+        set_normalization(tower.image_processor, getattr(self.config, "mm_image_normalization", "tower"))
         self.vision_tower = tower
         return tower
 
@@ -73,6 +74,7 @@ class LlavaMetaModel:
         config.mm_vision_select_layer = model_args.mm_vision_select_layer
         config.mm_vision_select_feature = model_args.mm_vision_select_feature
         config.mm_patch_merge_type = model_args.mm_patch_merge_type
+        config.mm_image_normalization = model_args.mm_image_normalization
         config.use_mm_proj = True
         tower = self.load_vision_tower(near)
         width_changed = getattr(config, "mm_hidden_size", tower.hidden_size) != tower.hidden_size

@@ -45,11 +45,14 @@ class ModelArguments:
     )
     mm_vision_select_layer: int | None = _option("hidden layer of the tower to use; -1 is the last", -1)
     pretrain_mm_mlp_adapter: str | None = _option("projector of stage 1: its folder, or mm_projector.bin/.safetensors")
-    mm_projector_type: str | None = _option("linear, mlpNx_gelu or identity", "linear")
+    mm_projector_type: str | None = _option("linear, mlpNx_gelu, identity or bottleneckH_silu", "linear")
     mm_use_im_start_end: bool = _option("write <im_start> and <im_end> around every image; they are trained", False)
     mm_use_im_patch_token: bool = _option("add an <im_patch> token to the vocabulary (no prompt uses it)", True)
     mm_patch_merge_type: str | None = _option("how tiles of one image are merged: flat, spatial, spatial_unpad", "flat")
-    mm_vision_select_feature: str | None = _option("patch, or cls_patch to keep the class token", "patch")
+    mm_vision_select_feature: str | None = _option(
+        "patch, cls_patch to keep the class token, or cls_every_N: the class token after every Nth block alone", "patch"
+    )
+    mm_image_normalization: str = _option("mean and deviation of pixels: tower (its own), clip or imagenet", "tower")
     unfreeze_mm_vision_tower: bool = _option("train the vision tower too; it is saved inside each checkpoint", False)
     attn_implementation: str | None = _option("sdpa, eager or flash_attention_2; train_mem.py prefers the last")
 

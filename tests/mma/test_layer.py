@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mma.layer import RepAdapter, RoutedRepAdapter, grouped_up
+from mma.layer import PointwiseConv, RepAdapter, RoutedRepAdapter
 from tests.golden import load_case
 
 CASES = [
@@ -52,12 +52,14 @@ def test_outputs_and_gradients_equal_golden(name: str) -> None:
         assert error <= 1e-3 * float(value.abs().max()), f"{key}: {error}"
 
 
-def test_the_grouped_map_is_the_convolution() -> None:
-    adapter = RepAdapter(24, 8, 2)
-    torch.nn.init.normal_(adapter.conv_B.weight)
-    z = torch.randn(3, 5, 8)
-    expected = adapter.conv_B(z.transpose(1, 2)).transpose(1, 2)
-    torch.testing.assert_close(grouped_up(z, adapter.conv_B.weight[..., 0], adapter.conv_B.bias), expected)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_pointwise_convolution_is_a_convolution(groups: int) -> None:
+    conv, z = PointwiseConv(8, 24, groups), torch.randn(3, 5, 8)
+    expected = torch.nn.Conv1d.forward(conv, z.transpose(1, 2)).transpose(1, 2)
+    torch.testing.assert_close(conv(z), expected)
+    factor = torch.rand(3, 1, 1)
+    torch.testing.assert_close(conv(z, factor), factor * expected)
+    torch.testing.assert_close(conv(z[0, 0]), expected[0, 0])
 
 
 def test_a_fresh_routed_adapter_changes_nothing_and_a_fresh_plain_one_gives_zero() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,13 @@ from torch import Tensor, nn
 
 from llava.errors import CheckpointError, FlagError
 
-SELECT_FEATURES = ("patch", "cls_patch")
+SELECT_FEATURES = ("patch", "cls_patch", "cls_every_N")
+
+
+def _class_token_interval(select_feature: str) -> int | None:
+    """N of `cls_every_N`; None for the features of one layer."""
+    match = re.fullmatch(r"cls_every_([1-9]\d*)", select_feature)
+    return None if match is None else int(match.group(1))
 
 
 @dataclass(frozen=True)
@@ -41,15 +48,16 @@ class TowerShape:
 
 
 class VisionTower(nn.Module, abc.ABC):
-    """An image encoder that returns the features of one hidden layer.
+    """An image encoder that returns the features of one hidden layer, or the class token of several.
 
     Hidden state 0 is what enters the first block, hidden state i the output of block i; negative numbers count from the
-    end. `patch` drops a class token, `cls_patch` keeps it. Blocks behind the selected layer never run.
+    end. `patch` drops a class token, `cls_patch` keeps it; `cls_every_N` is the class token after the blocks N, 2N, ...
+    up to the selected layer, a row each (LaVIN: `cls_every_4`). Blocks behind what is selected never run.
 
     Args:
         name_or_path: where the tower comes from; the form depends on the kind.
         select_layer: hidden state to return (`--mm_vision_select_layer`).
-        select_feature: `patch` or `cls_patch` (`--mm_vision_select_feature`).
+        select_feature: `patch`, `cls_patch` or `cls_every_N` (`--mm_vision_select_feature`).
 
     Attributes:
         vision_tower: the network; None until `load_model`.
@@ -69,7 +77,8 @@ class VisionTower(nn.Module, abc.ABC):
 
     def __init__(self, name_or_path: str, select_layer: int, select_feature: str = "patch") -> None:
         super().__init__()
-        if select_feature not in SELECT_FEATURES:
+        self.interval = _class_token_interval(select_feature)
+        if select_feature not in SELECT_FEATURES[:2] and self.interval is None:
             raise FlagError(f"--mm_vision_select_feature is '{select_feature}'; known values: {SELECT_FEATURES}")
         self.vision_tower_name = name_or_path
         self.select_layer = select_layer
@@ -78,10 +87,10 @@ class VisionTower(nn.Module, abc.ABC):
         self.vision_tower = None
         self.image_processor = None
         self.shape = self.read_shape()
-        if select_feature == "cls_patch" and not self.shape.class_token:
+        if select_feature != "patch" and not self.shape.class_token:
             raise FlagError(
-                f"--mm_vision_select_feature cls_patch: '{name_or_path}' has no class token; use patch, which keeps "
-                "every row"
+                f"--mm_vision_select_feature {select_feature}: '{name_or_path}' has no class token; use patch, which "
+                "keeps every row"
             )
         layers = self.shape.layers
         self.num_blocks = select_layer if select_layer >= 0 else layers + 1 + select_layer
@@ -89,6 +98,13 @@ class VisionTower(nn.Module, abc.ABC):
             raise FlagError(
                 f"--mm_vision_select_layer is {select_layer}, but '{name_or_path}' has hidden states 0..{layers}"
             )
+        if self.interval is not None:
+            if self.num_blocks < self.interval:
+                raise FlagError(
+                    f"--mm_vision_select_feature {select_feature}: up to --mm_vision_select_layer {select_layer} only "
+                    f"{self.num_blocks} blocks of '{name_or_path}' run, so there is no such class token"
+                )
+            self.num_blocks -= self.num_blocks % self.interval
 
     # What a kind of tower has to say
     @abc.abstractmethod
@@ -160,10 +176,15 @@ class VisionTower(nn.Module, abc.ABC):
             raise CheckpointError(
                 f"{folder}: holds no {self.marker_file}, so it is no tower of the kind of '{self.vision_tower_name}'"
             )
-        try:
-            self.loaded().load_state_dict(self.read_network(str(folder), self.dtype).state_dict())
+        wrong = f"{folder}: is not a tower of the shape of '{self.vision_tower_name}'"
+        try:  # not strict: what extensions have added is theirs to read
+            result = self.loaded().load_state_dict(
+                self.read_network(str(folder), self.dtype).state_dict(), strict=False
+            )
         except RuntimeError as error:
-            raise CheckpointError(f"{folder}: is not a tower of the shape of '{self.vision_tower_name}'") from error
+            raise CheckpointError(wrong) from error
+        if result.unexpected_keys:
+            raise CheckpointError(f"{wrong}: it has {result.unexpected_keys[:3]}")
 
     def loaded(self) -> Any:
         """The network.
@@ -196,14 +217,20 @@ class VisionTower(nn.Module, abc.ABC):
             images: (N, 3, H, W) normalised pixels, any floating dtype.
 
         Returns:
-            (N, P, D_vision) in the dtype of `images`; P + 1 rows with the class token for `cls_patch`.
+            (N, P, D_vision) in the dtype of `images`; P + 1 rows with the class token for `cls_patch`, one row for
+            each class token for `cls_every_N`.
         """
         network = self.loaded()
         context = contextlib.nullcontext() if self.trainable else torch.no_grad()
+        class_tokens: list[Tensor] = []
         with context:
             hidden = self.embed(network, images.to(device=self.device, dtype=self.dtype))
-            for block in self.blocks(network)[: self.num_blocks]:
+            for number, block in enumerate(self.blocks(network)[: self.num_blocks], start=1):
                 hidden = self.run_block(block, hidden)
+                if self.interval is not None and number % self.interval == 0:
+                    class_tokens.append(hidden[:, 0])
+        if class_tokens:
+            return torch.stack(class_tokens, dim=1).to(images.dtype)
         drops_class = self.shape.class_token and self.select_feature == "patch"
         return (hidden[:, 1:] if drops_class else hidden).to(images.dtype)
 
@@ -239,5 +266,7 @@ class VisionTower(nn.Module, abc.ABC):
 
     @property
     def num_features(self) -> int:
-        """Rows that one picture takes in the sequence: P, or P + 1 with the class token."""
+        """Rows that one picture takes in the sequence: P, P + 1 with the class token, or class tokens alone."""
+        if self.interval is not None:
+            return self.num_blocks // self.interval
         return self.num_patches + (self.select_feature == "cls_patch")

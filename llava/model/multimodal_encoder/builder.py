@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from llava.errors import CheckpointError, FlagError
 from llava.hub import is_hub_id
@@ -28,6 +29,13 @@ KINDS: dict[str, type[VisionTower]] = {
     "siglip_vision_model": SiglipVisionTower,
 }
 """Kind of tower by the `model_type` of its `config.json`."""
+
+NORMALIZATIONS = {
+    "tower": None,
+    "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+}
+"""Mean and deviation of the three colours by the values of `--mm_image_normalization`."""
 
 
 def _places(name: str, near: Iterable[str | Path]) -> list[Path]:
@@ -108,3 +116,20 @@ def build_vision_tower(config: Any, near: Iterable[str | Path] = ()) -> VisionTo
         select_layer=config.mm_vision_select_layer,
         select_feature=getattr(config, "mm_vision_select_feature", "patch"),
     )
+
+
+def set_normalization(image_processor: Any, name: str) -> None:
+    """Let a processor normalise pixels as the tower was fed in training, where that is not its own way.
+
+    Args:
+        image_processor: of a loaded tower; changed in place.
+        name: a value of `--mm_image_normalization`.
+
+    Raises:
+        FlagError: unknown name.
+    """
+    if name not in NORMALIZATIONS:
+        raise FlagError(f"--mm_image_normalization is '{name}'; known values: {sorted(NORMALIZATIONS)}")
+    values = NORMALIZATIONS[name]
+    if values is not None:
+        image_processor.image_mean, image_processor.image_std = map(list, values)

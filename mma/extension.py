@@ -1,0 +1,188 @@
+"""Mixture-of-Modality Adaptation as an extension of llava: the adapters, their flags, and the routing of a batch.
+
+Corresponds to LaVIN's `train.py`, `lavin/mm_adaptation.py` and the forward passes of `lavin/model.py` and
+`lavin/eval_model.py`. The language model is frozen; adapters, modality embedding and projector are trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from llava.errors import CheckpointError, FlagError
+from llava.extension import Config, DecoderState, Extension
+from mma import modality
+from mma import model as adapted_model
+from mma.config import VISUAL_INPUTS, MmaConfig, MmaOptions
+from mma.modality import Routing, Witness
+
+if TYPE_CHECKING:
+    from llava.train.arguments import RunArguments
+
+
+class MmaExtension(Extension):
+    """Adapters mixed by the modality of a sample; the configuration is `MmaConfig.to_dict()`."""
+
+    name = "mma"
+    options = MmaOptions
+
+    def __init__(self) -> None:
+        # Per model, and gone with it: one extension may serve several models.
+        self._tables: WeakKeyDictionary[nn.Module, tuple[Tensor, Witness]] = WeakKeyDictionary()
+
+    def configure(self, args: RunArguments) -> Config | None:
+        """The configuration of the adapters if `--mma` is on; freezes the language model, chooses LaVIN's picture.
+
+        Raises:
+            FlagError: a value is refused, or flags contradict each other.
+        """
+        options: MmaOptions = args.options[self.name]
+        if not options.mma:
+            _refuse_idle_options(options)
+            return None
+        if (args.training.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise FlagError(
+                "--gradient_checkpointing_kwargs asks for use_reentrant, under which the loss does not reach the "
+                'routers of --mma; pass {"use_reentrant": false} or leave the flag out'
+            )
+        if args.model.vision_tower is None and options.visual_adapter_type != "none":
+            raise FlagError(
+                f"--visual_adapter_type {options.visual_adapter_type}: there is no tower to be adapted; give "
+                "--vision_tower, or pass --visual_adapter_type none"
+            )
+        try:
+            config = options.config().to_dict()
+        except ValueError as error:
+            raise FlagError(f"{error} (the flags have the same names)") from error
+        args.model.freeze_backbone = True
+        _choose_visual_input(args, options)
+        return config
+
+    def attach(self, model: nn.Module, config: Config) -> None:
+        """Put the adapters in place; their parameters are float32 whatever the base is.
+
+        Raises:
+            CheckpointError: the configuration is damaged, or the model has no layers of the kind to be adapted.
+        """
+        host: Any = model
+        tower = host.get_vision_tower()
+        blocks = [] if tower is None else list(tower.blocks(tower.loaded())[: tower.num_blocks])
+        try:
+            width = 0 if tower is None else tower.hidden_size
+            adapted_model.attach(model, blocks, width, MmaConfig.from_dict(config))
+        except ValueError as error:
+            raise CheckpointError(f"extension '{self.name}': {error}") from error
+
+    def before_layer(self, model: nn.Module, config: Config, index: int, state: DecoderState) -> DecoderState:
+        """Give the layer the weights of its adapters for each sample."""
+        decoder: Any = model.get_decoder()  # type: ignore[operator]
+        if not hasattr(decoder, adapted_model.EMBEDDING):
+            return state
+        routing = self._begin(model, config, state) if index == 0 else state.layer_kwargs[adapted_model.ROUTING]
+        state.layer_kwargs[adapted_model.ROUTING] = routing.at(decoder, index)
+        return state
+
+    def _begin(self, model: nn.Module, config: Config, state: DecoderState) -> Routing:
+        """What the routing of a pass follows from: the segments of its samples, or what the cache remembers."""
+        decoder: Any = model.get_decoder()  # type: ignore[operator]
+        hidden = state.hidden_states
+        if state.segments is None:
+            routing = modality.remembered(state.cache, len(hidden))
+            if config.get("shifted_decoding", MmaConfig.shifted_decoding):
+                state.position_ids = (state.position_ids - 1).clamp(min=0)
+                state.position_embeddings = decoder.rotary_emb(hidden, position_ids=state.position_ids)
+            return routing
+        modalities = modality.modalities([sample.has_image for sample in state.segments], hidden.device)
+        table = self._table(model, hidden, state.cache is not None)
+        if table is None:
+            return Routing(modalities, hidden.new_empty(0), tokens=modality.start(decoder, hidden.dtype))
+        routing = Routing(modalities, hidden.new_empty(0), table)
+        if state.cache is not None:
+            modality.remember(state.cache, routing)
+        return routing
+
+    def _table(self, model: nn.Module, hidden: Tensor, wanted: bool) -> Tensor | None:
+        """The weights of all layers: the kept ones if they still hold; None to route layer by layer.
+
+        Args:
+            model: with adapters.
+            hidden: what enters the first layer.
+            wanted: compute them in any case.
+        """
+        decoder: Any = model.get_decoder()  # type: ignore[operator]
+        roots = [*decoder.layers, getattr(decoder, adapted_model.EMBEDDING)]
+        if torch.is_grad_enabled() or not modality.can_be_witnessed(roots):
+            self._tables.pop(model, None)
+            return modality.routing_table(decoder, hidden.dtype) if wanted else None
+        kind = hidden.device.type
+        circumstances = (hidden.dtype, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        if model in self._tables:
+            table, witness = self._tables[model]
+            if witness.still_holds(roots, *circumstances):
+                return table
+        table = modality.routing_table(decoder, hidden.dtype)
+        self._tables[model] = (table, Witness(roots, *circumstances))
+        return table
+
+    def named_parameters(self, model: nn.Module, config: Config) -> Iterator[tuple[str, nn.Parameter]]:
+        """Adapters and modality embedding."""
+        return adapted_model.added_parameters(model)
+
+    def export_problem(self, config: Config) -> str | None:
+        """The original's layout holds nothing but the adapters, in one file."""
+        return "LaVIN has a file of its own for adapters: python -m mma.convert to-original CHECKPOINT FILE.pth"
+
+    def export_checkpoint(self, model: nn.Module, config: Config, folder: Path) -> None:
+        """Not reached: see `export_problem`.
+
+        Raises:
+            FlagError: always.
+        """
+        raise FlagError(str(self.export_problem(config)))
+
+
+PICTURE: dict[str, tuple[str, str, Any]] = {
+    "mm_vision_select_feature": ("model", "patch", "cls_every_4"),
+    "mm_vision_select_layer": ("model", -1, -1),
+    "mm_image_normalization": ("model", "tower", "imagenet"),
+    "image_aspect_ratio": ("data", "square", "stretch"),
+}
+"""LLaVA's flags for LaVIN's picture: where they are, their default, and LaVIN's value."""
+
+
+def _choose_visual_input(args: RunArguments, options: MmaOptions) -> None:
+    """Set LLaVA's own flags as LaVIN feeds pictures.
+
+    Raises:
+        FlagError: one of them was given with another value.
+    """
+    if options.visual_input not in VISUAL_INPUTS:
+        raise FlagError(f"--visual_input is '{options.visual_input}'; known values: {VISUAL_INPUTS}")
+    if args.model.vision_tower is None or options.visual_input == "llava":
+        return
+    wanted = {**PICTURE, "mm_projector_type": ("model", "linear", f"bottleneck{options.hidden_proj}_silu")}
+    for name, (part, default, value) in wanted.items():
+        given = getattr(getattr(args, part), name)
+        if given not in (default, value):
+            raise FlagError(
+                f"--{name} {given}: --visual_input lavin has {value}; leave the flag out, or pass --visual_input llava "
+                "to feed pictures as LLaVA does"
+            )
+        setattr(getattr(args, part), name, value)
+
+
+def _refuse_idle_options(options: MmaOptions) -> None:
+    """Raise if an option was given that nothing carries out while `--mma` is off."""
+    idle = [
+        f"--{option.name} {getattr(options, option.name)}"
+        for option in dataclasses.fields(options)
+        if getattr(options, option.name) != option.default
+    ]
+    if idle:
+        raise FlagError(f"{', '.join(idle)}: without effect while --mma is off; pass --mma True")

@@ -1,0 +1,209 @@
+"""The modality token without a place in the sequence: the weights of the adapters as a function of the modality.
+
+In the original the modality token stands in front of the sequence, sees only itself and is seen by nobody. So what it
+becomes from layer to layer, and with it the routing, depends on the modality alone: two rows of length one say it for
+every batch. In training they go through each layer just before the batch does, with exact gradients. At inference they
+go through once, and the table of weights (layers, modalities, adapters, ways up) serves all sequences until the weights
+it followed from may have changed. Corresponds to `lavin/model.py: Transformer.forward` and `insert_modality`.
+
+Shape letters: B batch, D width, A adapters per layer, M modalities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, nn
+
+from mma.model import EMBEDDING, MODALITIES, ROUTING
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What goes with a batch from layer to layer; never changed in place, since a recomputed layer reads it again.
+
+    Attributes:
+        modalities: (B,) int64, row of the modality embedding for each sample.
+        weights: (B, A, 2) float32 for the present layer; empty before the first.
+        table: (layers, M, A, 2) if it is known for all layers, or None.
+        tokens: (M, 1, D), the modality tokens as they enter the next layer, where there is no table.
+    """
+
+    modalities: Tensor
+    weights: Tensor
+    table: Tensor | None = None
+    tokens: Tensor | None = None
+
+    def at(self, decoder: nn.Module, index: int) -> Routing:
+        """The same for decoder layer `index`; without a table the modality tokens go through that layer."""
+        table, tokens = self.table, self.tokens
+        if table is None:
+            assert tokens is not None  # noqa: S101  # one of the two is there
+            tokens, own = advance(decoder, index, tokens)
+        else:
+            own = table[index]  # (M, A, 2)
+        return Routing(self.modalities, own[self.modalities.to(own.device)], table, tokens)
+
+
+def start(decoder: Any, dtype: torch.dtype) -> Tensor:
+    """The modality tokens as they enter the first layer, (M, 1, D)."""
+    embedding = getattr(decoder, EMBEDDING)
+    return embedding(torch.arange(len(MODALITIES), device=embedding.weight.device))[:, None].to(dtype)
+
+
+def advance(decoder: Any, index: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the modality tokens through one layer.
+
+    A token that sees only itself needs neither mask nor cache, and has the same output at every position. The layer is
+    not checkpointed for it: two tokens cost nothing to remember.
+
+    Args:
+        decoder: of transformers' shape.
+        index: of the layer.
+        tokens: (M, 1, D).
+
+    Returns:
+        The tokens behind the layer (M, 1, D), and the weights of the layer's adapters (M, A, 2).
+    """
+    noted: list[Tensor] = []
+    positions = torch.zeros(1, 1, dtype=torch.long, device=tokens.device)
+    tokens = nn.Module.__call__(
+        decoder.layers[index],
+        tokens,
+        attention_mask=None,
+        position_ids=positions,
+        position_embeddings=decoder.rotary_emb(tokens, position_ids=positions),
+        past_key_values=None,
+        use_cache=False,
+        **{ROUTING: noted},
+    )
+    return tokens, torch.stack(noted, dim=1)
+
+
+def routing_table(decoder: Any, dtype: torch.dtype) -> Tensor:
+    """The weights of all adapters for each modality, (layers, M, A, 2) float32.
+
+    Args:
+        decoder: with adapters.
+        dtype: of the hidden states.
+    """
+    tokens, rows = start(decoder, dtype), []
+    for index in range(len(decoder.layers)):
+        tokens, own = advance(decoder, index, tokens)
+        rows.append(own.to(rows[0].device) if rows else own)
+    return torch.stack(rows)
+
+
+class Witness:
+    """Notices when something that a table followed from may have changed.
+
+    Compared are all modules, parameters and buffers by identity, tensors by version and address, and the plain
+    attributes of modules (scales, switches of LoRA, training mode). What it cannot see is a write through
+    `parameter.data` into memory that stays where it is; this project has none outside of training, and a pass with
+    gradients or in training mode discards the table.
+
+    Args:
+        roots: modules that the table followed from.
+        circumstances: plain values that it depended on beside them.
+    """
+
+    def __init__(self, roots: Iterable[nn.Module], *circumstances: Any) -> None:
+        objects, facts = _observe(roots)
+        self._objects: list[ReferenceType[Any]] = [ref(item) for item in objects]
+        self._facts = [*facts, circumstances]
+
+    def still_holds(self, roots: Iterable[nn.Module], *circumstances: Any) -> bool:
+        """True if nothing has changed since."""
+        objects, facts = _observe(roots)
+        return (
+            len(objects) == len(self._objects)
+            and all(then() is now for then, now in zip(self._objects, objects, strict=True))
+            and [*facts, circumstances] == self._facts
+        )
+
+
+def can_be_witnessed(roots: Iterable[nn.Module]) -> bool:
+    """False where a table must not be kept.
+
+    Layers in training mode draw dropout; processes that share ZeRO-3's parameters have to gather them in step; tensors
+    that were made in inference mode have no version.
+    """
+    return not any(
+        module.training or any(hasattr(tensor, "ds_id") or tensor.is_inference() for tensor in _tensors(module))
+        for root in roots
+        for module in root.modules()
+    )
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    for held in (module._parameters, module._buffers):
+        yield from (tensor for tensor in held.values() if tensor is not None)
+
+
+def _observe(roots: Iterable[nn.Module]) -> tuple[list[Any], list[Any]]:
+    """All modules and tensors below `roots`, and what there is to compare about them."""
+    objects: list[Any] = []
+    facts: list[Any] = []
+    for root in roots:
+        for module in root.modules():
+            objects.append(module)
+            facts.append([(name, _plain(value)) for name, value in module.__dict__.items()])
+            for tensor in _tensors(module):
+                objects.append(tensor)
+                facts.append((tensor._version, tensor.data_ptr()))
+    return objects, facts
+
+
+_PLAIN = (bool, int, float, str)
+
+
+def _plain(value: Any) -> Any:
+    """The value itself if it is plain, a copy of the plain parts of a container, None for everything else."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, dict):
+        return [(key, item if isinstance(item, _PLAIN) else None) for key, item in value.items()]
+    if isinstance(value, list | tuple | set):
+        return [item if isinstance(item, _PLAIN) else None for item in value]
+    return None
+
+
+MEMORY = "modality_routing"
+"""Attribute of a key-value cache under which it says of which modality its rows are."""
+
+
+def remember(cache: Any, routing: Routing) -> None:
+    """Let a cache know the modalities of its rows, and the table that its keys and values were computed with.
+
+    Beams of one sample have its modality, so that reordering them changes nothing.
+    """
+    setattr(cache, MEMORY, Routing(routing.modalities, routing.weights, routing.table))
+
+
+def remembered(cache: Any, batch: int) -> Routing:
+    """What `remember` left in the cache.
+
+    Raises:
+        ValueError: nothing, or for another number of rows.
+    """
+    routing = getattr(cache, MEMORY, None)
+    if not isinstance(routing, Routing):
+        raise ValueError(
+            "the modality of these tokens is unknown: a sequence begins with a call that has `input_ids` and `images`, "
+            "or `inputs_embeds` with `segments`, and goes on with the cache of that call"
+        )
+    if len(routing.modalities) != batch:
+        raise ValueError(
+            f"the cache holds {len(routing.modalities)} rows whose modality is known, but the batch has {batch}; the "
+            "rows of a cache must stay those of its prompts"
+        )
+    return routing
+
+
+def modalities(has_image: Sequence[bool], device: torch.device) -> Tensor:
+    """Rows of the modality embedding, (B,) int64."""
+    return torch.tensor([int(image) for image in has_image], dtype=torch.long, device=device)
