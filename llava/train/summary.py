@@ -12,12 +12,12 @@ from llava.conversation import VERSIONS_WITHOUT_TEMPLATE
 from llava.data.skipped import count_skipped
 
 if TYPE_CHECKING:
+    from llava.train.arguments import RunArguments
     from llava.train.train import Run
 
 
-def next_command(run: Run) -> str:
-    """The command that answers questions with the trained model."""
-    args = run.args
+def next_command(args: RunArguments) -> str:
+    """The command that answers questions with the model that a run has trained."""
     output = args.training.output_dir
     conv_mode = "v1" if args.model.version in VERSIONS_WITHOUT_TEMPLATE else args.model.version
     base = f" --model-base {args.model.model_name_or_path}"
@@ -31,12 +31,13 @@ def next_command(run: Run) -> str:
     )
 
 
-def print_summary(run: Run, metrics: dict[str, Any]) -> None:
+def print_summary(run: Run, metrics: dict[str, Any], command: str) -> None:
     """Print the summary of a finished run.
 
     Args:
         run: the run.
         metrics: what the Trainer returned (`train_runtime` in seconds, `train_loss`).
+        command: what to run next.
     """
     history = [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry]
     seconds, speed = metrics.get("train_runtime", 0.0), metrics.get("train_samples_per_second", 0.0)
@@ -48,4 +49,4 @@ def print_summary(run: Run, metrics: dict[str, Any]) -> None:
         lines.append(f"{skipped} samples were skipped; they are listed in {run.dataset.skipped_file}")
     lines += [f"checkpoint: {Path(run.args.training.output_dir)}", "", "Next:"]
     Console().print(Panel("\n".join(lines), title="Training finished", title_align="left", expand=False))
-    print(next_command(run))
+    print(command)

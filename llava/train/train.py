@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from llava.train.llava_trainer import LLaVATrainer, last_checkpoint
 from llava.train.lora import add_lora
 from llava.train.run_record import write_run_record
 from llava.train.saving import remove_leftovers
-from llava.train.summary import print_summary
+from llava.train.summary import next_command, print_summary
 from llava.train.zero import join_processes, prepare_resume, same_draws, set_precision, zero_stage
 from llava.utils import run_program
 
@@ -243,7 +243,25 @@ def build_dataset(args: RunArguments, tokenizer: Any, model: LlavaForCausalLM) -
     return dataset
 
 
-def build_run(args: RunArguments, attn_implementation: str | None = None) -> Run:
+@dataclass(frozen=True)
+class Parts:
+    """What the program of an extension may make in its own way.
+
+    Attributes:
+        dataset: makes the training data from options, tokenizer and bare model.
+        trainer: makes the Trainer from what `LLaVATrainer` takes.
+        next_command: the command that the summary of a finished run ends with.
+    """
+
+    dataset: Callable[[RunArguments, Any, LlavaForCausalLM], LazySupervisedDataset] = build_dataset
+    trainer: Callable[..., LLaVATrainer] = LLaVATrainer
+    next_command: Callable[[RunArguments], str] = next_command
+
+
+USUAL_PARTS = Parts()
+
+
+def build_run(args: RunArguments, attn_implementation: str | None = None, parts: Parts = USUAL_PARTS) -> Run:
     """Everything up to the first step; writes `run.json`."""
     training = args.training
     if training.should_save:
@@ -254,11 +272,11 @@ def build_run(args: RunArguments, attn_implementation: str | None = None) -> Run
         training.gradient_checkpointing_kwargs = {"use_reentrant": False}
     model = build_model(args, tokenizer, attn_implementation)
     llava = model.get_base_model() if training.lora_enable else model
-    dataset = build_dataset(args, tokenizer, llava)
+    dataset = parts.dataset(args, tokenizer, llava)
     callbacks = [
         callback for item in llava.extensions for callback in item.extension.callbacks(llava, item.config, args)
     ]
-    trainer = LLaVATrainer(
+    trainer = parts.trainer(
         run=args,
         model=model,
         train_dataset=dataset,
@@ -323,7 +341,17 @@ def main(
     Raises:
         LlavaError: a problem with options, data or checkpoints that the user can mend.
     """
-    args = parse_args(argv, defaults=defaults)
+    return train(parse_args(argv, defaults=defaults), attn_implementation)
+
+
+def train(args: RunArguments, attn_implementation: str | None = None, parts: Parts = USUAL_PARTS) -> Path:
+    """Train as the options say; see `main`.
+
+    Args:
+        args: checked options.
+        attn_implementation: as in `main`.
+        parts: what is made in another way.
+    """
     join_processes(args.training)
     output = Path(args.training.output_dir)
     resume_from = args.training.resume_from_checkpoint or (get_last_checkpoint(output) if output.is_dir() else None)
@@ -331,12 +359,12 @@ def main(
         prepare_output(args, fresh=resume_from is None)
     if resume_from is not None:
         prepare_resume(args.training, Path(resume_from))
-    run = build_run(args, attn_implementation)
+    run = build_run(args, attn_implementation, parts)
     result = run_updates(run, resume_from)
     run.trainer.save_model()
     run.trainer.save_state()
     if args.training.should_save:
-        print_summary(run, result.metrics)
+        print_summary(run, result.metrics, parts.next_command(args))
     return output
 
 

@@ -19,8 +19,13 @@ from llava.conversation import conv_templates
 from llava.data.dataset import LazySupervisedDataset
 from llava.data.records import RecordFiles, Row
 from llava.errors import NoTargetError
-from mma.data.images import ASPECT_RATIO
 from mma.data.tokens import sample_ids
+
+ASPECT_RATIO = "stretch"
+"""Pictures are squashed to the square that the tower sees, as in the original."""
+
+NORMALIZATION = "imagenet"
+"""Value of `--mm_image_normalization`: CLIP has statistics of its own, but the checkpoints these."""
 
 
 class LavinDataset(LazySupervisedDataset):

@@ -17,10 +17,10 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.data.images import ImageTransform, load_image
 from llava.errors import BadSampleError, FlagError, NoTargetError
+from llava.model.multimodal_encoder.builder import set_normalization
 from llava.tokenizer import load_tokenizer
 from mma.data import mixture
-from mma.data.dataset import LavinDataset
-from mma.data.images import ASPECT_RATIO, lavin_processor
+from mma.data.dataset import ASPECT_RATIO, NORMALIZATION, LavinDataset
 from mma.data.instructions import read_mixture
 from mma.data.prompts import FORMATS, build_prompt, few_shot_prompt
 from mma.data.scienceqa import read_split, training_rows
@@ -47,6 +47,12 @@ def caption_of(qid: str, used: bool) -> str | None:
 
 def clip_processor(side: int = 224) -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
+def lavin_processor(side: int = 224) -> CLIPImageProcessorPil:
+    processor = clip_processor(side)
+    set_normalization(processor, NORMALIZATION)
+    return processor
 
 
 def save_problems(root: Path, images: Path | None = None) -> None:
@@ -167,7 +173,7 @@ def test_pixels(case: dict[str, Any]) -> None:
     """The tolerance is that of the golden data; seen: 3e-7."""
     qid = case["qid"]
     image = load_image(IMAGES, Path(case["file"]).name)
-    pixels = ImageTransform(lavin_processor(clip_processor()), ASPECT_RATIO)(image).pixels
+    pixels = ImageTransform(lavin_processor(), ASPECT_RATIO)(image).pixels
     assert pixels.shape == (3, 224, 224)
     close = {"rtol": 0, "atol": 1e-5}
     torch.testing.assert_close(pixels[:, ::16, ::16], PIXEL_TENSORS[f"{qid}/out_every_16th"], **close)
@@ -224,7 +230,7 @@ def dataset_of(tmp_path: Path, tokenizer: Any, **options: Any) -> LavinDataset:
     save_problems(tmp_path, IMAGES)
     data = read_split(tmp_path, "train")
     settings = {"max_length": 511, "image_folder": data.image_folder} | options
-    return LavinDataset(training_rows(data, "QCM-ALE"), tokenizer, lavin_processor(clip_processor(28)), **settings)
+    return LavinDataset(training_rows(data, "QCM-ALE"), tokenizer, lavin_processor(28), **settings)
 
 
 def test_batches_mix_samples_with_and_without_image(tmp_path: Path, tokenizer: Any) -> None:
@@ -249,7 +255,7 @@ def test_a_sample_without_target_is_refused_or_listed(tmp_path: Path, tokenizer:
     dataset = LavinDataset(
         dataset.records,
         tokenizer,
-        lavin_processor(clip_processor(28)),
+        lavin_processor(28),
         image_folder=tmp_path / "images" / "train",
         max_length=60,
         on_bad_sample="skip",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -64,4 +63,4 @@ def test_the_check_uses_it_too(base: Path) -> None:
 def test_the_next_command_names_the_template_of_the_training(version: str, conv_mode: str, tmp_path: Path) -> None:
     """As `--conv-mode`, `v0` means another template."""
     args = parse_args(command_line(tmp_path, version=version))
-    assert next_command(SimpleNamespace(args=args)).endswith(f"--conv-mode {conv_mode}")
+    assert next_command(args).endswith(f"--conv-mode {conv_mode}")

@@ -1,0 +1,1 @@
+"""What LaVIN's command lines consist of: their options, and what becomes of each in llava's training and evaluation."""

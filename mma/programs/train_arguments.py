@@ -1,0 +1,192 @@
+"""From LaVIN's command line to the options of llava's training run.
+
+LaVIN's own options become values of llava's, which are set and not left to be given twice; everything else on the
+command line goes to llava's parser as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava.errors import FlagError
+from llava.train.arguments import RunArguments
+from llava.train.arguments import parse_args as parse_llava
+from mma.data.instructions import MIXTURE_FILE
+from mma.data.scienceqa import IMAGES_FOLDER, PROBLEMS_FILE
+from mma.programs.train_options import BITS, DEFAULT_TOWER, build_parser, given
+from mma.schedule import Schedule, absolute_learning_rate
+from mma.weights.base import BaseWeights
+
+INSTEAD = {
+    "model_name_or_path": "--llama_model_path and --llm_model",
+    "image_folder": "--data_root",
+    "version": "no option: LaVIN has one prompt of its own",
+    "mma": "no option: it is always on",
+    "num_train_epochs": "--epochs",
+    "per_device_train_batch_size": "--batch_size",
+    "gradient_accumulation_steps": "--accum_iter",
+    "learning_rate": "--lr or --blr",
+    "lr_scheduler_type": "--warmup_epochs and --min_lr",
+    "warmup_steps": "--warmup_epochs",
+    "warmup_ratio": "--warmup_epochs",
+    "max_grad_norm": "--clip_grad",
+    "model_max_length": "--max_seq_len",
+    "dataloader_num_workers": "--num_workers",
+    "dataloader_pin_memory": "--no_pin_mem",
+    "resume_from_checkpoint": "--resume",
+}
+"""Options of llava that mean what one of LaVIN's means, and which."""
+
+MODALITY_TOKENS = 1
+"""Positions of `--max_seq_len` that the modality token takes in the original; here it has no place in the sequence."""
+
+
+@dataclass(frozen=True)
+class LavinArguments:
+    """A training run.
+
+    Attributes:
+        own: LaVIN's options.
+        run: llava's, without the base, which may have to be converted first.
+        base: where the base weights are.
+        schedule: of the learning rate.
+    """
+
+    own: argparse.Namespace
+    run: RunArguments
+    base: BaseWeights
+    schedule: Schedule
+
+
+def _problems(own: argparse.Namespace, names: set[str], rest: Sequence[str]) -> list[str]:
+    """What cannot be carried out, one line each."""
+    problems = []
+    written = {word.removeprefix("--").partition("=")[0] for word in rest if word.startswith("--")}
+    problems += [f"--{name}: use {INSTEAD[name]}" for name in sorted(written & INSTEAD.keys())]
+    if own.dist_on_itp:
+        problems.append("--dist_on_itp: belongs to a cluster of the authors; start with torchrun")
+    if own.dist_url != "env://":
+        problems.append(f"--dist_url {own.dist_url}: processes find each other as their launcher says; use torchrun")
+    if own.start_epoch:
+        problems.append(
+            f"--start_epoch {own.start_epoch}: a resumed run goes on at the update of its checkpoint; leave it out"
+        )
+    if own.resume and not Path(own.resume).is_dir():
+        problems.append(
+            f"--resume {own.resume}: is no folder of a checkpoint; the original's .pth files hold no state that could "
+            "be resumed (see docs/differences.md)"
+        )
+    if not 0 <= own.warmup_epochs < own.epochs:
+        problems.append(f"--warmup_epochs {own.warmup_epochs}: must be at least 0 and less than --epochs {own.epochs}")
+    if own.max_seq_len <= MODALITY_TOKENS:
+        problems.append(f"--max_seq_len {own.max_seq_len}: must be more than {MODALITY_TOKENS}")
+    if own.device not in ("cpu", "cuda"):
+        problems.append(f"--device {own.device}: must be cuda or cpu; CUDA_VISIBLE_DEVICES chooses the GPU")
+    if own.lr is None and own.blr <= 0:
+        problems.append(f"--blr {own.blr}: must be more than 0")
+    return problems
+
+
+def _say_what_is_idle(own: argparse.Namespace, names: set[str]) -> None:
+    idle = {
+        "data_path": "the original never reads it; --data_root has the data",
+        "n_prompt": "the original never reads it in training",
+        "cpu_load": "weights are read from mapped files in any case",
+        "world_size": "the launcher decides",
+    }
+    for name in sorted(names & idle.keys()):
+        print(f"--{name} is ignored: {idle[name]}")
+
+
+def _wants_cpu(own: argparse.Namespace, rest: Sequence[str]) -> bool:
+    words = list(rest)
+    asked = "--use_cpu" in words and words[words.index("--use_cpu") + 1 :][:1] != ["False"]
+    return own.device == "cpu" or asked
+
+
+def _precision(own: argparse.Namespace, rest: Sequence[str]) -> dict[str, bool]:
+    """float16 under autocast on a GPU, as in the original, unless another precision is asked for."""
+    if _wants_cpu(own, rest):
+        return {"use_cpu": True}
+    if not torch.cuda.is_available():
+        raise FlagError("--device cuda: torch finds no CUDA device here; pass --device cpu")
+    asked = any(word.partition("=")[0] in ("--bf16", "--fp16") for word in rest)
+    return {} if asked else {"fp16": True}
+
+
+def _values(own: argparse.Namespace, rate: float) -> dict[str, Any]:
+    """Values of llava's options that follow from LaVIN's."""
+    root = Path(own.data_root)
+    return {
+        "mma": True,
+        "adapter_type": own.adapter_type,
+        "visual_adapter_type": own.visual_adapter_type,
+        "adapter_dim": own.adapter_dim,
+        "adapter_scale": own.adapter_scale,
+        "temperature": own.temperature,
+        "hidden_proj": own.hidden_proj,
+        "drop_path": own.drop_path,
+        "model_name_or_path": own.llama_model_path,
+        "version": "plain",
+        "vision_tower": DEFAULT_TOWER,
+        "mm_use_im_patch_token": False,
+        "data_path": [str(root / (MIXTURE_FILE if own.do_pretrain else PROBLEMS_FILE))],
+        "image_folder": str(root / IMAGES_FOLDER),
+        "on_bad_sample": "skip",
+        "output_dir": own.output_dir,
+        "bits": BITS[own.bits],
+        "gradient_checkpointing": own.gradient_checkpointing,
+        "num_train_epochs": own.epochs,
+        "per_device_train_batch_size": own.batch_size,
+        "gradient_accumulation_steps": own.accum_iter,
+        "learning_rate": rate,
+        "weight_decay": own.weight_decay,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "max_grad_norm": own.clip_grad or 0.0,
+        "loss_reduction": "micro_batch",
+        "model_max_length": own.max_seq_len - MODALITY_TOKENS,
+        "dataloader_num_workers": own.num_workers,
+        "dataloader_pin_memory": own.pin_mem,
+        "seed": own.seed,
+        "save_strategy": "epoch",
+        "logging_steps": 10,
+        "resume_from_checkpoint": own.resume or None,
+    }
+
+
+def launched_processes() -> int:
+    """Number of processes that the launcher has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def parse_args(argv: Sequence[str] | None = None) -> LavinArguments:
+    """Options of a run, checked.
+
+    Raises:
+        FlagError: options are unknown, contradictory or not carried out.
+        SystemExit: a value is of the wrong type (argparse's message).
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    own, rest = build_parser().parse_known_args(words)
+    names = given(words)
+    problems = _problems(own, names, rest)
+    if problems:
+        raise FlagError("this run cannot start:\n  " + "\n  ".join(problems))
+    _say_what_is_idle(own, names)
+    rate = own.lr or absolute_learning_rate(own.blr, own.batch_size, own.accum_iter, launched_processes())
+    values = _values(own, rate) | _precision(own, rest)
+    if "log_dir" in names:
+        values["report_to"] = ["tensorboard"]
+        os.environ["TENSORBOARD_LOGGING_DIR"] = own.log_dir  # where transformers 5 reads it from
+    run = parse_llava(rest, defaults=values)
+    base = BaseWeights(own.llama_model_path, own.llm_model, own.use_vicuna)
+    return LavinArguments(own, run, base, Schedule(rate, own.epochs, own.warmup_epochs, own.min_lr))

@@ -1,0 +1,1 @@
+"""Scores as the original computes them: ScienceQA by subject, context and grade; MME by subset."""

@@ -1,0 +1,103 @@
+"""Training LaVIN with the command lines of the original (`train.py`), on llava's training run.
+
+python -m mma.train --llama_model_path ../data/weights --llm_model 7B --data_root ../data --prompt_format QCM-ALE
+
+The order is: options, base weights (converted where they are not yet), then everything as in `llava/train/train.py`,
+with the data, the learning rate and the epochs of LaVIN. `--help` lists the options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llava.model.language_model.causal_lm import LlavaForCausalLM
+from llava.train.arguments import RunArguments
+from llava.train.train import Parts, skipped_file, train
+from llava.utils import run_program
+from mma.data.dataset import LavinDataset
+from mma.data.instructions import read_mixture
+from mma.data.scienceqa import read_split, training_rows
+from mma.programs.train_arguments import LavinArguments, parse_args
+from mma.programs.train_options import build_parser
+from mma.programs.trainer import LavinTrainer
+from mma.weights.base import base_folder
+
+__all__ = ["build_parser", "main", "parse_args"]
+
+TRAIN_SPLIT = "train"
+
+
+def prepare_base(args: LavinArguments) -> None:
+    """Have the base weights in a form that can be loaded, written by one process while the others wait.
+
+    Raises:
+        CheckpointError: the weights are missing or damaged, or cannot be written.
+    """
+    training = args.run.training
+    with training.main_process_first(local=False):
+        if training.process_index == 0:
+            base_folder(args.base)
+    with training.main_process_first(local=True):  # does something where the machines share no file system
+        args.run.model.model_name_or_path = str(base_folder(args.base))
+
+
+def dataset_maker(args: LavinArguments) -> Callable[[RunArguments, Any, LlavaForCausalLM], LavinDataset]:
+    """What makes the training data of a run."""
+    own = args.own
+
+    def make(run: RunArguments, tokenizer: Any, model: LlavaForCausalLM) -> LavinDataset:
+        if own.do_pretrain:
+            rows, images = read_mixture(own.data_root)
+        else:
+            data = read_split(own.data_root, TRAIN_SPLIT, own.caption_file if own.use_caption else None)
+            rows, images = training_rows(data, own.prompt_format, own.options), data.image_folder
+        return LavinDataset(
+            rows,
+            tokenizer,
+            model.get_vision_tower().image_processor,
+            image_folder=images,
+            max_length=tokenizer.model_max_length,
+            image_length=model.image_length(),
+            on_bad_sample=run.data.on_bad_sample,
+            skipped_file=skipped_file(run),
+        )
+
+    return make
+
+
+def next_command(args: LavinArguments) -> str:
+    """The command that scores the trained model."""
+    own, base = args.own, args.run.model.model_name_or_path
+    if own.do_pretrain:
+        return f"python -m mma.demo --ckpt_dir {base} --adapter_path {own.output_dir}"
+    return (
+        f"python -m mma.eval --ckpt_dir {base} --adapter_path {own.output_dir} --data_root {own.data_root} "
+        f"--caption_file {own.caption_file} --tokenizer_path {base} --prompt_format {own.prompt_format} --split test "
+        f"--max_seq_len {own.max_seq_len} --max_batch_size 64"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Train as the command line says; an output folder that holds checkpoints is resumed.
+
+    Returns:
+        The output folder, a complete checkpoint.
+
+    Raises:
+        LlavaError: a problem with options, data or checkpoints that the user can mend.
+    """
+    args = parse_args(argv)
+    prepare_base(args)
+    parts = Parts(
+        dataset=dataset_maker(args),
+        trainer=partial(LavinTrainer, schedule=args.schedule),
+        next_command=lambda run: next_command(args),
+    )
+    return train(args.run, parts=parts)
+
+
+if __name__ == "__main__":
+    run_program(main)

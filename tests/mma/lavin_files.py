@@ -1,0 +1,36 @@
+"""Tiny base weights as Meta publishes them, a tower, and ScienceQA: what LaVIN's command lines read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.golden import golden_dir, load_case
+from tests.mma.golden_model import write_tower
+from tests.mma.test_data import save_problems
+from tests.mma.test_weights import META, META_TENSORS, weights_root
+
+
+@dataclass(frozen=True)
+class LavinFiles:
+    """Folders of a tiny LaVIN."""
+
+    weights: Path
+    tower: Path
+    data: Path
+
+    @property
+    def words(self) -> list[str]:
+        """Options that name them, and what lets a run pass on a small machine."""
+        return [
+            *("--llama_model_path", str(self.weights), "--vision_tower", str(self.tower)),
+            *("--data_root", str(self.data), "--caption_file", str(self.data / "captions.json"), "--device", "cpu"),
+        ]
+
+
+def save_lavin_files(folder: Path) -> LavinFiles:
+    """Write all of them below `folder`."""
+    weights = weights_root(folder, META, META_TENSORS, META["n_shards"])
+    config = load_case("lavin", "clip_base")[0]["config"]
+    save_problems(folder / "data", golden_dir("lavin") / "images")
+    return LavinFiles(weights, write_tower(folder / "tower", config), folder / "data")

@@ -1,0 +1,60 @@
+"""The learning rate of LaVIN, equal to the original at every fraction of an epoch; decoding by nucleus sampling."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from transformers import TopPLogitsWarper
+
+from mma.schedule import Epoch, Schedule, absolute_learning_rate, lavin_schedule
+from tests.golden import load_case
+
+SETTINGS = load_case("lavin", "lr_schedule")[0]["settings"]
+TOP_P, TOP_P_TENSORS = load_case("lavin", "top_p")
+
+
+def schedule_of(case: dict[str, Any]) -> Schedule:
+    rate = absolute_learning_rate(case["blr"], case["batch_size"], case["accum_iter"], case["world_size"])
+    assert rate == pytest.approx(case["absolute_lr"], rel=1e-12)
+    return Schedule(rate, case["epochs"], case["warmup_epochs"], case["min_lr"])
+
+
+@pytest.mark.parametrize("case", SETTINGS, ids=lambda case: case["name"])
+def test_rates(case: dict[str, Any]) -> None:
+    schedule = schedule_of(case)
+    found = [schedule.at(epoch) for epoch in case["fractional_epoch"]]
+    assert found == pytest.approx(case["lr"], rel=1e-9, abs=1e-18)
+
+
+def test_the_schedule_of_torch_gives_the_rate_at_the_begin_of_each_update() -> None:
+    """Three batches in groups of two: one update in an epoch; a second group keeps its ratio to the first."""
+    epoch, schedule = Epoch(batches=7, accum_iter=2), Schedule(0.2, epochs=4, warmup_epochs=1, min_lr=0.01)
+    assert epoch.updates == 3
+    weights = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": weights[:1]}, {"params": weights[1:], "lr": 0.05}], lr=0.2)
+    scheduler = lavin_schedule(optimizer, schedule, epoch)
+    seen = []
+    for _ in range(epoch.updates * 4):
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates[1] == pytest.approx(rates[0] / 4)
+        seen.append(rates[0])
+        optimizer.step()
+        scheduler.step()
+    begins = [whole + iteration / 7 for whole in range(4) for iteration in (0, 2, 4)]
+    assert seen == pytest.approx([schedule.at(begin) for begin in begins])
+    assert seen[0] == 0
+    assert max(seen) == pytest.approx(0.2)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)  # at the end
+
+
+@pytest.mark.parametrize("name", [name for name in TOP_P_TENSORS if name.startswith("out/kept_sorted_probs")])
+def test_nucleus_sampling_keeps_the_same_tokens(name: str) -> None:
+    """The sampling of our evaluation is transformers' warper on a row's own random stream."""
+    temperature, mass = map(float, re.findall(r"[\d.]+", name))
+    logits = TOP_P_TENSORS["in/logits"].double()
+    kept = TopPLogitsWarper(mass)(torch.zeros(1), logits / temperature) if mass < 1 else logits / temperature
+    ours = kept.softmax(-1).sort(dim=-1, descending=True).values
+    torch.testing.assert_close(ours.float(), TOP_P_TENSORS[name], rtol=1e-4, atol=1e-6)

@@ -1,0 +1,176 @@
+"""LaVIN's own command line: its options, what they become, and a run from Meta's files to a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava.errors import FlagError
+from llava.model.builder import load_pretrained_model
+from mma.programs import train_arguments
+from mma.programs.train_arguments import INSTEAD, parse_args
+from mma.programs.train_options import build_parser
+from mma.programs.trainer import epoch_of, whole_updates
+from mma.train import main
+from tests.golden import load_case
+from tests.mma.lavin_files import LavinFiles, save_lavin_files
+
+FLAGS = load_case("lavin", "cli_flags")[0]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> LavinFiles:
+    return save_lavin_files(tmp_path_factory.mktemp("lavin"))
+
+
+def described(action: argparse.Action) -> dict[str, Any]:
+    kinds = {argparse._StoreTrueAction: "store_true", argparse._StoreFalseAction: "store_false"}
+    return {
+        "flags": list(action.option_strings),
+        "dest": action.dest,
+        "action": kinds.get(type(action), "store"),
+        "default": action.default,
+        "choices": None if action.choices is None else list(action.choices),
+    }
+
+
+def test_options_are_those_of_the_original() -> None:
+    ours = {action.option_strings[0]: action for action in build_parser()._actions if action.dest != "help"}
+    assert len(ours) == len(FLAGS["train_py"])
+    for flag in FLAGS["train_py"]:
+        action = ours[flag["flags"][0]]
+        assert described(action) == {key: flag[key] for key in ("flags", "dest", "action", "default", "choices")}
+        if flag["action"] == "store":
+            kind = str if action.type is None else action.type
+            assert kind.__name__ == flag["type"].removesuffix(" (argparse default)")
+
+
+def words_of(script: str) -> list[str]:
+    arguments = FLAGS["scripts"][script][0]["arguments"]
+    return [word for flag, value in arguments.items() for word in ([flag] if value is True else [flag, value])]
+
+
+TRAINING = [name for name, calls in FLAGS["scripts"].items() if calls[0]["program"] == "train.py"]
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_what_the_options_become(
+    script: str, files: LavinFiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The values of each script, as llava's options."""
+    effective, given = FLAGS["effective"][script], FLAGS["scripts"][script][0]["arguments"]
+    monkeypatch.setattr(train_arguments, "launched_processes", lambda: effective["gpus"])
+    (files.data / "all_data.json").touch()
+    args = parse_args([*words_of(script), *files.words, "--output_dir", str(tmp_path / "out")])
+    training, mma = args.run.training, args.run.extensions["mma"]
+    assert training.learning_rate == pytest.approx(effective["absolute_lr"])
+    assert args.schedule.warmup_epochs == float(given["--warmup_epochs"])
+    assert training.num_train_epochs == int(given["--epochs"])
+    assert training.per_device_train_batch_size == int(given["--batch_size"])
+    assert training.gradient_accumulation_steps == int(given["--accum_iter"])
+    assert (training.adam_beta1, training.adam_beta2) == (0.9, 0.95)
+    assert training.weight_decay == 0.02
+    assert training.max_grad_norm == 0
+    assert training.model_max_length == 511
+    assert training.bits == int(given.get("--bits", "16bit").removesuffix("bit"))
+    assert training.gradient_checkpointing is ("--gradient_checkpointing" in given)
+    assert args.run.model.freeze_backbone
+    assert (mma["adapter_type"], mma["visual_adapter_type"], mma["adapter_dim"]) == ("attn", "router", 8)
+    assert mma["temperature"] == float(given["--temperature"])
+    assert args.base.use_vicuna is ("--use_vicuna" in given)
+    assert args.base.llm_model == given["--llm_model"]
+    assert args.run.data.image_aspect_ratio == "stretch"
+    assert args.run.model.mm_projector_type == "bottleneck128_silu"
+    name = "all_data.json" if "--do_pretrain" in given else "problems.json"
+    assert [Path(path).name for path in args.run.data.data_path] == [name]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learning_rate", "1e-4"], "--learning_rate: use --lr or --blr"),
+        (["--num_train_epochs=3"], "--num_train_epochs: use --epochs"),
+        (["--dist_on_itp"], "--dist_on_itp"),
+        (["--dist_url", "tcp://x"], "--dist_url"),
+        (["--start_epoch", "3"], "--start_epoch 3"),
+        (["--resume", "checkpoint-3.pth"], r"--resume checkpoint-3\.pth: is no folder"),
+        (["--epochs", "2"], "--warmup_epochs 40"),
+        (["--no_such_flag", "1"], "unknown options"),
+        (["--image_aspect_ratio", "pad"], "--image_aspect_ratio pad"),
+    ],
+)
+def test_what_cannot_be_carried_out_is_refused(words: list[str], message: str, files: LavinFiles) -> None:
+    with pytest.raises(FlagError, match=message):
+        parse_args([*files.words, *words])
+
+
+def test_every_option_that_is_refused_exists(files: LavinFiles) -> None:
+    """The table of other names must not refuse what nobody could give."""
+    known = vars(parse_args(files.words).run.training).keys() | vars(parse_args(files.words).run.model).keys()
+    known |= vars(parse_args(files.words).run.data).keys() | {"mma", "warmup_ratio"}
+    assert set(INSTEAD) <= known
+
+
+def test_idle_options_say_so(files: LavinFiles, capsys: pytest.CaptureFixture[str]) -> None:
+    parse_args([*files.words, "--cpu_load", "--data_path", "x.json", "--n_prompt", "6"])
+    printed = capsys.readouterr().out
+    assert [word for word in ("--cpu_load", "--data_path", "--n_prompt") if f"{word} is ignored" in printed] == [
+        *("--cpu_load", "--data_path", "--n_prompt")
+    ]
+
+
+def test_epochs_are_whole_updates() -> None:
+    """18 samples on two processes: 9 each, two batches of 4, one update of two batches; the ninth is left out."""
+    epoch = epoch_of(18, batch_size=4, accum_iter=2, world_size=2)
+    assert (epoch.batches, epoch.updates) == (2, 1)
+    assert epoch_of(7, 4, 1, 2).updates == 1  # evened out: one sample twice
+    assert whole_updates([3, 1, 2], 4) == [3, 1, 2, 3]
+    with pytest.raises(FlagError, match="18 samples are too few for one update of 64"):
+        epoch_of(18, 64, 1, 1)
+
+
+def run(files: LavinFiles, output: Path, *words: str) -> Path:
+    return main(
+        [
+            *files.words,
+            *("--output_dir", str(output), "--prompt_format", "QCM-ALE", "--visual_adapter_type", "router"),
+            *("--batch_size", "4", "--accum_iter", "2", "--epochs", "2", "--warmup_epochs", "0.5", "--lr", "0.01"),
+            *("--num_workers", "0", "--logging_steps", "1", "--hidden_proj", "16", *words),
+        ]
+    )
+
+
+def test_a_run_from_metas_files_to_a_checkpoint(
+    files: LavinFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = run(files, tmp_path / "out")
+    assert "python -m mma.eval --ckpt_dir" in capsys.readouterr().out
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert state["global_step"] == 4  # two whole updates of 8 in each epoch of 18 samples
+    rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+    assert rates == pytest.approx([0.0, 0.01, 0.0075, 0.0025], abs=1e-4)
+    assert (output / "checkpoint-2").is_dir()
+    base = files.weights / "7B-hf"
+    _, model, processor, _ = load_pretrained_model(str(output), str(base), device="cpu")
+    assert model.extensions.configs["mma"]["visual_adapter_type"] == "router"
+    assert processor.image_mean == [0.485, 0.456, 0.406]
+    assert model.config.image_aspect_ratio == "stretch"
+    moved = {
+        name: bool(weight.abs().max() > 0)
+        for name, weight in model.extensions.named_parameters(model).items()
+        if name.endswith("conv_B.weight")  # zero before training
+    }
+    assert len(moved) == 2 + 8  # decoder layers and blocks of the tower
+    assert all(moved.values()), moved
+
+
+def test_an_interrupted_run_goes_on(files: LavinFiles, tmp_path: Path) -> None:
+    whole = run(files, tmp_path / "whole")
+    run(files, tmp_path / "parts", "--max_steps", "2")
+    parts = run(files, tmp_path / "parts")
+    for path in sorted((whole / "extensions" / "mma").glob("*.safetensors")):
+        assert path.read_bytes() == (parts / "extensions" / "mma" / path.name).read_bytes()
