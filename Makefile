@@ -1,6 +1,6 @@
 # Everything from a fresh clone, on a machine that has Python 3.11 or 3.12 and make. `make` alone lists the targets.
 
-EXTRAS ?= dev,train,quant,openclip,eval,harness,analysis
+EXTRAS ?= dev,train,quant,openclip,serve,eval,harness,analysis
 WORKERS ?= 2
 ARGS ?=
 

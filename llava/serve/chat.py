@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from llava.eval.generation import GenerationOptions
 from llava.eval.loading import LoadedModel
 from llava.eval.prompts import add_image_markers, new_conversation, prompt_ids
 from llava.eval.runner import OpenImage, image_arguments, load_pictures
+from llava.serve.streaming import TokenDecoder, until_stop
 
 
 class Interruption(StoppingCriteria):
@@ -39,10 +40,7 @@ class Interruption(StoppingCriteria):
 
 
 class TokenQueue(BaseStreamer):
-    """Ids of one row, from the thread that generates to the one that reads.
-
-    transformers' `TextIteratorStreamer` decodes every line by itself, so that SentencePiece tokenizers lose a blank at
-    its beginning; here each token is decoded behind the one before.
+    """Ids of one row, from the thread that generates to the one that reads their text.
 
     Args:
         tokenizer: turns ids into text.
@@ -61,49 +59,18 @@ class TokenQueue(BaseStreamer):
         self.queue.put(None)
 
     def __iter__(self) -> Iterator[str]:
-        ids: list[int] = []
-        start, shown = 0, 0  # ids[start:shown] are the context of what comes
+        decoder = TokenDecoder(self.tokenizer)
         for new in iter(self.queue.get, None):
-            ids += new
-            before, text = self._decode(ids[start:shown]), self._decode(ids[start:])
-            if len(text) > len(before) and not text.endswith("\ufffd"):  # the beginning of a character in bytes
-                yield text[len(before) :]
-                start, shown = shown, len(ids)
-        rest = self._decode(ids[start:])[len(self._decode(ids[start:shown])) :]
-        if rest:
+            if text := decoder.push(new):
+                yield text
+        if rest := decoder.rest():
             yield rest
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
 
 
 def stop_strings(conversation: Conversation, tokenizer: Any) -> list[str]:
     """Texts that end an answer of a template: the separator that follows one, unless it ends every generation."""
     separator = conversation.sep2 if conversation.sep2 is not None else conversation.sep
     return [separator] if separator.strip() and separator != tokenizer.eos_token else []
-
-
-def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """The pieces of a text up to the first of `stops`; what might begin one is held back until that is known."""
-    text, done = "", 0
-    for piece in pieces:
-        text += piece
-        ends = [place for place in (text.find(stop) for stop in stops) if place >= 0]
-        if ends:
-            if min(ends) > done:
-                yield text[done : min(ends)]
-            return
-        held = max((_overlap(text, stop) for stop in stops), default=0)
-        if len(text) - held > done:
-            yield text[done : len(text) - held]
-            done = len(text) - held
-    if len(text) > done:
-        yield text[done:]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest beginning of `stop` that `text` ends with."""
-    return next((size for size in range(len(stop) - 1, 0, -1) if text.endswith(stop[:size])), 0)
 
 
 @dataclass

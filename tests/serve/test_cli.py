@@ -19,7 +19,8 @@ from llava.eval.loading import LoadedModel, load_model
 from llava.eval.run_llava import eval_model, open_image
 from llava.serve import chat as chat_module
 from llava.serve import cli
-from llava.serve.chat import Chat, TokenQueue, stop_strings, until_stop
+from llava.serve.chat import Chat, TokenQueue, stop_strings
+from llava.serve.streaming import until_stop
 from tests.data.tokenizers import make_tokenizer
 from tests.golden import golden_dir
 

@@ -1,0 +1,151 @@
+r"""A server with OpenAI's chat API, for VLMEvalKit, the `openai` client and whatever else speaks it.
+
+python -m llava.serve.api --model-path checkpoints/llava-v1.5-7b
+
+Then `POST http://127.0.0.1:8000/v1/chat/completions`, `GET /v1/models`, `GET /health`. Pictures come inside the request
+(`data:image/...;base64,...`). Requests of the same moment are answered in one batch. A key that clients have to give
+is read from the environment (LLAVA_API_KEY).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import ipaddress
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava.errors import FlagError
+from llava.eval.loading import load_model
+from llava.eval.program import add_model_options
+from llava.eval.run_llava import choose_conv_mode
+from llava.mm_utils import get_model_name_from_path
+from llava.serve.app import Settings, create_app
+from llava.serve.chat_request import Defaults
+from llava.serve.engine import Engine
+from llava.serve.image_urls import ImagePolicy
+from llava.utils import run_program
+
+KEY = "LLAVA_API_KEY"
+MEGABYTE = 2**20
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this program."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.serve.api", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_options(parser, required=True)
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on; another than this machine needs a key")
+    add("--port", type=int, default=8000, help="port to listen on; 0: a free one, which is printed")
+    add("--allow-anyone", action="store_true", help="serve other machines without a key")
+    add("--conv-mode", default=None, help="conversation template; default: by the model's name")
+    add("--load-8bit", action="store_true", help="quantise the weights to 8 bits")
+    add("--load-4bit", action="store_true", help="quantise the weights to 4 bits")
+    add("--temperature", type=float, default=0.2, help="where a request names none; 0: greedy decoding")
+    add("--max-new-tokens", type=int, default=512, help="tokens of an answer where a request names none")
+    add("--token-limit", type=int, default=4096, help="the most tokens of an answer that a request may ask for")
+    add("--batch-size", type=int, default=16, help="requests answered together; less when memory runs out")
+    add("--max-waiting", type=int, default=64, help="requests that may wait; further ones are told to come back (429)")
+    add("--gather-ms", type=float, default=10, help="milliseconds that a first request waits for others")
+    add("--request-timeout", type=float, default=300, help="seconds for a whole answer, waiting included")
+    add("--max-images", type=int, default=16, help="pictures in one request")
+    add("--max-image-mb", type=float, default=20, help="size of one picture as it comes")
+    add("--max-image-pixels", type=int, default=50_000_000, help="width times height of one picture")
+    add("--max-body-mb", type=float, default=64, help="size of one request")
+    add("--image-folder", type=Path, default=None, help="open file: addresses below this folder; default: none")
+    add(
+        "--allow-image-host",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="fetch pictures from this host (name, or name:port); may be given several times; default: none",
+    )
+    return parser
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """Limits and defaults of the server.
+
+    Raises:
+        FlagError: a flag is out of its range, or the server would be open to everybody.
+    """
+    for name in ("batch_size", "max_waiting", "max_new_tokens", "max_images", "max_image_pixels"):
+        if getattr(args, name) < 1:
+            raise FlagError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    for name in ("request_timeout", "max_image_mb", "max_body_mb"):
+        if not getattr(args, name) > 0:
+            raise FlagError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be more than 0")
+    if args.token_limit < args.max_new_tokens:
+        raise FlagError(f"--token-limit {args.token_limit} is below --max-new-tokens {args.max_new_tokens}")
+    if args.load_8bit and args.load_4bit:
+        raise FlagError("--load-8bit and --load-4bit exclude each other")
+    if args.image_folder is not None and not args.image_folder.is_dir():
+        raise FlagError(f"--image-folder {args.image_folder}: no such folder")
+    key = os.environ.get(KEY) or None
+    if key is None and not args.allow_anyone and not _is_this_machine(args.host):
+        raise FlagError(
+            f"--host {args.host}: other machines could ask this server; set {KEY} to a key that clients have to give, "
+            "or pass --allow-anyone"
+        )
+    return Settings(
+        conv_mode=choose_conv_mode(args.conv_mode, get_model_name_from_path(args.model_path)),
+        defaults=Defaults(args.temperature, args.max_new_tokens, args.token_limit, args.max_images),
+        images=ImagePolicy(
+            max_bytes=int(args.max_image_mb * MEGABYTE),
+            max_pixels=args.max_image_pixels,
+            folder=args.image_folder,
+            hosts=frozenset(host.lower() for host in args.allow_image_host),
+        ),
+        seconds=args.request_timeout,
+        max_body=int(args.max_body_mb * MEGABYTE),
+        api_key=key,
+    )
+
+
+def _is_this_machine(host: str) -> bool:
+    """True for an address, or a name, that other machines cannot reach."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve until interrupted.
+
+    Raises:
+        FlagError: a flag is wrong, the extra `serve` is missing, or the port is taken.
+        CheckpointError: the model cannot be loaded.
+    """
+    args = build_parser().parse_args(argv)
+    if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
+        raise FlagError("the server needs FastAPI and uvicorn: pip install 'llava-extensions[serve]'")
+    import uvicorn
+
+    settings = settings_of(args)
+    listener = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:  # before the model is loaded, which takes minutes
+        listener.bind((args.host, args.port))
+    except OSError as error:
+        raise FlagError(f"--host {args.host} --port {args.port}: cannot listen there ({error.strerror})") from error
+    loaded = load_model(
+        args.model_path,
+        args.model_base,
+        device=args.device,
+        torch_dtype=args.torch_dtype,
+        load_8bit=args.load_8bit,
+        load_4bit=args.load_4bit,
+    )
+    engine = Engine(loaded, args.batch_size, args.max_waiting, args.gather_ms / 1000)
+    address = f"http://{args.host}:{listener.getsockname()[1]}/v1"
+    print(f"serving '{loaded.name}' at {address}; try: curl {address}/models", flush=True)
+    uvicorn.Server(uvicorn.Config(create_app(loaded, engine, settings), log_level="info")).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    run_program(main)

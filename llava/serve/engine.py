@@ -1,0 +1,296 @@
+"""Answers many requests at a time: what waits is put into one batch, and every row streams and ends by itself.
+
+The batch of `llava/eval/runner.py` with other rows: each has its own limit, sampling, stop strings and end. Requests
+that arrive while a batch is being answered form the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from llava.data.images import Picture
+from llava.errors import LlavaError
+from llava.eval.generation import GenerationOptions, RowSampler
+from llava.eval.loading import LoadedModel
+from llava.eval.runner import image_arguments, pad_left
+from llava.serve.streaming import StopFilter, TokenDecoder
+
+logger = logging.getLogger(__name__)
+
+End = Literal["stop", "length", "cancelled"]
+
+
+class BusyError(LlavaError):
+    """As many requests wait as are allowed to."""
+
+
+class EngineError(LlavaError):
+    """The model failed on a batch, or the engine has stopped."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one request asks of the model.
+
+    Attributes:
+        input_ids: (T,) int64 with `IMAGE_TOKEN_INDEX` for each image.
+        pictures: its images.
+        options: temperature, top_p, limit and seed; without beams.
+        stops: strings that end the answer and are not part of it.
+        positions: what the pictures take in the sequence.
+    """
+
+    input_ids: Tensor
+    pictures: Sequence[Picture]
+    options: GenerationOptions
+    stops: tuple[str, ...] = ()
+    positions: int = 0
+
+
+class Row:
+    """A job on its way through the engine.
+
+    Args:
+        job: what is asked.
+        on_text: called with each piece of the answer, in the engine's thread.
+        on_end: called once, with the reason, or with the error that ended it.
+
+    Attributes:
+        tokens: number of tokens generated so far, the end-of-sequence token included.
+        ended: nothing is generated for it any more.
+    """
+
+    def __init__(
+        self, job: Job, on_text: Callable[[str], None], on_end: Callable[[End | LlavaError, Row], None]
+    ) -> None:
+        self.job, self.tokens, self.ended = job, 0, False
+        self._on_text, self._on_end = on_text, on_end
+        self._filter = StopFilter(job.stops)
+        self._decoder: TokenDecoder | None = None
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Ask for nothing more; from any thread."""
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        """True if nobody waits for the answer."""
+        return self._cancelled.is_set()
+
+    def take(self, token: int, tokenizer: Any) -> None:
+        """The next token of the answer."""
+        if self.ended:  # padding behind the end
+            return
+        if self.cancelled:
+            self.end("cancelled")
+            return
+        self.tokens += 1
+        self._decoder = self._decoder or TokenDecoder(tokenizer)
+        self._say(self._filter.push(self._decoder.push([token])))
+        if token == tokenizer.eos_token_id or self._filter.stopped:
+            self.end("stop")
+        elif self.tokens >= self.job.options.max_new_tokens:
+            self.end("length")
+
+    def end(self, reason: End | LlavaError) -> None:
+        """Say what was held back, and that this is all."""
+        if self.ended:
+            return
+        self.ended = True
+        if self._decoder is not None and not isinstance(reason, LlavaError):
+            self._say(self._filter.push(self._decoder.rest()))
+            self._say(self._filter.rest())
+        self._on_end(reason, self)
+
+    def _say(self, text: str) -> None:
+        if text:
+            self._on_text(text)
+
+
+class _Streams(BaseStreamer):
+    """Hands the tokens of each step to their rows."""
+
+    def __init__(self, rows: Sequence[Row], tokenizer: Any) -> None:
+        self.rows, self.tokenizer = rows, tokenizer
+
+    def put(self, value: Tensor) -> None:
+        """Tokens (B,) of a step; before them comes the prompt (B, 0), which enters as embeddings."""
+        if value.ndim == 1:
+            for row, token in zip(self.rows, value.tolist(), strict=True):
+                row.take(token, self.tokenizer)
+
+    def end(self) -> None:
+        """Nothing: rows end one by one."""
+
+
+class _Ends(StoppingCriteria):
+    """Ends each row when it has ended or nobody waits for it."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Bool (B,)."""
+        return torch.tensor([row.ended or row.cancelled for row in self.rows], device=input_ids.device)
+
+
+class _Samplers(LogitsProcessor):
+    """Samples each row by its own options; rows of temperature 0 stay as they are."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.samplers = [RowSampler(row.job.options, ["request"]) if row.job.options.samples else None for row in rows]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (B, V) with one token standing in the rows that are sampled."""
+        scores = scores.clone()
+        for index, sampler in enumerate(self.samplers):
+            if sampler is not None:
+                row = slice(index, index + 1)
+                scores[row] = sampler(input_ids[row], scores[row])
+        return scores
+
+
+class Engine:
+    """A thread that answers jobs in batches.
+
+    Args:
+        loaded: model, tokenizer and image processor.
+        max_batch: rows in one `generate`.
+        max_waiting: jobs that may wait beside those being answered.
+        gather_seconds: how long a first job waits for others, so that requests of the same moment share a batch.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, max_batch: int = 16, max_waiting: int = 64, gather_seconds: float = 0.01
+    ) -> None:
+        self.loaded, self.max_batch, self.gather_seconds = loaded, max_batch, gather_seconds
+        self.batches: list[int] = []
+        """Number of rows of each batch so far."""
+        self.answering: list[Row] = []
+        """Rows of the batch at hand."""
+        self._waiting: queue.Queue[Row | None] = queue.Queue(max_waiting)
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._closing = threading.Event()
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Finish the batch at hand, and end what still waits with an error."""
+        self._closing.set()
+        with contextlib.suppress(queue.Full):  # a full queue wakes the thread as well
+            self._waiting.put_nowait(None)
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """True while jobs are answered."""
+        return self._thread.is_alive() and not self._closing.is_set()
+
+    @property
+    def waiting(self) -> int:
+        """Number of rows that no batch has taken yet."""
+        return self._waiting.qsize()
+
+    def submit(self, row: Row) -> None:
+        """Queue a row.
+
+        Raises:
+            BusyError: too many wait already.
+            EngineError: the engine does not run.
+        """
+        if not self.alive:
+            raise EngineError("the server is shutting down")
+        try:
+            self._waiting.put_nowait(row)
+        except queue.Full as error:
+            raise BusyError(f"{self._waiting.maxsize} requests are waiting already; try again later") from error
+
+    def _work(self) -> None:
+        while not self._closing.is_set():
+            self.answering = self._gather()
+            if self.answering:
+                self.batches.append(len(self.answering))
+                self._answer(self.answering)
+                self.answering = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                row = self._waiting.get_nowait()
+                if row is not None:
+                    row.end(EngineError("the server is shutting down"))
+
+    def _gather(self) -> list[Row]:
+        """The next batch; empty when the engine closes."""
+        rows, row = [], self._waiting.get()
+        until = time.monotonic() + self.gather_seconds
+        while row is not None:
+            if row.cancelled:
+                row.end("cancelled")
+            else:
+                rows.append(row)
+            if len(rows) == self.max_batch:
+                break
+            try:
+                row = self._waiting.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                break
+        return rows
+
+    def _answer(self, rows: list[Row]) -> None:
+        """Answer one batch; a failure ends its rows with an error and nothing else."""
+        try:
+            self._generate(rows)
+        except torch.OutOfMemoryError:
+            halves = [rows[: len(rows) // 2], rows[len(rows) // 2 :]] if len(rows) > 1 else []
+            if not halves or any(row.tokens for row in rows):  # what was sent cannot be taken back
+                self._fail(rows, "the device ran out of memory; ask for fewer tokens or smaller pictures")
+                return
+        except Exception:  # the thread must outlive a bad batch; the log has the trace
+            logger.exception("a batch of %d requests failed", len(rows))
+            self._fail(rows, "the model failed on this request; see the server's log")
+            return
+        else:
+            return
+        torch.cuda.empty_cache()
+        self.max_batch = max(len(half) for half in halves)
+        logger.warning("out of memory: going on with batches of at most %d", self.max_batch)
+        for half in halves:
+            self._answer(half)
+
+    def _fail(self, rows: Sequence[Row], message: str) -> None:
+        for row in rows:
+            row.end(EngineError(message))
+
+    def _generate(self, rows: list[Row]) -> None:
+        tokenizer, model = self.loaded.tokenizer, self.loaded.model
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        input_ids, attention_mask = pad_left([row.job.input_ids for row in rows], pad)
+        with torch.no_grad():
+            model.generate(
+                input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                **image_arguments([row.job.pictures for row in rows], self.loaded),
+                do_sample=False,
+                max_new_tokens=max(row.job.options.max_new_tokens for row in rows),
+                logits_processor=LogitsProcessorList([_Samplers(rows)]),
+                stopping_criteria=StoppingCriteriaList([_Ends(rows)]),
+                streamer=_Streams(rows, tokenizer),
+                use_cache=True,
+                pad_token_id=pad,
+            )
+        for row in rows:  # cancelled between two steps
+            row.end("cancelled")

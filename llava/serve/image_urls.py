@@ -1,0 +1,142 @@
+"""Pictures of a request: from `data:` addresses always, from elsewhere only where the server allows it.
+
+A server that opens whatever address it is sent can be made to read its own files and the network behind it, so files
+need `--image-folder` and each remote host has to be named by `--allow-image-host`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import unquote, urlsplit
+
+from PIL import Image
+
+from llava.data.images import load_image, read_rgb
+from llava.errors import BadImageError
+
+
+@dataclass(frozen=True)
+class ImagePolicy:
+    """What pictures a server opens.
+
+    Attributes:
+        max_bytes: size of one picture as it comes, decoded from base64.
+        max_pixels: width times height; looked up before anything is decoded.
+        folder: `file:` addresses are paths below it; None: refused.
+        hosts: names (`host` or `host:port`) from which http and https addresses are fetched.
+        seconds: for one fetch.
+    """
+
+    max_bytes: int = 20 * 2**20
+    max_pixels: int = 50_000_000
+    folder: Path | None = None
+    hosts: frozenset[str] = frozenset()
+    seconds: float = 10.0
+
+    def open(self, url: str, where: str) -> Image.Image:
+        """The picture at an address, as RGB.
+
+        Args:
+            url: `data:image/...;base64,...`, or where allowed `file:NAME`, `http://...`, `https://...`.
+            where: the place in the request, for errors.
+
+        Raises:
+            BadImageError: not allowed, too large, or no picture.
+        """
+        scheme = url.partition(":")[0].lower()
+        if scheme == "data":
+            return self._decode(self._inline(url, where), where)
+        if scheme == "file":
+            return self._file(url, where)
+        if scheme in ("http", "https"):
+            return self._decode(self._fetch(url, where), where)
+        raise BadImageError(
+            f"{where}: '{url[:40]}' is no picture address; send the picture itself: data:image/png;base64,..."
+        )
+
+    def _inline(self, url: str, where: str) -> bytes:
+        head, comma, body = url.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise BadImageError(f"{where}: only base64 is read: data:image/png;base64,... (found '{head[:40]}')")
+        if len(body) * 3 // 4 > self.max_bytes + 2:
+            self._too_large(len(body) * 3 // 4, where)
+        try:
+            return base64.b64decode(body, validate=True)
+        except binascii.Error as error:
+            raise BadImageError(f"{where}: is no base64: {error}") from error
+
+    def _file(self, url: str, where: str) -> Image.Image:
+        if self.folder is None:
+            raise BadImageError(
+                f"{where}: this server opens no files; send the picture itself (data:...), or start it with "
+                "--image-folder"
+            )
+        name = unquote(url.partition(":")[2]).lstrip("/")
+        return self._sized(load_image(self.folder, name, where), where)
+
+    def _fetch(self, url: str, where: str) -> bytes:
+        self._check_host(url, where)
+        opener = urllib.request.build_opener(_SameRules(self, where))
+        try:
+            with opener.open(url, timeout=self.seconds) as response:
+                content = bytes(response.read(self.max_bytes + 1))
+        except (OSError, ValueError) as error:
+            raise BadImageError(f"{where}: cannot read a picture from {url[:200]}: {error}") from error
+        return content
+
+    def _check_host(self, url: str, where: str) -> None:
+        host = urlsplit(url).netloc.lower()
+        if host not in self.hosts:
+            raise BadImageError(
+                f"{where}: this server does not fetch from '{host}'; send the picture itself (data:...), or start it "
+                f"with --allow-image-host {host}"
+            )
+
+    def _decode(self, content: bytes, where: str) -> Image.Image:
+        if len(content) > self.max_bytes:
+            self._too_large(len(content), where)
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                self._sized(image, where)
+        except BadImageError:
+            raise
+        except Exception as error:  # Pillow's decoders raise many kinds for broken files
+            raise BadImageError(f"{where}: is no picture: {error}") from error
+        return read_rgb(io.BytesIO(content), where)
+
+    def _sized(self, image: Image.Image, where: str) -> Image.Image:
+        if image.width * image.height > self.max_pixels:
+            raise BadImageError(
+                f"{where}: {image.width} x {image.height} pixels; this server takes up to {self.max_pixels}, make the "
+                "picture smaller"
+            )
+        return image
+
+    def _too_large(self, size: int, where: str) -> None:
+        raise BadImageError(
+            f"{where}: {size} bytes; this server takes up to {self.max_bytes}, make the picture smaller"
+        )
+
+
+class _SameRules(urllib.request.HTTPRedirectHandler):
+    """Follows a redirection only to a host that may be asked directly."""
+
+    def __init__(self, policy: ImagePolicy, where: str) -> None:
+        self.policy, self.where = policy, where
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        """The next request.
+
+        Raises:
+            BadImageError: it goes elsewhere.
+        """
+        self.policy._check_host(newurl, self.where)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
