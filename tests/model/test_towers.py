@@ -19,10 +19,11 @@ from llava.mm_utils import preprocess_image
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import bare_model
 from llava.model.multimodal_encoder.base import VisionTower
-from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.builder import build_vision_tower, set_normalization
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_encoder.open_clip_encoder import OpenClipVisionTower
 from llava.model.multimodal_encoder.siglip_encoder import SiglipVisionTower
+from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.train.checks import check_arguments
 from llava.train.optimizer import optimizer_groups
 from llava.train.train import build_run, main, parse_args
@@ -130,6 +131,47 @@ def test_open_clip_features_are_those_of_transformers_clip(layer: int, folders: 
             difference = (tower(PIXELS) - expected).abs().max()
             assert (difference < 1e-5) == equal, difference
     assert not any("ln_post" in name or name == "proj" for name, _ in tower.used_parameters())
+
+
+@pytest.mark.parametrize("name", ["clip", "open_clip"])
+def test_class_tokens_of_several_blocks(name: str, folders: dict[str, Path]) -> None:
+    tower = build(folders[name], -1, "cls_every_1")
+    expected = [build(folders[name], layer, "cls_patch")(PIXELS)[:, 0] for layer in (1, 2, 3)]
+    assert tower.num_features == 3
+    torch.testing.assert_close(tower(PIXELS), torch.stack(expected, dim=1), rtol=0, atol=1e-6)
+    second = build(folders[name], -1, "cls_every_2")
+    assert (second.num_features, second.num_blocks) == (1, 2)
+    torch.testing.assert_close(second(PIXELS)[:, 0], expected[1], rtol=0, atol=1e-6)
+    with pytest.raises(FlagError, match="cls_every_4: up to --mm_vision_select_layer -1 only 3 blocks"):
+        build(folders[name], -1, "cls_every_4", load=False)
+    with pytest.raises(FlagError, match="'cls_every_0'; known values"):
+        build(folders[name], -1, "cls_every_0", load=False)
+    with pytest.raises(FlagError, match="has no class token"):
+        build(folders["siglip"], -1, "cls_every_1", load=False)
+
+
+def test_normalization_of_pixels(folders: dict[str, Path]) -> None:
+    processor = build(folders["clip"]).image_processor
+    own = preprocess_image(picture(), processor, "square")
+    set_normalization(processor, "tower")
+    assert torch.equal(preprocess_image(picture(), processor, "square"), own)
+    pixels = own * torch.tensor(processor.image_std)[:, None, None] + torch.tensor(processor.image_mean)[:, None, None]
+    set_normalization(processor, "imagenet")
+    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    torch.testing.assert_close(preprocess_image(picture(), processor, "square"), (pixels - mean) / deviation)
+    with pytest.raises(FlagError, match="'mean'; known values"):
+        set_normalization(processor, "mean")
+
+
+def test_bottleneck_projector() -> None:
+    config = SimpleNamespace(mm_projector_type="bottleneck8_silu", mm_hidden_size=32, hidden_size=40)
+    projector = build_vision_projector(config)
+    assert {name: tuple(weight.shape) for name, weight in projector.state_dict().items()} == {
+        "0.weight": (8, 32), "0.bias": (8,), "2.weight": (40, 8), "2.bias": (40,),
+    }  # fmt: skip
+    x = torch.randn(2, 3, 32)
+    expected = torch.nn.functional.silu(x @ projector[0].weight.T) @ projector[2].weight.T
+    torch.testing.assert_close(projector(x), expected)
 
 
 def picture() -> Image.Image:
