@@ -12,9 +12,9 @@ from torch import Tensor
 
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, installed_extensions
+from llava.hub import local_folder
 from llava.model.checkpoint import load_extension_tensors, read_extensions
-from llava.model.formats import check_base, inspect_checkpoint
-from llava.model.language_model.backbones import load_config
+from llava.model.formats import EXTENSIONS_FOLDER, check_base, inspect_checkpoint
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 
 
@@ -45,12 +45,7 @@ def recorded_extensions(base: str | Path, cache_dir: str | None = None) -> dict[
     """
     folder = Path(base)
     if not (folder / "config.json").is_file():
-        trained_with = sorted(getattr(load_config(base, cache_dir), "extensions", None) or {})
-        if trained_with:
-            raise CheckpointError(
-                f"{base} was trained with {trained_with}, and only a folder can be trained on; fetch it (hf download "
-                f"{base} --local-dir FOLDER) and give that folder as --model_name_or_path"
-            )
+        _refuse_on_hub(str(base), cache_dir)
         return {}
     check_base(folder)
     contents = inspect_checkpoint(folder)
@@ -63,6 +58,26 @@ def recorded_extensions(base: str | Path, cache_dir: str | None = None) -> dict[
     return {
         name: Recorded(state.config, state.tensors, folder) for name, state in imported.items() if state is not None
     }
+
+
+def _refuse_on_hub(base: str, cache_dir: str | None) -> None:
+    """Refuse a model on a hub whose small files say that an extension was trained into it."""
+    folder = local_folder(base, ("config.json", f"{EXTENSIONS_FOLDER}/*/config.json"), cache_dir=cache_dir)
+    if not (folder / "config.json").is_file():
+        return
+    found = {path.parent.name for path in folder.glob(f"{EXTENSIONS_FOLDER}/*/config.json")}
+    for name, extension in installed_extensions().items():
+        try:
+            state = extension.import_checkpoint(folder)
+        except CheckpointError:  # known by its configuration, while its weights were not fetched
+            found.add(name)
+        else:
+            found |= {name} if state is not None else set()
+    if found:
+        raise CheckpointError(
+            f"{base} was trained with {sorted(found)}, and only a folder can be trained on; fetch it (hf download "
+            f"{base} --local-dir FOLDER) and give that folder as --model_name_or_path"
+        )
 
 
 def check_recorded(base: str | Path, recorded: dict[str, Recorded], wanted: dict[str, Config]) -> None:

@@ -13,9 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dynamic.config import SparseConfig
 from llava.errors import CheckpointError, FlagError
 from llava.model.checkpoint import bare_model
 from llava.model.components import Component, components
+from llava.train import continued
+from llava.train.continued import recorded_extensions
 from llava.train.train import Run, build_run, main, parse_args
 from llava.train.train_sparse import DEFAULTS
 from tests.train.test_training import HYDRA, LLAVA, command_line, logits, losses
@@ -154,3 +157,21 @@ def test_predictors_of_the_base_are_trained_on(tmp_path: Path, capsys: pytest.Ca
 
 def predictors_in(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "extensions" / "dynamic" / "model.safetensors")
+
+
+@pytest.mark.parametrize("layout", ["ours", "original", "none"])
+def test_a_base_on_a_hub(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that holds predictors a folder is asked for; only its small files are looked at."""
+    config = {"model_type": "llava_llama"} | (
+        {"sparse_config": SparseConfig().to_dict()} if layout == "original" else {}
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if layout == "ours":
+        (tmp_path / "extensions" / "dynamic").mkdir(parents=True)
+        (tmp_path / "extensions" / "dynamic" / "config.json").write_text(json.dumps(SparseConfig().to_dict()))
+    monkeypatch.setattr(continued, "local_folder", lambda *_, **__: tmp_path)
+    if layout == "none":
+        assert recorded_extensions("owner/name") == {}
+    else:
+        with pytest.raises(CheckpointError, match=r"owner/name was trained with \['dynamic'\].*hf download"):
+            recorded_extensions("owner/name")
