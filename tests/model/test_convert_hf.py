@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from llava import export
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.errors import CheckpointError, FlagError
@@ -408,3 +409,17 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(CheckpointError, match="convert_hf from-hf"):
         load_pretrained_model(str(tmp_path / "hf"), device="cpu")
     assert load_tokenizer(tmp_path / "back").pad_token == "<unk>"
+
+
+def test_export_for_other_servers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`llava.export` writes what `to-hf` writes, says how to serve it, and refuses the same."""
+    checkpoint = golden_dir("llava") / "tiny-llava-v1.5"
+    written = export.main(["--model-path", str(checkpoint), "--out", str(tmp_path / "ours"), "--dtype", "bfloat16"])
+    assert f"vllm serve {tmp_path / 'ours'}" in capsys.readouterr().out
+    to_hf(checkpoint, tmp_path / "theirs", dtype="bfloat16")
+    for path in (tmp_path / "theirs").iterdir():
+        assert (written / path.name).read_bytes() == path.read_bytes(), path.name
+    routed = golden_dir("mllm_hydralora") / "tiny-llava-v1.5-lora-mohle"
+    with pytest.raises(FlagError, match="hydralora"):
+        export.main(["--model-path", str(routed), "--model-base", str(checkpoint), "--out", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()

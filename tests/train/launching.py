@@ -43,7 +43,9 @@ def finish(process: subprocess.Popen[str], limit: float) -> int:
         raise
 
 
-def launch_runs(processes: int, runs: list[dict[str, Any]], folder: Path, limit: float = 900) -> str:
+def launch_runs(
+    processes: int, runs: list[dict[str, Any]], folder: Path, limit: float = 900, program: Path = SEVERAL
+) -> str:
     """Several runs one after another in the same processes; returns what was printed.
 
     Args:
@@ -52,11 +54,12 @@ def launch_runs(processes: int, runs: list[dict[str, Any]], folder: Path, limit:
             a folder to copy first.
         folder: for the list of runs and the log.
         limit: seconds for all of them.
+        program: takes the list of runs.
     """
     listed = folder / f"runs-{len(list(folder.glob('runs-*.json')))}.json"
     listed.write_text(json.dumps(runs))
     log = listed.with_suffix(".log")
-    status = finish(start(torchrun(processes), SEVERAL, [str(listed)], log), limit)
+    status = finish(start(torchrun(processes), program, [str(listed)], log), limit)
     assert status == 0, log.read_text()[-4000:]
     return log.read_text()
 
