@@ -3,25 +3,50 @@
 `tuner/` is HydraLoRA as a method of PEFT, for any linear layer; importing this package registers it. The rest is its
 LLaVA variant, routed blocks in place of the decoder's MLPs and HydraLoRA on attention layers:
 `layer.py` holds the mathematics, `config.py` what can be varied, `model.py` and `linears.py` how blocks and updates
-enter a model, `flags.py` and `extension.py` how they plug into llava, `convert.py` and `moe_args.py` published
-checkpoints in and out.
+enter a model, `flags.py` and `extension.py` how they plug into llava, `convert.py`, `original.py` and `moe_args.py`
+published checkpoints in and out, `patch.py` the way into a model of upstream's class.
+
+With a PEFT older than 0.21, as upstream's LLaVA has it, the method of PEFT is absent and the rest works.
 """
+
+from importlib import metadata
 
 from hydralora.config import RoutedMLPConfig
 from hydralora.layer import RoutedMLP, Routing, expert_balance_loss
 from hydralora.model import added_parameters, attach, record_routing, routed_blocks
-from hydralora.tuner import HydraLoraConfig, HydraLoraLayer, HydraLoraModel
+from hydralora.patch import LlavaPatch, patch_llava
 
 __all__ = [
     "HydraLoraConfig",
     "HydraLoraLayer",
     "HydraLoraModel",
+    "LlavaPatch",
     "RoutedMLP",
     "RoutedMLPConfig",
     "Routing",
     "added_parameters",
     "attach",
     "expert_balance_loss",
+    "patch_llava",
     "record_routing",
     "routed_blocks",
 ]
+
+
+def _old_peft() -> str:
+    """Version of a PEFT that `tuner/` does not support, or that there is none; empty if it does."""
+    try:
+        installed = metadata.version("peft")
+    except metadata.PackageNotFoundError:
+        return "none is installed"
+    return f"installed is {installed}" if tuple(map(int, installed.split(".")[:2])) < (0, 21) else ""
+
+
+if not _old_peft():
+    from hydralora.tuner import HydraLoraConfig, HydraLoraLayer, HydraLoraModel
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:  # found above, unless PEFT is too old
+        raise ImportError(f"hydralora.{name} is a method of PEFT >= 0.21; {_old_peft()}")
+    raise AttributeError(f"module 'hydralora' has no attribute '{name}'")

@@ -1,132 +1,19 @@
-"""Published checkpoints: the tensors of MLLM-HydraLoRA from and to ours, and a program for the text adapters.
-
-MLLM-HydraLoRA stores each expert's B as a tensor of its own in `non_lora_trainables.bin`, under the names of its PEFT
-wrapper; ours are stacked. The settings of such a checkpoint are in `moe_args.pth`, see `moe_args.py`.
+"""A program that converts adapters of the text HydraLoRA, see `tuner/original.py`.
 
     python -m hydralora.convert from-original ORIGINAL_ADAPTER OUR_ADAPTER
     python -m hydralora.convert to-original OUR_ADAPTER ORIGINAL_ADAPTER
 
-convert adapters of the text HydraLoRA, see `tuner/original.py`.
+The LLaVA checkpoints of MLLM-HydraLoRA are read and written in place, see `original.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import pickle
-import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from hydralora.config import RoutedMLPConfig
-from hydralora.moe_args import ARGUMENTS_FILE
-
-WEIGHTS_FILE = "non_lora_trainables.bin"
-
-_PEFT_PREFIX = "base_model.model."
-_KEY = re.compile(
-    r"(?:base_model\.model\.)?(?P<block>.+)\."
-    r"(?:shared_LoRA_A_(?P<shared>gate|up|down)|moe_(?P<stacked>gate|up|down)\.(?P<expert>\d+)\.LoRA_B"
-    r"|(?P<router>router\.(?:weight|bias)))"
-)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a `non_lora_trainables.bin` on the CPU, by torch's weights-only loader.
-
-    Raises:
-        ValueError: the file is damaged or holds something else than named tensors.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: is damaged or holds more than tensors ({error})") from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a table of named tensors")
-    return content
-
-
-def is_original_key(key: str) -> bool:
-    """True if `key` of a `non_lora_trainables.bin` belongs to a routed MLP block."""
-    return _KEY.fullmatch(key) is not None
-
-
-def from_original(tensors: Mapping[str, Tensor], config: RoutedMLPConfig, path: Path) -> dict[str, Tensor]:
-    """The blocks' tensors under our names, the experts' B stacked.
-
-    Args:
-        tensors: content of `non_lora_trainables.bin`; keys of other parts are left alone.
-        config: expected number of experts and rank.
-        path: of the file, for messages.
-
-    Returns:
-        Tensors by their name in the model, for example `model.layers.0.mlp.experts_B_gate`, (E, M, r).
-
-    Raises:
-        ValueError: a block lacks a tensor or has one too many, or a shape does not fit; file and key are named.
-    """
-    blocks: dict[str, dict[str, tuple[str, Tensor]]] = {}
-    for key, tensor in tensors.items():
-        if (match := _KEY.fullmatch(key)) is not None:
-            part = key[match.end("block") + 1 :]
-            blocks.setdefault(match["block"], {})[part] = (key, tensor)
-    converted: dict[str, Tensor] = {}
-    for block, parts in blocks.items():
-        _check_block(block, parts, config, path)
-        for kind in ("gate", "up", "down"):
-            converted[f"{block}.shared_A_{kind}"] = parts[f"shared_LoRA_A_{kind}"][1]
-            experts = [parts[f"moe_{kind}.{expert}.LoRA_B"][1] for expert in range(config.experts)]
-            converted[f"{block}.experts_B_{kind}"] = torch.stack(experts)  # (E, out, r)
-        for name in ("router.weight", "router.bias"):
-            converted[f"{block}.{name}"] = parts[name][1]
-    return converted
-
-
-def _check_block(block: str, parts: Mapping[str, tuple[str, Tensor]], config: RoutedMLPConfig, path: Path) -> None:
-    """Raise unless `parts` are exactly the tensors of one block of `config`, with shapes that fit one another."""
-    shapes = _original_shapes(parts, config)
-    missing, extra = sorted(set(shapes) - set(parts)), sorted(set(parts) - set(shapes))
-    if missing or extra:
-        raise ValueError(
-            f"{path}: block '{block}' with {config.experts} experts (per {ARGUMENTS_FILE}): missing {missing}, "
-            f"unexpected {extra}"
-        )
-    for part, shape in shapes.items():
-        key, tensor = parts[part]
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{path}: '{key}' has shape {tuple(tensor.shape)}, expected {shape}")
-
-
-def _original_shapes(parts: Mapping[str, tuple[str, Tensor]], config: RoutedMLPConfig) -> dict[str, tuple[int, ...]]:
-    """Expected shape of each tensor of a block; D and M are taken from the two A that tell them."""
-    E, r = config.experts, config.rank
-    D, M = (parts[name][1].shape[-1] if name in parts else 0 for name in ("shared_LoRA_A_gate", "shared_LoRA_A_down"))
-    shapes: dict[str, tuple[int, ...]] = {"router.weight": (E, D), "router.bias": (E,)}
-    for kind, inputs, outputs in (("gate", D, M), ("up", D, M), ("down", M, D)):
-        shapes[f"shared_LoRA_A_{kind}"] = (r, inputs)
-        shapes |= {f"moe_{kind}.{expert}.LoRA_B": (outputs, r) for expert in range(E)}
-    return shapes
-
-
-def to_original(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """The inverse of `from_original`, with the prefix of the original's PEFT wrapper; tensors are copied to the CPU.
-
-    Args:
-        parameters: what `hydralora.model.added_parameters` yields.
-    """
-    converted: dict[str, Tensor] = {}
-    for name, tensor in parameters:
-        values = tensor.detach().cpu()
-        block, marker, kind = name.rpartition(".experts_B_")
-        if marker:
-            for expert, matrix in enumerate(values):
-                converted[f"{_PEFT_PREFIX}{block}.moe_{kind}.{expert}.LoRA_B"] = matrix.clone()
-        else:
-            converted[_PEFT_PREFIX + name.replace(".shared_A_", ".shared_LoRA_A_")] = values.clone()
-    return converted
+from hydralora.tuner.original import export_adapter, import_adapter
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -147,8 +34,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program; a folder that cannot be converted ends it with a message and status 1."""
-    from hydralora.tuner.original import export_adapter, import_adapter
-
     args = build_parser().parse_args(argv)
     try:
         if args.command == "from-original":

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from hydralora import convert, linears, moe_args
+from hydralora import linears, moe_args, original
 from hydralora import model as routed_model
 from hydralora.config import HydraLoraOptions, HydraLoraSettings, RoutedMLPConfig
 from hydralora.flags import settings_from_flags
@@ -156,9 +156,9 @@ class HydraLoraExtension(Extension):
         Raises:
             CheckpointError: the attention LoRA in `folder` has another rank or alpha than the experts.
         """
-        path = folder / convert.WEIGHTS_FILE
+        path = folder / original.WEIGHTS_FILE
         try:
-            stored = convert.read_weights(path) if path.is_file() else {}
+            stored = original.read_weights(path) if path.is_file() else {}
             arguments = moe_args.arguments_of_config(
                 RoutedMLPConfig.from_dict(config),  # of blocks alone; see `export_problem`
                 folder / "adapter_config.json",
@@ -166,17 +166,17 @@ class HydraLoraExtension(Extension):
             )
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-        torch.save(stored | convert.to_original(routed_model.added_parameters(model)), path)
+        torch.save(stored | original.to_original(routed_model.added_parameters(model)), path)
         moe_args.write_training_arguments(folder / moe_args.ARGUMENTS_FILE, arguments)
 
 
 def _import_original(folder: Path) -> ImportedState | None:
     """`import_checkpoint` with `ValueError` for whatever is wrong."""
-    path, arguments_path = folder / convert.WEIGHTS_FILE, folder / moe_args.ARGUMENTS_FILE
+    path, arguments_path = folder / original.WEIGHTS_FILE, folder / moe_args.ARGUMENTS_FILE
     if not path.is_file():
         return None
-    stored = convert.read_weights(path)
-    keys = frozenset(key for key in stored if convert.is_original_key(key))
+    stored = original.read_weights(path)
+    keys = frozenset(key for key in stored if original.is_original_key(key))
     if not keys:
         return None
     if not arguments_path.is_file():
@@ -185,7 +185,7 @@ def _import_original(folder: Path) -> ImportedState | None:
             "are wired (dense or sparse, alpha); copy it from where the checkpoint came from"
         )
     config = moe_args.config_from_arguments(moe_args.read_training_arguments(arguments_path), arguments_path)
-    return ImportedState(config.to_dict(), convert.from_original(stored, config, path), keys | {arguments_path.name})
+    return ImportedState(config.to_dict(), original.from_original(stored, config, path), keys | {arguments_path.name})
 
 
 def _tower_blocks(model: Any) -> list[nn.Module]:

@@ -13,7 +13,7 @@ import pkgutil
 import sys
 from collections.abc import Iterator
 
-PACKAGES = ("llava", "hydralora", "dynamic", "mma", "playground")
+PACKAGES = ("llava", "hydralora", "dynamic", "mma", "moe_patch", "playground")
 
 # One package of each extra: their absence shows that this environment really is the core alone.
 EXTRAS = (

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("llava", "hydralora", "dynamic", "mma", "playground")
+PACKAGES = ("llava", "hydralora", "dynamic", "mma", "moe_patch", "playground")
 EXTENSIONS = ("hydralora", "dynamic", "mma", "moe_patch")
 MAX_LINES = 500
 WITHOUT_A_MODEL = {"llava.errors", "llava.hub", "llava.quantisation", "llava.tokenizer", "llava.utils"}

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hydralora.convert import read_weights
+from hydralora.original import read_weights
 from hydralora.tuner.original import from_original
 from llava.errors import CheckpointError
 

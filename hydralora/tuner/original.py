@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hydralora.convert import read_weights
+from hydralora.original import read_weights
 from hydralora.tuner.config import HydraLoraConfig
 
 CONFIG_FILE = "adapter_config.json"

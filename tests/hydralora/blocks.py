@@ -33,7 +33,7 @@ def make_block(
 
 
 def set_original_weights(block: RoutedMLP, tensors: Mapping[str, Tensor]) -> None:
-    """Fill `block` from the `w/` tensors of a golden block case, written out here independently of `convert.py`."""
+    """Fill `block` from the `w/` tensors of a golden block case, written out here independently of `original.py`."""
     state = {name: tensors[f"w/original_module.{name}"] for name in ("gate_proj.weight", "up_proj.weight")}
     state["down_proj.weight"] = tensors["w/original_module.down_proj.weight"]
     for kind in ("gate", "up", "down"):

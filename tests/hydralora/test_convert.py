@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from hydralora.config import RoutedMLPConfig
-from hydralora.convert import from_original, is_original_key, read_weights, to_original
 from hydralora.moe_args import (
     StandIn,
     arguments_of_config,
@@ -25,6 +24,7 @@ from hydralora.moe_args import (
     read_training_arguments,
     write_training_arguments,
 )
+from hydralora.original import from_original, is_original_key, read_weights, to_original
 from tests.golden import golden_dir, load_case
 
 CHECKPOINT = golden_dir("mllm_hydralora") / "tiny-llava-v1.5-lora-mohle"

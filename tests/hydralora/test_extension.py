@@ -15,10 +15,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from hydralora.config import RoutedMLPConfig
-from hydralora.convert import from_original, is_original_key, to_original
 from hydralora.extension import HydraLoraExtension
 from hydralora.model import record_routing, routed_blocks
 from hydralora.moe_args import read_training_arguments
+from hydralora.original import from_original, is_original_key, to_original
 from llava.errors import CheckpointError
 from llava.model.builder import load_pretrained_model
 from llava.model.loss import LossReduction

@@ -1,0 +1,111 @@
+"""Checkpoint folders of a patched checkout: the original layout of an extension, and that of llava-extensions.
+
+Original: `non_lora_trainables.bin` and an extension's file beside it. llava-extensions: `extensions/<name>/config.json`
+and `model.safetensors`, `mm_projector.safetensors`. LoRA lies in PEFT's files in both. Found from the files, never from
+words in a path; no pickled code is run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_patch.payload.extension import Extension, State
+
+NON_LORA_FILE = "non_lora_trainables.bin"
+PROJECTOR_FILE = "mm_projector.safetensors"
+PEFT_PREFIX = "base_model.model."
+NOT_CARRIED = {
+    "image_tokens.safetensors": "trained rows of <im_start> and <im_end>",
+    "vision_tower": "a trained vision tower",
+}
+"""Parts of a folder of llava-extensions that upstream's LLaVA has no place for."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a folder holds beside LoRA.
+
+    Attributes:
+        path: the folder.
+        extensions: configuration and tensors of each extension by its name.
+        projector: weights of the projector by their name in the bare model.
+    """
+
+    path: Path
+    extensions: dict[str, tuple[dict[str, Any], State]] = field(default_factory=dict)
+    projector: State = field(default_factory=dict)
+
+
+def is_ours(folder: Path) -> bool:
+    """True for a folder of llava-extensions that needs a base: it has files that upstream never writes."""
+    return any((folder / "extensions").glob("*/config.json")) or (folder / PROJECTOR_FILE).is_file()
+
+
+def read_bin(path: Path) -> State:
+    """Tensors of a file that `torch.save` wrote, without running pickled code.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path}: holds something else than a table of named tensors")
+    return content
+
+
+def bare_names(state: Mapping[str, Tensor]) -> State:
+    """The tensors by their names in the bare model."""
+    return {name[len(PEFT_PREFIX) :] if name.startswith(PEFT_PREFIX) else name: t for name, t in state.items()}
+
+
+def read_folder(folder: Path, carried: Sequence[Extension]) -> Folder | None:
+    """Read a folder of either layout; None if it holds nothing of any extension and is not ours.
+
+    Raises:
+        ValueError: it holds an extension that this checkout does not carry, or is damaged.
+    """
+    if is_ours(folder):
+        return _read_ours(folder, carried)
+    found = {e.name: saved for e in carried if (saved := e.read_original(folder)) is not None}
+    if not found:
+        return None
+    rest = {name: t for name, t in read_bin(folder / NON_LORA_FILE).items() if not any(e.owns(name) for e in carried)}
+    unknown = [name for name in rest if not _is_projector(name)]
+    if unknown:
+        raise ValueError(
+            f"{folder / NON_LORA_FILE}: {len(unknown)} tensors belong to nothing here, first {unknown[:3]}"
+        )
+    return Folder(folder, found, bare_names(rest))
+
+
+def _read_ours(folder: Path, carried: Sequence[Extension]) -> Folder:
+    from safetensors.torch import load_file
+
+    lost = [f"{name} ({what})" for name, what in NOT_CARRIED.items() if (folder / name).exists()]
+    paths = {path.parent.name: path.parent for path in sorted((folder / "extensions").glob("*/config.json"))}
+    unknown = sorted(set(paths) - {extension.name for extension in carried})
+    if lost or unknown:
+        raise ValueError(
+            f"{folder}: "
+            + "; ".join(
+                [f"holds {part}, for which upstream's LLaVA has no place" for part in lost]
+                + [f"was trained with '{name}', which moe_patch has not put into this checkout" for name in unknown]
+            )
+        )
+    found = {
+        name: (json.loads((path / "config.json").read_text(encoding="utf-8")), load_file(path / "model.safetensors"))
+        for name, path in paths.items()
+    }
+    projector = load_file(folder / PROJECTOR_FILE) if (folder / PROJECTOR_FILE).is_file() else {}
+    return Folder(folder, found, projector)
+
+
+def _is_projector(name: str) -> bool:
+    return bool({"mm_projector", "image_newline"}.intersection(name.split(".")))

@@ -1,0 +1,165 @@
+"""The functions that the edited lines of `train.py` and `builder.py` call, for all extensions beside this file.
+
+Flags become a base class of upstream's `TrainingArguments`; modules are attached right after PEFT has wrapped the
+model, since PEFT freezes what it does not know; a checkpoint is recognised by its files, whatever its folder's name is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+from moe_patch.payload import adapters
+from moe_patch.payload.extension import Extension, State
+from moe_patch.payload.folders import Folder, read_folder
+from moe_patch.payload.saving import Collect, CompleteCheckpoints, bare_model, copy_tensors, saved_state
+
+GLUE = {"hydralora": "HydraLora"}
+"""Every extension that there is: its class in the module `<name>_glue`, which is here if the extension was chosen."""
+
+
+def _carried() -> tuple[Extension, ...]:
+    here = Path(__file__).parent
+    names = [name for name in GLUE if (here / f"{name}_glue.py").is_file()]
+    return tuple(getattr(importlib.import_module(f"{__package__}.{name}_glue"), GLUE[name])() for name in names)
+
+
+CARRIED = _carried()
+
+Flags: type = dataclasses.make_dataclass("Flags", [], bases=tuple(extension.options for extension in CARRIED))
+"""The flags of all extensions, as a dataclass."""
+
+
+def configure(model_args: Any, training_args: Any) -> None:
+    """Check the flags of all extensions and set those of upstream that follow from them.
+
+    Raises:
+        ValueError: a flag is contradictory or not carried out.
+    """
+    for extension in CARRIED:
+        extension.configure(model_args, training_args)
+
+
+def choose_lora_modules(lora_config: Any, model: Any, training_args: Any) -> None:
+    """Let the flags of the extensions say which layers of the decoder get LoRA; upstream takes all linear layers."""
+    for extension in CARRIED:
+        names = extension.lora_modules(training_args)
+        if names is not None:
+            lora_config.target_modules = adapters.target_pattern(model, names)
+
+
+def attach(model: Any, training_args: Any) -> None:
+    """Put the modules of the extensions into a model that PEFT has wrapped."""
+    for extension in CARRIED:
+        extension.attach_for_training(bare_model(model), training_args)
+
+
+def prepare_trainer(trainer: Any, collect: Collect) -> None:
+    """If an extension is switched on, make every `checkpoint-N` complete and log the extensions' numbers."""
+    if any(extension.is_active(trainer.args) for extension in CARRIED):
+        # In front, so that the callbacks that print see what it adds to the log line.
+        trainer.callback_handler.callbacks.insert(0, CompleteCheckpoints(CARRIED, collect))
+
+
+def save(model: Any, training_args: Any, state: State) -> State:
+    """At the end of a run: write the extensions' settings, and give their tensors the names of the original layouts.
+
+    Args:
+        model: wrapped by PEFT.
+        training_args: with `output_dir`.
+        state: what upstream is about to write as `non_lora_trainables.bin`.
+    """
+    if training_args.should_save:
+        for extension in CARRIED:
+            extension.write_settings(bare_model(model), training_args, Path(training_args.output_dir))
+    return saved_state(CARRIED, model, state)
+
+
+def model_name(model_path: str, model_base: str | None, name: str) -> str:
+    """The name by which upstream's loader chooses its way: of a folder with extensions one that means LLaVA.
+
+    Raises:
+        ValueError: the folder needs a base and none is given.
+    """
+    global _last
+    _last = None  # the folder may have been written anew since it was loaded the last time
+    folder = _local(model_path, model_base)
+    if folder is None or _read(folder) is None:
+        return name
+    if model_base is None:
+        raise ValueError(f"{model_path}: holds only what was trained on top of a base model; give it as model_base")
+    return name if "llava" in name.lower() and "lora" in name.lower() else f"llava-lora-{name}"
+
+
+def carries(model_path: str, model_base: str | None) -> bool:
+    """True if the folder holds an extension, or was written by llava-extensions."""
+    folder = _local(model_path, model_base)
+    return folder is not None and _read(folder) is not None
+
+
+def load(model_class: Any, model_path: str, model_base: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Tokenizer and model of such a folder, with LoRA merged; tower and image tokens are left to upstream's loader.
+
+    Args:
+        model_class: `LlavaLlamaForCausalLM`.
+        model_path: the folder, or its id on a model hub.
+        model_base: the base weights.
+        options: for `from_pretrained`.
+
+    Raises:
+        ValueError: the folder is damaged or does not fit the base.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    path = _local(model_path, model_base)
+    folder = None if path is None else _read(path)
+    if folder is None:
+        raise ValueError(f"{model_path}: holds no extension")
+    config = model_class.config_class.from_pretrained(folder.path)
+    config.vocab_size = AutoConfig.from_pretrained(model_base).vocab_size  # rows of new tokens come later
+    _older_rope(config)
+    tokenizer = AutoTokenizer.from_pretrained(model_base, use_fast=False)
+    model = model_class.from_pretrained(model_base, low_cpu_mem_usage=True, config=config, **options)
+    for extension in CARRIED:
+        if extension.name in folder.extensions:
+            extension.attach(model, *folder.extensions[extension.name])
+    copy_tensors(model, folder.projector, folder.path)
+    return tokenizer, adapters.merge_adapter(model, folder.path).eval()
+
+
+def _older_rope(config: Any) -> None:
+    """Rotary settings that transformers 5 has written, where transformers 4 looks for them.
+
+    Raises:
+        ValueError: they are of a kind that this reading does not cover.
+    """
+    settings = dict(getattr(config, "rope_parameters", None) or {})
+    kind = settings.pop("rope_type", "default")
+    if kind != "default":
+        raise ValueError(f"rotary embeddings of the kind '{kind}', written by a later transformers, are not read here")
+    if "rope_theta" in settings:
+        config.rope_theta = settings["rope_theta"]
+
+
+def _local(model_path: str, model_base: str | None) -> Path | None:
+    """The folder of a checkpoint; one of adapters that is named by its id on a model hub is fetched."""
+    if Path(model_path).is_dir():
+        return Path(model_path)
+    if model_base is None:
+        return None
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model_path))
+
+
+_last: tuple[Path, Folder | None] | None = None
+
+
+def _read(path: Path) -> Folder | None:
+    """What the folder holds; the loader asks three times, and the file is read once."""
+    global _last
+    if _last is None or _last[0] != path:
+        _last = path, read_folder(path, CARRIED)
+    return _last[1]
