@@ -81,7 +81,26 @@ def advance(decoder: Any, index: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
         use_cache=False,
         **{ROUTING: noted},
     )
-    return tokens, torch.stack(noted, dim=1)
+    return tokens, _Anchored.apply(torch.stack(noted, dim=1), tokens)
+
+
+class _Anchored(torch.autograd.Function):
+    """The weights as they are; in the backward pass the tokens behind their layer get a gradient too, of zeros.
+
+    The weights leave the layer by its side. Behind the last layer nobody needs the tokens, and without their gradient
+    the backward pass would enter that layer in its middle, where ZeRO-3 has not made its parameters whole.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, tokens: Tensor) -> Tensor:
+        ctx.set_materialize_grads(True)
+        ctx.like = tokens.shape, tokens.dtype, tokens.device
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        shape, dtype, device = ctx.like
+        return gradient, torch.zeros(shape, dtype=dtype, device=device)
 
 
 def routing_table(decoder: Any, dtype: torch.dtype) -> Tensor:

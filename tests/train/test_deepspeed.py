@@ -35,6 +35,15 @@ EQUAL: dict[str, dict[str, Any]] = {
     "hydralora": SGD | ROUTED,
     "hydralora sparse": SGD | ROUTED | {"dense_moe": False},
     "hydralora modules": SGD | ROUTED | MODULES,
+    "mma": SGD
+    | {
+        "mma": True,
+        "adapter_type": "block",
+        "visual_adapter_type": "router_block",
+        "visual_input": "llava",
+        "adapter_dropout": 0.0,
+        "gradient_checkpointing": True,
+    },
     "tower": SGD | {"unfreeze_mm_vision_tower": True, "mm_vision_tower_lr": 1.0},
     "stage 1": SGD
     | {
