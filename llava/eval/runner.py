@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,6 +51,10 @@ class Prompt:
     length: int
 
 
+ToPrompt = Callable[[str, Task, LoadedModel], Prompt]
+"""From the key of a task, the task and the model to its prompt."""
+
+
 @dataclass
 class Speed:
     """How fast a run went.
@@ -81,6 +86,7 @@ def answer_tasks(
     conv_mode: str,
     batch_size: int | None = 1,
     workers: int = 4,
+    to_prompt: ToPrompt | None = None,
 ) -> Speed:
     """Answer all pending tasks.
 
@@ -96,6 +102,7 @@ def answer_tasks(
         batch_size: questions in one `generate`; None begins with many, halves them when the device runs out of memory,
             and goes on with the batch that did not fit.
         workers: threads that read and preprocess images.
+        to_prompt: makes the prompt of a task where `conv_mode` names no conversation template.
 
     Raises:
         FlagError: unknown template, options that do not go with the batch size, or the memory of the device is too
@@ -103,7 +110,8 @@ def answer_tasks(
         BadSampleError, BadImageError: a task that cannot be asked; names the row, and the file of an image.
     """
     options.check_batch_size(batch_size)
-    prompts = [make_prompt(key, task, loaded, conv_mode) for key, task in answers.pending.items()]
+    to_prompt = to_prompt or partial(make_prompt, conv_mode=conv_mode)
+    prompts = [to_prompt(key, task, loaded) for key, task in answers.pending.items()]
     # Longest first: running out of memory shows at once, and rows of one batch need little padding.
     prompts.sort(key=lambda prompt: -prompt.length)
     speed, started = Speed(batch_size=batch_size or _first_batch_size(loaded, options)), time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mma.train import main
 from tests.golden import golden_dir, load_case
 from tests.mma.golden_model import write_tower
 from tests.mma.test_data import save_problems
@@ -26,6 +27,18 @@ class LavinFiles:
             *("--llama_model_path", str(self.weights), "--vision_tower", str(self.tower)),
             *("--data_root", str(self.data), "--caption_file", str(self.data / "captions.json"), "--device", "cpu"),
         ]
+
+
+def train_tiny(files: LavinFiles, output: Path, *words: str) -> Path:
+    """Four updates over two epochs of ScienceQA."""
+    return main(
+        [
+            *files.words,
+            *("--output_dir", str(output), "--prompt_format", "QCM-ALE", "--visual_adapter_type", "router"),
+            *("--batch_size", "4", "--accum_iter", "2", "--epochs", "2", "--warmup_epochs", "0.5", "--lr", "0.01"),
+            *("--num_workers", "0", "--logging_steps", "1", "--hidden_proj", "16", *words),
+        ]
+    )
 
 
 def save_lavin_files(folder: Path) -> LavinFiles:

@@ -15,16 +15,15 @@ from mma.programs import train_arguments
 from mma.programs.train_arguments import INSTEAD, parse_args
 from mma.programs.train_options import build_parser
 from mma.programs.trainer import epoch_of, whole_updates
-from mma.train import main
 from tests.golden import load_case
-from tests.mma.lavin_files import LavinFiles, save_lavin_files
+from tests.mma.lavin_files import LavinFiles, train_tiny
 
 FLAGS = load_case("lavin", "cli_flags")[0]
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> LavinFiles:
-    return save_lavin_files(tmp_path_factory.mktemp("lavin"))
+@pytest.fixture
+def files(lavin_files: LavinFiles) -> LavinFiles:
+    return lavin_files
 
 
 def described(action: argparse.Action) -> dict[str, Any]:
@@ -133,21 +132,10 @@ def test_epochs_are_whole_updates() -> None:
         epoch_of(18, 64, 1, 1)
 
 
-def run(files: LavinFiles, output: Path, *words: str) -> Path:
-    return main(
-        [
-            *files.words,
-            *("--output_dir", str(output), "--prompt_format", "QCM-ALE", "--visual_adapter_type", "router"),
-            *("--batch_size", "4", "--accum_iter", "2", "--epochs", "2", "--warmup_epochs", "0.5", "--lr", "0.01"),
-            *("--num_workers", "0", "--logging_steps", "1", "--hidden_proj", "16", *words),
-        ]
-    )
-
-
 def test_a_run_from_metas_files_to_a_checkpoint(
     files: LavinFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = run(files, tmp_path / "out")
+    output = train_tiny(files, tmp_path / "out")
     assert "python -m mma.eval --ckpt_dir" in capsys.readouterr().out
     state = json.loads((output / "trainer_state.json").read_text())
     assert state["global_step"] == 4  # two whole updates of 8 in each epoch of 18 samples
@@ -169,8 +157,8 @@ def test_a_run_from_metas_files_to_a_checkpoint(
 
 
 def test_an_interrupted_run_goes_on(files: LavinFiles, tmp_path: Path) -> None:
-    whole = run(files, tmp_path / "whole")
-    run(files, tmp_path / "parts", "--max_steps", "2")
-    parts = run(files, tmp_path / "parts")
+    whole = train_tiny(files, tmp_path / "whole")
+    train_tiny(files, tmp_path / "parts", "--max_steps", "2")
+    parts = train_tiny(files, tmp_path / "parts")
     for path in sorted((whole / "extensions" / "mma").glob("*.safetensors")):
         assert path.read_bytes() == (parts / "extensions" / "mma" / path.name).read_bytes()

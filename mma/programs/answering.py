@@ -1,0 +1,181 @@
+"""Answering questions in LaVIN's prompts: the model of a command line, and the way to a finished answers file.
+
+Batches, resuming, images and sampling are those of `llava/eval/runner.py`; LaVIN brings its order of tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava.data.images import load_image
+from llava.errors import FlagError
+from llava.eval.answers import AnswersFile, Task, answer_row
+from llava.eval.generation import GenerationOptions
+from llava.eval.loading import LoadedModel, choose_device, choose_dtype, load_model
+from llava.eval.program import json_values
+from llava.eval.record import weights_fingerprint
+from llava.eval.runner import Prompt, answer_tasks
+from llava.mm_utils import get_model_name_from_path
+from llava.output import replace_text
+from mma.data.tokens import prompt_ids
+from mma.programs.eval_options import ADAPTER_OPTIONS, BITS, check_adapters
+from mma.programs.processes import Processes
+from mma.weights.base import BaseWeights, base_folder
+
+CONV_MODE = "lavin"
+"""In the settings of an answers file, in place of a conversation template."""
+
+ANSWERS_FILE = "answers.jsonl"
+
+
+def make_prompt(key: str, task: Task, loaded: LoadedModel) -> Prompt:
+    """A task in LaVIN's order of tokens; `task.question` is the prompt."""
+    ids = prompt_ids(loaded.tokenizer, task.question, bool(task.images))  # (T,)
+    return Prompt(key, task, ids, length=len(ids) + len(task.images) * (loaded.patches_per_image - 1))
+
+
+def given_options(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
+    """The options that a command line gives, without defaults."""
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return vars(parser.parse_args(list(words)))
+
+
+def load_lavin(args: argparse.Namespace, given: dict[str, Any], processes: Processes) -> LoadedModel:
+    """Base and adapters.
+
+    Args:
+        args: of `add_model_options`.
+        given: see `given_options`.
+        processes: the first converts base weights where that is needed, while the others wait.
+
+    Raises:
+        FlagError: an option contradicts the checkpoint, or the device is not there.
+        CheckpointError: base or adapters cannot be loaded.
+    """
+    base = find_base(args, processes)
+    bits = BITS[args.bits]
+    loaded = load_model(
+        args.adapter_path,
+        str(base),
+        device=device_of(args, processes),
+        torch_dtype=args.torch_dtype,
+        load_8bit=bits == 8,
+        load_4bit=bits == 4,
+    )
+    config = loaded.model.extensions.configs.get("mma")
+    if config is None:
+        raise FlagError(f"--adapter_path {args.adapter_path}: is no checkpoint of LaVIN; it has no adapters")
+    check_adapters({name: given[name] for name in ADAPTER_OPTIONS if name in given}, config, args.adapter_path)
+    if args.shifted_decoding is not None:
+        config["shifted_decoding"] = args.shifted_decoding
+    loaded.model.config.tokenizer_model_max_length = args.max_seq_len - 1  # the modality token has no place here
+    return loaded
+
+
+def find_base(args: argparse.Namespace, processes: Processes) -> Path:
+    """Folder of the base, converted by the first process if that has not been done before."""
+    with processes.first_alone():
+        return base_folder(BaseWeights(args.ckpt_dir, args.llm_model, args.use_vicuna))
+
+
+def device_of(args: argparse.Namespace, processes: Processes) -> str:
+    """`--device`, or a GPU for each process."""
+    if args.device is None and processes.count > 1 and torch.cuda.is_available():
+        return f"cuda:{processes.local_rank % torch.cuda.device_count()}"
+    return choose_device(args.device)
+
+
+def generation_options(args: argparse.Namespace, max_new_tokens: int) -> GenerationOptions:
+    """How answers are sampled.
+
+    Raises:
+        FlagError: a value is out of range.
+    """
+    temperature = args.generation_temperature
+    return GenerationOptions(temperature, args.top_p, max_new_tokens=max_new_tokens, seed=args.seed)
+
+
+def answer_all(
+    args: argparse.Namespace,
+    tasks: Sequence[Task],
+    image_folder: Path,
+    folder: Path,
+    options: GenerationOptions,
+    processes: Processes,
+    load: Callable[[], LoadedModel],
+) -> dict[str, str]:
+    """The answers to `tasks` by the id of the question, in their order; continued where a run was interrupted.
+
+    Args:
+        args: of `eval_options`.
+        tasks: questions with ids of their own.
+        image_folder: folder that image names are relative to.
+        folder: where the answers go.
+        options: how they are generated.
+        processes: those that share the work.
+        load: loads the model; called only if there is something to ask.
+
+    Raises:
+        LlavaError: an image, the checkpoint or a file of answers is wrong; the message says what to do.
+    """
+    name = ANSWERS_FILE if processes.count == 1 else f"answers.{processes.count}_{processes.rank}.jsonl"
+    model = get_model_name_from_path(args.adapter_path)
+    answers = AnswersFile(
+        folder / name,
+        processes.part(tasks),
+        model_id=model,
+        settings=answer_settings(args, options, processes),
+        arguments=json_values(args),
+        to_row=answer_row,
+        restart=args.restart,
+    )
+    print(f"{answers.path}: {len(answers.rows)} of {len(answers.keys)} questions are answered")
+    if answers.pending:
+        speed = answer_tasks(
+            answers,
+            load(),
+            lambda image, where: load_image(image_folder, image, row=where),
+            options,
+            conv_mode=CONV_MODE,
+            batch_size=args.max_batch_size,
+            workers=args.num_workers,
+            to_prompt=make_prompt,
+        )
+        print(f"{answers.path}: {speed}")
+    answers.finish()
+    processes.wait()
+    return {str(row["question_id"]): row["text"] for row in _all_rows(folder, answers, processes)}
+
+
+def _all_rows(folder: Path, answers: AnswersFile, processes: Processes) -> list[dict[str, Any]]:
+    """The rows of all processes in the order of the questions; the first process writes them into one file."""
+    if processes.count == 1:
+        return [answers.rows[key] for key in answers.keys]
+    parts = [folder / f"answers.{processes.count}_{rank}.jsonl" for rank in range(processes.count)]
+    text = "".join(path.read_text(encoding="utf-8") for path in parts)
+    if processes.is_first:
+        replace_text(folder / ANSWERS_FILE, text)
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def answer_settings(args: argparse.Namespace, options: GenerationOptions, processes: Processes) -> dict[str, object]:
+    """All that decides the answer to a given question; a run is continued only with the same settings."""
+    device = device_of(args, processes)
+    return {
+        "weights": weights_fingerprint(args.adapter_path) or args.adapter_path,
+        "ckpt_dir": args.ckpt_dir,
+        "llm_model": args.llm_model,
+        "use_vicuna": args.use_vicuna,
+        "bits": BITS[args.bits],
+        "max_seq_len": args.max_seq_len,
+        "shifted_decoding": args.shifted_decoding,
+        "torch_dtype": str(choose_dtype(args.torch_dtype, "cpu" if device == "cpu" else "cuda")),
+        **vars(options),
+    }

@@ -1,0 +1,74 @@
+"""Several processes that share the questions of a benchmark (`torchrun --nproc_per_node 8`).
+
+Each answers a part into a file of its own; when all have finished, the first puts the parts together. They exchange
+nothing but the signal that they have arrived.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+LONGEST_WAIT = timedelta(days=7)
+"""One process may be done long before another."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of this run.
+
+    Attributes:
+        rank: number of this one.
+        count: how many there are.
+        local_rank: number of this one on its machine.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one puts the parts together."""
+        return self.rank == 0
+
+    def part(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's consecutive share of a list; the shares differ by one item at most."""
+        start, end = (len(items) * number // self.count for number in (self.rank, self.rank + 1))
+        return items[start:end]
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.count > 1:
+            dist.barrier()
+
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Run a block in the first process, and then in the others."""
+        if not self.is_first:
+            self.wait()
+        yield
+        if self.is_first:
+            self.wait()
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Processes]:
+    """The processes that a launcher has started, or this one alone."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Processes()
+        return
+    dist.init_process_group("gloo", timeout=LONGEST_WAIT)
+    try:
+        yield Processes(dist.get_rank(), count, int(os.environ.get("LOCAL_RANK", "0")))
+    finally:
+        dist.destroy_process_group()
