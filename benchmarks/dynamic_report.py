@@ -87,7 +87,8 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
     bars.set_xticks(list(places), [name for name, _ in entries], fontsize=8)
     bars.axhline(1, color="grey", linewidth=0.8)
     bars.set_ylabel("time of dense / sparse")
-    bars.legend(frameon=False)
+    bars.margins(y=0.18)  # room for the legend
+    bars.legend(frameon=False, ncols=2, loc="upper center")
     points = answer["cache"]["curve"]
     for name in ("dense", "sparse"):
         curve.plot(points["tokens"], [value / MIB for value in points[name]], marker=".", label=name)
