@@ -1,14 +1,27 @@
-"""What the tests of LaVIN's command lines share: tiny files and a checkpoint trained on them."""
+"""Fixtures of the tests on LaVIN: the original's coupling of pictures, tiny files, a checkpoint trained on them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from torch import Tensor
+
+import mma.model
 
 if TYPE_CHECKING:
     from tests.mma.lavin_files import LavinFiles
+
+
+@pytest.fixture
+def coupled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In models built from now on the first picture of a batch routes all of them, as in the original."""
+
+    def adapt(norm: Any, args: Any, output: Tensor) -> Tensor:
+        return norm.adapter(output, norm.adapter.route(output[:1]).expand(len(output), -1, -1))
+
+    monkeypatch.setattr(mma.model, "_adapt_by_token", adapt)
 
 
 @pytest.fixture(scope="session")

@@ -13,21 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import mma.model
 from tests.mma.golden_model import IMAGE, golden_model
 
 CASES = ["infer_attn", "infer_attn_same_len"]
 FORWARD = {"rtol": 1e-4, "atol": 1e-4}
-
-
-@pytest.fixture
-def coupled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every picture is routed by the tokens of the first one, as in the original."""
-
-    def adapt(norm: Any, args: Any, output: Tensor) -> Tensor:
-        return norm.adapter(output, norm.adapter.route(output[:1]).expand(len(output), -1, -1))
-
-    monkeypatch.setattr(mma.model, "_adapt_by_token", adapt)
 
 
 def prompt(case: dict, tokens: Tensor, row: int, length: int) -> Tensor:

@@ -13,23 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import mma.model
 from mma.convert import original_names
 from mma.extension import MmaExtension
 from tests.mma.golden_model import golden_model, spliced_rows
 
 CASES = ["train_attn_mixed", "train_block", "train_attn_visual_normal"]
 FORWARD = {"rtol": 1e-4, "atol": 1e-4}
-
-
-@pytest.fixture
-def coupled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every picture is routed by the tokens of the first one, as in the original."""
-
-    def adapt(norm: Any, args: Any, output: Tensor) -> Tensor:
-        return norm.adapter(output, norm.adapter.route(output[:1]).expand(len(output), -1, -1))
-
-    monkeypatch.setattr(mma.model, "_adapt_by_token", adapt)
 
 
 def run(model: Any, case: dict, tensors: dict[str, Tensor], rows: slice = slice(None)) -> Any:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import mma.model
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from mma.config import MmaConfig
 from mma.convert import original_names
@@ -81,12 +80,9 @@ def test_every_token_is_routed_by_itself(variant: str, tmp_path: Path, monkeypat
         torch.testing.assert_close(first, tensors["router_block/out/routing_mlp_batch"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("coupled")
 @pytest.mark.parametrize("variant", VARIANTS[1:])
-def test_gradients(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def adapt(norm: Any, args: Any, output: Tensor) -> Tensor:
-        return norm.adapter(output, norm.adapter.route(output[:1]).expand(len(output), -1, -1))
-
-    monkeypatch.setattr(mma.model, "_adapt_by_token", adapt)
+def test_gradients(variant: str, tmp_path: Path) -> None:
     model, tensors = build(variant, tmp_path)
     names = {ours: theirs for ours, theirs in original_names(model).items() if "resblocks" in theirs}
     trained = {theirs: model.get_parameter(ours).requires_grad_() for ours, theirs in names.items()}
