@@ -134,6 +134,25 @@ class RoutingRecorder:
         self._recorded[name].append(routing)
 
 
+def of_text(recorded: Mapping[str, Sequence[Routing]], batch: tuple[int, int]) -> dict[str, Routing]:
+    """The latest routing, (B, T, E), of every layer that saw the tokens of the text, by the layer's name.
+
+    Some models flatten a batch before a layer, as OPT; (B * T, E) gets its shape back. Layers that did not run, or saw
+    other tokens (patches of a picture, a choice of the text's), are left out.
+
+    Args:
+        recorded: what `RoutingRecorder.stop` hands out.
+        batch: (B, T) of the text.
+    """
+    found: dict[str, Routing] = {}
+    for name, passes in recorded.items():
+        if passes and passes[-1].probabilities.shape[:-1] == batch:
+            found[name] = passes[-1]
+        elif passes and passes[-1].probabilities.shape[:-1] == (batch[0] * batch[1],):
+            found[name] = Routing(*(values.unflatten(0, batch) for values in passes[-1]))
+    return found
+
+
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     """Record the routing of everything that runs inside a `with` block, for analysis.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hydralora.layer import expert_balance_loss
-from hydralora.model import RoutingRecorder
+from hydralora.model import RoutingRecorder, of_text
 from hydralora.statistics import TaskStatistics
 from hydralora.text.arguments import RunArguments
 from hydralora.tuner import HydraLoraConfig, hydralora_layers
@@ -174,9 +174,15 @@ class HydraLoraTrainer(ZeroTrainer):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         finally:
             recorded = recorder.stop()
-        routings = [passes[-1] for passes in recorded.values() if passes]
-        mask = inputs.get("attention_mask")
+        found = of_text(recorded, inputs["input_ids"].shape)
+        routings, mask = list(found.values()), inputs.get("attention_mask")
         self.statistics.add(routings, mask, None if tasks is None else tasks.tolist())
+        others = sorted({name for name, passes in recorded.items() if passes} - found.keys())
+        if self.balance_weight and others:
+            raise FlagError(
+                f"--balance_weight {self.balance_weight}: layers {others} see other tokens than those of the text, "
+                "over which the loss balances; leave them out of --trainable, or pass --balance_weight 0"
+            )
         if self.balance_weight and routings and routings[0].probabilities.shape[-1] > 1:
             share = self._micro_batch_share(num_items_in_batch)
             loss = loss + share * self.balance_weight * expert_balance_loss(routings, mask)

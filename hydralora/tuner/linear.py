@@ -34,10 +34,7 @@ class HydraLoraLayer(BaseTunerLayer, RoutedModule):
     """
 
     adapter_layer_names = ("hydralora_A", "hydralora_B", "hydralora_router")
-    other_param_names = (
-        *("r", "experts", "scaling", "routing", "hydralora_dropout"),
-        *("sequence_weights", "merge_weights"),
-    )
+    other_param_names = ("r", "experts", "scaling", "routing", "hydralora_dropout", "merge_weights")
 
     def __init__(self, base_layer: nn.Module, note: BatchNote) -> None:
         self.base_layer = base_layer
@@ -51,7 +48,6 @@ class HydraLoraLayer(BaseTunerLayer, RoutedModule):
         self.experts: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.routing: dict[str, RoutingUnit] = {}
-        self.sequence_weights: dict[str, Tensor] = {}
         self.merge_weights: dict[str, Tensor] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -92,14 +88,15 @@ class HydraLoraLayer(BaseTunerLayer, RoutedModule):
 
         Args:
             adapter_name: the adapter.
-            x: (..., in_features); (B, T, in_features) for routing by sequence.
+            x: (..., in_features); (B, T, in_features) or (B * T, in_features) for routing by sequence.
             rows: which rows of the batch `x` holds, for routing by sequence in a batch of several adapters.
 
         Returns:
-            (..., E), or (B, 1, E) for routing by sequence.
+            (..., E), or (B, 1, E) for routing by sequence of (B, T, in_features).
 
         Raises:
-            ValueError: routing by sequence of an input whose tokens are not those of the batch.
+            ValueError: routing by sequence of an input whose tokens are not those of the batch, or that continues a
+                prompt which this adapter has not seen.
         """
         probabilities = self.route(adapter_name, x)  # (..., E)
         if self.observers:
@@ -108,17 +105,34 @@ class HydraLoraLayer(BaseTunerLayer, RoutedModule):
                 observe(Routing(probabilities, choice))
         if self.routing[adapter_name] is RoutingUnit.TOKEN:
             return probabilities
-        return self._sequence_mean(adapter_name, probabilities, rows)
+        return self._sequence_weights(adapter_name, probabilities, rows)
 
-    def _sequence_mean(self, adapter_name: str, probabilities: Tensor, rows: Tensor | None) -> Tensor:
+    def _sequence_weights(self, adapter_name: str, probabilities: Tensor, rows: Tensor | None) -> Tensor:
+        """Weights (B, 1, E) of whole sequences, for `probabilities` (B, T, E).
+
+        Some models flatten a batch before a layer, as OPT: (B * T, E) are returned for `probabilities` (B * T, E).
+        """
+        shape = self.note.shape
+        if shape is None or probabilities.shape[:-1] != (shape[0] * shape[1],):
+            return self._of_sequences(adapter_name, probabilities, rows)
+        weights = self._of_sequences(adapter_name, probabilities.unflatten(0, shape), rows)  # (B, 1, E)
+        return weights.expand(*shape, -1).flatten(0, 1)
+
+    def _of_sequences(self, adapter_name: str, probabilities: Tensor, rows: Tensor | None) -> Tensor:
         """Mean (B, 1, E) of `probabilities` (B, T, E) over the prompt; later tokens take that of their prompt."""
-        if self.note.continues and adapter_name in self.sequence_weights:
-            return self.sequence_weights[adapter_name]
+        if self.note.continues:
+            weights = self.note.weights.get((id(self), adapter_name))
+            if weights is None or len(weights) != len(probabilities):
+                raise ValueError(
+                    f"routing='sequence': adapter '{adapter_name}' is to go on from a cache whose prompt it has not "
+                    "routed; run the prompt again with this adapter"
+                )
+            return weights
         prompt = self.note.prompt
         if prompt is None:
             mean = probabilities.mean(dim=-2, keepdim=True)
         else:
-            prompt = prompt if rows is None else prompt[rows]
+            prompt = prompt if rows is None else prompt[rows.to(prompt.device)]
             if prompt.shape != probabilities.shape[:-1]:
                 raise ValueError(
                     f"routing='sequence': this layer sees tokens of shape {tuple(probabilities.shape[:-1])}, but the "
@@ -126,8 +140,7 @@ class HydraLoraLayer(BaseTunerLayer, RoutedModule):
                 )
             mask = prompt.to(probabilities)[..., None]  # (B, T, 1)
             mean = (probabilities * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-        if not self.training:
-            self.sequence_weights[adapter_name] = mean.detach()
+        self.note.weights[id(self), adapter_name] = mean.detach()
         return mean
 
     def update(self, adapter_name: str, x: Tensor, rows: Tensor | None = None) -> Tensor:

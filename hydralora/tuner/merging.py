@@ -6,14 +6,17 @@ is the same for all, and the report compares the outputs before and after on inp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from hydralora.model import RoutingRecorder
+from hydralora.model import RoutingRecorder, of_text
 from hydralora.tuner.linear import HydraLoraLayer
 
 KINDS = ("uniform", "mean-routing")
@@ -57,19 +60,36 @@ def merge(
         raise ValueError(f"there is no adapter '{adapter_name}'")
     if any(layer.merged for layer in layers.values()):
         raise ValueError("an adapter is merged already; call unmerge_adapter() first")
-    was_training = model.training
-    model.eval()
-    try:
+    if any(layer.disable_adapters for layer in layers.values()):
+        raise ValueError("adapters are disabled, and a merged one would be taken out again; enable them first")
+    with _in_use(model, adapter_name):
         before, means = _run(model, chosen, inputs)
+        unseen = sorted(chosen.keys() - means.keys())
+        if weights != "uniform" and unseen:
+            raise ValueError(f"mean-routing: layers {unseen} do not see the tokens of the inputs; merge by 'uniform'")
         for name, layer in chosen.items():
             count = layer.experts[adapter_name]
             layer.merge_weights[adapter_name] = torch.full((count,), 1 / count) if weights == "uniform" else means[name]
             layer.merge(adapter_names=[adapter_name])
         after, _ = _run(model, {}, inputs)
-    finally:
-        model.train(was_training)
     experts = {name: layer.merge_weights[adapter_name].tolist() for name, layer in chosen.items()}
     return _report(weights, before, after, experts)
+
+
+@contextmanager
+def _in_use(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """The model in evaluation, with one adapter active; it trains and has the same ones active as before afterwards."""
+    modules = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    was_training, active = model.training, [module._active_adapter for module in modules]
+    model.eval()
+    for module in modules:
+        module._active_adapter = [adapter_name]  # `set_adapter` would change what is trained
+    try:
+        yield
+    finally:
+        for module, names in zip(modules, active, strict=True):
+            module._active_adapter = names
+        model.train(was_training)
 
 
 @torch.no_grad()
@@ -91,8 +111,8 @@ def _run(
         valid = torch.ones(output.shape[:2], dtype=torch.bool) if mask is None else mask.bool().cpu()
         logits.append(output.cpu()[valid])
         count += int(valid.sum())
-        for name, routings in recorded.items():
-            total = routings[-1].probabilities.cpu()[valid].sum(dim=0)  # (E,)
+        for name, routing in of_text(recorded, output.shape[:2]).items():
+            total = routing.probabilities.cpu()[valid].sum(dim=0)  # (E,)
             sums[name] = sums.get(name, torch.zeros_like(total)) + total
     return torch.cat(logits), {name: total / count for name, total in sums.items()}
 

@@ -9,6 +9,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hydralora.tuner import merging
 from hydralora.tuner.batch import BatchNote
@@ -32,11 +33,15 @@ class HydraLoraModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: HydraLoraConfig, adapter_name: str) -> None:
         if "hydralora_note" not in self.__dict__:
             self.hydralora_note = BatchNote()
-            self.hydralora_note_hook = None
+            self.hydralora_note_hooks: list[RemovableHandle] = []
 
     def _post_injection_hook(self, model: nn.Module, config: HydraLoraConfig, adapter_name: str) -> None:
-        if RoutingUnit(config.routing) is RoutingUnit.SEQUENCE and self.hydralora_note_hook is None:
-            self.hydralora_note_hook = model.register_forward_pre_hook(self.hydralora_note.observe, with_kwargs=True)
+        if RoutingUnit(config.routing) is RoutingUnit.SEQUENCE and not self.hydralora_note_hooks:
+            note = self.hydralora_note
+            self.hydralora_note_hooks = [
+                model.register_forward_pre_hook(note.observe, with_kwargs=True),
+                model.register_forward_hook(note.hand_over),
+            ]
 
     def _create_and_replace(
         self,
@@ -64,8 +69,16 @@ class HydraLoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names`, one per row of the batch, to every layer; nothing stays behind, even after an error."""
+        """Around a forward pass or a generation: note its prompt, and hand `adapter_names` to every layer if given.
+
+        These are one name per row of the batch. Nothing stays behind, even after an error.
+        """
         adapter_names = kwargs.pop("adapter_names", None)
+        with self.hydralora_note.one_call(args, kwargs), self._adapters_by_row(adapter_names, kwargs):
+            yield
+
+    @contextmanager
+    def _adapters_by_row(self, adapter_names: Sequence[str] | None, kwargs: Mapping[str, Any]) -> Iterator[None]:
         if adapter_names is None:
             yield
             return
@@ -132,9 +145,8 @@ class HydraLoraModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._refuse_routed(adapter_names)
-        if self.hydralora_note_hook is not None:
-            self.hydralora_note_hook.remove()
-            self.hydralora_note_hook = None
+        while self.hydralora_note_hooks:
+            self.hydralora_note_hooks.pop().remove()
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def merge(
@@ -151,13 +163,15 @@ class HydraLoraModel(BaseTuner):
             weights: `uniform`, 1/E each; `mean-routing`, the mean of the router over the tokens of `inputs`, layer by
                 layer.
             inputs: batches, as keyword arguments of the model, to measure the error on.
-            adapter_name: None: the active one.
+            adapter_name: None: the active one. Otherwise it may be inactive, and stays so: only while the error is
+                measured is it the active one, with its `modules_to_save`.
 
         Returns:
-            How far the outputs on `inputs` moved.
+            How far the outputs on `inputs` moved from those with this adapter alone.
 
         Raises:
-            ValueError: unknown `weights`, no inputs, no such adapter, or something is merged already.
+            ValueError: unknown `weights`, no inputs, no such adapter, something is merged already, adapters are
+                disabled, or a layer whose mean routing is wanted does not see the tokens of the inputs.
         """
         return merging.merge(self.model, hydralora_layers(self.model), weights, inputs, self._one_name(adapter_name))
 

@@ -12,7 +12,15 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from hydralora.finetune import build_run, main, parse_args
 from hydralora.text.arguments import build_parser, number_of_experts
@@ -210,6 +218,21 @@ def test_any_modules_of_any_model(trainable: str, folder: Path, tmp_path: Path) 
         tuned = model(input_ids=ids).logits
         with model.disable_adapter():
             assert not torch.allclose(tuned, model(input_ids=ids).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("routing", ["token", "sequence"])
+def test_a_model_that_flattens_the_batch(routing: str, folder: Path, tmp_path: Path) -> None:
+    """OPT hands (B * T, D) to its MLP; loss, balance loss and statistics are those of tokens in their rows."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 1}
+    config = OPTConfig(vocab_size=896, num_attention_heads=4, max_position_embeddings=64, **sizes)
+    shutil.copytree(folder / "base", tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    OPTForCausalLM(config).save_pretrained(tmp_path / "base")
+    options = {"model_name_or_path": tmp_path / "base", "trainable": "fc1,q_proj", "balance_weight": 0.5}
+    main(command_line(folder, tmp_path / "out", **options, routing=routing, max_steps=1))
+    first = history(tmp_path / "out")[0]
+    for prefix in ("routing", *(f"routing/task_{task}" for task in (0, 1, 2))):
+        assert sum(first[f"{prefix}/share_{expert}"] for expert in range(3)) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from hydralora import HydraLoraConfig
 
@@ -37,3 +37,10 @@ def logits(model: Any, ids: Tensor = IDS, mask: Tensor = MASK, **kwargs: Any) ->
     """Logits at valid tokens, (tokens, vocabulary)."""
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=mask, **kwargs).logits[mask.bool()]
+
+
+def tiny_opt() -> OPTForCausalLM:
+    """One layer of a model that flattens the batch, (B * T, D), before its MLP."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 80, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return OPTForCausalLM(OPTConfig(**sizes, max_position_embeddings=32, word_embed_proj_dim=32, pad_token_id=0)).eval()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hydralora import HydraLoraConfig
 from hydralora.tuner import hydralora_layers
-from tests.hydralora.tuner.models import IDS, MASK, adapted, logits
+from tests.hydralora.tuner.models import IDS, MASK, adapted, logits, tiny_opt
 
 INPUTS = [{"input_ids": IDS, "attention_mask": MASK}, {"input_ids": IDS[:1], "attention_mask": MASK[:1]}]
 
@@ -54,6 +55,41 @@ def test_an_approximation_is_no_approximation_without_a_router() -> None:
         assert routed.relative_error > 1e-3
 
 
+@pytest.mark.parametrize("weights", ["uniform", "mean-routing"])
+@pytest.mark.parametrize("active", ["default", ["default", "b"]], ids=str)
+def test_an_adapter_that_is_not_the_only_active_one(weights: str, active: str | list[str]) -> None:
+    """What is merged and reported is the named adapter, whichever ones are active, before and after."""
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "init_weights": False}
+    models = [adapted() for _ in range(2)]
+    for model in models:
+        torch.manual_seed(1)
+        model.add_adapter("b", HydraLoraConfig(lora_nums=2, modules_to_save=["lm_head"], **options))
+        model.base_model.model.lm_head.modules_to_save["b"].weight.data.mul_(2)
+    alone, named = models
+    alone.set_adapter("b")
+    named.base_model.set_adapter(active)
+    trained = {name for name, weight in named.named_parameters() if weight.requires_grad}
+    report = named.merge(weights, INPUTS, adapter_name="b")
+    expected = alone.merge(weights, INPUTS)
+    assert report == expected
+    assert report.relative_error > 1e-4
+    assert named.base_model.active_adapters == ([active] if isinstance(active, str) else active)
+    assert {name for name, weight in named.named_parameters() if weight.requires_grad} == trained
+    for name, layer in hydralora_layers(named.base_model.model).items():
+        other = alone.base_model.model.get_submodule(name)
+        torch.testing.assert_close(layer.base_layer.weight, other.base_layer.weight)
+
+
+@pytest.mark.parametrize("weights", ["uniform", "mean-routing"])
+def test_layers_with_a_flattened_input(weights: str) -> None:
+    model = adapted(base=tiny_opt(), target_modules=["fc1", "q_proj"])
+    before = logits(model)
+    report = model.merge(weights, INPUTS)
+    assert report.relative_error > 1e-4
+    assert not torch.equal(logits(model), before)
+    assert all(sum(chosen) == pytest.approx(1) for chosen in report.experts.values())
+
+
 def test_refused() -> None:
     model = adapted()
     with pytest.raises(ValueError, match="expected one of"):
@@ -62,3 +98,6 @@ def test_refused() -> None:
         model.merge("uniform", [])
     with pytest.raises(ValueError, match="no adapter 'other'"):
         model.merge("uniform", INPUTS, adapter_name="other")
+    model.base_model.disable_adapter_layers()
+    with pytest.raises(ValueError, match="adapters are disabled"):
+        model.merge("uniform", INPUTS)

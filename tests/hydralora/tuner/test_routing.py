@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
+from hydralora import HydraLoraConfig
 from hydralora.layer import expert_balance_loss
 from hydralora.model import RoutingRecorder
 from hydralora.tuner import hydralora_layers
 from hydralora.tuner.batch import BatchNote, prompt_tokens
-from tests.hydralora.tuner.models import IDS, MASK, adapted, logits
+from tests.hydralora.tuner.models import IDS, MASK, TARGETS, adapted, logits, tiny_opt
 
 LABELS = torch.tensor([[-100, -100, -100, 7, 60, 2], [-100, -100, 44, 12, -100, -100], [1, 22, 70, -100, -100, -100]])
 
@@ -63,6 +66,61 @@ def test_generated_tokens_keep_the_weights_of_their_prompt() -> None:
     torch.testing.assert_close(steps, expected[:, prompt.shape[1] - 1 : -1], rtol=0, atol=1e-5)
     model.base_model.hydralora_note.prompt = None
     by_token = adapted(routing="token")
+    assert not torch.allclose(logits(by_token), logits(model), atol=1e-3)
+
+
+@pytest.mark.parametrize("base", ["llama", "opt"])
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+def test_generating_without_a_cache(base: str, task_type: str | None) -> None:
+    """Generated tokens decide nothing, whether there is a cache or not; with padding and several beams too."""
+    options = {"base": tiny_opt(), "target_modules": ["fc1", "v_proj"]} if base == "opt" else {}
+    model = adapted(routing="sequence", task_type=task_type, **options)
+    prompts = {"input_ids": IDS.flip(1), "attention_mask": MASK.flip(1)}  # padded on the left
+    limits = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 2, "pad_token_id": 0}
+    limits |= {"output_scores": True, "return_dict_in_generate": True}
+    with_cache, without = (model.generate(**prompts, **limits, use_cache=use) for use in (True, False))
+    assert torch.equal(with_cache.sequences, without.sequences)
+    for one, other in zip(with_cache.scores, without.scores, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+def continued(model: torch.nn.Module, cache: object) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[33]]), past_key_values=copy.deepcopy(cache)).logits
+
+
+def test_every_cache_keeps_the_weights_of_its_own_prompt() -> None:
+    """Two prompts under way in turn, one of them run in training mode: each goes on with its own weights."""
+    model = adapted(routing="sequence")
+    with torch.no_grad():
+        first = model.train()(input_ids=IDS[:1], use_cache=True).past_key_values
+        expected = continued(model.eval(), first)
+        model(input_ids=torch.tensor([[70, 71, 72]]), use_cache=True)
+    torch.testing.assert_close(continued(model, first), expected, rtol=0, atol=0)
+
+
+def test_a_prompt_that_the_adapter_has_not_seen_is_refused() -> None:
+    model = adapted(routing="sequence")
+    other = HydraLoraConfig(r=4, target_modules=TARGETS, routing="sequence", init_weights=False, task_type="CAUSAL_LM")
+    model.add_adapter("b", other)
+    with torch.no_grad():
+        model.set_adapter("b")
+        model(input_ids=IDS[1:2])
+        model.set_adapter("default")
+        cache = model(input_ids=IDS[:1], use_cache=True).past_key_values
+    model.set_adapter("b")
+    with pytest.raises(ValueError, match="adapter 'b' is to go on from a cache whose prompt it has not routed"):
+        continued(model, cache)
+
+
+def test_layers_with_a_flattened_input() -> None:
+    """Rows of a batch are routed one by one where a model flattens them, as OPT does before its MLP."""
+    model = adapted(base=tiny_opt(), target_modules=["fc1", "fc2"], routing="sequence")
+    with torch.no_grad():
+        together = model(input_ids=IDS).logits
+        alone = torch.cat([model(input_ids=row[None]).logits for row in IDS])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    by_token = adapted(base=tiny_opt(), target_modules=["fc1", "fc2"])
     assert not torch.allclose(logits(by_token), logits(model), atol=1e-3)
 
 
