@@ -123,7 +123,18 @@ def test_layers_import_torch_and_the_standard_library_only(path: Path) -> None:
 
 PROGRAMS_ON_LLAVA = tuple(
     ROOT / "mma" / name
-    for name in ("data", "weights", "scoring", "programs", "train.py", "eval.py", "eval_mme.py", "demo.py")
+    for name in (
+        "data",
+        "weights",
+        "scoring",
+        "programs",
+        "original.py",
+        "merge.py",
+        "train.py",
+        "eval.py",
+        "eval_mme.py",
+        "demo.py",
+    )
 )
 """LaVIN's own command lines: they start llava's training and evaluation; no module of the method imports them."""
 

@@ -1,0 +1,162 @@
+"""Files of the original: read with and without `module.`, loaded, equal to the golden model, and written back."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig
+
+from llava.errors import CheckpointError
+from llava.model.builder import load_pretrained_model
+from mma import convert
+from mma.config import MmaConfig
+from mma.original import export_file, import_file, main
+from tests.golden import golden_dir, load_case
+from tests.mma.golden_model import golden_model, llama_tensors, spliced_rows, write_tower
+from tests.train.test_training import BASE, command_line
+from tests.train.test_training import main as train
+
+CASES = {"train_attn_mixed": ("attn", "router"), "train_block": ("block", "router"),
+         "train_attn_visual_normal": ("attn", "normal")}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden LLaMA in transformers' layout, with a tokenizer (of other words, which nothing here reads)."""
+    folder = tmp_path_factory.mktemp("base")
+    llama = load_case("lavin", "train_attn_mixed")[0]["config"]["llama"]
+    LlamaConfig(
+        hidden_size=llama["dim"], num_hidden_layers=llama["n_layers"], num_attention_heads=llama["n_heads"],
+        vocab_size=llama["vocab_size"], intermediate_size=llama["ffn_hidden"], rms_norm_eps=llama["norm_eps"],
+        architectures=["LlamaForCausalLM"], max_position_embeddings=256,
+    ).save_pretrained(folder)  # fmt: skip
+    tensors = {name: value.contiguous() for name, value in llama_tensors(llama["n_heads"]).items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copyfile(golden_dir("llava") / "tiny-vicuna" / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tower(tmp_path_factory.mktemp("tower"), load_case("lavin", "train_attn_mixed")[0]["config"])
+
+
+def published(name: str, path: Path, prefix: str = "", **more: Any) -> Path:
+    """A file as the original writes it, with the adapters of a golden case."""
+    _, tensors = load_case("lavin", name)
+    adapters = {f"{prefix}{key.removeprefix('w/')}": value for key, value in tensors.items() if key.startswith("w/")}
+    torch.save({"model": adapters, "epoch": 3, "scaler": {}, "optimizer": {"state": {}}} | more, path)
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("name", CASES)
+def test_a_published_file_gives_loss_and_logits(
+    name: str, prefix: str, base: Path, tower: Path, tmp_path: Path
+) -> None:
+    case, tensors = load_case("lavin", name)
+    adapter = case["config"]["adapter"]
+    settings = {key: adapter[key] for key in convert.SETTINGS}
+    said = {"args": argparse.Namespace(**settings, device="cuda")} if prefix else {}
+    file = published(name, tmp_path / "lavin.pth", prefix, **said)
+    main([
+        "import", str(file), str(tmp_path / "ours"), "--base", str(base), "--vision_tower", str(tower),
+        *(() if said else (word for key, value in settings.items() for word in (f"--{key}", str(value)))),
+    ])  # fmt: skip
+    _, model, processor, _ = load_pretrained_model(str(tmp_path / "ours"), device="cpu")
+    assert processor.image_mean == [0.485, 0.456, 0.406]
+    config = MmaConfig.from_dict(model.extensions.configs["mma"])
+    assert (config.adapter_type, config.visual_adapter_type) == CASES[name]
+    assert {key: getattr(config, key) for key in convert.SETTINGS} == settings
+    reference, _, _ = golden_model(name, tmp_path)
+    model.config.tokenizer_model_max_length = reference.config.tokenizer_model_max_length
+    ids, labels = spliced_rows(case, tensors)
+    inputs = {
+        "input_ids": ids,
+        "labels": labels,
+        "images": tensors["in/images"],
+        "attention_mask": torch.ones_like(ids),
+    }
+    ours, expected = model(**inputs), reference(**inputs)
+    assert torch.equal(ours.logits, expected.logits)
+    assert torch.equal(ours.loss, expected.loss)
+
+
+def test_there_and_back_is_exact(base: Path, tower: Path, tmp_path: Path) -> None:
+    file = published("train_block", tmp_path / "lavin.pth", "module.")
+    import_file(file, tmp_path / "ours", base, str(tower), adapter_scale=0.5)
+    main(["export", str(tmp_path / "ours"), str(tmp_path / "back.pth")])
+    before, after = convert.read(file), convert.read(tmp_path / "back.pth")
+    assert before.tensors.keys() == after.tensors.keys()
+    assert all(torch.equal(value, after.tensors[name]) for name, value in before.tensors.items())
+    assert after.settings == {"adapter_scale": 0.5, "temperature": 10.0}
+    with pytest.raises(CheckpointError, match="exists already"):
+        export_file(tmp_path / "ours", tmp_path / "back.pth")
+
+
+def test_the_layout_is_the_originals(base: Path, tower: Path, tmp_path: Path) -> None:
+    """Names, shapes and dtypes of both kinds of files that the original writes."""
+    case, _ = load_case("lavin", "checkpoint_layout")
+    shapes = {name: shape for name, shape, _ in case["checkpoints"]["single_process"]["model_keys"]}
+    for number, prefix in enumerate(("", "module.")):
+        content = {f"{prefix}{name}": torch.randn(shape) for name, shape in shapes.items()}
+        torch.save({"model": content}, tmp_path / f"{number}.pth")
+        import_file(tmp_path / f"{number}.pth", tmp_path / str(number), base, str(tower))
+        export_file(tmp_path / str(number), tmp_path / f"{number}-back.pth")
+        back = torch.load(tmp_path / f"{number}-back.pth", weights_only=False)  # ours: reads `args` too
+        stripped = {name.removeprefix("module."): value for name, value in content.items()}
+        assert back["model"].keys() == stripped.keys()
+        assert all(torch.equal(value, back["model"][name]) for name, value in stripped.items())
+
+
+def damaged(tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Contents of files that are refused, by the message."""
+    without = {name: value for name, value in tensors.items() if "layers.1" not in name}
+    other = tensors | {"layers.7.adapter_attn.conv_A.weight": torch.zeros(8, 48, 1)}
+    return {
+        "has no tensors under 'model'": {"state": tensors},
+        "no tensor belongs to an adapter": {"model": {"weight": torch.zeros(1)}},
+        "8 tensors are missing": {"model": without},
+        "1 are unknown .first: ..layers.7": {"model": other},
+        "adapter_proj.conv_A.weight' is missing": {
+            "model": {name: value for name, value in tensors.items() if "adapter_proj" not in name}
+        },
+        "given is temperature 3.0, but the file says 10.0": {
+            "model": tensors,
+            "args": argparse.Namespace(temperature=10.0),
+        },
+    }
+
+
+def test_what_is_damaged_is_refused_by_name(base: Path, tower: Path, tmp_path: Path) -> None:
+    _, tensors = load_case("lavin", "train_attn_mixed")
+    adapters = {key.removeprefix("w/"): value for key, value in tensors.items() if key.startswith("w/")}
+    for message, content in damaged(adapters).items():
+        torch.save(content, tmp_path / "lavin.pth")
+        with pytest.raises(CheckpointError, match=message):
+            import_file(tmp_path / "lavin.pth", tmp_path / "ours", base, str(tower), temperature=3.0)
+        assert not (tmp_path / "ours").exists()
+    torch.save({"model": adapters, "args": Path("code")}, tmp_path / "lavin.pth")
+    with pytest.raises(CheckpointError, match="more than tensors and plain values"):
+        import_file(tmp_path / "lavin.pth", tmp_path / "ours", base, str(tower))
+
+
+def test_what_the_original_has_no_place_for_is_not_exported(tmp_path: Path) -> None:
+    options = {"mma": True, "visual_input": "llava", "visual_adapter_type": "router", "max_steps": 1}
+    train(command_line(tmp_path / "patches", **options))
+    with pytest.raises(CheckpointError, match="--visual_input llava"):
+        export_file(tmp_path / "patches", tmp_path / "lavin.pth")
+    train(command_line(tmp_path / "lora", **options, lora_enable=True, lora_r=4))
+    with pytest.raises(CheckpointError, match="a LoRA adapter"):
+        export_file(tmp_path / "lora", tmp_path / "lavin.pth")
+    with pytest.raises(CheckpointError, match="nothing else"):
+        export_file(BASE, tmp_path / "lavin.pth")
+    assert not (tmp_path / "lavin.pth").exists()
