@@ -122,6 +122,11 @@ def with_relative_paths(call: Call) -> Call:
 
 def create_inputs(call: Call, folder: Path) -> None:
     """Create the relative inputs that a call names, so that existence checks pass: empty or the repository's own."""
+    for flag, root in zip(call.arguments, call.arguments[1:], strict=False):
+        if flag == "--data_root":  # LaVIN's data, known by the names of its files
+            (folder / root / "images").mkdir(parents=True, exist_ok=True)
+            for name in ("problems.json", "all_data.json"):
+                (folder / root / name).touch()
     for word in call.arguments:
         path = folder / word
         if word.startswith("-") or "/" not in word or Path(word).is_absolute() or path.exists():

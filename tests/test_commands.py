@@ -34,7 +34,7 @@ def parse(call: Call) -> None:
     if call.module.startswith("llava.train."):
         arguments, defaults = [*call.arguments, *WITHOUT_GPU], getattr(module, "DEFAULTS", None)
         importlib.import_module("llava.train.arguments").parse_args(arguments, defaults=defaults)
-    elif call.module == "hydralora.finetune":
+    elif call.module in ("hydralora.finetune", "mma.train"):
         module.parse_args([*call.arguments, *WITHOUT_GPU])
     else:
         assert hasattr(module, "build_parser"), f"{call.module} has no build_parser()"

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from mma.train import main
+from mma.weights.meta import open_meta
 from tests.golden import golden_dir, load_case
 from tests.mma.golden_model import write_tower
 from tests.mma.test_data import save_problems
-from tests.mma.test_weights import META, META_TENSORS, weights_root
+from tests.mma.test_weights import META, META_TENSORS, save_vicuna, weights_root
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,17 @@ def train_tiny(files: LavinFiles, output: Path, *words: str) -> Path:
     )
 
 
+def difference(llama: Path) -> dict[str, Tensor]:
+    """A small step away from a LLaMA, as a Vicuna is published."""
+    generator = torch.Generator().manual_seed(5)
+    return {name: 0.02 * torch.randn(weight.shape, generator=generator) for name, weight in open_meta(llama)[0].items()}
+
+
 def save_lavin_files(folder: Path) -> LavinFiles:
     """Write all of them below `folder`."""
     weights = weights_root(folder, META, META_TENSORS, META["n_shards"])
+    (weights / "13B").symlink_to("7B")
+    save_vicuna(weights, difference(weights / "7B"))
     config = load_case("lavin", "clip_base")[0]["config"]
     save_problems(folder / "data", golden_dir("lavin") / "images")
     return LavinFiles(weights, write_tower(folder / "tower", config), folder / "data")

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# LaVIN-13B-lite on ScienceQA from Vicuna in 4 bits, on one GPU: training, then accuracy on the test split.
+#
+# The original names this script, but does not have it: flags and values are those of finetuning_sqa_13b_lite.sh.
+# scripts/lavin.bash says what the environment may set.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/lavin.bash"
+
+export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-0}"
+OUTPUT="${OUTPUT:-./LaVIN-Vicuna-13B-lite/}"
+MODEL=(--llm_model 13B --use_vicuna --temperature 5.)
+
+train_lavin "torchrun --nproc_per_node 1" "${MODEL[@]}" \
+    --batch_size 1 --accum_iter 32 --epochs 20 --warmup_epochs 2 \
+    --gradient_checkpointing --bits 4bit --cpu_load "$@"
+
+evaluate_lavin "${MODEL[@]}" --bits 4bit
