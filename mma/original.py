@@ -22,11 +22,12 @@ from llava.errors import CheckpointError
 from llava.hub import local_folder
 from llava.model.checkpoint import copy_tensors, read_extensions, save_checkpoint
 from llava.model.components import Component, components
-from llava.model.formats import inspect_checkpoint, read_projector
+from llava.model.formats import inspect_checkpoint, read_json, read_projector
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.output import new_path
 from llava.tokenizer import load_tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments
+from llava.train.run_record import RUN_FILE
 from llava.train.train import record_settings
 from llava.utils import run_program
 from mma import convert
@@ -138,8 +139,30 @@ def import_file(
     with new_path(output) as folder:
         save_checkpoint(model, folder, tokenizer)
         record = {"arguments": {"model": {"model_name_or_path": base}}, "imported_from": file.name}
-        (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (folder / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return Path(output)
+
+
+def ready_folder(file: str | Path, base: str | Path, vision_tower: str = TOWER, **settings: float | None) -> Path:
+    """The checkpoint folder of a file of the original, `NAME-llava` beside it; written if it is not there.
+
+    Arguments and errors as of `import_file`.
+
+    Raises:
+        CheckpointError: the folder was written for another base, or with other settings.
+    """
+    file = Path(file)
+    folder = file.with_name(f"{file.stem}-llava")
+    if not folder.exists():
+        return import_file(file, folder, base, vision_tower, **settings)
+    recorded = read_json(folder / RUN_FILE)["arguments"]["model"]["model_name_or_path"]
+    config = read_json(folder / "extensions" / MmaExtension.name / "config.json")
+    other = [f"{name} {config[name]}" for name, value in settings.items() if value not in (None, config[name])]
+    if recorded != str(local_folder(str(base))):
+        other.append(f"base {recorded}")
+    if other:
+        raise CheckpointError(f"{folder}: was written from {file.name} with {', '.join(other)}; delete it or rename it")
+    return folder
 
 
 def _arguments(base: str, vision_tower: str, hidden: int) -> RunArguments:

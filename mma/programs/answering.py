@@ -23,7 +23,9 @@ from llava.eval.record import weights_fingerprint
 from llava.eval.runner import Prompt, answer_tasks
 from llava.mm_utils import get_model_name_from_path
 from llava.output import replace_text
+from mma.convert import SETTINGS
 from mma.data.tokens import prompt_ids
+from mma.original import TOWER, ready_folder
 from mma.programs.eval_options import ADAPTER_OPTIONS, BITS, check_adapters
 from mma.programs.processes import Processes
 from mma.weights.base import BaseWeights, base_folder
@@ -62,7 +64,7 @@ def load_lavin(args: argparse.Namespace, given: dict[str, Any], processes: Proce
     base = find_base(args, processes)
     bits = BITS[args.bits]
     loaded = load_model(
-        args.adapter_path,
+        str(find_adapters(args, given, base, processes)),
         str(base),
         device=device_of(args, processes),
         torch_dtype=args.torch_dtype,
@@ -77,6 +79,16 @@ def load_lavin(args: argparse.Namespace, given: dict[str, Any], processes: Proce
         config["shifted_decoding"] = args.shifted_decoding
     loaded.model.config.tokenizer_model_max_length = args.max_seq_len - 1  # the modality token has no place here
     return loaded
+
+
+def find_adapters(args: argparse.Namespace, given: dict[str, Any], base: Path, processes: Processes) -> Path:
+    """`--adapter_path`; a file of the original is converted beside it by the first process, once."""
+    path = Path(args.adapter_path)
+    if not path.is_file():
+        return path
+    with processes.first_alone():
+        settings = {name: given[name] for name in SETTINGS if name in given}
+        return ready_folder(path, base, args.vision_tower or TOWER, **settings)
 
 
 def find_base(args: argparse.Namespace, processes: Processes) -> Path:

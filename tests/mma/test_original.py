@@ -17,7 +17,7 @@ from llava.errors import CheckpointError
 from llava.model.builder import load_pretrained_model
 from mma import convert
 from mma.config import MmaConfig
-from mma.original import export_file, import_file, main
+from mma.original import export_file, import_file, main, ready_folder
 from tests.golden import golden_dir, load_case
 from tests.mma.golden_model import golden_model, llama_tensors, spliced_rows, write_tower
 from tests.train.test_training import BASE, command_line
@@ -115,6 +115,19 @@ def test_the_layout_is_the_originals(base: Path, tower: Path, tmp_path: Path) ->
         stripped = {name.removeprefix("module."): value for name, value in content.items()}
         assert back["model"].keys() == stripped.keys()
         assert all(torch.equal(value, back["model"][name]) for name, value in stripped.items())
+
+
+def test_a_file_is_converted_beside_it_once(base: Path, tower: Path, tmp_path: Path) -> None:
+    file = published("train_attn_mixed", tmp_path / "lavin.pth")
+    folder = ready_folder(file, base, str(tower), temperature=10.0)
+    written = (folder / "run.json").stat().st_mtime_ns
+    assert folder == tmp_path / "lavin-llava"
+    assert ready_folder(file, base, str(tower)) == folder
+    assert (folder / "run.json").stat().st_mtime_ns == written
+    with pytest.raises(CheckpointError, match=r"with temperature 10\.0; delete"):
+        ready_folder(file, base, str(tower), temperature=5.0)
+    with pytest.raises(CheckpointError, match="with base"):
+        ready_folder(file, BASE, str(tower))
 
 
 def damaged(tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
