@@ -263,6 +263,14 @@ class ExtensionSet:
         if attention is not None:
             model.set_attn_implementation(attention)  # type: ignore[operator]
 
+    def reconfigure(self, name: str, config: Config | None) -> None:
+        """Note what an extension has become: another configuration, or None if nothing of it is left.
+
+        Its modules are the business of whoever changed them, for example by merging.
+        """
+        found = [(item, config if item.extension.name == name else item.config) for item in self._attached]
+        self._attached = [Attached(item.extension, kept) for item, kept in found if kept is not None]
+
     def on_inputs(self, model: nn.Module, inputs: MultimodalInputs) -> MultimodalInputs:
         """Seam 2 of all extensions in turn."""
         for item in self:

@@ -56,6 +56,9 @@ class MmaConfig:
     shifted_decoding: bool = False
     """Give every token after the prompt the position before its own, as the original's generation does."""
 
+    merged_for: str = ""
+    """Modality for which the adapters were folded into the language model; other samples are refused."""
+
     def __post_init__(self) -> None:
         problems = [*self._wrong_types(), *self._out_of_range()]
         if problems:
@@ -82,6 +85,8 @@ class MmaConfig:
             problems.append(
                 f"visual_adapter_type is '{self.visual_adapter_type}', expected one of {VISUAL_ADAPTER_TYPES}"
             )
+        if self.merged_for not in ("", "text", "image") or (self.merged_for and self.adapter_type != "none"):
+            problems.append(f"merged_for is '{self.merged_for}' beside adapter_type '{self.adapter_type}'")
         for name in ("adapter_dim", "adapter_groups"):
             if getattr(self, name) < 1:
                 problems.append(f"{name} is {getattr(self, name)}, expected at least 1")

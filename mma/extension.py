@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.errors import CheckpointError, FlagError
-from llava.extension import Config, DecoderState, Extension
+from llava.extension import Config, DecoderState, Extension, MultimodalInputs
 from mma import modality
 from mma import model as adapted_model
 from mma.config import VISUAL_INPUTS, MmaConfig, MmaOptions
@@ -78,6 +78,21 @@ class MmaExtension(Extension):
             adapted_model.attach(model, blocks, width, MmaConfig.from_dict(config))
         except ValueError as error:
             raise CheckpointError(f"extension '{self.name}': {error}") from error
+
+    def on_inputs(self, model: nn.Module, config: Config, inputs: MultimodalInputs) -> MultimodalInputs:
+        """Refuse what a merged model was not merged for.
+
+        Raises:
+            ValueError: a sample is of the other modality.
+        """
+        merged_for = config.get("merged_for", MmaConfig.merged_for)
+        other = [row for row, sample in enumerate(inputs.segments) if sample.has_image != (merged_for == "image")]
+        if merged_for and other:
+            raise ValueError(
+                f"the adapters of this model were merged for samples of {merged_for} alone, and rows {other} are of "
+                "the other kind; load the checkpoint that it was merged from"
+            )
+        return inputs
 
     def before_layer(self, model: nn.Module, config: Config, index: int, state: DecoderState) -> DecoderState:
         """Give the layer the weights of its adapters for each sample."""

@@ -7,12 +7,13 @@ Corresponds to `set_MMAdapter` and `set_Clip_Adapter` in `lavin/mm_adapter.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mma.config import MmaConfig
 from mma.layer import RepAdapter, RoutedRepAdapter
@@ -74,7 +75,7 @@ def norms(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
     raise ValueError(f"a {type(layer).__name__} has no pair of norms under one of the names {NORMS}")
 
 
-def adapters(layer: nn.Module) -> list[RepAdapter]:
+def adapters(layer: nn.Module) -> list[Any]:
     """The adapters of a layer or block, the one before attention first."""
     found = (getattr(norm, CHILD, None) for norm in norms(layer))
     return [adapter for adapter in found if isinstance(adapter, RepAdapter)]
@@ -115,18 +116,19 @@ def attach(
         raise ValueError("the model has adapters already")
     for layer in layers:
         for norm in norms(layer)[: config.adapters_per_layer]:
-            _add(norm, _routed(ModalityAdapter, width, config), dtype).register_forward_hook(_adapt_by_modality)
-        layer.register_forward_pre_hook(_take_routing, with_kwargs=True)
-        layer.register_forward_hook(_drop_routing, always_call=True)
+            _add(norm, _routed(ModalityAdapter, width, config), dtype, _adapt_by_modality)
+        hooks = adapters(layer)[0].hooks
+        hooks.append(layer.register_forward_pre_hook(_take_routing, with_kwargs=True))
+        hooks.append(layer.register_forward_hook(_drop_routing, always_call=True))
         if config.drop_path:
-            _add_drop_path(layer, config.drop_path)
+            hooks += _add_drop_path(layer, config.drop_path)
     for block in adapted_blocks:
         for norm in norms(block)[: config.adapters_per_block]:
             if config.visual_adapter_type == "normal":
                 plain = RepAdapter(block_width, config.adapter_dim, config.adapter_groups, config.adapter_dropout)
-                _add(norm, plain, dtype).register_forward_hook(_adapt)
+                _add(norm, plain, dtype, _adapt)
             else:
-                _add(norm, _routed(RoutedRepAdapter, block_width, config), dtype).register_forward_hook(_adapt_by_token)
+                _add(norm, _routed(RoutedRepAdapter, block_width, config), dtype, _adapt_by_token)
     if layers:
         table = host.get_input_embeddings().weight
         decoder.add_module(EMBEDDING, nn.Embedding(len(MODALITIES), width, device=table.device, dtype=dtype))
@@ -137,12 +139,19 @@ def _routed(kind: type[RoutedRepAdapter], width: int, config: MmaConfig) -> Rout
     return kind(width, c.adapter_dim, c.adapter_groups, c.adapter_scale, c.temperature, c.adapter_dropout)
 
 
-def _add(norm: nn.Module, adapter: RepAdapter, dtype: torch.dtype) -> nn.Module:
-    """Make the adapter a child of the norm; returns the norm."""
+def _add(norm: nn.Module, adapter: Any, dtype: torch.dtype, hook: Callable[..., Tensor]) -> None:
+    """Make the adapter a child of the norm, with its hook; it keeps the handles of what was registered for it."""
     device = next(norm.parameters()).device
     adapter = adapter.to_empty(device=device) if device.type == "meta" else adapter.to(device)
     norm.add_module(CHILD, adapter.to(dtype).train(norm.training))
-    return norm
+    adapter.hooks = [norm.register_forward_hook(hook)]
+
+
+def detach(norm: Any) -> None:
+    """Take the adapter of a norm away, with everything that was registered for it."""
+    for handle in norm.adapter.hooks:
+        handle.remove()
+    delattr(norm, CHILD)
 
 
 # Forward hooks: functions of the module, so that a copy of the model has hooks of its own.
@@ -177,8 +186,8 @@ def _drop_routing(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             adapter.source = None
 
 
-def _add_drop_path(layer: Any, probability: float) -> None:
-    """Stochastic depth on both residual branches of a decoder layer.
+def _add_drop_path(layer: Any, probability: float) -> list[RemovableHandle]:
+    """Stochastic depth on both residual branches of a decoder layer; returns the handles of the hooks.
 
     Raises:
         ValueError: the layer has no modules `self_attn` and `mlp`.
@@ -186,8 +195,7 @@ def _add_drop_path(layer: Any, probability: float) -> None:
     branches = [getattr(layer, name, None) for name in ("self_attn", "mlp")]
     if not all(isinstance(branch, nn.Module) for branch in branches):
         raise ValueError(f"drop_path: a {type(layer).__name__} has no modules 'self_attn' and 'mlp'")
-    for branch in branches:
-        branch.register_forward_hook(partial(_drop_path, probability=probability))
+    return [branch.register_forward_hook(partial(_drop_path, probability=probability)) for branch in branches]
 
 
 def _drop_path(branch: nn.Module, args: tuple[Any, ...], output: Any, probability: float) -> Any:

@@ -1,0 +1,132 @@
+"""Folding adapters into the layers behind them, exactly, for one modality.
+
+For a known modality the weights of a routed adapter are constants, and an adapter without activation in front of linear
+layers is a linear map: `W (M x + c) + w = (W M) x + (W c + w)`. Nothing of the adapter remains but biases. Plain
+adapters of a vision tower are folded in the same way; routed ones there depend on each token and stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mma.layer import PointwiseConv, RepAdapter, RoutedRepAdapter
+from mma.modality import routing_table
+from mma.model import EMBEDDING, MODALITIES, adapters, detach, norms
+
+ATTENTION = ("q_proj", "k_proj", "v_proj")
+MLP = ("gate_proj", "up_proj")
+"""Linear layers that read the output of the norm before attention, and of that before the MLP."""
+
+
+def dense(conv: PointwiseConv) -> tuple[Tensor, Tensor]:
+    """Matrix (out, in) and bias (out) of a grouped convolution, in float64."""
+    blocks = conv.weight[..., 0].double().chunk(conv.groups)  # g blocks (out / g, in / g)
+    assert conv.bias is not None  # noqa: S101  (it always has one)
+    return torch.block_diag(*blocks), conv.bias.double()
+
+
+def affine(adapter: RepAdapter, routing: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Matrix M (D, D) and vector c (D) of an adapter in evaluation mode, in float64.
+
+    Args:
+        adapter: plain or routed.
+        routing: weights (2) of a routed one.
+    """
+    down, down_bias = dense(adapter.conv_A)
+    up, up_bias = dense(adapter.conv_B)
+    if not isinstance(adapter, RoutedRepAdapter) or routing is None:
+        return up @ down, up @ down_bias + up_bias
+    other, other_bias = dense(adapter.conv_D)
+    first, second = (adapter.scale * routing.double()).unbind()
+    mixed, mixed_bias = first * up + second * other, first * up_bias + second * other_bias
+    identity = torch.eye(len(mixed), dtype=mixed.dtype, device=mixed.device)
+    return identity + mixed @ down, mixed @ down_bias + mixed_bias
+
+
+@torch.no_grad()
+def fold_into(linears: Sequence[nn.Linear], matrix: Tensor, vector: Tensor) -> None:
+    """Let linear layers do what they did behind the map `matrix x + vector`; they get biases if they had none."""
+    for linear in linears:
+        weight, dtype = linear.weight.double(), linear.weight.dtype
+        bias = weight @ vector + (0 if linear.bias is None else linear.bias.double())
+        linear.weight.copy_((weight @ matrix).to(dtype))
+        if linear.bias is None:
+            linear.bias = nn.Parameter(bias.to(dtype), requires_grad=linear.weight.requires_grad)
+        else:
+            linear.bias.copy_(bias.to(dtype))
+
+
+def readers(layer: nn.Module, names: Sequence[str], where: str) -> list[nn.Linear]:
+    """The linear layers of a decoder layer or block behind one of its norms.
+
+    Raises:
+        ValueError: they are not there, or are more than plain linear layers: quantised, or adapted by something else.
+    """
+    holders = [module for module in layer.modules() if all(hasattr(module, name) for name in names)]
+    if len(holders) != 1:
+        raise ValueError(f"{where} has {len(holders)} modules with the linear layers {names}, expected 1")
+    found = [getattr(holders[0], name) for name in names]
+    for name, linear in zip(names, found, strict=True):
+        plain = type(linear) is nn.Linear and linear.weight.is_floating_point() and not linear._forward_hooks
+        if not plain or list(linear.children()):
+            raise ValueError(
+                f"{where}: '{name}' is a {type(linear).__name__}"
+                f"{' with an update of its own' if list(linear.children()) else ''}; adapters fold into plain linear "
+                "layers alone, so merge or drop other adapters first and load without quantisation"
+            )
+    return found
+
+
+def fold_decoder(decoder: Any, modality: str, dtype: torch.dtype) -> int:
+    """Fold the adapters of a decoder for one modality and take them and the modality embedding away.
+
+    Args:
+        decoder: with adapters.
+        modality: one of `MODALITIES`.
+        dtype: of the hidden states at inference.
+
+    Returns:
+        Number of adapters folded.
+
+    Raises:
+        ValueError: a layer behind an adapter is no plain linear layer; nothing has been changed then.
+    """
+    row = MODALITIES.index(modality)
+    with torch.no_grad():
+        table = routing_table(decoder, dtype)[:, row]  # (layers, A, 2)
+    jobs = []
+    for index, layer in enumerate(decoder.layers):
+        behind = _readers_of(layer, table.shape[1], index)
+        for norm, adapter, weights, linears in zip(norms(layer), adapters(layer), table[index], behind, strict=False):
+            jobs.append((norm, linears, affine(adapter, weights)))
+    for norm, linears, (matrix, vector) in jobs:
+        fold_into(linears, matrix, vector)
+        detach(norm)
+    delattr(decoder, EMBEDDING)
+    return len(jobs)
+
+
+def _readers_of(layer: nn.Module, count: int, index: int) -> list[list[nn.Linear]]:
+    return [readers(layer, names, f"decoder layer {index}") for names in (ATTENTION, MLP)[:count]]
+
+
+def fold_blocks(blocks: Sequence[nn.Module]) -> int:
+    """Fold the plain adapters of a vision tower and take them away; returns their number.
+
+    Raises:
+        ValueError: an adapter is routed, or a layer behind it is no plain linear layer; nothing has been changed then.
+    """
+    jobs = []
+    for index, block in enumerate(blocks):
+        for norm, adapter in zip(norms(block), adapters(block), strict=False):
+            if isinstance(adapter, RoutedRepAdapter):
+                raise ValueError("routed adapters of a vision tower depend on every token and cannot be folded")
+            jobs.append((norm, readers(block, ATTENTION, f"block {index} of the tower"), affine(adapter)))
+    for norm, linears, (matrix, vector) in jobs:
+        fold_into(linears, matrix, vector)
+        detach(norm)
+    return len(jobs)
