@@ -127,7 +127,7 @@ def test_what_the_options_make_of_the_model(
         (["--use_caption"], FlagError, "--caption_file"),
         (["--temperature", "5."], FlagError, "--temperature 5.0, but 10.0"),
         (["--visual_adapter_type", "normal"], FlagError, "--visual_adapter_type normal, but router"),
-        (["--llm_model", "13B"], CheckpointError, "look at --llama_model_path"),
+        (["--llm_model", "30B"], CheckpointError, "look at --llama_model_path"),
         (["--top_p", "2"], FlagError, "--top_p 2"),
     ],
 )

@@ -1,0 +1,116 @@
+"""The page of the demo: a picture or none, a conversation, and how answers are generated (LaVIN's `demo.py`).
+
+Every error that a user can mend is shown in the conversation. gradio is imported when a page is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from llava.errors import LlavaError
+from llava.eval.generation import GenerationOptions
+from mma.programs.chat import LavinChat, Turn
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+TITLE = "LaVIN"
+WORDS = "Ask about a picture, or without one. Another picture begins a new conversation."
+
+Messages = list[dict[str, str]]
+"""What the page shows: `{"role": "user" | "assistant", "content": text}`."""
+
+
+def messages_of(turns: list[Turn]) -> Messages:
+    """The turns of a conversation as the page shows them."""
+    return [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+class Handlers:
+    """What happens when a button is pressed; knows the page's values, not its parts.
+
+    Args:
+        chat: answers.
+    """
+
+    def __init__(self, chat: LavinChat) -> None:
+        self.chat = chat
+
+    def ask(
+        self,
+        question: str,
+        turns: list[Turn],
+        image: str | None,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: int,
+        seed: int,
+    ) -> Iterator[tuple[str, list[Turn], Messages]]:
+        """The text box, the conversation, and what is shown of it, as the answer grows; an answer may be empty.
+
+        A question that cannot be answered stays in the text box, and the reason is shown in place of an answer. An
+        answer that is stopped stays in the conversation as far as it came.
+        """
+        said = [*turns, (question, "")]
+        try:
+            options = GenerationOptions(temperature, top_p, max_new_tokens=int(max_new_tokens), seed=int(seed))
+            for answer in self.chat.ask(turns, question, image, options):
+                said = [*turns, (question, answer)]
+                yield "", said, messages_of(said)
+        except LlavaError as error:
+            yield question, turns, messages_of([*turns, (question, f"Error: {error}")])
+        else:
+            yield "", said, messages_of(said)
+
+    def begin(self) -> tuple[list[Turn], Messages]:
+        """An empty conversation."""
+        return [], []
+
+
+def build_page(chat: LavinChat, max_new_tokens: int) -> gr.Blocks:
+    """The page.
+
+    Args:
+        chat: answers.
+        max_new_tokens: longest answer that may be chosen.
+    """
+    import gradio as gr
+
+    handlers = Handlers(chat)
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+        gr.Markdown(f"# {TITLE}\n{WORDS}")
+        turns = gr.State([])
+        with gr.Row():
+            with gr.Column(scale=1):
+                image = gr.Image(type="filepath", label="Picture", sources=["upload", "clipboard"])
+                # The file as it was uploaded: gradio would write it anew, and fail on a broken one without a word.
+                image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
+                with gr.Accordion("Answers", open=False):
+                    settings: list[Any] = [
+                        gr.Slider(0, 2, 0.1, step=0.05, label="Temperature", info="0: always the most probable word"),
+                        gr.Slider(0.05, 1, 0.75, step=0.05, label="Top p"),
+                        gr.Slider(
+                            1, max_new_tokens, min(128, max_new_tokens), step=1, label="Longest answer in tokens"
+                        ),
+                        gr.Number(0, label="Seed", precision=0),
+                    ]
+            with gr.Column(scale=2):
+                shown = gr.Chatbot(label="Conversation", height=480)
+                question = gr.Textbox(label="Question", placeholder="Ask something", autofocus=True)
+                with gr.Row():
+                    send, stop, clear = gr.Button("Send", variant="primary"), gr.Button("Stop"), gr.Button("New")
+        asked = gr.on(
+            [send.click, question.submit],
+            handlers.ask,
+            [question, turns, image, *settings],
+            [question, turns, shown],
+            api_name="ask",
+        )
+        gr.on([clear.click, image.change], handlers.begin, None, [turns, shown], cancels=[asked], api_name="begin")
+        stop.click(None, None, None, cancels=[asked])
+    return page.queue(default_concurrency_limit=None)
