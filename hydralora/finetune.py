@@ -25,13 +25,13 @@ from hydralora.text.arguments import RunArguments, build_parser, parse_args
 from hydralora.text.dataset import InstructionCollator, InstructionDataset, load_examples, training_files
 from hydralora.text.training import (
     ADAPTER_FOLDER,
-    AdapterFolders,
     HydraLoraTrainer,
     add_adapter,
     load_base,
     load_tokenizer,
 )
 from llava.errors import FlagError
+from llava.train.saving import prepare_folder
 from llava.train.zero import join_processes, prepare_resume, set_precision
 from llava.utils import package_versions, run_program
 
@@ -86,7 +86,6 @@ def load_data(args: RunArguments, tokenizer: Any) -> tuple[InstructionDataset | 
 def write_run_record(args: RunArguments) -> None:
     """Resolved options and package versions, written before the first step."""
     folder = Path(args.training.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     record = {
         "model": dataclasses.asdict(args.model),
         "data": dataclasses.asdict(args.data),
@@ -101,6 +100,7 @@ def build_run(args: RunArguments) -> Run:
     """Everything up to the first step."""
     training = args.training
     if training.should_save:
+        prepare_folder(Path(training.output_dir))
         write_run_record(args)
     set_seed(training.seed)
     if training.gradient_checkpointing and training.gradient_checkpointing_kwargs is None:
@@ -115,14 +115,13 @@ def build_run(args: RunArguments) -> Run:
     if training.should_log:
         model.print_trainable_parameters()
     trainer = HydraLoraTrainer(
-        balance_weight=training.balance_weight,
+        balance_weight=model.active_peft_config.balance_weight,
         model=model,
         args=training,
         train_dataset=train,
         eval_dataset=evaluation,
         data_collator=InstructionCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
-        callbacks=[AdapterFolders()],
     )
     return Run(args, tokenizer, model, trainer)
 

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import torch
 import transformers
 
-from hydralora.tuner.config import RoutingUnit
+from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
+from hydralora.tuner.loading import read_config
 from llava.errors import FlagError
 from llava.train.retired_flags import translate_retired_flags
 from llava.train.zero import zero_settings, zero_stage
@@ -82,9 +83,14 @@ class TrainingArguments(transformers.TrainingArguments):
     lora_alpha: float = _option("the update is scaled by alpha / rank", 32.0)
     lora_nums: str = _option("number of experts, or auto:FILE (see python -m hydralora.components)", "2")
     routing: str = _option("what the router decides for: token (the paper) or sequence", RoutingUnit.TOKEN.value)
-    balance_weight: float = _option("weight of an expert-balance loss; 0: none, as the original", 0.0)
+    balance_weight: float | None = _option(
+        "weight of an expert-balance loss; 0: none, as the original; none given: that of --peft_path's adapter, or 0"
+    )
     modules_to_save: str | None = _option("other modules to train in full, by comma")
-    peft_path: str | None = _option("adapter to start from: ours, or one of the original")
+    peft_path: str | None = _option(
+        "adapter to start from: ours, or one of the original; it stays as it is, so flags that contradict its rank, "
+        "alpha, dropout, experts, routing or modules are refused"
+    )
     flash_attn: bool = _option("use FlashAttention 2", False)
     double_quant: bool = _option("4 bit: quantise the quantisation constants too", True)
     quant_type: str = _option("4 bit: nf4 or fp4", "nf4")
@@ -112,7 +118,9 @@ class RunArguments:
 
     @property
     def experts(self) -> int:
-        """The number of experts, read from the file if `--lora_nums` names one."""
+        """The number of experts: of `--peft_path`'s adapter, or else of `--lora_nums` or the file that it names."""
+        if self.training.peft_path:
+            return stored_config(self.training.peft_path).lora_nums
         return number_of_experts(self.training.lora_nums)
 
     @property
@@ -141,6 +149,26 @@ def number_of_experts(value: str) -> int:
     if not str(number).isdecimal() or int(number) < 1:
         raise FlagError(f"{source} is {number!r}, expected a number of experts of at least 1")
     return int(number)
+
+
+def stored_config(folder: str) -> HydraLoraConfig:
+    """The configuration of the adapter that `--peft_path` names.
+
+    Raises:
+        FlagError: the folder holds no adapter, or one of another method.
+    """
+    try:
+        config = read_config(Path(folder))
+    except ValueError as error:
+        raise FlagError(f"--peft_path: {error}") from error
+    if not isinstance(config, HydraLoraConfig):
+        raise FlagError(f"--peft_path {folder}: is an adapter of another method than HydraLoRA")
+    return config
+
+
+def module_names(value: str | None) -> list[str]:
+    """The names in the value of `--trainable` or `--modules_to_save`, without blanks."""
+    return [name.strip() for name in (value or "").split(",") if name.strip()]
 
 
 def build_parser() -> transformers.HfArgumentParser:
@@ -196,8 +224,35 @@ def _problems(args: RunArguments) -> list[str]:
         problems.append(f"--load_in_kbits {training.load_in_kbits}: known values are 4, 8 and 16")
     elif training.load_in_kbits != 16 and zero_stage(training) == 3:
         problems.append(f"--load_in_kbits {training.load_in_kbits}: ZeRO-3 cannot split quantised weights; use ZeRO-2")
+    if (training.balance_weight or 0) < 0:
+        problems.append(f"--balance_weight {training.balance_weight}: expected at least 0")
     try:
         number_of_experts(training.lora_nums)
+        if training.peft_path:
+            problems += _contradictions(training, stored_config(training.peft_path))
     except FlagError as error:
         problems.append(str(error))
     return problems
+
+
+def _contradictions(training: TrainingArguments, stored: HydraLoraConfig) -> list[str]:
+    """The flags that were given with other values than the adapter to start from has."""
+    targets = stored.target_modules
+    pairs = {
+        "lora_rank": (training.lora_rank, stored.r),
+        "lora_alpha": (training.lora_alpha, stored.lora_alpha),
+        "lora_nums": (number_of_experts(training.lora_nums), stored.lora_nums),
+        "lora_dropout": (training.lora_dropout, stored.lora_dropout),
+        "routing": (training.routing, stored.routing),
+        "trainable": (
+            sorted(module_names(training.trainable)),
+            [targets] if isinstance(targets, str) else sorted(targets or ()),
+        ),
+        "modules_to_save": (sorted(module_names(training.modules_to_save)), sorted(stored.modules_to_save or ())),
+    }
+    return [
+        f"--{name} {getattr(training, name)} contradicts the adapter of --peft_path, which has {theirs} and stays as "
+        "it is; leave the flag out"
+        for name, (ours, theirs) in pairs.items()
+        if ours != theirs and getattr(training, name) != type(training).__dataclass_fields__[name].default
+    ]

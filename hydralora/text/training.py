@@ -6,18 +6,19 @@ original prepares and never computes, are carried out here.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from hydralora.layer import expert_balance_loss
 from hydralora.model import RoutingRecorder, of_text
 from hydralora.statistics import TaskStatistics
-from hydralora.text.arguments import RunArguments
+from hydralora.text.arguments import RunArguments, module_names
 from hydralora.tuner import HydraLoraConfig, hydralora_layers
 from hydralora.tuner.loading import load_adapter
 from llava.errors import FlagError
@@ -25,9 +26,8 @@ from llava.hub import TOKENIZER_FILES, local_folder
 from llava.model.partition import fetch
 from llava.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer as read_tokenizer
-from llava.train.sampling import EpochSampler, random_order
+from llava.train.resumable_trainer import ResumableTrainer
 from llava.train.zero import same_draws
-from llava.train.zero_trainer import ZeroTrainer
 
 ADAPTER_FOLDER = "sft_lora_model"
 """Where the original puts the finished adapter, in the output folder and in each checkpoint."""
@@ -78,8 +78,10 @@ def load_base(args: RunArguments) -> nn.Module:
 def add_adapter(base: nn.Module, args: RunArguments) -> PeftModel:
     """The base with a new adapter, or with the one that `--peft_path` names, ours or the original's.
 
+    `balance_weight` of its configuration is the one that holds for this run.
+
     Raises:
-        FlagError: `--peft_path` names no folder with such an adapter.
+        FlagError: `--peft_path` names no folder with such an adapter, or a flag of a new one is out of range.
     """
     training = args.training
     if training.peft_path:
@@ -87,45 +89,50 @@ def add_adapter(base: nn.Module, args: RunArguments) -> PeftModel:
             model = load_adapter(base, Path(training.peft_path), is_trainable=True)
         except ValueError as error:
             raise FlagError(f"--peft_path: {error}") from error
-        if not hydralora_layers(model):
-            raise FlagError(f"--peft_path {training.peft_path}: is an adapter of another method than HydraLoRA")
+        config = model.active_peft_config
+        if training.balance_weight is not None:
+            config.balance_weight = training.balance_weight
+        if training.should_log:
+            print(
+                f"--peft_path {training.peft_path}: goes on as it is: r {config.r}, alpha {config.lora_alpha}, "
+                f"{config.lora_nums} experts, dropout {config.lora_dropout}, routing by {config.routing}"
+            )
         return model
-    modules = [name.strip() for name in training.trainable.split(",") if name.strip()]
-    config = HydraLoraConfig(
-        r=training.lora_rank,
-        lora_alpha=training.lora_alpha,
-        lora_nums=args.experts,
-        lora_dropout=training.lora_dropout,
-        target_modules="all-linear" if modules == ["all-linear"] else modules,
-        modules_to_save=training.modules_to_save.split(",") if training.modules_to_save else None,
-        routing=training.routing,
-        balance_weight=training.balance_weight,
-        task_type="CAUSAL_LM",
-    )
+    modules = module_names(training.trainable)
+    try:
+        config = HydraLoraConfig(
+            r=training.lora_rank,
+            lora_alpha=training.lora_alpha,
+            lora_nums=args.experts,
+            lora_dropout=training.lora_dropout,
+            target_modules="all-linear" if modules == ["all-linear"] else modules,
+            modules_to_save=module_names(training.modules_to_save) or None,
+            routing=training.routing,
+            balance_weight=training.balance_weight or 0.0,
+            task_type="CAUSAL_LM",
+        )
+    except ValueError as error:
+        raise FlagError(f"--lora_rank, --lora_dropout or --routing: {error}") from error
     return get_peft_model(base, config)
 
 
-class AdapterFolders(TrainerCallback):
-    """Writes the adapter into `sft_lora_model` of every checkpoint, where the original's tools look for it."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called after a checkpoint is written."""
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            link_adapter(folder, folder / ADAPTER_FOLDER)
-
-
 def link_adapter(source: Path, target: Path) -> None:
-    """Put the adapter and tokenizer files of `source` under `target` too, without storing them twice where possible."""
+    """Put the adapter and tokenizer files of `source` under `target` too, without storing them twice.
+
+    Where the file system has no hard links, as many shares of a network, they are copied.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         if path.is_file() and any(path.match(pattern) for pattern in ("adapter_*", *TOKENIZER_FILES)):
             copy = target / path.name
             copy.unlink(missing_ok=True)
-            copy.hardlink_to(path)
+            try:
+                copy.hardlink_to(path)
+            except OSError:
+                shutil.copy2(path, copy)
 
 
-class HydraLoraTrainer(ZeroTrainer):
+class HydraLoraTrainer(ResumableTrainer):
     """Trainer that adds the balance loss and logs the share of each expert, by task where the data has tasks."""
 
     def __init__(self, *, balance_weight: float, **kwargs: Any) -> None:
@@ -133,22 +140,22 @@ class HydraLoraTrainer(ZeroTrainer):
         self.balance_weight = balance_weight
         self.statistics = TaskStatistics()
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        if self.args.train_sampling_strategy != "random":
-            return super()._get_train_sampler(train_dataset)
-        size = len(self.train_dataset if train_dataset is None else train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochSampler(random_order(size), size, seed)  # the same order after an interruption
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter; in a checkpoint into `sft_lora_model` too, where the original's tools look for it."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            link_adapter(folder, folder / ADAPTER_FOLDER)
+
+    def _write_model(self, folder: Path) -> None:
         """Write the adapter; under DeepSpeed in the optimizer's precision, not in that of the forward pass."""
         if not self.is_deepspeed_enabled:
-            super().save_model(output_dir, _internal_call)
+            super()._write_model(folder)
             return
         trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         tensors = fetch(trained, keep=self.args.should_save)  # split parameters are gathered by all processes
         if self.args.should_save:
-            self._save(output_dir or self.args.output_dir, state_dict=tensors)
+            self._save(str(folder), state_dict=tensors)
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

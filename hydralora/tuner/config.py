@@ -65,7 +65,7 @@ class HydraLoraConfig(PeftConfig):
     """`token` (the paper), or `sequence`: the mean over the prompt."""
 
     balance_weight: float = 0.0
-    """Weight of the expert-balance loss that trainers add; 0: none."""
+    """Weight of the expert-balance loss that it is trained with by `hydralora.finetune`; 0: none."""
 
     init_weights: bool = True
     """Start as the identity (B = 0); False draws B like A, for tests."""

@@ -1,14 +1,23 @@
-"""A stored adapter onto a base: a folder of PEFT, or one of the original HydraLoRA."""
+"""A stored adapter and its configuration: a folder of PEFT, or one of the original HydraLoRA."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 
-from hydralora.tuner.original import import_adapter, is_original
+from hydralora.tuner.original import import_adapter, is_original, read_original_config
+
+
+def read_config(folder: Path) -> PeftConfig:
+    """The configuration of the adapter in a folder, of whatever method of PEFT.
+
+    Raises:
+        ValueError: the folder holds no adapter, or one of the original that cannot be carried out here.
+    """
+    return read_original_config(folder) if is_original(folder) else PeftConfig.from_pretrained(str(folder))
 
 
 def load_adapter(base: nn.Module, folder: Path, is_trainable: bool = False) -> PeftModel:

@@ -101,6 +101,10 @@ def config_to_original(config: HydraLoraConfig) -> dict[str, Any]:
             f"routing '{config.routing}' and target_modules {config.target_modules!r}: the original routes by token "
             "and takes target modules as a list"
         )
+    chosen = {name: getattr(config, name) for name in ("exclude_modules", "layers_to_transform", "layers_pattern")}
+    refused = {name: value for name, value in chosen.items() if value not in (None, [], set())}
+    if refused:
+        raise ValueError(f"{refused}: the original adapts every layer that target_modules names and has no such choice")
     return {
         "base_model_name_or_path": config.base_model_name_or_path,
         "bias": config.bias,
@@ -129,13 +133,18 @@ def is_original(folder: Path) -> bool:
     return values.get("peft_type") == "LORA" and "lora_nums" in values
 
 
+def read_original_config(folder: Path) -> HydraLoraConfig:
+    """Our configuration of an adapter of the original; errors as of `config_from_original`."""
+    return config_from_original(_read_config(folder), folder / CONFIG_FILE)
+
+
 def import_adapter(source: Path, target: Path) -> HydraLoraConfig:
     """Read a folder of the original and write it as a PEFT folder that `PeftModel.from_pretrained` loads.
 
     Raises:
         ValueError: `source` is no such folder, or `target` exists.
     """
-    config = config_from_original(_read_config(source), source / CONFIG_FILE)
+    config = read_original_config(source)
     path = source / ORIGINAL_WEIGHTS
     tensors = from_original(read_weights(path), path)
     with _new_folder(target) as folder:

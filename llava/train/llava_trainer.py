@@ -7,33 +7,28 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from llava.errors import LlavaError, TrainingError
+from llava.errors import TrainingError
 from llava.model.checkpoint import bare_model, load_full_weights, load_trained, save_checkpoint
 from llava.model.formats import inspect_checkpoint
 from llava.model.loss import LossReduction
 from llava.model.splice import count_targets
 from llava.train.arguments import RunArguments
 from llava.train.optimizer import BASE_GROUP, optimizer_groups
+from llava.train.resumable_trainer import ResumableTrainer
 from llava.train.run_record import copy_run_record
-from llava.train.sampling import EpochSampler, modality_order, random_order
-from llava.train.saving import STAGING_PREFIX, publish_files, publish_folder, rotate, staging_path
-from llava.train.zero_trainer import ZeroTrainer
+from llava.train.sampling import EpochSampler, modality_order
+from llava.train.saving import last_checkpoint
 
 
-class LLaVATrainer(ZeroTrainer):
+class LLaVATrainer(ResumableTrainer):
     """Trainer of a LLaVA with any set of extensions.
 
     Args:
@@ -46,23 +41,18 @@ class LLaVATrainer(ZeroTrainer):
         self._loss_sums: dict[str, Tensor] = {}
         self._loss_count = 0
         self._rates: dict[str, float] = {}  # learning rate of each parameter group in the latest update
-        self._staged: Path | None = None  # the checkpoint that is being written
         with _adapters_declared(kwargs["model"]):
             super().__init__(args=run.training, **kwargs)
         # The loss is divided by the targets of the whole global batch in `compute_loss`, not by the Trainer.
         self.model_accepts_loss_kwargs = True
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        if self.args.group_by_modality_length:
-            ranks = self.args.world_size * self.args.gradient_accumulation_steps
-            order = modality_order(dataset.modality_lengths, self.args.train_batch_size, ranks)
-        elif self.args.train_sampling_strategy == "random":
-            order = random_order(len(dataset))
-        else:
+        if not self.args.group_by_modality_length:
             return super()._get_train_sampler(train_dataset)
-        return EpochSampler(order, len(dataset), seed)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        ranks = self.args.world_size * self.args.gradient_accumulation_steps
+        order = modality_order(dataset.modality_lengths, self.args.train_batch_size, ranks)
+        return EpochSampler(order, len(dataset), self._order_seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Optimizer of the class that `--optim` names, over the groups of `optimizer_groups`."""
@@ -170,85 +160,11 @@ class LLaVATrainer(ZeroTrainer):
 
     # Checkpoints
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed after the last update; Trainer would make another
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staged is None else str(self._staged.parent)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write `checkpoint-N` under another name and rename it when it is complete; then drop the oldest ones.
-
-        Raises:
-            TrainingError: it cannot be written; the earlier checkpoints are whole.
-        """
-        target = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        staging = staging_path(target)
-        self._staged = staging / target.name
-        try:
-            super()._save_checkpoint(model, trial)
-            self._publish(self._staged, target)
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-                rotate(target.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            self._could_not_write(target, staging, error)
-        finally:
-            self._staged = None
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what is trained; into the output folder of the run only when all of it could be written.
-
-        Raises:
-            TrainingError: it cannot be written.
-        """
-        target = Path(output_dir or self.args.output_dir)
-        if _internal_call:  # by `_save_checkpoint`, whose folder is not the real one yet
-            self._write_model(target)
-            return
-        staged = target / f"{STAGING_PREFIX}final"
-        try:
-            self._write_model(staged)
-            if self.args.should_save:
-                publish_files(staged, target)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            self._could_not_write(target, staged, error)
-        self.accelerator.wait_for_everyone()
-
     def _write_model(self, folder: Path) -> None:
         if self.args.should_save or self.is_deepspeed_enabled:  # split parameters are gathered by all processes
             save_checkpoint(self.model, folder, self.processing_class, write=self.args.should_save)
         if self.args.should_save:
             copy_run_record(Path(self.args.output_dir), folder)
-
-    def _publish(self, staged: Path, target: Path) -> None:
-        """Rename when all processes have written; once per file system where the nodes do not share one."""
-        self.accelerator.wait_for_everyone()
-        if self.args.process_index == 0:
-            publish_folder(staged, target)
-        self.accelerator.wait_for_everyone()
-        if self.args.process_index != 0 and self.args.local_process_index == 0 and staged.is_dir():
-            publish_folder(staged, target)
-            shutil.rmtree(staged.parent, ignore_errors=True)
-
-    def _could_not_write(self, target: Path, staging: Path, error: Exception) -> None:
-        if isinstance(error, LlavaError):
-            raise error
-        shutil.rmtree(staging, ignore_errors=True)
-        raise TrainingError(
-            f"{target}: could not be written ({error}). {last_checkpoint(Path(self.args.output_dir))}"
-        ) from error
-
-    def save_state(self) -> None:
-        """Write `trainer_state.json`, whole or not at all."""
-        if self.args.should_save:
-            path = Path(self.args.output_dir) / TRAINER_STATE_NAME
-            partial = path.with_name(STAGING_PREFIX + path.name)
-            self.state.save_to_json(str(partial))
-            os.replace(partial, path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
@@ -269,11 +185,3 @@ def _adapters_declared(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del model._hf_peft_config_loaded
-
-
-def last_checkpoint(output: Path) -> str:
-    """What to say about the newest whole checkpoint of a run that broke off."""
-    found = get_last_checkpoint(str(output)) if output.is_dir() else None
-    if found is None:
-        return "There is no checkpoint yet."
-    return f"The last checkpoint is whole: {found}; the same command continues from it."

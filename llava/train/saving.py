@@ -10,7 +10,9 @@ import os
 import shutil
 from pathlib import Path
 
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
+
+from llava.errors import FlagError
 
 STAGING_PREFIX = "tmp-"
 
@@ -76,6 +78,29 @@ def remove_leftovers(output: Path) -> list[str]:
         else:
             path.unlink()
     return [path.name for path in leftovers]
+
+
+def prepare_folder(output: Path) -> None:
+    """Make the output folder of a run, or clear it of what an interrupted one left half-written.
+
+    Raises:
+        FlagError: the folder cannot be written.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        leftovers = remove_leftovers(output)
+    except OSError as error:
+        raise FlagError(f"--output_dir {output}: cannot be written ({error.strerror})") from error
+    if leftovers:
+        print(f"{output}: removed what an interrupted run left half-written: {', '.join(leftovers)}")
+
+
+def last_checkpoint(output: Path) -> str:
+    """What to say about the newest whole checkpoint of a run that broke off."""
+    found = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if found is None:
+        return "There is no checkpoint yet."
+    return f"The last checkpoint is whole: {found}; the same command continues from it."
 
 
 def rotate(output: Path, limit: int | None, best: str | None = None) -> None:

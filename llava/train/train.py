@@ -23,7 +23,7 @@ from llava.conversation import Conversation, select_template
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset
 from llava.data.markers import user_marker_ids
-from llava.errors import CheckpointError, FlagError, TrainingError
+from llava.errors import CheckpointError, TrainingError
 from llava.extension import installed_extensions
 from llava.model.checkpoint import copy_tensors
 from llava.model.components import Component, components
@@ -44,10 +44,10 @@ from llava.tokenizer import load_tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments, parse_args
 from llava.train.continued import check_recorded, recorded_extensions, train_on
 from llava.train.freeze import freeze, print_trainable, trained_components
-from llava.train.llava_trainer import LLaVATrainer, last_checkpoint
+from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import add_lora
 from llava.train.run_record import write_run_record
-from llava.train.saving import remove_leftovers
+from llava.train.saving import last_checkpoint, prepare_folder
 from llava.train.summary import next_command, print_summary
 from llava.train.zero import join_processes, prepare_resume, same_draws, set_precision, zero_stage
 from llava.utils import run_program
@@ -287,24 +287,6 @@ def build_run(args: RunArguments, attn_implementation: str | None = None, parts:
     return Run(args, tokenizer, model, dataset, trainer)
 
 
-def prepare_output(args: RunArguments, fresh: bool) -> None:
-    """Clear the output folder of what an interrupted run left half-written, and of an earlier run's list of samples.
-
-    Raises:
-        FlagError: the folder cannot be written.
-    """
-    output = Path(args.training.output_dir)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        leftovers = remove_leftovers(output)
-        if fresh:
-            skipped_file(args).unlink(missing_ok=True)
-    except OSError as error:
-        raise FlagError(f"--output_dir {output}: cannot be written ({error.strerror})") from error
-    if leftovers:
-        print(f"{output}: removed what an interrupted run left half-written: {', '.join(leftovers)}")
-
-
 def run_updates(run: Run, resume_from: str | None) -> Any:
     """The updates of a run; returns transformers' `TrainOutput`.
 
@@ -356,7 +338,9 @@ def train(args: RunArguments, attn_implementation: str | None = None, parts: Par
     output = Path(args.training.output_dir)
     resume_from = args.training.resume_from_checkpoint or (get_last_checkpoint(output) if output.is_dir() else None)
     if args.training.should_save:
-        prepare_output(args, fresh=resume_from is None)
+        prepare_folder(output)
+        if resume_from is None:
+            skipped_file(args).unlink(missing_ok=True)  # an earlier run's list of samples
     if resume_from is not None:
         prepare_resume(args.training, Path(resume_from))
     run = build_run(args, attn_implementation, parts)

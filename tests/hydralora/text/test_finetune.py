@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,12 @@ from transformers import (
 
 from hydralora.finetune import build_run, main, parse_args
 from hydralora.text.arguments import build_parser, number_of_experts
+from hydralora.text.training import link_adapter
 from hydralora.tuner.original import to_original
 from llava.errors import FlagError
 from llava.train.retired_flags import MEANINGLESS, RENAMED, TRANSLATED
 from tests.golden import golden_dir, load_case
+from tests.train.test_interruptions import child, kill_me
 
 CASE, TENSORS = load_case("hydralora", "finetune_run")
 FLAGS = load_case("hydralora", "cli_flags")[0]
@@ -197,6 +202,83 @@ def test_resume_is_exact(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "cut" / names).read_bytes() == (tmp_path / "whole" / names).read_bytes()
     losses = [[row["loss"] for row in history(tmp_path / each) if "loss" in row] for each in ("whole", "cut")]
     assert losses[0] == losses[1]
+
+
+def test_killed_while_saving(folder: Path, tmp_path: Path) -> None:
+    """A kill before the state of a checkpoint is written leaves the last one whole, and the same command continues."""
+    main(command_line(folder, tmp_path / "whole"))
+    output = tmp_path / "cut"
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        path = Path(str(arguments[0])) if event == "open" else None
+        if path is not None and path.name == "trainer_state.json" and path.parent.name == "checkpoint-4":
+            kill_me()
+
+    def work() -> None:
+        sys.addaudithook(hook)
+        main(command_line(folder, output))
+
+    assert os.WIFSIGNALED(child(work, tmp_path / "report"))
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
+    adapter = main(command_line(folder, output)) / "adapter_model.safetensors"
+    assert adapter.read_bytes() == (tmp_path / "whole" / "sft_lora_model" / adapter.name).read_bytes()
+    assert not list(output.rglob("tmp-*"))
+
+
+def test_a_finished_run_is_not_trained_on(folder: Path, tmp_path: Path) -> None:
+    """The second of two equal commands makes no update, although the last one of the first ended within an epoch."""
+    options = {"max_steps": 1, "save_steps": 1, "per_device_train_batch_size": 1}
+    written = [main(command_line(folder, tmp_path, **options)).joinpath("adapter_model.safetensors").read_bytes()]
+    written.append(main(command_line(folder, tmp_path, **options)).joinpath("adapter_model.safetensors").read_bytes())
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 1
+    assert written[0] == written[1]
+
+
+def test_the_best_checkpoint_is_found(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "test.json").write_text(json.dumps(CASE["records"][:2]))
+    evaluated = {"do_eval": True, "validation_file": tmp_path / "test.json", "eval_strategy": "steps", "eval_steps": 1}
+    best = {"save_steps": 1, "save_total_limit": 1, "load_best_model_at_end": True, "max_steps": 2}
+    main(command_line(folder, tmp_path / "out", **evaluated, **best))
+    stored = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert stored["best_model_checkpoint"] == str(tmp_path / "out" / "checkpoint-2")
+    assert (tmp_path / "out" / "checkpoint-2" / "sft_lora_model" / "adapter_config.json").is_file()
+
+
+def test_a_disk_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    (tmp_path / "adapter_model.safetensors").write_text("weights")
+    for _ in range(2):
+        link_adapter(tmp_path, tmp_path / "copy")
+        assert (tmp_path / "copy" / "adapter_model.safetensors").read_text() == "weights"
+
+
+def save_adapter(folder: Path, target: Path, **changes: Any) -> Path:
+    """An adapter that a new run begins with, untrained."""
+    run = build_run(parse_args(command_line(folder, target / "run", **changes)))
+    run.model.save_pretrained(target / "adapter")
+    return target / "adapter"
+
+
+def test_an_adapter_to_start_from_stays_as_it_is(folder: Path, tmp_path: Path) -> None:
+    """Flags that contradict it are refused together; its number of experts and its balance weight hold."""
+    kept = {"modules_to_save": "embed_tokens, lm_head", "balance_weight": 0.25}
+    start = save_adapter(folder, tmp_path, **kept)
+    changes = {"lora_rank": 5, "lora_alpha": 7, "lora_nums": 4, "lora_dropout": 0.3, "trainable": "q_proj"}
+    with pytest.raises(FlagError) as caught:
+        parse_args(command_line(folder, tmp_path / "out", **changes, routing="sequence", peft_path=start))
+    for name in (*changes, "routing"):
+        assert f"--{name} " in str(caught.value)
+    words = command_line(folder, tmp_path / "out", peft_path=start, lora_nums=2)  # the default: not given
+    run = build_run(parse_args(words))
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["experts"] == 3
+    assert run.model.active_peft_config.modules_to_save == ["embed_tokens", "lm_head"]
+    assert run.trainer.balance_weight == 0.25
+    for weight in (0.0, 0.5):
+        run = build_run(parse_args([*words, "--balance_weight", str(weight)]))
+        assert run.trainer.balance_weight == run.model.active_peft_config.balance_weight == weight
 
 
 @pytest.mark.parametrize("trainable", ["q_proj,v_proj", "all-linear", "o_proj"])

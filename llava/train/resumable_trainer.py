@@ -1,0 +1,149 @@
+"""A `transformers.Trainer` whose runs can be killed at any moment and continued exactly.
+
+Checkpoints appear whole or not at all, the order of the data is the same after an interruption, and DeepSpeed's part of
+a checkpoint is read by any number of processes. Knows nothing of the model: the trainers of LLaVA and of the text
+HydraLoRA are both made of it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from llava.errors import LlavaError, TrainingError
+from llava.train.sampling import EpochSampler, random_order
+from llava.train.saving import STAGING_PREFIX, last_checkpoint, publish_files, publish_folder, rotate, staging_path
+from llava.train.zero import load_zero_state
+
+
+class ResumableTrainer(Trainer):
+    """Trainer that writes whole checkpoints; without DeepSpeed its updates are transformers'."""
+
+    _staged: Path | None = None  # the checkpoint that is being written
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        if self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        size = len(self.train_dataset if train_dataset is None else train_dataset)
+        return EpochSampler(random_order(size), size, self._order_seed)
+
+    @property
+    def _order_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed after the last update; Trainer would make another
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    # Writing
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staged is None else str(self._staged.parent)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write `checkpoint-N` under another name and rename it when it is complete; then drop the oldest ones.
+
+        Raises:
+            TrainingError: it cannot be written; the earlier checkpoints are whole.
+        """
+        target = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = staging_path(target)
+        self._staged = staging / target.name
+        try:
+            super()._save_checkpoint(model, trial)
+            self._name_best(self._staged, target)
+            self._publish(self._staged, target)
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+                rotate(target.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            self._could_not_write(target, staging, error)
+        finally:
+            self._staged = None
+
+    def _name_best(self, staged: Path, target: Path) -> None:
+        """Where the checkpoint is the best one so far, call it by the name that it will have."""
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(target)
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained; into its folder only when all of it could be written.
+
+        Raises:
+            TrainingError: it cannot be written.
+        """
+        target = Path(output_dir or self.args.output_dir)
+        if _internal_call:  # by `_save_checkpoint`, whose folder is not the real one yet
+            self._write_model(target)
+            return
+        staged = target / f"{STAGING_PREFIX}final"
+        try:
+            self._write_model(staged)
+            if self.args.should_save:
+                publish_files(staged, target)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            self._could_not_write(target, staged, error)
+        self.accelerator.wait_for_everyone()
+
+    def _write_model(self, folder: Path) -> None:
+        super().save_model(str(folder), _internal_call=True)
+
+    def _publish(self, staged: Path, target: Path) -> None:
+        """Rename when all processes have written; once per file system where the nodes do not share one."""
+        self.accelerator.wait_for_everyone()
+        if self.args.process_index == 0:
+            publish_folder(staged, target)
+        self.accelerator.wait_for_everyone()
+        if self.args.process_index != 0 and self.args.local_process_index == 0 and staged.is_dir():
+            publish_folder(staged, target)
+            shutil.rmtree(staged.parent, ignore_errors=True)
+
+    def _could_not_write(self, target: Path, staging: Path, error: Exception) -> None:
+        if isinstance(error, LlavaError):
+            raise error
+        shutil.rmtree(staging, ignore_errors=True)
+        raise TrainingError(
+            f"{target}: could not be written ({error}). {last_checkpoint(Path(self.args.output_dir))}"
+        ) from error
+
+    def save_state(self) -> None:
+        """Write `trainer_state.json`, whole or not at all."""
+        if self.args.should_save:
+            path = Path(self.args.output_dir) / TRAINER_STATE_NAME
+            partial = path.with_name(STAGING_PREFIX + path.name)
+            self.state.save_to_json(str(partial))
+            os.replace(partial, path)
+
+    # DeepSpeed's part of a checkpoint
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # What is frozen comes from the base; what is trained is in DeepSpeed's files as each process holds it.
+        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        load_zero_state(self.model_wrapped, Path(resume_from_checkpoint), self.args)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)  # under DeepSpeed, only the schedule
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        return prepared
