@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dynamic.config import SparseConfig
 from dynamic.model import IMAGE, INSTRUCT, OUTPUT_TEXT
+from llava.utils import read_json
 
 CONFIG_FILE = "config.json"
 CONFIG_KEY = "sparse_config"
@@ -46,7 +47,7 @@ def read_config(folder: Path) -> SparseConfig | None:
         ValueError: it is damaged.
     """
     path = folder / CONFIG_FILE
-    content = _read_object(path) if path.is_file() else {}
+    content = read_json(path) if path.is_file() else {}
     if CONFIG_KEY not in content:
         return None
     if not isinstance(content[CONFIG_KEY], dict):
@@ -88,7 +89,7 @@ def add_to_folder(folder: Path, config: SparseConfig, tensors: Mapping[str, Tens
         save_file(load_file(single) | portable, single, {"format": "pt"})
     elif index.is_file():
         save_file(portable, folder / ADDED_FILE, {"format": "pt"})
-        table = _read_object(index)
+        table = read_json(index)
         table["weight_map"] |= dict.fromkeys(portable, ADDED_FILE)
         _write_object(index, table)
     else:
@@ -97,7 +98,7 @@ def add_to_folder(folder: Path, config: SparseConfig, tensors: Mapping[str, Tens
             "predictors among them and has no other place for them"
         )
     path = folder / CONFIG_FILE
-    content = {**_read_object(path), CONFIG_KEY: config.to_dict(), "architectures": [ARCHITECTURE]}
+    content = {**read_json(path), CONFIG_KEY: config.to_dict(), "architectures": [ARCHITECTURE]}
     _write_object(path, content)
 
 
@@ -108,7 +109,7 @@ def _files_with(folder: Path, wanted: list[str]) -> list[Path]:
         if path.is_file() and name in SINGLE_FILES:
             return [path]
         if path.is_file():
-            table = _read_object(path).get("weight_map", {})
+            table = read_json(path).get("weight_map", {})
             return [folder / file for file in sorted({table[key] for key in table if key.startswith(tuple(wanted))})]
     return []
 
@@ -122,16 +123,6 @@ def _read(path: Path, wanted: list[str]) -> dict[str, Tensor]:
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path}: is damaged or holds more than tensors ({error})") from error
     return {name: tensor for name, tensor in content.items() if name.startswith(tuple(wanted))}
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: is no valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__} where a JSON object is expected")
-    return content
 
 
 def _write_object(path: Path, content: Mapping[str, Any]) -> None:

@@ -14,7 +14,6 @@ with MLP width I and K the width of keys and values. Norms, embeddings, the head
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 from dynamic.config import SparseConfig
 from dynamic.layer import kept_count
 from llava.errors import CheckpointError, FlagError
-from llava.utils import run_program
+from llava.utils import read_json, run_program
 
 
 @dataclass(frozen=True)
@@ -171,14 +170,15 @@ def read_model(name: str) -> tuple[Decoder, SparseConfig]:
 
     Raises:
         FlagError: it is neither.
-        CheckpointError: the configuration in the folder lacks a size, or that of the predictors is refused.
+        CheckpointError: the configuration in the folder is no JSON object or lacks a size, or that of the predictors
+            is refused.
     """
     if name in DECODERS:
         return DECODERS[name], SparseConfig()
     path = Path(name) / "config.json"
     if not path.is_file():
         raise FlagError(f"--model {name}: neither one of {sorted(DECODERS)} nor a folder with a config.json")
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = read_json(path)
     predictors = (stored.get("extensions") or {}).get("dynamic") or stored.get("sparse_config") or {}
     try:
         width, heads = stored["hidden_size"], stored["num_attention_heads"]

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from hydralora.analysis.clusters import Clustering, dbscan, k_means
 from hydralora.analysis.features import embeddings, tf_idf, typical_words
+from hydralora.analysis.figures import plot_distances, plot_scores
 from hydralora.text.records import read_records
 from llava.errors import FlagError
 from llava.utils import run_program
@@ -41,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--criterion", choices=["elbow", "silhouette"], default="elbow", help="k-means: what decides the number"
     )
-    parser.add_argument("--max-components", type=int, default=10, help="k-means: largest number that is tried")
+    parser.add_argument(
+        "--max-components", type=int, default=10, help="k-means: largest number that is tried; at least 3 for the elbow"
+    )
     parser.add_argument("--eps", type=float, default=None, help="DBSCAN: radius; none given: from the data")
     parser.add_argument("--min-samples", type=int, default=5, help="DBSCAN: neighbours that make a point a core point")
     parser.add_argument(
@@ -119,16 +122,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
         clustering = dbscan(features, args.eps, args.min_samples)
     clusters = describe(texts, clustering)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    if clustering.scores:
-        from hydralora.analysis.figures import plot_scores
-
-        plot_scores(clustering, args.output_dir / "components")
+    plot = plot_scores if clustering.scores else plot_distances
+    plot(clustering, args.output_dir / "components")
     record = {
         "suggested": clustering.suggested,
         "method": args.method,
         "criterion": args.criterion if args.method == "kmeans" else None,
         "features": "tf-idf" if args.model is None else args.model,
         "scores": clustering.scores,
+        "eps": clustering.eps if args.method == "dbscan" else None,
         "clusters": clusters,
         "assignments": clustering.labels,
         "data": {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in args.data},

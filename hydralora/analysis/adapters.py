@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from hydralora.original import read_weights
 from hydralora.tuner.original import from_original
 from llava.errors import CheckpointError
+from llava.utils import read_json
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -46,7 +45,7 @@ def read_adapter(folder: Path) -> dict[str, AdaptedLayer]:
     config = folder / CONFIG_FILE
     if not config.is_file():
         raise CheckpointError(f"{folder}: has no {CONFIG_FILE}, so it is no adapter")
-    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings = read_json(config)
     tensors = _tensors(folder)
     kind = settings.get("peft_type")
     try:
@@ -70,11 +69,9 @@ def read_adapter(folder: Path) -> dict[str, AdaptedLayer]:
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / "adapter_model.safetensors"
-    if path.is_file():
-        return load_file(path)
     try:
-        return read_weights(folder / "adapter_model.bin")
-    except (OSError, ValueError) as error:
+        return read_weights(path if path.is_file() else folder / "adapter_model.bin")
+    except ValueError as error:
         raise CheckpointError(f"{folder}: the weights of the adapter cannot be read ({error})") from error
 
 

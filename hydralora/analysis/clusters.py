@@ -27,11 +27,15 @@ class Clustering:
         labels: cluster of each point; -1 for points of none.
         scores: for each number that k-means tried: `k`, `inertia` (mean squared distance from the centre, per point)
             and `silhouette`.
+        distances: for DBSCAN, of each point to its `min_samples`-th neighbour, the largest first.
+        eps: for DBSCAN, the radius.
     """
 
     suggested: int
     labels: list[int]
     scores: list[dict[str, float]] = field(default_factory=list)
+    distances: list[float] = field(default_factory=list)
+    eps: float = 0.0
 
     @property
     def noise(self) -> int:
@@ -56,11 +60,11 @@ def k_means(points: np.ndarray, max_components: int, criterion: str, seed: int) 
     Args:
         points: (texts, dimensions).
         max_components: largest number that is tried; fewer if there are not enough different points.
-        criterion: `elbow`, or `silhouette` (the best one of at least two clusters).
+        criterion: `elbow` (of at least three numbers), or `silhouette` (the best one of at least two clusters).
         seed: of the starting points.
 
     Raises:
-        FlagError: scikit-learn is not installed, or fewer than two clusters can be tried.
+        FlagError: scikit-learn is not installed, or too few numbers of clusters can be tried.
     """
     with scikit_learn():
         from sklearn.cluster import KMeans
@@ -68,6 +72,12 @@ def k_means(points: np.ndarray, max_components: int, criterion: str, seed: int) 
     most = min(max_components, len(points) - 1, len(np.unique(points.round(9), axis=0)))
     if most < 2:
         raise FlagError(f"--max-components {max_components} of {len(points)} texts leaves fewer than 2 clusters to try")
+    if criterion == "elbow" and most < 3:
+        raise FlagError(
+            f"--criterion elbow: --max-components {max_components} of {len(points)} texts leaves 1 and 2 clusters to "
+            "try, and an elbow lies between two others; raise --max-components, give more texts, or use --criterion "
+            "silhouette"
+        )
     fits, scores = {}, []
     for number in tqdm(range(1, most + 1), desc="k-means"):
         fit = fits[number] = KMeans(number, n_init=10, random_state=seed).fit(points)
@@ -97,14 +107,12 @@ def dbscan(points: np.ndarray, eps: float | None, min_samples: int) -> Clusterin
     with scikit_learn():
         from sklearn.cluster import DBSCAN
         from sklearn.neighbors import NearestNeighbors
+    neighbours = NearestNeighbors(n_neighbors=min(min_samples, len(points))).fit(points)
+    falling = np.sort(neighbours.kneighbors(points)[0][:, -1])[::-1].tolist()
     if eps is None:
-        count = min(min_samples, len(points))
-        distances = NearestNeighbors(n_neighbors=count).fit(points).kneighbors(points)[0][:, -1]
-        falling = np.sort(distances)[::-1]
-        place = elbow(range(len(falling)), falling.tolist())
-        eps = max(float(falling[place]), 1e-9)
+        eps = max(falling[elbow(range(len(falling)), falling)], 1e-9)
     labels = [int(label) for label in DBSCAN(eps=eps, min_samples=min_samples).fit_predict(points)]
     suggested = len(set(labels) - {-1})
     if suggested == 0:
         raise FlagError(f"DBSCAN finds no cluster with --eps {eps:.4g} --min-samples {min_samples}; try a larger --eps")
-    return Clustering(suggested, labels)
+    return Clustering(suggested, labels, distances=falling, eps=eps)

@@ -55,6 +55,16 @@ def plot_scores(clustering: Clustering, path: Path) -> list[Path]:
     return _save(figure, path)
 
 
+def plot_distances(clustering: Clustering, path: Path) -> list[Path]:
+    """Distance of each point to its neighbour that makes it a core point of DBSCAN, the radius marked."""
+    figure, axis = _pyplot().subplots(figsize=(4.5, 3.2))
+    axis.plot(clustering.distances)
+    axis.axhline(clustering.eps, linestyle="--", color="grey")
+    axis.set_xlabel("texts")
+    axis.set_ylabel("distance to the neighbour --min-samples")
+    return _save(figure, path)
+
+
 def plane(points: np.ndarray, method: str, seed: int) -> np.ndarray:
     """Points (n, dimensions) in two dimensions by `tsne` or `pca`, (n, 2).
 

@@ -52,18 +52,21 @@ def overlap(a: Tensor, b: Tensor) -> float:
 def between_adapters(adapters: Adapters) -> list[dict[str, float | str]]:
     """For each common layer the mean cosine and overlap of all pairs of adapters, of A and of the mean B.
 
-    Layers whose shapes differ between two adapters are left out of that pair.
+    A pair of matrices is left out of the cosines if their shapes differ, and of the overlaps if their rows lie in
+    spaces of different size, as those of two base models may.
     """
     rows: list[dict[str, float | str]] = []
     for name in common_layers(adapters):
         found: dict[str, list[float]] = {"cosine_A": [], "cosine_B": [], "overlap_A": [], "overlap_B": []}
         for one, other in combinations([layers[name] for layers in adapters.values()], 2):
-            first_b, second_b = one.experts_b.mean(dim=0), other.experts_b.mean(dim=0)  # (out_features, r)
-            if one.shared_a.shape == other.shared_a.shape:
-                found["cosine_A"].append(cosine(one.shared_a, other.shared_a))
-                found["cosine_B"].append(cosine(first_b, second_b))
-            found["overlap_A"].append(overlap(one.shared_a, other.shared_a))
-            found["overlap_B"].append(overlap(first_b.T, second_b.T))
+            for matrix, first, second in (
+                ("A", one.shared_a, other.shared_a),
+                ("B", one.experts_b.mean(dim=0).T, other.experts_b.mean(dim=0).T),  # (r, out_features)
+            ):
+                if first.shape == second.shape:
+                    found[f"cosine_{matrix}"].append(cosine(first, second))
+                if first.shape[1] == second.shape[1]:
+                    found[f"overlap_{matrix}"].append(overlap(first, second))
         rows.append({"layer": name, **_means(found)})
     return rows
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hydralora.original import read_weights
 from hydralora.tuner.config import HydraLoraConfig
+from llava.utils import read_json
 
 CONFIG_FILE = "adapter_config.json"
 ORIGINAL_WEIGHTS = "adapter_model.bin"
@@ -163,7 +164,7 @@ def export_adapter(source: Path, target: Path) -> None:
     if _read_config(source).get("peft_type") != "HYDRALORA":
         raise ValueError(f"{source / CONFIG_FILE}: is no HydraLoRA adapter (peft_type HYDRALORA)")
     values = config_to_original(HydraLoraConfig.from_pretrained(str(source)))
-    tensors = to_original(load_file(source / OUR_WEIGHTS))
+    tensors = to_original(read_weights(source / OUR_WEIGHTS))
     with _new_folder(target) as folder:
         torch.save(tensors, folder / ORIGINAL_WEIGHTS)
         (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -173,13 +174,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{folder}: has no {CONFIG_FILE}, so it is no adapter")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: is no valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds a {type(values).__name__} where a JSON object is expected")
-    return values
+    return read_json(path)
 
 
 @contextmanager

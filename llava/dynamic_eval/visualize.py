@@ -10,7 +10,6 @@ words of the last instruction and of the answer with the forgotten ones crossed 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,13 +49,24 @@ def pixels_to_image(pixels: Tensor, image_processor: Any) -> Image.Image:
 
 
 def kept_images(log: DecisionLog, pictures: Sequence[Picture], loaded: LoadedModel) -> list[KeptImage]:
-    """The images of the prompt with the patches that were kept; of a tiled one its overview alone."""
-    side = math.isqrt(loaded.patches_per_image)
+    """The images of the prompt with the patches that were kept; of a tiled one its overview alone.
+
+    Raises:
+        CheckpointError: the model sees no patches, but class tokens of the tower alone.
+    """
+    tower = loaded.model.get_vision_tower()
+    if tower.interval is not None:
+        raise CheckpointError(
+            f"--mm_vision_select_feature {tower.select_feature} of this model: its tokens are no patches of a picture, "
+            "so there is nothing to draw"
+        )
+    side = tower.num_patches_per_side
+    first = tower.num_features - tower.num_patches  # 1 where the class token is kept, which comes before the patches
     shown = []
     for picture, kept in zip(pictures, log.prompts[0].images(0), strict=True):
         whole = picture.pixels if picture.pixels.ndim == 3 else picture.pixels[0]
         # The tokens of the overview come first.
-        indices = [index for index in kept.tolist() if index < side * side]
+        indices = [index - first for index in kept.tolist() if first <= index < first + side * side]
         shown.append(KeptImage(pixels_to_image(whole, loaded.image_processor), (side, side), indices))
     return shown
 

@@ -23,21 +23,13 @@ from llava.extension import Extension, ImportedState, installed_extensions
 from llava.hub import local_folder
 from llava.model.checkpoint import load_extension_tensors, load_trained
 from llava.model.components import Component, components
-from llava.model.formats import (
-    NEWLINE,
-    CheckpointContents,
-    check_base,
-    inspect_checkpoint,
-    read_json,
-    read_tensors,
-    weight_files,
-)
+from llava.model.formats import NEWLINE, CheckpointContents, check_base, inspect_checkpoint, read_tensors, weight_files
 from llava.model.image_tokens import add_image_tokens, wanted_tokens
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer
-from llava.utils import errors_only
+from llava.utils import errors_only, read_json
 
 DEFAULT_CONTEXT_LENGTH = 2048
 

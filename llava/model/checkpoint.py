@@ -26,7 +26,6 @@ from llava.model.formats import (
     TOWER_FOLDER,
     CheckpointContents,
     inspect_checkpoint,
-    read_json,
     read_projector,
     read_tensors,
     strip_peft_prefix,
@@ -35,6 +34,7 @@ from llava.model.formats import (
 from llava.model.image_tokens import image_token_rows, load_image_tokens
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.model.partition import fetch, full_shape, whole
+from llava.utils import read_json
 
 
 def bare_model(model: nn.Module) -> LlavaForCausalLM:

@@ -20,7 +20,7 @@ from llava.conversation import conv_templates
 from llava.errors import CheckpointError, FlagError
 from llava.hub import local_folder
 from llava.model.builder import base_folder, load_pretrained_model
-from llava.model.formats import TOWER_FOLDER, CheckpointContents, inspect_checkpoint, read_json
+from llava.model.formats import TOWER_FOLDER, CheckpointContents, inspect_checkpoint
 from llava.model.hf_format import (
     RECORD,
     check_convertible,
@@ -35,7 +35,7 @@ from llava.model.language_model.backbones import CLASSES
 from llava.model.multimodal_encoder.builder import KINDS
 from llava.model.multimodal_encoder.transformers_tower import TransformersTower
 from llava.tokenizer import LlamaTokenizer
-from llava.utils import errors_only, run_program
+from llava.utils import errors_only, read_json, run_program
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

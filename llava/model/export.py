@@ -24,13 +24,12 @@ from llava.model.formats import (
     NON_LORA_FILE,
     CheckpointContents,
     inspect_checkpoint,
-    read_json,
     read_projector,
     read_tensors,
     weight_files,
 )
 from llava.model.language_model.backbones import backbone_class, load_config
-from llava.utils import run_program
+from llava.utils import read_json, run_program
 
 PEFT_PREFIX = "base_model.model."
 

@@ -6,11 +6,9 @@ alone. Pickled code is never run: `.bin` files are read by torch's weights-only 
 
 from __future__ import annotations
 
-import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llava.errors import CheckpointError
+from llava.utils import read_json
 
 WEIGHT_FILES = (
     *("model.safetensors", "model.safetensors.index.json"),
@@ -37,23 +36,6 @@ TOKEN_TABLE = "model.embed_tokens.weight"
 """Upstream puts the embedding table into a projector file if `<im_start>` and `<im_end>` were trained with it."""
 
 _PEFT_PREFIX = "base_model.model."
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: the file is missing, is no JSON, or holds something else than an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: is no valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a {type(value).__name__} where a JSON object is expected")
-    return value
 
 
 def read_tensors(path: Path, inner: str | None = None) -> dict[str, Tensor]:

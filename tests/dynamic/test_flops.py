@@ -96,3 +96,6 @@ def test_wrong_options(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="has no 'hidden_size'"):
         flops.main(["--model", str(tmp_path)])
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is no valid JSON"):
+        flops.main(["--model", str(tmp_path)])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image, ImageChops
 
+from dynamic.inspection import DecisionLog
 from dynamic.pictures import KeptImage, Passage, Word, draw_sheet, fade_dropped, page
 from llava.dynamic_eval import visualize
 from llava.errors import CheckpointError, FlagError
@@ -70,6 +74,39 @@ def test_the_program_shows_what_the_model_kept(
     assert 'class="dropped"' in text
     # The words of the instruction are the question's own, in order.
     assert "".join(text.partition('class="words">')[2].partition("</p>")[0].split()).count("red") == 1
+
+
+def with_feature(sparse: Path, folder: Path, feature: str) -> Path:
+    """The checkpoint with another `--mm_vision_select_feature`."""
+    shutil.copytree(sparse, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"mm_vision_select_feature": feature}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_class_token_is_no_patch(sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the tower's class token is kept, patch i is token i + 1 of the picture."""
+    shown, logs, kept_images = [], [], visualize.kept_images
+
+    def watched(log: DecisionLog, *others: Any) -> list[KeptImage]:
+        logs.append(log)
+        shown.extend(kept_images(log, *others))
+        return shown
+
+    monkeypatch.setattr(visualize, "kept_images", watched)
+    model = with_feature(sparse, tmp_path / "tiny-sparse-v1", "cls_patch")
+    visualize.main(arguments(model, tmp_path / "kept"))
+    side = load_model(str(model), device="cpu").model.get_vision_tower().num_patches_per_side
+    (tokens,) = logs[0].prompts[0].images(0)
+    assert shown[0].grid == (side, side)
+    assert sorted(shown[0].kept) == [index - 1 for index in sorted(tokens.tolist()) if index > 0]
+    assert len(shown[0].kept) in (len(tokens), len(tokens) - 1)
+
+
+def test_class_tokens_alone_are_refused(sparse: Path, tmp_path: Path) -> None:
+    model = with_feature(sparse, tmp_path / "tiny-sparse-v1", "cls_every_1")
+    with pytest.raises(CheckpointError, match="cls_every_1 of this model: its tokens are no patches"):
+        visualize.main(arguments(model, tmp_path / "kept"))
 
 
 def test_a_dense_model_and_beams_are_refused(sparse: Path, tmp_path: Path) -> None:

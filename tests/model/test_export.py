@@ -9,8 +9,9 @@ import pytest
 
 from llava.errors import CheckpointError
 from llava.model.export import export_original, main
-from llava.model.formats import read_json, read_tensors
+from llava.model.formats import read_tensors
 from llava.train.train import main as train
+from llava.utils import read_json
 from tests.golden import golden_dir
 from tests.train.test_training import BASE, HYDRA, RECIPES, command_line, logits
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from llava.errors import CheckpointError, FlagError
-from llava.model.formats import read_json, read_tensors
+from llava.model.formats import read_tensors
 from llava.model.multimodal_encoder.base import TowerShape, VisionTower
+from llava.utils import read_json
 
 PREFIX = "open_clip:"
 CONFIG_FILE = "open_clip_config.json"

@@ -65,6 +65,24 @@ def test_every_kind_of_adapter_is_read(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "matrices-pca.png").is_file()
 
 
+def test_adapters_of_different_bases(tmp_path: Path) -> None:
+    """Only what two bases have in equal sizes is compared: here the A of the layers with the common width."""
+    wide = {"base": tiny_llama(intermediate_size=64, num_key_value_heads=4)}
+    folders = [save(tmp_path / "one", 1), save(tmp_path / "other", 1, **wide)]
+    names = [f"{folder.name}={folder}" for folder in folders]
+    record = json.loads(main([*names, "--method", "none", "--output-dir", str(tmp_path / "out")]).read_text())
+    numbers = {row["layer"].rpartition(".")[2]: set(row) - {"layer"} for row in record["adapters"]["layers"]}
+    of_a, of_b = {"cosine_A", "overlap_A"}, {"cosine_B", "overlap_B"}
+    assert numbers == {"q_proj": of_a | of_b, "v_proj": of_a, "gate_proj": of_a, "down_proj": of_b}
+
+
+def test_adapters_of_different_ranks(tmp_path: Path) -> None:
+    folders = [save(tmp_path / "one", 1), save(tmp_path / "other", 1, r=2)]
+    names = [f"{folder.name}={folder}" for folder in folders]
+    record = json.loads(main([*names, "--method", "none", "--output-dir", str(tmp_path / "out")]).read_text())
+    assert set(record["adapters"]["mean"]) == {"overlap_A", "overlap_B"}
+
+
 def test_numbers_without_figures(tmp_path: Path) -> None:
     ours = save(tmp_path / "ours", 1)
     main([f"a={ours}", f"b={ours}", "--method", "none", "--output-dir", str(tmp_path / "out")])
@@ -89,6 +107,14 @@ def test_refused(tmp_path: Path) -> None:
         named_adapters([f"a={ours}", f"a={ours}"])
     with pytest.raises(CheckpointError, match="is no adapter"):
         named_adapters([f"a={tmp_path}"])
+    for damage, message in (
+        ("{", "is no valid JSON"),
+        ("[]", "holds a list"),
+        ('{"peft_type": "LORA"}', "cannot be read"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(damage)
+        with pytest.raises(CheckpointError, match=message):
+            named_adapters([f"a={tmp_path}"])
     other = save(tmp_path / "other", 1, target_modules=["o_proj"])
     with pytest.raises(FlagError, match="no layer in common"):
         main([f"a={ours}", f"b={other}", "--output-dir", str(tmp_path / "out")])

@@ -97,6 +97,9 @@ def test_dbscan_finds_the_topics(tmp_path: Path) -> None:
     result = run(tmp_path, "--method", "dbscan", "--eps", "0.9", "--min-samples", "4")
     assert result["suggested"] == 3
     assert result["criterion"] is None
+    assert result["eps"] == 0.9
+    assert (tmp_path / "out" / "components.png").stat().st_size > 1000
+    assert (tmp_path / "out" / "components.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_embeddings_of_a_model(tmp_path: Path) -> None:
@@ -129,5 +132,8 @@ def test_refused(tmp_path: Path) -> None:
     save_data(tmp_path / "data.json")
     with pytest.raises(FlagError, match="fewer than 2"):
         run(tmp_path, "--max-components", "1")
+    with pytest.raises(FlagError, match="leaves 1 and 2 clusters to"):
+        run(tmp_path, "--max-components", "2")
+    assert run(tmp_path, "--max-components", "2", "--criterion", "silhouette")["suggested"] == 2
     with pytest.raises(FlagError, match="no cluster"):
         run(tmp_path, "--method", "dbscan", "--eps", "0.0001", "--min-samples", "30")

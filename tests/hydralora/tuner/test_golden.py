@@ -20,7 +20,7 @@ from hydralora import convert
 from hydralora.layer import routed_low_rank
 from hydralora.tuner import HydraLoraConfig, Linear
 from hydralora.tuner.batch import BatchNote
-from hydralora.tuner.original import from_original, to_original
+from hydralora.tuner.original import config_to_original, from_original, to_original
 from tests.golden import load_case
 
 LAYERS = ["linear_n1", "linear_n3", "linear_n4", "linear_n3_bias_r2", "linear_n4_bf16"]
@@ -154,5 +154,22 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     torch.save({k: v for k, v in tensors.items() if "lora_B0" not in k}, path)
     with pytest.raises(SystemExit, match="incomplete"):
         convert.main(["from-original", str(tmp_path / "original"), target])
+    path.unlink()
+    with pytest.raises(SystemExit, match=r"adapter_model\.bin: cannot be read"):
+        convert.main(["from-original", str(tmp_path / "original"), target])
+    (tmp_path / "ours" / "adapter_model.safetensors").write_text("damaged")
+    with pytest.raises(SystemExit, match=r"adapter_model\.safetensors: is damaged"):
+        convert.main(["to-original", str(tmp_path / "ours"), target])
     assert not (tmp_path / "target").exists()
     assert not list(tmp_path.glob(".partial-*"))
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [{"exclude_modules": ["k_proj"]}, {"layers_to_transform": [0]}, {"layers_to_transform": 0}],
+    ids=str,
+)
+def test_what_the_original_cannot_say_is_not_exported(choice: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(choice))):
+        config_to_original(HydraLoraConfig(target_modules=["q_proj"], **choice))
+    assert config_to_original(HydraLoraConfig(target_modules=["q_proj"]))["target_modules"] == ["q_proj"]
