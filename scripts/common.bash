@@ -47,6 +47,8 @@ launch_training() {
 #   PROGRAMS              llava.eval, or llava.dynamic_eval for the names of Dynamic-LLaVA (default: llava.eval)
 #   CONV_MODE, BATCH_SIZE conversation template (default: the script's), questions answered together (default: auto)
 #   CUDA_VISIBLE_DEVICES  one process for each of these GPUs (default: 0); empty: one process without a GPU
+#   NODES, NODE           number of machines that share the questions and a file system, and which one this is, counted
+#                         from 0 (default: those of a Slurm array, else one); all have equally many GPUs
 #   PYTHON                the interpreter (default: python)
 evaluation_settings() {
     MODEL="${MODEL:-liuhaotian/llava-v1.5-13b}"
@@ -59,26 +61,36 @@ evaluation_settings() {
 
 # answer_in_chunks MERGED PROGRAM FLAGS...: each GPU answers a chunk of the questions, then the chunks are put together
 # in MERGED. Chunks lie beside a MERGED called merge.jsonl, otherwise in a folder of MERGED's name. If a chunk fails, so
-# does the script, and MERGED stays as it was; the same command again asks only what has no answer yet.
+# does the script, and MERGED stays as it was; the same command again asks only what has no answer yet. Of several
+# machines the last one to finish puts the chunks together; on the others the script ends here.
 answer_in_chunks() {
-    local merged="$1" program="$2" folder gpus index pids=() failed=() parts=() base=()
+    local merged="$1" program="$2" folder gpus index chunk nodes node total pids=() failed=() parts=() missing=() base=()
     shift 2
     IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES-0}"
     if ((${#gpus[@]} == 0)); then gpus=(""); fi
+    nodes="${NODES:-${SLURM_ARRAY_TASK_COUNT:-1}}"
+    node="${NODE:-$((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}))}"
+    if ((node < 0 || node >= nodes)); then
+        echo "NODE is $node, but NODES is $nodes: machines are counted from 0" >&2
+        return 1
+    fi
+    total=$((nodes * ${#gpus[@]}))
     if [[ -n "${MODEL_BASE-}" ]]; then base=(--model-base "$MODEL_BASE"); fi
     folder="${merged%.jsonl}"
     if [[ "${merged##*/}" == merge.jsonl ]]; then folder="$(dirname "$merged")"; fi
     mkdir -p "$folder"
+    for ((chunk = 0; chunk < total; chunk++)); do parts+=("$folder/${total}_$chunk.jsonl"); done
     # Processes in the background do not hear an interrupt from the keyboard.
     trap 'kill "${pids[@]}" 2>/dev/null; exit 130' INT TERM
     for index in "${!gpus[@]}"; do
-        parts+=("$folder/${#gpus[@]}_$index.jsonl")
+        chunk=$((node * ${#gpus[@]} + index))
+        rm -f "${parts[chunk]}.done"
         # shellcheck disable=SC2086  # "llava.eval chartqa" is a program and its first argument
         CUDA_VISIBLE_DEVICES="${gpus[index]}" "$PYTHON" -m $program \
             --model-path "$MODEL" ${base[@]+"${base[@]}"} \
-            --answers-file "${parts[index]}" \
-            --num-chunks "${#gpus[@]}" \
-            --chunk-idx "$index" \
+            --answers-file "${parts[chunk]}" \
+            --num-chunks "$total" \
+            --chunk-idx "$chunk" \
             --allow-empty-chunk \
             --batch-size "${BATCH_SIZE:-auto}" \
             --temperature 0 \
@@ -86,14 +98,22 @@ answer_in_chunks() {
         pids+=($!)
     done
     for index in "${!pids[@]}"; do
-        wait "${pids[index]}" || failed+=("$index")
+        chunk=$((node * ${#gpus[@]} + index))
+        if ! wait "${pids[index]}"; then failed+=("$chunk"); elif ((nodes > 1)); then touch "${parts[chunk]}.done"; fi
     done
     trap - INT TERM
     if ((${#failed[@]})); then
-        echo "chunks ${failed[*]} of ${#gpus[@]} failed; the same command again asks only what is missing" >&2
+        echo "chunks ${failed[*]} of $total failed; the same command again asks only what is missing" >&2
         return 1
     fi
-    cat "${parts[@]}" >"$merged.partial"
-    mv "$merged.partial" "$merged"
+    for chunk in "${!parts[@]}"; do
+        if ((nodes > 1)) && [[ ! -e "${parts[chunk]}.done" ]]; then missing+=("$chunk"); fi
+    done
+    if ((${#missing[@]})); then
+        echo "machine $node of $nodes is done; chunks ${missing[*]} of $total are not, the last machine goes on from here"
+        exit 0
+    fi
+    cat "${parts[@]}" >"$merged.partial-$node"
+    mv "$merged.partial-$node" "$merged"
     echo "$merged: $(wc -l <"$merged") answers"
 }

@@ -5,7 +5,8 @@ python -m llava.eval pope --model-path checkpoints/llava-v1.5-7b-lora --model-ba
 
 Files lie where upstream has them, below `playground/data/eval`; docs/evaluation.md says what each benchmark needs. The
 same command again continues an interrupted run. Beside the answers lie `<name>.result.json` (scores, prompt, settings,
-versions) and, where single answers are scored here, `<name>.samples.jsonl`.
+versions) and, where single answers are scored here, `<name>.samples.jsonl`. Started by `torchrun --nproc_per_node 8 -m
+llava.eval ...`, on one machine or several, the processes share the questions.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from llava.eval.benchmarks import BENCHMARKS, Benchmark, find
 from llava.eval.outcomes import Run
+from llava.eval.processes import Processes
 from llava.eval.program import (
     add_chunk_options,
     add_model_options,
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Run the program.
 
     Returns:
-        what the result file holds; None for a chunk, which is not scored.
+        what the result file holds; None for a chunk, which is not scored, and in all processes but the first.
 
     Raises:
         LlavaError: a flag, a row, an image or the checkpoint is wrong; the message says what to do.
@@ -82,6 +84,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     args = fill_in(args, benchmark)
     tasks = chosen(benchmark.read(args.question_file), args)
     open_image = benchmark.open_images(args.image_folder)
+    processes = Processes.from_environment()
+    if processes.count > 1:
+        if not processes.answer(args, tasks, open_image, benchmark.to_row):
+            return None
+        args.restart = False  # the chunks were restarted
     answers, speed = answer_and_measure(args, tasks, open_image, to_row=benchmark.to_row)
     if args.num_chunks > 1:
         print(f"chunk {args.chunk_idx} of {args.num_chunks}: {len(tasks)} answers in {answers.path}")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llava.eval import program, runner
 from llava.eval.loading import LoadedModel, load_model
+from tests.eval import benchmark_data
 from tests.golden import golden_dir
 
 QUESTIONS: list[dict[str, Any]] = [
@@ -50,3 +54,30 @@ def question_file(tmp_path: Path) -> Path:
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every benchmark in small, in the published layout."""
+    return benchmark_data.build(tmp_path_factory.mktemp("eval"))
+
+
+@pytest.fixture
+def folder(benchmarks: Path, tmp_path: Path) -> Path:
+    """The same, to be written into."""
+    return Path(shutil.copytree(benchmarks, tmp_path / "eval"))
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Let every question be answered alike, without a model."""
+
+    def all_alike(text: str) -> None:
+        def answer(answers: Any, *_: Any, **__: Any) -> runner.Speed:
+            answers.append(dict.fromkeys(answers.pending, text))
+            return runner.Speed(questions=len(answers.rows), images=1, seconds=1.0)
+
+        monkeypatch.setattr(program, "load_model", lambda *_, **__: None)
+        monkeypatch.setattr(program, "answer_tasks", answer)
+
+    return all_alike

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from llava.eval import __main__ as engine
 from llava.eval import captions, eval_chartqa, program, runner
 from llava.eval.benchmarks import BENCHMARKS, find
 from llava.eval.loading import LoadedModel
-from tests.eval import benchmark_data
+from tests.train.launching import ROOT, torchrun
 
 LABELS = {"gqa": "x", "textvqa": "x", "scienceqa": "A", "mmbench": "A", "mmbench_cn": "A", "seed": "A"}
 LABELS |= {"qbench": "B", "chartqa": "10.4", "mme": "Yes", "pope": "yes", "coco_caption": "a cat on a lake"}
@@ -26,34 +27,9 @@ SCORES |= {"chartqa": 100, "mme": 50, "pope": 65}
 WITHOUT_SCORES = {"vqav2", "vizwiz", "mmvet", "llavabench"}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return benchmark_data.build(tmp_path_factory.mktemp("eval"))
-
-
-@pytest.fixture
-def folder(data: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(data, tmp_path / "eval"))
-
-
 @pytest.fixture
 def _tiny(monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel) -> None:
     monkeypatch.setattr(program, "load_model", lambda *_, **__: loaded)
-
-
-@pytest.fixture
-def say(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Let every question be answered alike, without a model."""
-
-    def all_alike(text: str) -> None:
-        def answer(answers: Any, *_: Any, **__: Any) -> runner.Speed:
-            answers.append(dict.fromkeys(answers.pending, text))
-            return runner.Speed(questions=len(answers.rows), images=1, seconds=1.0)
-
-        monkeypatch.setattr(program, "load_model", lambda *_, **__: None)
-        monkeypatch.setattr(program, "answer_tasks", answer)
-
-    return all_alike
 
 
 def run(name: str, checkpoint: Path, folder: Path, *more: str) -> Any:
@@ -218,3 +194,31 @@ def test_unknown_benchmarks_are_refused() -> None:
 )
 def test_relaxed_match(answer: str, label: str, right: bool) -> None:
     assert eval_chartqa.relaxed_match(answer, label) is right
+
+
+@pytest.mark.slow
+def test_several_processes(checkpoint: Path, folder: Path) -> None:
+    """Two processes share the questions; answers and scores are those of one."""
+    common = ["--model-path", str(checkpoint), "--data-dir", str(folder), "--device", "cpu", *SHORT]
+    alone = engine.main(["textvqa", *common, "--experiment", "alone"])
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*torchrun(2), "-m", "llava.eval", "textvqa", *common, "--experiment", "shared"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = Path(alone["answers_file"])
+    shared = answers.with_name("shared.jsonl")
+    assert shared.read_bytes() == answers.read_bytes()
+    result = json.loads(shared.with_name("shared.result.json").read_text())
+    assert result["metrics"] == alone["metrics"]
+    parts = [shared.with_name(f"shared.{rank}-of-2.jsonl").read_text() for rank in (0, 1)]
+    assert all(parts)
+    assert "".join(parts) == shared.read_text()
+    assert done.stdout.count("TextVQA (") == 1, "one process reports"
+
+
+def test_processes_and_chunks_exclude_each_other(
+    checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(FlagError, match="--num-chunks 3: torchrun has 2 processes"):
+        run("textvqa", checkpoint, folder, "--num-chunks", "3")

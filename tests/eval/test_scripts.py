@@ -121,6 +121,34 @@ def test_a_failed_chunk_fails_the_script_and_only_the_rest_is_asked_again(
     assert [json.loads(line)["question_id"] for line in merged.read_text().splitlines()] == [0, 1, 2]
 
 
+def test_several_machines(served: Programs, data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """Each answers its chunks; the last one to finish merges and scores, whichever that is; as one machine does."""
+    one, several = (shutil.copytree(data, tmp_path / name) for name in ("one", "several"))
+    common = {"MODEL": str(checkpoint), "CKPT": "named"}
+    alone = served.script("scripts/v1_5/eval/textvqa.sh", *TINY, EVAL=str(one), **common)
+    assert alone.returncode == 0, alone.stderr
+    served.calls.clear()
+    merged = several / "textvqa" / "answers" / "named.jsonl"
+    slurm = {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_ID": "2"}
+    second = served.script("scripts/v1_5/eval/textvqa.sh", *TINY, EVAL=str(several), **common, **slurm)
+    assert second.returncode == 0, second.stderr
+    assert "machine 1 of 2 is done; chunks 0 1 of 4 are not" in second.stdout
+    assert not merged.exists()
+    assert not any("eval_textvqa" in word for call in served.calls for word in call)
+    first = served.script("scripts/v1_5/eval/textvqa.sh", *TINY, EVAL=str(several), **common, NODES="2", NODE="0")
+    assert first.returncode == 0, first.stderr
+    assert merged.read_bytes() == (one / "textvqa" / "answers" / "named.jsonl").read_bytes()
+    assert sorted(call[call.index("--chunk-idx") + 1] for call in served.calls if "--chunk-idx" in call) == list("0123")
+    assert any("eval_textvqa" in word for call in served.calls for word in call)
+    assert not list(one.rglob("*.done"))
+    again = served.script("scripts/v1_5/eval/textvqa.sh", *TINY, EVAL=str(several), **common, **slurm)
+    assert again.returncode == 0, again.stderr
+    assert "is done" not in again.stdout
+    wrong = served.script("scripts/v1_5/eval/textvqa.sh", *TINY, EVAL=str(several), **common, NODES="2", NODE="2")
+    assert wrong.returncode == 1
+    assert "NODE is 2, but NODES is 2" in wrong.stderr
+
+
 @pytest.mark.slow
 def test_with_processes_of_its_own(data: Path, checkpoint: Path, tmp_path: Path) -> None:
     """Nothing in between: bash, the program that answers, the scorer; without a GPU."""
