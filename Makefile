@@ -7,6 +7,7 @@ ARGS ?=
 VENV := .venv
 CORE := .venv-core
 LOWEST := .peft-lowest
+UPSTREAM := .venv-upstream
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 PINNED := --constraint constraints.txt --build-constraint constraints.txt
@@ -21,7 +22,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3 python; do \
 	"$$name" -c '$(VERSION_CHECK)' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-core test-peft lint types format check constraints clean
+.PHONY: help install demo test test-core test-peft test-upstream lint types format check constraints clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -50,6 +51,16 @@ test-peft: install $(LOWEST)/.installed ## Test the PEFT method on the lowest PE
 		PYTHONPATH=$(LOWEST) $(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) tests/hydralora/tuner; \
 	fi
 
+# Upstream asks for Python 3.10; its pins have wheels for 3.8 to 3.11.
+UPSTREAM_PYTHON ?= $(shell for name in python3.10 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.10*/bin/python python3.11; do \
+	"$$name" -c '' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
+UPSTREAM_PINS ?= tests/moe_patch/upstream.txt
+
+test-upstream: install $(UPSTREAM)/.installed ## Test moe_patch on a clone of haotian-liu/LLaVA (LLAVA_UPSTREAM_DIR=...)
+	@test -d "$(LLAVA_UPSTREAM_DIR)" || { echo "say where upstream is: make $@ LLAVA_UPSTREAM_DIR=/path/to/LLaVA"; exit 1; }
+	LLAVA_UPSTREAM_DIR="$(abspath $(LLAVA_UPSTREAM_DIR))" LLAVA_UPSTREAM_PYTHON="$(abspath $(UPSTREAM)/bin/python)" \
+		$(TEST_ENV) $(BIN)/python -m pytest $(ARGS) tests/moe_patch/test_upstream.py
+
 lint: install types ## Check style and formatting with ruff, then the types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -72,7 +83,7 @@ constraints: install ## Write constraints.txt anew from the newest versions that
 	rm -rf .venv-constraints
 
 clean: ## Remove the environments and everything that tools have cached
-	rm -rf $(VENV) $(CORE) $(LOWEST) .venv-constraints build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(CORE) $(LOWEST) $(UPSTREAM) .venv-constraints build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@"$(PYTHON)" -c '$(VERSION_CHECK)' 2>/dev/null || { \
@@ -94,4 +105,11 @@ $(LOWEST)/.installed: $(VENV)/.installed tests/requirement.py
 	rm -rf $(LOWEST)
 	$(UV) pip install --quiet --python $(VENV) --target $(LOWEST) --no-deps --resolution lowest \
 		"$$($(BIN)/python tests/requirement.py peft)"
+	@touch $@
+
+$(UPSTREAM)/.installed: $(VENV)/.installed $(UPSTREAM_PINS)
+	$(UV) venv --quiet --clear --python "$(UPSTREAM_PYTHON)" $(UPSTREAM)
+	grep -v '^deepspeed' $(UPSTREAM_PINS) > $(UPSTREAM)/first.txt
+	$(UV) pip install --quiet --python $(UPSTREAM) --requirement $(UPSTREAM)/first.txt
+	DS_BUILD_OPS=0 $(UV) pip install --quiet --python $(UPSTREAM) --no-build-isolation --requirement $(UPSTREAM_PINS)
 	@touch $@

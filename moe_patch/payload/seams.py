@@ -111,14 +111,14 @@ def load(model_class: Any, model_path: str, model_base: str, options: dict[str, 
     Raises:
         ValueError: the folder is damaged or does not fit the base.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     path = _local(model_path, model_base)
     folder = None if path is None else _read(path)
     if folder is None:
         raise ValueError(f"{model_path}: holds no extension")
     config = model_class.config_class.from_pretrained(folder.path)
-    config.vocab_size = AutoConfig.from_pretrained(model_base).vocab_size  # rows of new tokens come later
+    config.vocab_size = model_class.config_class.from_pretrained(model_base).vocab_size  # new tokens come later
     _older_rope(config)
     tokenizer = AutoTokenizer.from_pretrained(model_base, use_fast=False)
     model = model_class.from_pretrained(model_base, low_cpu_mem_usage=True, config=config, **options)

@@ -46,6 +46,7 @@ def write_logits(args: argparse.Namespace) -> None:
         output = model(**inputs)
     blocks = sum(type(module).__name__ == "RoutedMLP" for module in model.modules())
     save_file({"logits": output.logits.float().contiguous(), "blocks": torch.tensor(blocks)}, args.output)
+    print(f"{blocks} routed blocks, logits {tuple(output.logits.shape)}")
 
 
 def main() -> None:
