@@ -32,7 +32,8 @@ install: $(VENV)/.installed ## Install the package, its extras and the tools int
 demo: install ## Train, evaluate and reload a tiny model on the CPU; writes playground/out
 	$(OFFLINE) $(BIN)/python -m playground.demo $(ARGS)
 
-test: install test-core ## Run all tests (ARGS="tests/data -x" selects)
+# A selection leaves the lowest PEFT out.
+test: install test-core $(if $(ARGS),,test-peft) ## Run all tests (ARGS="tests/data -x" selects)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not network" $(ARGS)
 
 test-core: install $(CORE)/.installed ## Import every module with the core dependencies only
