@@ -33,16 +33,19 @@ class LavinFiles:
         ]
 
 
-def train_tiny(files: LavinFiles, output: Path, *words: str) -> Path:
+def tiny_words(files: LavinFiles, output: Path, *words: str) -> list[str]:
     """Four updates over two epochs of ScienceQA."""
-    return main(
-        [
-            *files.words,
-            *("--output_dir", str(output), "--prompt_format", "QCM-ALE", "--visual_adapter_type", "router"),
-            *("--batch_size", "4", "--accum_iter", "2", "--epochs", "2", "--warmup_epochs", "0.5", "--lr", "0.01"),
-            *("--num_workers", "0", "--logging_steps", "1", "--hidden_proj", "16", *words),
-        ]
-    )
+    return [
+        *files.words,
+        *("--output_dir", str(output), "--prompt_format", "QCM-ALE", "--visual_adapter_type", "router"),
+        *("--batch_size", "4", "--accum_iter", "2", "--epochs", "2", "--warmup_epochs", "0.5", "--lr", "0.01"),
+        *("--num_workers", "0", "--logging_steps", "1", "--hidden_proj", "16", *words),
+    ]
+
+
+def train_tiny(files: LavinFiles, output: Path, *words: str) -> Path:
+    """Run `tiny_words`."""
+    return main(tiny_words(files, output, *words))
 
 
 def difference(llama: Path) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from llava.errors import FlagError
 from llava.model.builder import load_pretrained_model
@@ -16,7 +18,8 @@ from mma.programs.train_arguments import INSTEAD, parse_args
 from mma.programs.train_options import build_parser
 from mma.programs.trainer import epoch_of, whole_updates
 from tests.golden import load_case
-from tests.mma.lavin_files import LavinFiles, train_tiny
+from tests.mma.lavin_files import LavinFiles, save_lavin_files, tiny_words, train_tiny
+from tests.train.launching import finish, start, torchrun
 
 FLAGS = load_case("lavin", "cli_flags")[0]
 
@@ -162,3 +165,31 @@ def test_an_interrupted_run_goes_on(files: LavinFiles, tmp_path: Path) -> None:
     parts = train_tiny(files, tmp_path / "parts")
     for path in sorted((whole / "extensions" / "mma").glob("*.safetensors")):
         assert path.read_bytes() == (parts / "extensions" / "mma" / path.name).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
+    """The same updates from the same samples; the first process converts the base weights while the other waits."""
+    files, same = save_lavin_files(tmp_path), ("--adapter_dropout", "0", "--loss_reduction", "target")
+    words = [*tiny_words(files, tmp_path / "two", *same), "--batch_size", "2"]
+    program = tmp_path / "program.py"
+    program.write_text("import runpy\nrunpy.run_module('mma.train', run_name='__main__', alter_sys=True)\n")
+    status = finish(start(torchrun(2), program, words, tmp_path / "log"), limit=300)
+    log = (tmp_path / "log").read_text()
+    assert status == 0, log[-3000:]
+    assert log.count("writing the weights in the layout of transformers") == 1
+    train_tiny(files, tmp_path / "one", *same)
+    ours, theirs = (logged(tmp_path / name) for name in ("one", "two"))
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    for one, two in zip(*(trained(tmp_path / name) for name in ("one", "two")), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
+
+
+def logged(output: Path) -> list[float]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry[key] for entry in history for key in ("loss", "learning_rate") if key in entry]
+
+
+def trained(output: Path) -> list[torch.Tensor]:
+    tensors = load_file(output / "extensions" / "mma" / "model.safetensors")
+    return [tensors[name] for name in sorted(tensors)]
