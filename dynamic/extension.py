@@ -196,8 +196,8 @@ def _pass_on(policy: Tensor, model: nn.Module, state: DecoderState) -> None:
             "use_flash_attn and attn_implementation"
         )
     state.layer_kwargs["policy"] = policy
-    # A sliding window, or samples packed into one row, are in the 4-D mask only.
-    if state.attention_mask is not None and set(layer_kinds(model.config)) == {"full_attention"}:
+    # `attach` refuses windows, and samples are packed into one row without a 2-D mask only.
+    if state.attention_mask is not None:
         state.causal_mask = state.attention_mask
 
 

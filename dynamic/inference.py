@@ -104,7 +104,8 @@ def prompt_decision(
 ) -> Tensor:
     """Which positions of a batch of prompts stay, (B, L) bool; of each sample the last one always does.
 
-    Of each image the share `vision_keep_rate` with the highest probability stays. Of the last instruction, and of
+    Of each image the share `vision_keep_rate` with the highest probability stays, and the last token if it is the last
+    of the prompt. Of the last instruction, and of
     tokens that were generated before (generation without cache), those stay whose keep logit is the larger one.
 
     Args:
@@ -125,6 +126,8 @@ def prompt_decision(
         newest = _last_position(valid)
         generated = [(sample.answer[0], end) for sample, end in zip(segments, newest, strict=True)]
         _keep_approved(judges.output_text, hidden, generated, keep)
+    # Generation starts from the last position, be it of a picture.
+    keep[torch.arange(len(valid), device=valid.device), _last_position(valid)] = valid.any(dim=1)
     return keep
 
 

@@ -82,7 +82,9 @@ class HydraLoraExtension(Extension):
             raise CheckpointError(f"extension '{self.name}': {error}") from error
 
     def on_inputs(self, model: nn.Module, config: Config, inputs: MultimodalInputs) -> MultimodalInputs:
-        """Start recording the routing if a loss will be wanted."""
+        """Start recording the routing if a loss will be wanted; a record that an error left open is ended."""
+        for watched in self._watched.get(model, []):
+            watched.recorder.stop()
         if inputs.labels is not None:
             if model not in self._watched:
                 self._watched[model] = _watch(model, HydraLoraSettings.from_dict(config))
@@ -100,14 +102,15 @@ class HydraLoraExtension(Extension):
         for watched in self._watched.get(model, []):
             routings = [passes[-1] for passes in watched.recorder.stop().values() if passes]
             if routings:
-                watched.statistics.add(routings, inputs.attention_mask)
+                if model.training:
+                    watched.statistics.add(routings, inputs.attention_mask)
                 if watched.balance_weight > 0:
                     loss = expert_balance_loss(routings, inputs.attention_mask)
                     found[f"{watched.prefix}balance"] = watched.balance_weight * loss
         return found
 
     def metrics(self, model: nn.Module, config: Config) -> dict[str, float]:
-        """`share_<expert>` and `entropy` of this process since the last call; see `RoutingStatistics`."""
+        """`share_<expert>` and `entropy` of this process in training since the last call; see `RoutingStatistics`."""
         return {
             f"{watched.prefix}{name}": value
             for watched in self._watched.get(model, [])

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from hydralora.text.arguments import RunArguments, build_parser, parse_args
+from hydralora.text.arguments import RunArguments, TrainingArguments, build_parser, parse_args
 from hydralora.text.dataset import InstructionCollator, InstructionDataset, load_examples, training_files
 from hydralora.text.training import (
     ADAPTER_FOLDER,
@@ -96,6 +96,20 @@ def write_run_record(args: RunArguments) -> None:
     (folder / RUN_FILE).write_text(json.dumps(record, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
 
 
+def check_checkpointing(training: TrainingArguments, balance_weight: float) -> None:
+    """Refuse the reentrant kind where a loss is taken from within the layers.
+
+    Raises:
+        FlagError: the balance loss would train nothing.
+    """
+    if balance_weight and training.gradient_checkpointing_kwargs["use_reentrant"]:
+        raise FlagError(
+            f"--gradient_checkpointing_kwargs asks for use_reentrant, under which a balance loss (weight "
+            f'{balance_weight}) trains nothing; pass {{"use_reentrant": false}}, leave the flag out, or pass '
+            "--balance_weight 0"
+        )
+
+
 def build_run(args: RunArguments) -> Run:
     """Everything up to the first step."""
     training = args.training
@@ -103,11 +117,15 @@ def build_run(args: RunArguments) -> Run:
         prepare_folder(Path(training.output_dir))
         write_run_record(args)
     set_seed(training.seed)
-    if training.gradient_checkpointing and training.gradient_checkpointing_kwargs is None:
-        training.gradient_checkpointing_kwargs = {"use_reentrant": False}
+    if training.gradient_checkpointing:  # torch takes silence for the reentrant kind
+        training.gradient_checkpointing_kwargs = {"use_reentrant": False} | (
+            training.gradient_checkpointing_kwargs or {}
+        )
     tokenizer = load_tokenizer(args)
     train, evaluation = load_data(args, tokenizer)
     model = add_adapter(load_base(args), args)
+    if training.gradient_checkpointing:
+        check_checkpointing(training, model.active_peft_config.balance_weight)
     if training.deepspeed:
         set_precision(model, training)
     if training.gradient_checkpointing:

@@ -52,6 +52,11 @@ def one_hot_argmax(probabilities: Tensor) -> Tensor:
     return torch.zeros_like(probabilities).scatter_(-1, best, 1.0)
 
 
+def routing_of(probabilities: Tensor) -> Routing:
+    """The routing of `probabilities` (..., E), its choice by the straight-through estimator."""
+    return Routing(probabilities, one_hot_argmax(probabilities) - probabilities.detach() + probabilities)
+
+
 def _weighted_code(code: Tensor, weights: Tensor) -> Tensor:
     """Code (..., r) scaled by the weights (..., E) of all experts: (..., E * r) in the dtype of `code`."""
     return (weights.unsqueeze(-1) * code.unsqueeze(-2)).flatten(-2).to(code.dtype)
@@ -203,9 +208,9 @@ class RoutedUpdate(RoutedModule, nn.Module):
         x = x.to(self.shared_A.dtype)
         probabilities = torch.softmax(F.linear(x, self.router), dim=-1, dtype=torch.float32)  # (..., E)
         if self.observers:
-            choice = one_hot_argmax(probabilities) - probabilities.detach() + probabilities
+            routing = routing_of(probabilities)
             for observe in self.observers:
-                observe(Routing(probabilities, choice))
+                observe(routing)
         dropout = self.dropout if self.training else 0.0
         return low_rank_update(x, self.shared_A, self.experts_B, probabilities, self.alpha / self.rank, dropout)
 
@@ -297,9 +302,7 @@ class RoutedMLP(RoutedModule, nn.Module):
     def route(self, x: Tensor) -> Routing:
         """Routing of tokens `x` (..., D), computed in the router's dtype with a float32 softmax."""
         logits = self.router(x.to(self.router.weight.dtype))  # (..., E)
-        probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
-        choice = one_hot_argmax(probabilities) - probabilities.detach() + probabilities
-        return Routing(probabilities, choice)
+        return routing_of(torch.softmax(logits, dim=-1, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         """Output of the block, (..., D) for `x` (..., D), in the dtype that the base MLP would return.

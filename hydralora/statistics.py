@@ -51,7 +51,7 @@ class TaskStatistics:
     def add(
         self, routings: Sequence[Routing], attention_mask: Tensor | None, tasks: Sequence[str | int] | None = None
     ) -> None:
-        """Count one forward pass.
+        """Count one forward pass. Does not wait for the device.
 
         Args:
             routings: of each layer, (B, L, E).

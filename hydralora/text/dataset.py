@@ -139,13 +139,16 @@ class InstructionCollator:
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """`input_ids`, `labels` (-100 at source and padding) and `attention_mask`, (B, T) int64; `task_types` (B,)."""
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor | list[int]]:
+        """`input_ids`, `labels` (-100 at source and padding) and `attention_mask`, (B, T) int64, and `task_types`.
+
+        These are B numbers for statistics alone, no tensor, so that nobody waits for a device to read them.
+        """
         ids = [torch.tensor(example.input_ids) for example in examples]
         labels = [torch.tensor(example.labels) for example in examples]
         return {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_id),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
             "attention_mask": pad_sequence([torch.ones_like(each) for each in ids], batch_first=True),
-            "task_types": torch.tensor([example.task for example in examples]),
+            "task_types": [example.task for example in examples],
         }

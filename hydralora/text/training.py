@@ -183,7 +183,7 @@ class HydraLoraTrainer(ResumableTrainer):
             recorded = recorder.stop()
         found = of_text(recorded, inputs["input_ids"].shape)
         routings, mask = list(found.values()), inputs.get("attention_mask")
-        self.statistics.add(routings, mask, None if tasks is None else tasks.tolist())
+        self.statistics.add(routings, mask, tasks)
         others = sorted({name for name, passes in recorded.items() if passes} - found.keys())
         if self.balance_weight and others:
             raise FlagError(

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from hydralora.layer import RoutedModule, Routing, low_rank_update, one_hot_argmax
+from hydralora.layer import RoutedModule, low_rank_update, routing_of
 from hydralora.tuner.batch import BatchNote
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 
@@ -100,9 +100,9 @@ class HydraLoraLayer(BaseTunerLayer, RoutedModule):
         """
         probabilities = self.route(adapter_name, x)  # (..., E)
         if self.observers:
-            choice = one_hot_argmax(probabilities) - probabilities.detach() + probabilities
+            routing = routing_of(probabilities)
             for observe in self.observers:
-                observe(Routing(probabilities, choice))
+                observe(routing)
         if self.routing[adapter_name] is RoutingUnit.TOKEN:
             return probabilities
         return self._sequence_weights(adapter_name, probabilities, rows)

@@ -268,8 +268,10 @@ def build_run(args: RunArguments, attn_implementation: str | None = None, parts:
         write_run_record(args)
     set_seed(training.seed)
     tokenizer = load_tokenizer(args.model.model_name_or_path, model_max_length=training.model_max_length)
-    if training.gradient_checkpointing and training.gradient_checkpointing_kwargs is None:
-        training.gradient_checkpointing_kwargs = {"use_reentrant": False}
+    if training.gradient_checkpointing:  # torch takes silence for the reentrant kind
+        training.gradient_checkpointing_kwargs = {"use_reentrant": False} | (
+            training.gradient_checkpointing_kwargs or {}
+        )
     model = build_model(args, tokenizer, attn_implementation)
     llava = model.get_base_model() if training.lora_enable else model
     dataset = parts.dataset(args, tokenizer, llava)

@@ -23,6 +23,7 @@ from tests.dynamic.sparse_models import (
     SHAPES,
     SMALL,
     Dialogue,
+    Shape,
     attach_predictors,
     embedded,
     greedy,
@@ -104,6 +105,17 @@ def test_a_prompt_of_any_shape(side: str, with_cache: bool) -> None:
         assert len(alone) == shape.system + sum(map(len, images)) + len(log.prompts[0].instruction(0))
     assert logits.shape[1] == max(kept)
     assert len(set(kept)) > 2
+
+
+def test_a_prompt_that_ends_in_a_picture() -> None:
+    """Its last token stays even where the predictor would drop it: generation starts from it."""
+    model, beyond = load(), 0
+    for size in (9, 10, 11, 12):
+        with record_decisions(model) as log:
+            prefill(model, embedded((Shape(3, (size,), 0),)))
+        assert log.prompts[0].keep[0, -1]
+        beyond += len(log.prompts[0].images(0)[0]) - int(size * 0.4)
+    assert 0 < beyond <= 4, "the predictor must drop the last token of one of them"
 
 
 def test_keeping_everything_is_the_dense_model() -> None:

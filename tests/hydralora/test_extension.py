@@ -199,6 +199,26 @@ class TestRecording:
         assert 0 < metrics["hydralora/entropy"] < torch.tensor(3.0).log()
         assert golden.llava.extensions.metrics(golden.llava) == {}
 
+    def test_an_error_leaves_nothing_behind(self, golden: GoldenRun) -> None:
+        """After a pass with labels that broke off, one without records nothing, and one with labels is as ever."""
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("out of memory")
+
+        expected = golden.forward().losses["hydralora/balance"]
+        handle = golden.llava.get_decoder().layers[-1].register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            golden.forward()
+        handle.remove()
+        golden.forward(labels=None)
+        assert not any(block.observers for block in routed_blocks(golden.llava).values())
+        torch.testing.assert_close(golden.forward().losses["hydralora/balance"], expected)
+
+    def test_an_evaluation_is_not_counted(self, golden: GoldenRun) -> None:
+        golden.model.eval()
+        assert "hydralora/balance" in golden.forward().losses
+        assert golden.llava.extensions.metrics(golden.llava) == {}
+
     @pytest.mark.parametrize("change", [{"experts": 1}, {"balance_weight": 0.0}], ids=str)
     def test_no_balance_loss_with_one_expert_or_weight_zero(self, change: dict[str, Any]) -> None:
         llava = load_base()

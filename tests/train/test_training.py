@@ -189,6 +189,12 @@ def test_gradient_checkpointing_changes_nothing(recipe: str, tmp_path: Path) -> 
     torch.testing.assert_close(logits(tmp_path / "plain"), logits(tmp_path / "checkpointed"), rtol=0, atol=1e-5)
 
 
+def test_other_settings_of_gradient_checkpointing_do_not_make_it_reentrant(tmp_path: Path) -> None:
+    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": '{"preserve_rng_state": true}'}
+    run = build_run(parse_args(command_line(tmp_path, **HYDRA | settings)))
+    assert run.trainer.args.gradient_checkpointing_kwargs == {"use_reentrant": False, "preserve_rng_state": True}
+
+
 def test_half_precision_keeps_trained_weights_in_fp32(tmp_path: Path) -> None:
     run = build_run(parse_args(command_line(tmp_path, **HYDRA, bf16=True)))
     for part, named in components(run.model).items():

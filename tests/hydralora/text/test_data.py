@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from hydralora.text import dataset as dataset_module
 from hydralora.text.dataset import InstructionCollator, InstructionDataset, load_examples, training_files
@@ -106,4 +105,4 @@ def test_batches() -> None:
     assert batch["input_ids"].tolist() == [[1, 0, 5, 2], [1, 7, 0, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 5, 2], [-100, 7, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert torch.equal(batch["task_types"], torch.tensor([4, -1]))
+    assert batch["task_types"] == [4, -1]

@@ -405,6 +405,17 @@ def test_experts_from_a_file(tmp_path: Path) -> None:
             number_of_experts(value)
 
 
+def test_gradient_checkpointing_is_not_reentrant(folder: Path, tmp_path: Path) -> None:
+    """Unless it is asked for, and then a balance loss, which would train nothing, is refused."""
+    asked = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": '{"preserve_rng_state": true}'}
+    run = build_run(parse_args(command_line(folder, tmp_path, **asked)))
+    assert run.trainer.args.gradient_checkpointing_kwargs == {"use_reentrant": False, "preserve_rng_state": True}
+    asked["gradient_checkpointing_kwargs"] = '{"use_reentrant": true}'
+    assert build_run(parse_args(command_line(folder, tmp_path, **asked))).trainer
+    with pytest.raises(FlagError, match="asks for use_reentrant"):
+        build_run(parse_args(command_line(folder, tmp_path, **asked, balance_weight=0.1)))
+
+
 def test_all_problems_at_once(folder: Path, tmp_path: Path) -> None:
     changes = {"do_train": False, "load_in_kbits": 3, "lora_nums": 0, "config_name": "x", "dataset_dir": "missing"}
     with pytest.raises(FlagError) as caught:
