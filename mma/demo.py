@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from llava.errors import FlagError
+from llava.eval.processes import joined
 from llava.serve.engine import Engine
 from llava.utils import run_program
 from mma.programs.answering import given_options, load_lavin
 from mma.programs.chat import LavinChat
 from mma.programs.eval_options import add_model_options
-from mma.programs.processes import joined
 
 DEFAULTS = {
     "ckpt_dir": "../data/weights/",

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from llava.errors import FlagError
 from llava.eval.answers import Task
+from llava.eval.processes import joined
 from llava.output import replace_text
 from llava.utils import run_program
 from mma.data.scienceqa import ScienceQA, check_prompt_format, read_split
 from mma.programs.answering import answer_all, generation_options, given_options, load_lavin
 from mma.programs.eval_options import add_answer_options, add_model_options, add_scienceqa_options
-from mma.programs.processes import joined
 from mma.scoring.scienceqa import ScienceQAScore, score
 
 MAX_NEW_TOKENS = 64

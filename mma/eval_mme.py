@@ -16,12 +16,12 @@ from pathlib import Path
 
 from llava.eval.answers import Task
 from llava.eval.eval_mme import TaskScore, score_task, table, totals
+from llava.eval.processes import joined
 from llava.output import replace_text
 from llava.utils import run_program
 from mma.data.prompts import instruction_prompt
 from mma.programs.answering import answer_all, generation_options, given_options, load_lavin
 from mma.programs.eval_options import add_answer_options, add_model_options, add_scienceqa_options
-from mma.programs.processes import joined
 from mma.scoring.mme import LabelSource, MmeQuestion, read_benchmark, report, rows_of
 
 MAX_NEW_TOKENS = 20

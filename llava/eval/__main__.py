@@ -18,7 +18,7 @@ from typing import Any
 
 from llava.eval.benchmarks import BENCHMARKS, Benchmark, find
 from llava.eval.outcomes import Run
-from llava.eval.processes import Processes
+from llava.eval.processes import answer_share, joined
 from llava.eval.program import (
     add_chunk_options,
     add_model_options,
@@ -84,11 +84,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     args = fill_in(args, benchmark)
     tasks = chosen(benchmark.read(args.question_file), args)
     open_image = benchmark.open_images(args.image_folder)
-    processes = Processes.from_environment()
-    if processes.count > 1:
-        if not processes.answer(args, tasks, open_image, benchmark.to_row):
+    with joined() as processes:
+        if processes.count > 1:
+            answer_share(processes, args, tasks, open_image, benchmark.to_row)
+        if not processes.is_first:
             return None
-        args.restart = False  # the chunks were restarted
     answers, speed = answer_and_measure(args, tasks, open_image, to_row=benchmark.to_row)
     if args.num_chunks > 1:
         print(f"chunk {args.chunk_idx} of {args.num_chunks}: {len(tasks)} answers in {answers.path}")

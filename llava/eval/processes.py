@@ -1,85 +1,115 @@
-"""One benchmark over several processes, on one machine or several: `torchrun --nproc_per_node 8 -m llava.eval ...`.
+"""Several processes, on one machine or more, that share the questions of a benchmark (`torchrun --nproc_per_node 8`).
 
-Every process answers a chunk in a file of its own; the first one waits for the others and puts the chunks together.
+Each answers a part into a file of its own; when all have finished, the first puts the parts together. They exchange
+nothing but the signal that they have arrived.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
+from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 
 from llava.errors import FlagError
 from llava.eval.answers import Task, ToRow
-from llava.eval.program import answer_and_measure, chosen
+from llava.eval.program import answer_and_measure
 from llava.eval.runner import OpenImage
 from llava.output import replace_text
 
-PATIENCE = timedelta(days=7)
-"""How long the first process waits for the others; if one of them fails, torchrun ends all."""
+T = TypeVar("T")
+
+LONGEST_WAIT = timedelta(days=7)
+"""One process may be done long before another."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a launcher.
+    """The processes of this run.
 
     Attributes:
-        count: of all nodes.
-        rank: of this process.
-        local_rank: on its node; the number of its GPU.
+        rank: number of this one.
+        count: how many there are.
+        local_rank: number of this one on its machine.
     """
 
-    count: int = 1
     rank: int = 0
+    count: int = 1
     local_rank: int = 0
 
-    @classmethod
-    def from_environment(cls) -> Processes:
-        """What torchrun says; one process without it."""
-        count = int(os.environ.get("WORLD_SIZE", "1"))
-        return cls(count, *(int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))) if count > 1 else cls()
-
-    def answer(self, args: argparse.Namespace, tasks: Sequence[Task], open_image: OpenImage, to_row: ToRow) -> bool:
-        """Answer the chunk of this process, then wait; the first process writes `args.answers_file` from all chunks.
-
-        Args:
-            args: the options of `llava.eval`.
-            tasks: all that are to be answered.
-            open_image: opens one image of a task.
-            to_row: makes the row of an answer.
-
-        Returns:
-            True in the process that goes on.
-
-        Raises:
-            FlagError: chunks are asked for as well.
-        """
-        if args.num_chunks > 1:
-            raise FlagError(
-                f"--num-chunks {args.num_chunks}: torchrun has {self.count} processes, which share the questions"
-            )
-        parts = [self._part(args.answers_file, rank) for rank in range(self.count)]
-        own = copy.copy(args)
-        own.answers_file, own.num_chunks, own.chunk_idx = parts[self.rank], self.count, self.rank
-        own.allow_empty_chunk, own.limit = True, None  # the limit holds for `tasks` already
-        if own.device is None and torch.cuda.is_available():
-            own.device = f"cuda:{self.local_rank}"
-        answer_and_measure(own, chosen(tasks, own), open_image, to_row=to_row)
-        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
-        try:
-            torch.distributed.barrier()
-            if self.rank == 0:
-                replace_text(args.answers_file, "".join(part.read_text(encoding="utf-8") for part in parts))
-            torch.distributed.barrier()
-        finally:
-            torch.distributed.destroy_process_group()
+    @property
+    def is_first(self) -> bool:
+        """Whether this one puts the parts together."""
         return self.rank == 0
 
-    def _part(self, answers: Path, rank: int) -> Path:
-        return answers.with_name(f"{answers.stem}.{rank}-of-{self.count}.jsonl")
+    def part(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's consecutive share of a list; the shares differ by one item at most."""
+        start, end = (len(items) * number // self.count for number in (self.rank, self.rank + 1))
+        return items[start:end]
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.count > 1:
+            dist.barrier()
+
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Run a block in the first process, and then in the others."""
+        if not self.is_first:
+            self.wait()
+        yield
+        if self.is_first:
+            self.wait()
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Processes]:
+    """The processes that a launcher has started, or this one alone."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Processes()
+        return
+    dist.init_process_group("gloo", timeout=LONGEST_WAIT)
+    try:
+        yield Processes(dist.get_rank(), count, int(os.environ.get("LOCAL_RANK", "0")))
+    finally:
+        dist.destroy_process_group()
+
+
+def answer_share(
+    processes: Processes, args: argparse.Namespace, tasks: Sequence[Task], open_image: OpenImage, to_row: ToRow
+) -> None:
+    """Answer this process's part of `tasks`; when all have, the first one writes `args.answers_file`.
+
+    Args:
+        processes: more than one.
+        args: the options of `llava.eval`; an answers file that this wrote is not restarted again.
+        tasks: those of all processes.
+        open_image: opens one image of a task.
+        to_row: makes the row of an answer.
+
+    Raises:
+        FlagError: chunks are asked for as well.
+    """
+    if args.num_chunks > 1:
+        raise FlagError(
+            f"--num-chunks {args.num_chunks}: torchrun has {processes.count} processes, which share the work"
+        )
+    path = args.answers_file
+    parts = [path.with_name(f"{path.stem}.{rank}-of-{processes.count}.jsonl") for rank in range(processes.count)]
+    own = copy.copy(args)
+    own.answers_file = parts[processes.rank]
+    if own.device is None and torch.cuda.is_available():
+        own.device = f"cuda:{processes.local_rank % torch.cuda.device_count()}"
+    answer_and_measure(own, processes.part(tasks), open_image, to_row=to_row)
+    processes.wait()
+    if processes.is_first:
+        replace_text(path, "".join(part.read_text(encoding="utf-8") for part in parts))
+    args.restart = False

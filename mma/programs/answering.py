@@ -18,6 +18,7 @@ from llava.errors import FlagError
 from llava.eval.answers import AnswersFile, Task, answer_row
 from llava.eval.generation import GenerationOptions
 from llava.eval.loading import LoadedModel, choose_device, choose_dtype, load_model
+from llava.eval.processes import Processes
 from llava.eval.program import json_values
 from llava.eval.record import weights_fingerprint
 from llava.eval.runner import Prompt, answer_tasks
@@ -27,7 +28,6 @@ from mma.convert import SETTINGS
 from mma.data.tokens import prompt_ids
 from mma.original import TOWER, ready_folder
 from mma.programs.eval_options import ADAPTER_OPTIONS, BITS, check_adapters
-from mma.programs.processes import Processes
 from mma.weights.base import BaseWeights, base_folder
 
 CONV_MODE = "lavin"

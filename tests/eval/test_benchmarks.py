@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from llava.eval import __main__ as engine
 from llava.eval import captions, eval_chartqa, program, runner
 from llava.eval.benchmarks import BENCHMARKS, find
 from llava.eval.loading import LoadedModel
+from llava.eval.processes import Processes
 from tests.train.launching import ROOT, torchrun
 
 LABELS = {"gqa": "x", "textvqa": "x", "scienceqa": "A", "mmbench": "A", "mmbench_cn": "A", "seed": "A"}
@@ -219,6 +221,6 @@ def test_several_processes(checkpoint: Path, folder: Path) -> None:
 def test_processes_and_chunks_exclude_each_other(
     checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(engine, "joined", lambda: contextlib.nullcontext(Processes(rank=1, count=2)))
     with pytest.raises(FlagError, match="--num-chunks 3: torchrun has 2 processes"):
         run("textvqa", checkpoint, folder, "--num-chunks", "3")

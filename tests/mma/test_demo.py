@@ -12,12 +12,12 @@ import pytest
 
 from llava.errors import FlagError, LlavaError
 from llava.eval.generation import GenerationOptions
+from llava.eval.processes import Processes
 from llava.serve.engine import Engine
 from mma import demo
 from mma.programs.answering import given_options, load_lavin
 from mma.programs.chat import LavinChat, chat_prompt, shown_answer
 from mma.programs.page import Handlers, build_page
-from mma.programs.processes import Processes
 from tests.golden import load_case
 from tests.mma.lavin_files import LavinFiles
 from tests.mma.test_data import IMAGES

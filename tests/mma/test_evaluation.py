@@ -14,11 +14,11 @@ import pytest
 from llava.errors import BadImageError, BadSampleError, CheckpointError, FlagError
 from llava.eval.answers import Task
 from llava.eval.loading import load_model
+from llava.eval.processes import Processes
 from mma import eval as mma_eval
 from mma import eval_mme
 from mma.data.scienceqa import read_split
 from mma.programs.answering import given_options, load_lavin, make_prompt
-from mma.programs.processes import Processes
 from mma.scoring.scienceqa import score
 from tests.golden import load_case
 from tests.mma.lavin_files import LavinFiles
