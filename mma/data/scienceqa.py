@@ -29,7 +29,7 @@ class ScienceQA:
 
     Attributes:
         path: `problems.json`.
-        image_folder: folder that image names are relative to.
+        image_folder: folder that image names are relative to: that of the split, if it has one.
         ids: problems of the split, in its order.
         problems: all problems by id.
         captions: captions by id; None where they are not used.
@@ -58,7 +58,11 @@ class ScienceQA:
 
     def image(self, number: int) -> str | None:
         """Name of its image in the image folder; None if it has none."""
-        return None if self.problem(number).get("image") is None else f"{self.ids[number]}/{IMAGE_NAME}"
+        problem = self.problem(number)
+        if problem.get("image") is None:
+            return None
+        name = f"{self.ids[number]}/{IMAGE_NAME}"
+        return name if self.image_folder.name != IMAGES_FOLDER else f"{problem.get('split')}/{name}"
 
     def caption(self, number: int) -> str | None:
         """Caption of its image; None where captions are not used."""
@@ -130,12 +134,14 @@ def read_split(data_root: str | Path, split: str, caption_file: str | Path | Non
         BadSampleError: a file is missing or malformed, or the split is unknown or empty.
     """
     root = Path(data_root)
+    images = root / IMAGES_FOLDER
     splits = read_json(root / SPLITS_FILE, dict)
     if not splits.get(split):
         raise BadSampleError(f"{root / SPLITS_FILE}: no problems in split '{split}'; it has {sorted(splits)}")
     return ScienceQA(
         path=root / PROBLEMS_FILE,
-        image_folder=root / IMAGES_FOLDER / split,
+        # `minitest` and `trainval` have no folder of their own; their problems say where they belong.
+        image_folder=images / split if (images / split).is_dir() else images,
         ids=[str(pid) for pid in splits[split]],
         problems=read_json(root / PROBLEMS_FILE, dict),
         captions=None if caption_file is None else read_captions(caption_file),

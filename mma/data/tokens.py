@@ -36,8 +36,9 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 def head_ids(tokenizer: Any, has_image: bool) -> list[int]:
     """What stands in front of the prompt."""
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     words = encode(tokenizer, WITH_IMAGE if has_image else WITHOUT_IMAGE)
-    return [tokenizer.bos_token_id, *words, *([IMAGE_TOKEN_INDEX] if has_image else [])]
+    return [*begin, *words, *([IMAGE_TOKEN_INDEX] if has_image else [])]
 
 
 def prompt_ids(tokenizer: Any, prompt: str, has_image: bool) -> Tensor:

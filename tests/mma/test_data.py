@@ -247,6 +247,16 @@ def test_batches_mix_samples_with_and_without_image(tmp_path: Path, tokenizer: A
     assert (batch["labels"] != IGNORE_INDEX).sum(dim=1).tolist() == count[:2]
 
 
+def test_splits_without_images_of_their_own_find_them(tmp_path: Path) -> None:
+    save_problems(tmp_path, IMAGES)
+    splits = json.loads((tmp_path / "pid_splits.json").read_text())
+    (tmp_path / "pid_splits.json").write_text(json.dumps(splits | {"minitrain": splits["train"][:2]}))
+    data = read_split(tmp_path, "minitrain")
+    assert (data.image(0), data.image(1)) == (None, "train/2/image.png")
+    assert load_image(data.image_folder, data.image(1)).size == (60, 40)
+    assert read_split(tmp_path, "train").image(1) == "2/image.png"
+
+
 def test_a_sample_without_target_is_refused_or_listed(tmp_path: Path, tokenizer: Any) -> None:
     dataset = dataset_of(tmp_path, tokenizer, max_length=40)
     with pytest.raises(NoTargetError, match=r"problems.json, row 0 \(id '1'\).*--max_seq_len"):
