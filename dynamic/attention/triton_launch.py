@@ -105,6 +105,8 @@ def triton_kernels(q: Tensor) -> Kernels:
 def _check_once(device: torch.device, dtype: torch.dtype, width: int) -> None:
     """Compare with `blockwise.py` on a small problem, once in a process: a new GPU or compiler must not be trusted.
 
+    The problem is causal and padded, and two heads share keys and values; the tests compare the other cases.
+
     Raises:
         RuntimeError: they differ.
     """

@@ -22,6 +22,11 @@ def _not_yet(args: RunArguments) -> list[str]:
     problems = []
     if training.fsdp:
         problems.append("--fsdp is not supported; several GPUs run with DeepSpeed, or with plain data parallelism")
+    if training.do_eval:  # set by --eval_strategy too
+        problems.append(
+            f"--do_eval, or --eval_strategy {training.eval_strategy}: this program takes no data to evaluate on; score "
+            "the checkpoints afterwards (docs/evaluation.md)"
+        )
     return problems
 
 

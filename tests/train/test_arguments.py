@@ -101,6 +101,8 @@ def test_warmup_ratio_counts_updates(required: list[str]) -> None:
         (["--on_bad_sample", "ignore"], "--on_bad_sample ignore"),
         (["--loss_reduction", "sum"], "--loss_reduction sum"),
         (["--data_path", "missing.json"], "missing.json"),
+        (["--evaluation_strategy", "epoch"], "no data to evaluate on"),
+        (["--do_eval", "True"], "no data to evaluate on"),
         (["--image_folder", "missing"], "--image_folder missing"),
         (["--tune_mm_mlp_adapter", "True"], "needs --vision_tower"),
         (["--mm_patch_merge_type", "spatial"], "--mm_patch_merge_type"),
