@@ -75,7 +75,7 @@ def next_command(args: LavinArguments) -> str:
         return f"python -m mma.demo --ckpt_dir {base} --adapter_path {own.output_dir}"
     return (
         f"python -m mma.eval --ckpt_dir {base} --adapter_path {own.output_dir} --data_root {own.data_root} "
-        f"--caption_file {own.caption_file} --tokenizer_path {base} --prompt_format {own.prompt_format} --split test "
+        f"--caption_file {own.caption_file} --prompt_format {own.prompt_format} --split test "
         f"--max_seq_len {own.max_seq_len} --max_batch_size 64"
     )
 

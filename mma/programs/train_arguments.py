@@ -156,6 +156,7 @@ def _values(own: argparse.Namespace, rate: float) -> dict[str, Any]:
         "model_max_length": own.max_seq_len - MODALITY_TOKENS,
         "dataloader_num_workers": own.num_workers,
         "dataloader_pin_memory": own.pin_mem,
+        "ddp_find_unused_parameters": False,  # every batch uses all of them, one of text alone with weight zero
         "seed": own.seed,
         "save_strategy": "epoch",
         "logging_steps": 10,
