@@ -13,8 +13,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from hydralora.config import RoutedMLPConfig
@@ -31,18 +29,16 @@ _KEY = re.compile(
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a file on the CPU: safetensors, or torch's format by its weights-only loader.
+    """Tensors of a file of the original on the CPU, by torch's weights-only loader.
 
     Raises:
         ValueError: the file is missing, damaged, or holds something else than named tensors.
     """
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path}: is damaged or holds more than tensors ({error})") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a table of named tensors")

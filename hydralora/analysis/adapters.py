@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hydralora.original import read_weights
-from hydralora.tuner.original import from_original
+from hydralora.tuner.original import ORIGINAL_WEIGHTS, OUR_WEIGHTS, from_original, read_our_weights
 from llava.errors import CheckpointError
 from llava.utils import read_json
 
@@ -68,9 +68,9 @@ def read_adapter(folder: Path) -> dict[str, AdaptedLayer]:
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / "adapter_model.safetensors"
+    path = folder / OUR_WEIGHTS
     try:
-        return read_weights(path if path.is_file() else folder / "adapter_model.bin")
+        return read_our_weights(path) if path.is_file() else read_weights(folder / ORIGINAL_WEIGHTS)
     except ValueError as error:
         raise CheckpointError(f"{folder}: the weights of the adapter cannot be read ({error})") from error
 

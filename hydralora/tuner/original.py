@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hydralora.original import read_weights
@@ -164,10 +165,24 @@ def export_adapter(source: Path, target: Path) -> None:
     if _read_config(source).get("peft_type") != "HYDRALORA":
         raise ValueError(f"{source / CONFIG_FILE}: is no HydraLoRA adapter (peft_type HYDRALORA)")
     values = config_to_original(HydraLoraConfig.from_pretrained(str(source)))
-    tensors = to_original(read_weights(source / OUR_WEIGHTS))
+    tensors = to_original(read_our_weights(source / OUR_WEIGHTS))
     with _new_folder(target) as folder:
         torch.save(tensors, folder / ORIGINAL_WEIGHTS)
         (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_our_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file on the CPU.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except SafetensorError as error:
+        raise ValueError(f"{path}: is damaged ({error})") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
