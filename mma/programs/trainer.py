@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Sampler
 
 from llava.errors import FlagError
 from llava.train.llava_trainer import LLaVATrainer
-from llava.train.sampling import EpochSampler
 from mma.schedule import Epoch, Schedule, lavin_schedule
 
 
@@ -31,9 +31,28 @@ def epoch_of(samples: int, batch_size: int, accum_iter: int, world_size: int) ->
     return epoch
 
 
-def whole_updates(indices: Sequence[int], size: int) -> list[int]:
-    """The first `size` of an epoch's indices, from its beginning again where processes have to be evened out."""
-    return [indices[position % len(indices)] for position in range(size)]
+class WholeUpdates(Sampler[int]):
+    """The first `size` indices of another sampler's epoch, from its beginning again where processes are evened out.
+
+    Args:
+        sampler: draws an epoch.
+        size: indices in each epoch.
+    """
+
+    def __init__(self, sampler: Sampler[int], size: int) -> None:
+        self.sampler, self.size = sampler, size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration yields."""
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        indices = list(self.sampler)
+        return (indices[position % len(indices)] for position in range(self.size))
 
 
 class LavinTrainer(LLaVATrainer):
@@ -56,14 +75,10 @@ class LavinTrainer(LLaVATrainer):
             len(self.train_dataset), args.train_batch_size, args.gradient_accumulation_steps, args.world_size
         )
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        sampler = super()._get_train_sampler(train_dataset)
-        if not isinstance(sampler, EpochSampler):
-            return sampler
-        args, order = self.args, sampler.order
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        sampler, args = super()._get_train_sampler(train_dataset), self.args
         group = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        size = self.epoch.updates * group
-        return EpochSampler(lambda: whole_updates(order(), size), size, sampler.seed)
+        return None if sampler is None else WholeUpdates(sampler, self.epoch.updates * group)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """LaVIN's schedule."""

@@ -18,6 +18,7 @@ from llava.eval.processes import Processes
 from mma import eval as mma_eval
 from mma import eval_mme
 from mma.data.scienceqa import read_split
+from mma.original import export_file
 from mma.programs.answering import given_options, load_lavin, make_prompt
 from mma.scoring.scienceqa import score
 from tests.golden import load_case
@@ -117,6 +118,23 @@ def test_what_the_options_make_of_the_model(
     assert loaded.model.config.tokenizer_model_max_length == 511
     assert given["adapter_type"] == "repattn"
     assert "temperature" not in given
+
+
+def test_a_file_of_the_original_answers_as_its_checkpoint(
+    lavin_files: LavinFiles, lavin_checkpoint: Path, tmp_path: Path
+) -> None:
+    """There and back: the adapters as the original stores them, with the scripts' options beside them."""
+    file = export_file(lavin_checkpoint, tmp_path / "15-eph-pretrain.pth")
+    options = ("--limit", "4", "--generation_temperature", "0")
+    mma_eval.main(words_for(lavin_files, lavin_checkpoint, tmp_path / "ours", *options))
+    described = ("--adapter_type", "attn", "--temperature", "10.", "--visual_adapter_type", "router")
+    tower = ("--vision_tower", str(lavin_files.tower))
+    mma_eval.main(words_for(lavin_files, file, tmp_path / "theirs", *options, *described, *tower))
+    ours, theirs = ([row["text"] for row in answers_in(tmp_path / name)] for name in ("ours", "theirs"))
+    assert ours == theirs
+    wrong = words_for(lavin_files, file, tmp_path / "wrong", *options, *tower, "--visual_adapter_type", "normal")
+    with pytest.raises(FlagError, match="--visual_adapter_type normal, but router"):
+        mma_eval.main(wrong)
 
 
 @pytest.mark.parametrize(

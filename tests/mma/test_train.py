@@ -16,7 +16,7 @@ from llava.model.builder import load_pretrained_model
 from mma.programs import train_arguments
 from mma.programs.train_arguments import INSTEAD, parse_args
 from mma.programs.train_options import build_parser
-from mma.programs.trainer import epoch_of, whole_updates
+from mma.programs.trainer import WholeUpdates, epoch_of
 from tests.golden import load_case
 from tests.mma.lavin_files import LavinFiles, save_lavin_files, tiny_words, train_tiny
 from tests.train.launching import finish, start, torchrun
@@ -130,7 +130,8 @@ def test_epochs_are_whole_updates() -> None:
     epoch = epoch_of(18, batch_size=4, accum_iter=2, world_size=2)
     assert (epoch.batches, epoch.updates) == (2, 1)
     assert epoch_of(7, 4, 1, 2).updates == 1  # evened out: one sample twice
-    assert whole_updates([3, 1, 2], 4) == [3, 1, 2, 3]
+    assert list(WholeUpdates([3, 1, 2], 4)) == [3, 1, 2, 3]
+    assert list(WholeUpdates([3, 1, 2], 2)) == [3, 1]
     with pytest.raises(FlagError, match="18 samples are too few for one update of 64"):
         epoch_of(18, 64, 1, 1)
 
