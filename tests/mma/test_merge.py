@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import CheckpointError
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import save_checkpoint
+from llava.model.convert_hf import to_hf
 from llava.model.language_model.backbones import backbone_class, load_config
 from mma.config import MmaConfig
 from mma.layer import RepAdapter
@@ -90,6 +93,23 @@ def test_in_half_precision_it_is_rounded_once(tmp_path: Path) -> None:
     expected = logits_of(model, "image")
     distance = float((logits_of(merged, "image") - expected).norm() / expected.norm())
     assert 0 < distance < 5e-3  # measured: 1.6e-3
+
+
+def test_transformers_own_llava_reads_what_was_merged_for_pictures(tmp_path: Path) -> None:
+    """On LLaVA's own patches nothing of the method is left: biases in the attention, in their usual places."""
+    model = adapted_llava(CONFIGS["block, plain vision"])
+    save_checkpoint(model, tmp_path / "adapters", load_pretrained_model(str(BASE), device="cpu")[0])
+    words = ["--model-base", str(BASE), "--dtype", "float32", "--plain"]
+    main([str(tmp_path / "adapters"), str(tmp_path / "merged"), *words])
+    to_hf(tmp_path / "merged", tmp_path / "hf")
+    hf = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+    count = model.get_vision_tower().num_features
+    ids, picture = [1, 350, IMAGE_TOKEN_INDEX, 400, 500, 13], torch.randn(1, 3, 28, 28)
+    expanded = [place for index in ids for place in ([hf.config.image_token_index] * count if index < 0 else [index])]
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids]), images=picture).logits
+        result = hf(input_ids=torch.tensor([expanded]), pixel_values=picture).logits
+    torch.testing.assert_close(result[..., : expected.shape[-1]], expected, rtol=1e-4, atol=5e-5)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral"])
