@@ -10,6 +10,8 @@ Shape letters: B batch, L sequence length, D width, h hidden width of an adapter
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,32 +23,53 @@ PATHS = 2
 class PointwiseConv(nn.Conv1d):
     """A grouped 1x1 convolution over the last axis: slice i of the outputs sees only slice i of the inputs.
 
-    It is a module that is called, so that a program which splits parameters over processes makes them whole in time.
+    Its weights are read by calling it, so that a program which splits parameters over processes makes them whole in
+    time.
     """
 
     def __init__(self, width_in: int, width_out: int, groups: int = 1) -> None:
         super().__init__(width_in, width_out, 1, groups=groups)
 
-    def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
-        """`W x + w`, multiplied by `factor` before anything of the width of the outputs exists.
+    def forward(self, x: Tensor | None = None) -> Tensor:
+        """`W x + w`, (..., out) for `x` (..., in).
 
-        Args:
-            x: (..., in).
-            factor: broadcastable to (..., 1), or None for 1.
-
-        Returns:
-            (..., out).
+        Without `x` the matrix (out, in / g + 1) with the bias as last column.
         """
-        weight = self.weight[..., 0]
-        if self.groups == 1 and factor is None:
-            return F.linear(x, weight, self.bias)
-        factor = x.new_ones(()) if factor is None else factor
-        ones = factor.expand(*x.shape[:-1], 1)  # (..., 1), for the bias as last column
-        slices = (x * factor).reshape(*x.shape[:-1], self.groups, -1)  # (..., g, in / g)
-        slices = torch.cat([slices, ones[..., None].expand(*slices.shape[:-1], 1)], dim=-1)  # (..., g, in / g + 1)
-        columns = torch.cat([weight, self.bias[:, None]], dim=1)  # type: ignore[index]  # it always has one
-        columns = columns.reshape(self.groups, -1, columns.shape[-1])  # (g, out / g, in / g + 1)
-        return torch.einsum("...gi,goi->...go", slices, columns).flatten(-2)
+        if x is not None and self.groups == 1:
+            return F.linear(x, self.weight[..., 0], self.bias)
+        columns = torch.cat([self.weight[..., 0], self.bias[:, None]], dim=1)  # type: ignore[index]  # it has one
+        if x is None:
+            return columns
+        return grouped_linear([x], [x.new_ones(())], [columns], self.groups)
+
+
+def grouped_linear(
+    inputs: Sequence[Tensor], factors: Sequence[Tensor], columns: Sequence[Tensor], groups: int
+) -> Tensor:
+    """Sum of grouped linear maps with a factor each: `sum_k factor_k (W_k x_k + w_k)`, in one product per group.
+
+    What is multiplied by the factors is as narrow as the inputs, and nothing else as wide as the outputs is kept for the
+    backward pass or written twice.
+
+    Args:
+        inputs: K tensors (..., in).
+        factors: K tensors that broadcast to (..., 1).
+        columns: K matrices (out, in / g + 1), as `PointwiseConv` gives them.
+        groups: g.
+
+    Returns:
+        (..., out).
+    """
+    shape = inputs[0].shape[:-1]
+    scaled = [(x * factor).chunk(groups, dim=-1) for x, factor in zip(inputs, factors, strict=True)]
+    ones = [factor.expand(*shape, 1) for factor in factors]
+    # For each group the K slices of the inputs, each followed by its factor: (..., K (in / g + 1))
+    slices = [
+        torch.cat([part for parts, one in zip(scaled, ones, strict=True) for part in (parts[group], one)], dim=-1)
+        for group in range(groups)
+    ]
+    weights = torch.cat(list(columns), dim=1).chunk(groups)  # g matrices (out / g, K (in / g + 1))
+    return torch.cat([F.linear(x, weight) for x, weight in zip(slices, weights, strict=True)], dim=-1)
 
 
 def _check_groups(width: int, hidden: int, groups: int) -> None:
@@ -139,7 +162,8 @@ class RoutedRepAdapter(RepAdapter):
             r = r[:, None]  # (B, 1, 2)
         z = self.hidden(x)  # (B, L, h)
         r = r.to(z.dtype) * self.scale
-        update = self.conv_B(z, r[..., :1]) + self.conv_D(z, r[..., 1:])  # (B, L, D)
+        paths = self.conv_B(), self.conv_D()
+        update = grouped_linear([z] * PATHS, r.chunk(PATHS, dim=-1), paths, self.conv_B.groups)  # (B, L, D)
         return x + update.to(x.dtype)
 
     def extra_repr(self) -> str:

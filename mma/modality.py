@@ -163,17 +163,28 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
         yield from (tensor for tensor in held.values() if tensor is not None)
 
 
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"training"}
+"""Attributes that torch gives to every module; those that matter here are looked at one by one."""
+
+
 def _observe(roots: Iterable[nn.Module]) -> tuple[list[Any], list[Any]]:
-    """All modules and tensors below `roots`, and what there is to compare about them."""
+    """All modules and tensors below `roots`, and what there is to compare about them.
+
+    Looked at once per sequence, so it is written to be quick.
+    """
     objects: list[Any] = []
     facts: list[Any] = []
-    for root in roots:
-        for module in root.modules():
-            objects.append(module)
-            facts.append([(name, _plain(value)) for name, value in module.__dict__.items()])
-            for tensor in _tensors(module):
-                objects.append(tensor)
-                facts.append((tensor._version, tensor.data_ptr()))
+    waiting = list(roots)
+    while waiting:
+        module = waiting.pop()
+        objects.append(module)
+        held = module.__dict__
+        facts += [_plain(value) for name, value in held.items() if name not in _OF_EVERY_MODULE]
+        facts += [*held["_forward_hooks"]], [*held["_forward_pre_hooks"]]
+        for tensor in _tensors(module):
+            objects.append(tensor)
+            facts += tensor._version, tensor.data_ptr()
+        waiting += [child for child in held["_modules"].values() if child is not None]
     return objects, facts
 
 

@@ -131,7 +131,8 @@ def attach(
                 _add(norm, _routed(RoutedRepAdapter, block_width, config), dtype, _adapt_by_token)
     if layers:
         table = host.get_input_embeddings().weight
-        decoder.add_module(EMBEDDING, nn.Embedding(len(MODALITIES), width, device=table.device, dtype=dtype))
+        embedding = nn.Embedding(len(MODALITIES), width, device=table.device, dtype=dtype)
+        decoder.add_module(EMBEDDING, embedding.train(decoder.training))
 
 
 def _routed(kind: type[RoutedRepAdapter], width: int, config: MmaConfig) -> RoutedRepAdapter:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mma.layer import PointwiseConv, RepAdapter, RoutedRepAdapter
+from mma.layer import PointwiseConv, RepAdapter, RoutedRepAdapter, grouped_linear
 from tests.golden import load_case
 
 CASES = [
@@ -57,9 +57,10 @@ def test_a_pointwise_convolution_is_a_convolution(groups: int) -> None:
     conv, z = PointwiseConv(8, 24, groups), torch.randn(3, 5, 8)
     expected = torch.nn.Conv1d.forward(conv, z.transpose(1, 2)).transpose(1, 2)
     torch.testing.assert_close(conv(z), expected)
-    factor = torch.rand(3, 1, 1)
-    torch.testing.assert_close(conv(z, factor), factor * expected)
     torch.testing.assert_close(conv(z[0, 0]), expected[0, 0])
+    other, factors = PointwiseConv(8, 24, groups), torch.rand(2, 3, 1, 1)
+    both = grouped_linear([z, 2 * z], list(factors), [conv(), other()], groups)
+    torch.testing.assert_close(both, factors[0] * expected + factors[1] * other(2 * z))
 
 
 def test_a_fresh_routed_adapter_changes_nothing_and_a_fresh_plain_one_gives_zero() -> None:
