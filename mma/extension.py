@@ -96,9 +96,9 @@ class MmaExtension(Extension):
 
     def before_layer(self, model: nn.Module, config: Config, index: int, state: DecoderState) -> DecoderState:
         """Give the layer the weights of its adapters for each sample."""
-        decoder: Any = model.get_decoder()  # type: ignore[operator]
-        if not hasattr(decoder, adapted_model.EMBEDDING):
+        if config.get("adapter_type", MmaConfig.adapter_type) == "none":
             return state
+        decoder: Any = model.get_decoder()  # type: ignore[operator]
         routing = self._begin(model, config, state) if index == 0 else state.layer_kwargs[adapted_model.ROUTING]
         state.layer_kwargs[adapted_model.ROUTING] = routing.at(decoder, index)
         return state

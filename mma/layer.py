@@ -46,10 +46,9 @@ class PointwiseConv(nn.Conv1d):
 def grouped_linear(
     inputs: Sequence[Tensor], factors: Sequence[Tensor], columns: Sequence[Tensor], groups: int
 ) -> Tensor:
-    """Sum of grouped linear maps with a factor each: `sum_k factor_k (W_k x_k + w_k)`, in one product per group.
+    """Sum of grouped linear maps with a factor each, `sum_k factor_k (W_k x_k + w_k)`, in one product per group.
 
-    What is multiplied by the factors is as narrow as the inputs, and nothing else as wide as the outputs is kept for the
-    backward pass or written twice.
+    What is multiplied by the factors is as narrow as the inputs; nothing as wide as the outputs is kept for backward.
 
     Args:
         inputs: K tensors (..., in).
