@@ -8,6 +8,7 @@ VENV := .venv
 CORE := .venv-core
 LOWEST := .peft-lowest
 UPSTREAM := .venv-upstream
+LMMS := .lmms
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 PINNED := --constraint constraints.txt --build-constraint constraints.txt
@@ -22,7 +23,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3 python; do \
 	"$$name" -c '$(VERSION_CHECK)' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-core test-peft test-upstream lint types format check constraints clean
+.PHONY: help install demo test test-core test-peft test-lmms test-upstream lint types format check constraints clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,8 +34,8 @@ demo: install ## Train, evaluate and reload a tiny model on the CPU; writes play
 	$(OFFLINE) $(BIN)/python -m playground.demo $(ARGS)
 
 # A selection leaves the lowest PEFT out.
-test: install test-core $(if $(ARGS),,test-peft) ## Run all tests (ARGS="tests/data -x" selects)
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not network" $(ARGS)
+test: install test-core $(LMMS)/.installed $(if $(ARGS),,test-peft) ## Run all tests (ARGS="tests/data -x" selects)
+	PYTHONPATH=$(CURDIR)/$(LMMS) $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not network" $(ARGS)
 
 test-core: install $(CORE)/.installed ## Import every module with the core dependencies only
 	$(OFFLINE) $(CORE)/bin/python -P tests/import_everything.py
@@ -51,6 +52,9 @@ test-peft: install $(LOWEST)/.installed ## Test the PEFT method on the lowest PE
 		echo "PEFT $$lowest, the lowest that pyproject.toml admits; the other tests run on $$tested"; \
 		PYTHONPATH=$(LOWEST) $(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) tests/hydralora/tuner; \
 	fi
+
+test-lmms: install $(LMMS)/.installed ## Test our model in lmms-eval itself
+	PYTHONPATH=$(CURDIR)/$(LMMS) $(TEST_ENV) $(BIN)/python -m pytest -q tests/eval/test_lmms.py $(ARGS)
 
 # Upstream asks for Python 3.10; its pins have wheels for 3.8 to 3.11.
 UPSTREAM_PYTHON ?= $(shell for name in python3.10 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.10*/bin/python python3.11; do \
@@ -84,7 +88,7 @@ constraints: install ## Write constraints.txt anew from the newest versions that
 	rm -rf .venv-constraints
 
 clean: ## Remove the environments and everything that tools have cached
-	rm -rf $(VENV) $(CORE) $(LOWEST) $(UPSTREAM) .venv-constraints build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(CORE) $(LOWEST) $(UPSTREAM) $(LMMS) .venv-constraints build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@"$(PYTHON)" -c '$(VERSION_CHECK)' 2>/dev/null || { \
@@ -106,6 +110,12 @@ $(LOWEST)/.installed: $(VENV)/.installed tests/requirement.py
 	rm -rf $(LOWEST)
 	$(UV) pip install --quiet --python $(VENV) --target $(LOWEST) --no-deps --resolution lowest \
 		"$$($(BIN)/python tests/requirement.py peft)"
+	@touch $@
+
+# A folder beside the environment: all that lmms-eval asks for would change versions that are tested here.
+$(LMMS)/.installed: $(VENV)/.installed tests/eval/lmms.txt
+	rm -rf $(LMMS)
+	$(UV) pip install --quiet --python $(VENV) --target $(LMMS) --no-deps --requirement tests/eval/lmms.txt
 	@touch $@
 
 $(UPSTREAM)/.installed: $(VENV)/.installed $(UPSTREAM_PINS)

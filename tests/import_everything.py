@@ -25,6 +25,7 @@ EXTRAS = (
     "gradio",
     "sklearn",
     "lm_eval",
+    "lmms_eval",
     "matplotlib",
     "pytest",
 )

@@ -106,6 +106,15 @@ def read_rgb(file: Path | BinaryIO, name: str) -> Image.Image:
         raise BadImageError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
 
 
+def picture_rgb(image: Image.Image, name: str) -> Image.Image:
+    """An image that somebody else has opened, as RGB; arguments and errors as `read_rgb`."""
+    try:
+        _check_shape(image)
+        return _to_rgb(image)
+    except Exception as error:  # as in `read_rgb`
+        raise BadImageError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
+
+
 def _check_shape(image: Image.Image) -> None:
     """Refuse, from the header alone, what would take too much memory or run another program."""
     limit, pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height

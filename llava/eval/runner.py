@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,9 +19,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from llava.conversation import Conversation
 from llava.data.images import Picture
-from llava.errors import CheckpointError, FlagError
+from llava.errors import CheckpointError
 from llava.eval.answers import AnswersFile, Task
+from llava.eval.batches import Batches, first_batch_size
 from llava.eval.generation import GenerationOptions
 from llava.eval.loading import LoadedModel
 from llava.eval.prefetch import Prefetcher
@@ -30,9 +32,6 @@ from llava.mm_utils import process_images
 
 OpenImage = Callable[[str, str], Image.Image]
 """From an entry of `Task.images` and `Task.where` to an RGB picture; its errors name both."""
-
-FIRST_BATCH_SIZE = {"cpu": 8, "cuda": 64}
-"""Where `--batch-size auto` begins; on other devices as on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -114,48 +113,32 @@ def answer_tasks(
     prompts = [to_prompt(key, task, loaded) for key, task in answers.pending.items()]
     # Longest first: running out of memory shows at once, and rows of one batch need little padding.
     prompts.sort(key=lambda prompt: -prompt.length)
-    speed, started = Speed(batch_size=batch_size or _first_batch_size(loaded, options)), time.monotonic()
+    size = batch_size or first_batch_size(loaded.model.device, most_together(options))
+    speed, started = Speed(batch_size=size), time.monotonic()
+
+    def answer(batch: list[tuple[Prompt, list[Picture]]]) -> dict[str, str]:
+        group, pictures = zip(*batch, strict=True)
+        return answer_batch(group, pictures, loaded, options)
+
     with (
         tqdm(total=len(answers.keys), initial=len(answers.rows), unit="question", smoothing=0.1) as progress,
         Prefetcher(prompts, lambda prompt: load_pictures(prompt.task, loaded, open_image), workers) as queue,
     ):
-        while queue:
-            batch = queue.take(speed.batch_size)
-            group, pictures = zip(*batch, strict=True)
-            try:
-                texts = answer_batch(group, pictures, loaded, options)
-            except torch.OutOfMemoryError as error:
-                _check_that_less_helps(speed.batch_size, batch_size, error)
-                texts = None
-            if texts is None:  # here nothing refers to the tensors of the failed batch any more
-                speed.batch_size = (speed.batch_size + 1) // 2
-                progress.write(f"out of memory: going on with batches of {speed.batch_size}")
-                queue.put_back(batch)
-                torch.cuda.empty_cache()
-                continue
+        batches = Batches(queue, answer, size, fixed=batch_size is not None, say=progress.write)
+        for batch, texts in batches:
             answers.append(texts)
-            speed.questions += len(group)
-            speed.images += sum(map(len, pictures))
+            speed.batch_size = batches.size
+            speed.questions += len(batch)
+            speed.images += sum(len(pictures) for _, pictures in batch)
             speed.seconds = time.monotonic() - started
             progress.set_postfix_str(f"{speed.images / speed.seconds:.2f} images/s", refresh=False)
-            progress.update(len(group))
+            progress.update(len(batch))
     return speed
 
 
-def _first_batch_size(loaded: LoadedModel, options: GenerationOptions) -> int:
-    """Where `auto` begins; beam search with sampling needs one question at a time."""
-    one_by_one = options.samples and options.num_beams > 1
-    return 1 if one_by_one else FIRST_BATCH_SIZE.get(torch.device(loaded.model.device).type, FIRST_BATCH_SIZE["cpu"])
-
-
-def _check_that_less_helps(batch_size: int, asked: int | None, error: torch.OutOfMemoryError) -> None:
-    """Raise if the batch is of the size that was asked for, or of one question."""
-    if asked is not None and batch_size > 1:
-        raise FlagError(
-            f"--batch-size {asked}: the device ran out of memory; ask for fewer, or for --batch-size auto"
-        ) from error
-    if batch_size == 1:
-        raise FlagError(f"the device has too little memory for a single question: {error}") from error
+def most_together(options: GenerationOptions) -> int | None:
+    """Limit on the questions of a batch: one for beam search with sampling, otherwise none."""
+    return 1 if options.samples and options.num_beams > 1 else None
 
 
 def make_prompt(key: str, task: Task, loaded: LoadedModel, conv_mode: str) -> Prompt:
@@ -165,10 +148,15 @@ def make_prompt(key: str, task: Task, loaded: LoadedModel, conv_mode: str) -> Pr
         FlagError: there is no such template.
         BadSampleError: markers and images of the question do not match.
     """
+    input_ids = prompt_ids(conversation_of(task, loaded, conv_mode), loaded.tokenizer)  # (T,)
+    return Prompt(key, task, input_ids, length=len(input_ids) + len(task.images) * (loaded.patches_per_image - 1))
+
+
+def conversation_of(task: Task, loaded: LoadedModel, conv_mode: str) -> Conversation:
+    """The question of a task with its image markers, and the answer still open; errors as `make_prompt`."""
     wrap = bool(getattr(loaded.model.config, "mm_use_im_start_end", False))
     message = add_image_markers(task.question, len(task.images), mm_use_im_start_end=wrap, where=task.where)
-    input_ids = prompt_ids(ask(message, conv_mode, loaded.tokenizer), loaded.tokenizer)  # (T,)
-    return Prompt(key, task, input_ids, length=len(input_ids) + len(task.images) * (loaded.patches_per_image - 1))
+    return ask(message, conv_mode, loaded.tokenizer)
 
 
 def answer_batch(
@@ -185,23 +173,31 @@ def answer_batch(
     Returns:
         the answer of each prompt by key, without special tokens and surrounding white space.
     """
+    output_ids = generate_batch(prompts, pictures, loaded, options.arguments([prompt.key for prompt in prompts]))
+    texts = loaded.tokenizer.batch_decode(output_ids, skip_special_tokens=True)
+    return {prompt.key: text.strip() for prompt, text in zip(prompts, texts, strict=True)}
+
+
+def generate_batch(
+    prompts: Sequence[Prompt],
+    pictures: Sequence[Sequence[Picture]],
+    loaded: LoadedModel,
+    arguments: Mapping[str, Any],
+) -> Tensor:
+    """Token ids (B, new) that the model writes after B prompts; `arguments` go to `generate`."""
     warn_if_cut(prompts, pictures, loaded)
-    device = loaded.model.device
-    tokenizer = loaded.tokenizer
-    end = tokenizer.eos_token_id
-    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    device, tokenizer = loaded.model.device, loaded.tokenizer
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     input_ids, attention_mask = pad_left([prompt.input_ids for prompt in prompts], pad)
     with torch.no_grad():
-        output_ids = loaded.model.generate(
+        return loaded.model.generate(
             input_ids.to(device),
             attention_mask=attention_mask.to(device),
             **image_arguments(pictures, loaded),
-            **options.arguments([prompt.key for prompt in prompts]),
+            **arguments,
             use_cache=True,
             pad_token_id=pad,
-        )  # (B, new tokens)
-    texts = tokenizer.batch_decode(output_ids, skip_special_tokens=True)
-    return {prompt.key: text.strip() for prompt, text in zip(prompts, texts, strict=True)}
+        )
 
 
 def pad_left(rows: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import pytest
 
 from llava.eval import program, runner
 from llava.eval.loading import LoadedModel, load_model
+from tests.dynamic.sparse_checkpoint import write_sparse_checkpoint
 from tests.eval import benchmark_data
 from tests.golden import golden_dir
 
@@ -47,6 +48,17 @@ def image_folder() -> Path:
 @pytest.fixture(scope="session")
 def loaded(checkpoint: Path) -> LoadedModel:
     return load_model(str(checkpoint), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dict[str, Path]:
+    """The plain model, and one with an extension."""
+    return {"llava": checkpoint, "sparse": write_sparse_checkpoint(tmp_path_factory.mktemp("sparse"))}
+
+
+@pytest.fixture(scope="session")
+def models(checkpoints: dict[str, Path], loaded: LoadedModel) -> dict[str, LoadedModel]:
+    return {"llava": loaded, "sparse": load_model(str(checkpoints["sparse"]), device="cpu")}
 
 
 @pytest.fixture
