@@ -16,12 +16,9 @@ from llava.model.language_model.backbones import backbone_class, load_config
 from mma.config import MmaConfig
 from mma.extension import MmaExtension
 from mma.model import EMBEDDING, adapters
-from tests.mma.adapted_models import BASE, BLOCK, adapted_llava, attach_adapters
+from tests.mma.adapted_models import BASE, BLOCK, CLOSE, adapted_llava, attach_adapters
 from tests.model import backbones
 from tests.model.test_generation import prompts
-
-CLOSE = {"rtol": 1e-4, "atol": 5e-5}
-"""Logits are as large as 10; sums in another order move them by 1.3e-5 (measured)."""
 
 
 @pytest.fixture(scope="module")

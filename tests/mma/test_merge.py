@@ -19,7 +19,7 @@ from llava.model.language_model.backbones import backbone_class, load_config
 from mma.config import MmaConfig
 from mma.layer import RepAdapter
 from mma.merge import declare_biases, main, merge
-from tests.mma.adapted_models import BASE, adapted_llava, attach_adapters
+from tests.mma.adapted_models import BASE, CLOSE, adapted_llava, attach_adapters
 from tests.model import backbones
 from tests.model.test_generation import prompts
 
@@ -44,7 +44,7 @@ def test_merged_is_the_same(name: str, modality: str) -> None:
     model = adapted_llava(CONFIGS[name])
     expected, other = logits_of(model, modality), logits_of(model, "text" if modality == "image" else "image")
     merge(model, modality)
-    torch.testing.assert_close(logits_of(model, modality), expected, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(logits_of(model, modality), expected, **CLOSE)
     left = [module for module in model.get_decoder().layers.modules() if isinstance(module, RepAdapter)]
     hooks = [module for module in model.get_decoder().layers.modules() if module._forward_hooks]
     assert not left
@@ -78,7 +78,7 @@ def test_a_merged_checkpoint(name: str, plain: bool, tmp_path: Path) -> None:
     merged = load_pretrained_model(str(tmp_path / "merged"), device="cpu")[1]
     assert merged.config.attention_bias
     assert set(merged.extensions.configs) == (set() if plain else {"mma"})
-    torch.testing.assert_close(logits_of(merged, "image"), logits_of(model, "image"), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(logits_of(merged, "image"), logits_of(model, "image"), **CLOSE)
     batch = prompts()
     fixed = {"do_sample": False, "max_new_tokens": 5}
     tokens = [each.generate(batch.rows[0][None], images=batch.pictures[0], **fixed) for each in (model, merged)]
@@ -109,7 +109,7 @@ def test_transformers_own_llava_reads_what_was_merged_for_pictures(tmp_path: Pat
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([ids]), images=picture).logits
         result = hf(input_ids=torch.tensor([expanded]), pixel_values=picture).logits
-    torch.testing.assert_close(result[..., : expected.shape[-1]], expected, rtol=1e-4, atol=5e-5)
+    torch.testing.assert_close(result[..., : expected.shape[-1]], expected, **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral"])
@@ -122,7 +122,7 @@ def test_backbones(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = ours(input_ids=ids).logits
         merge(ours, "text")
-        torch.testing.assert_close(ours(input_ids=ids).logits, expected, rtol=1e-4, atol=5e-5)
+        torch.testing.assert_close(ours(input_ids=ids).logits, expected, **CLOSE)
         if kind == "mistral":
             with pytest.raises(CheckpointError, match=r"biases \(k_proj, q_proj, v_proj\) that no setting"):
                 declare_biases(ours)
@@ -130,7 +130,7 @@ def test_backbones(kind: str, tmp_path: Path) -> None:
         declare_biases(ours)
         ours.save_pretrained(tmp_path / "merged")
         again = backbone_class(folder).from_pretrained(tmp_path / "merged").eval()
-        torch.testing.assert_close(again(input_ids=ids).logits, expected, rtol=1e-4, atol=5e-5)
+        torch.testing.assert_close(again(input_ids=ids).logits, expected, **CLOSE)
 
 
 def test_what_cannot_be_merged() -> None:

@@ -21,7 +21,7 @@ from mma.layer import RepAdapter
 from mma.model import _drop_path, adapters, attach, norms
 from tests.dynamic.test_inference import plain_flash_attention
 from tests.golden import golden_dir
-from tests.mma.adapted_models import BASE, BLOCK, adapted_llava, shake
+from tests.mma.adapted_models import BASE, BLOCK, CLOSE, adapted_llava, shake
 from tests.mma.test_inference import logits_of
 from tests.model import towers
 
@@ -62,7 +62,7 @@ def test_every_kind_of_tower(kind: str, visual_type: str, tmp_path: Path) -> Non
     features = shaken(PIXELS)
     assert (features - fresh).abs().max() > 0.1
     for number in range(len(PIXELS)):
-        torch.testing.assert_close(shaken(PIXELS[number : number + 1])[0], features[number], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(shaken(PIXELS[number : number + 1])[0], features[number], **CLOSE)
 
 
 class SimpleModel(nn.Module):
@@ -117,7 +117,7 @@ def test_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.config, "_attn_implementation", "flash_attention_2")
     for item in model.extensions:
         item.extension._tables.clear()
-    torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=5e-5)
+    torch.testing.assert_close(logits_of(model), expected, **CLOSE)
     with torch.enable_grad():
         ids = torch.tensor([[1, 350, 400, 500, 13]])
         assert model(input_ids=ids).logits.isfinite().all()
