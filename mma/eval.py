@@ -1,4 +1,4 @@
-"""LaVIN on ScienceQA with the command lines of the original (`eval.py`): answers, then accuracies by group.
+r"""LaVIN on ScienceQA with the command lines of the original (`eval.py`): answers, then accuracies by group.
 
 python -m mma.eval --ckpt_dir ../data/weights --llm_model 7B --adapter_path ./LaVIN-7B --data_root ../data \
     --caption_file ../data/captions.json --split test --max_seq_len 512 --max_batch_size 64

@@ -1,4 +1,4 @@
-"""LaVIN on MME with the command lines of the original (`eval_mme.py`): answers, then perception and cognition.
+r"""LaVIN on MME with the command lines of the original (`eval_mme.py`): answers, then perception and cognition.
 
 python -m mma.eval_mme --ckpt_dir ../data/weights --llm_model 13B --adapter_path ./15-eph-pretrain.pth \
     --temperature 5. --visual_adapter_type router --root_dir_ ../data/mme --max_seq_len 512 --max_batch_size 16

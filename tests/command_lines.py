@@ -125,7 +125,7 @@ def create_inputs(call: Call, folder: Path) -> None:
     for flag, root in zip(call.arguments, call.arguments[1:], strict=False):
         if flag == "--data_root":  # LaVIN's data, known by the names of its files
             (folder / root / "images").mkdir(parents=True, exist_ok=True)
-            for name in ("problems.json", "all_data.json"):
+            for name in ("problems.json", "pid_splits.json", "all_data.json"):
                 (folder / root / name).touch()
     for word in call.arguments:
         path = folder / word

@@ -71,7 +71,7 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
     add("--generation_temperature", type=float, default=0.1, help="of sampling; 0: the most probable token each time")
     add("--top_p", type=float, default=0.75, help="sample from the most probable tokens up to this mass")
     add("--seed", type=int, default=0, help="seed of sampling; each question has a stream of its own")
-    add("--output_dir", type=str, default=None, help="where answers and scores go; default: beside --adapter_path")
+    add("--output_dir", type=str, default=None, help="where answers and scores go; default: a folder in the checkpoint")
     add("--limit", type=int, default=None, help="answer only this many questions, the first ones")
     add("--num-workers", type=int, default=4, help="threads that read images")
     add("--restart", action="store_true", help="replace existing answers instead of continuing them")

@@ -20,7 +20,7 @@ from llava.errors import FlagError
 from llava.train.arguments import RunArguments
 from llava.train.arguments import parse_args as parse_llava
 from mma.data.instructions import MIXTURE_FILE
-from mma.data.scienceqa import IMAGES_FOLDER, PROBLEMS_FILE
+from mma.data.scienceqa import IMAGES_FOLDER, PROBLEMS_FILE, SPLITS_FILE
 from mma.programs.train_options import BITS, DEFAULT_TOWER, build_parser, given
 from mma.schedule import Schedule, absolute_learning_rate
 from mma.weights.base import BaseWeights
@@ -66,7 +66,7 @@ class LavinArguments:
     schedule: Schedule
 
 
-def _problems(own: argparse.Namespace, names: set[str], rest: Sequence[str]) -> list[str]:
+def _problems(own: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     """What cannot be carried out, one line each."""
     problems = []
     written = {word.removeprefix("--").partition("=")[0] for word in rest if word.startswith("--")}
@@ -92,6 +92,12 @@ def _problems(own: argparse.Namespace, names: set[str], rest: Sequence[str]) -> 
         problems.append(f"--device {own.device}: must be cuda or cpu; CUDA_VISIBLE_DEVICES chooses the GPU")
     if own.lr is None and own.blr <= 0:
         problems.append(f"--blr {own.blr}: must be more than 0")
+    files = [MIXTURE_FILE] if own.do_pretrain else [PROBLEMS_FILE, SPLITS_FILE]
+    lacking = [name for name in (*files, IMAGES_FOLDER) if not (Path(own.data_root) / name).exists()]
+    if lacking:
+        problems.append(f"--data_root {own.data_root}: has no {', '.join(lacking)}")
+    if own.use_caption and not Path(own.caption_file).is_file():
+        problems.append(f"--caption_file {own.caption_file}: no such file, but --use_caption asks for it")
     return problems
 
 
@@ -179,7 +185,7 @@ def parse_args(argv: Sequence[str] | None = None) -> LavinArguments:
     words = sys.argv[1:] if argv is None else list(argv)
     own, rest = build_parser().parse_known_args(words)
     names = given(words)
-    problems = _problems(own, names, rest)
+    problems = _problems(own, rest)
     if problems:
         raise FlagError("this run cannot start:\n  " + "\n  ".join(problems))
     _say_what_is_idle(own, names)

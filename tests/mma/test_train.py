@@ -103,6 +103,9 @@ def test_what_the_options_become(
         (["--epochs", "2"], "--warmup_epochs 40"),
         (["--no_such_flag", "1"], "unknown options"),
         (["--image_aspect_ratio", "pad"], "--image_aspect_ratio pad"),
+        (["--data_root", "nowhere"], "--data_root nowhere: has no problems.json, pid_splits.json, images"),
+        (["--do_pretrain", "--data_root", "nowhere"], "--data_root nowhere: has no all_data.json, images"),
+        (["--use_caption", "--caption_file", "none.json"], "--caption_file none.json"),
     ],
 )
 def test_what_cannot_be_carried_out_is_refused(words: list[str], message: str, files: LavinFiles) -> None:
