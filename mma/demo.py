@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from llava.errors import FlagError
+from llava.eval.loading import choose_device
 from llava.eval.processes import joined
 from llava.serve.engine import Engine
 from llava.utils import run_program
-from mma.programs.answering import given_options, load_lavin
+from mma.programs.answering import find_folders, given_options, load_lavin
 from mma.programs.chat import LavinChat
 from mma.programs.eval_options import add_model_options
 
@@ -67,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with joined() as processes:
         if processes.count > 1:
             raise FlagError(f"{processes.count} processes: one page is served by one; start with --nproc_per_node 1")
-        engine = Engine(load_lavin(args, given, processes), args.max_batch_size)
+        folders = find_folders(args, given, processes)
+        engine = Engine(load_lavin(args, given, folders, choose_device(args.device)), args.max_batch_size)
     engine.start()
     with closing(engine):
         page = build_page(LavinChat(engine, args.original_prompt), args.max_new_tokens)

@@ -13,7 +13,6 @@ import json
 import random
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from llava.errors import FlagError
@@ -22,7 +21,7 @@ from llava.eval.processes import joined
 from llava.output import replace_text
 from llava.utils import run_program
 from mma.data.scienceqa import ScienceQA, check_prompt_format, read_split
-from mma.programs.answering import answer_all, generation_options, given_options, load_lavin
+from mma.programs.answering import answer_all, generation_options, given_options
 from mma.programs.eval_options import add_answer_options, add_model_options, add_scienceqa_options
 from mma.scoring.scienceqa import ScienceQAScore, score
 
@@ -87,8 +86,7 @@ def main(argv: Sequence[str] | None = None) -> ScienceQAScore:
     folder = Path(args.output_dir or Path(args.adapter_path).with_suffix("") / f"scienceqa-{args.split}")
     options = generation_options(args, args.max_new_tokens)
     with joined() as processes:
-        load = partial(load_lavin, args, given, processes)
-        answers = answer_all(args, tasks, data.image_folder, folder, options, processes, load)
+        answers = answer_all(args, given, tasks, data.image_folder, folder, options, processes)
         found = score(
             answers,
             {name: data.problem(number) for number, name in enumerate(data.ids)},

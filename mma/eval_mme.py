@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from llava.eval.answers import Task
@@ -20,7 +19,7 @@ from llava.eval.processes import joined
 from llava.output import replace_text
 from llava.utils import run_program
 from mma.data.prompts import instruction_prompt
-from mma.programs.answering import answer_all, generation_options, given_options, load_lavin
+from mma.programs.answering import answer_all, generation_options, given_options
 from mma.programs.eval_options import add_answer_options, add_model_options, add_scienceqa_options
 from mma.scoring.mme import LabelSource, MmeQuestion, read_benchmark, report, rows_of
 
@@ -77,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, TaskScore]:
     folder = Path(args.output_dir or Path(args.adapter_path).with_suffix("") / "mme")
     options = generation_options(args, args.max_new_tokens)
     with joined() as processes:
-        load = partial(load_lavin, args, given, processes)
-        answers = answer_all(args, tasks_of(questions), args.root_dir_, folder, options, processes, load)
+        answers = answer_all(args, given, tasks_of(questions), args.root_dir_, folder, options, processes)
         scores = {subset: score_task(rows) for subset, rows in rows_of(questions, answers).items()}
         if processes.is_first:
             print(table(scores))

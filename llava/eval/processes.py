@@ -1,7 +1,7 @@
 """Several processes, on one machine or more, that share the questions of a benchmark (`torchrun --nproc_per_node 8`).
 
 Each answers a part into a file of its own; when all have finished, the first puts the parts together. They exchange
-nothing but the signal that they have arrived.
+nothing but the signals that they have arrived, and whether any of them has something left to ask.
 """
 
 from __future__ import annotations
@@ -58,6 +58,14 @@ class Processes:
         """Return when all processes have come here."""
         if self.count > 1:
             dist.barrier()
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so in one of the processes; all of them must ask."""
+        if self.count == 1:
+            return here
+        flag = torch.tensor(int(here))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
 
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,24 +49,51 @@ def given_options(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict
     return vars(parser.parse_args(list(words)))
 
 
-def load_lavin(args: argparse.Namespace, given: dict[str, Any], processes: Processes) -> LoadedModel:
-    """Base and adapters.
+class Folders(NamedTuple):
+    """What can be loaded: the base, and the adapters on it."""
+
+    base: Path
+    adapters: Path
+
+
+def find_folders(args: argparse.Namespace, given: dict[str, Any], processes: Processes) -> Folders:
+    """Base and adapters as folders, converted by the first process where that has not been done; all must call this.
 
     Args:
         args: of `add_model_options`.
         given: see `given_options`.
-        processes: the first converts base weights where that is needed, while the others wait.
+        processes: of this run.
+
+    Raises:
+        CheckpointError: files are missing, damaged, or do not belong together.
+    """
+    adapters = Path(args.adapter_path)
+    with processes.first_alone():
+        base = base_folder(BaseWeights(args.ckpt_dir, args.llm_model, args.use_vicuna))
+        if adapters.is_file():
+            settings = {name: given[name] for name in SETTINGS if name in given}
+            adapters = ready_folder(adapters, base, args.vision_tower or TOWER, **settings)
+    return Folders(base, adapters)
+
+
+def load_lavin(args: argparse.Namespace, given: dict[str, Any], folders: Folders, device: str) -> LoadedModel:
+    """The model of a command line.
+
+    Args:
+        args: of `add_model_options`.
+        given: see `given_options`.
+        folders: see `find_folders`.
+        device: where the model goes.
 
     Raises:
         FlagError: an option contradicts the checkpoint, or the device is not there.
         CheckpointError: base or adapters cannot be loaded.
     """
-    base = find_base(args, processes)
     bits = BITS[args.bits]
     loaded = load_model(
-        str(find_adapters(args, given, base, processes)),
-        str(base),
-        device=device_of(args, processes),
+        str(folders.adapters),
+        str(folders.base),
+        device=device,
         torch_dtype=args.torch_dtype,
         load_8bit=bits == 8,
         load_4bit=bits == 4,
@@ -79,22 +106,6 @@ def load_lavin(args: argparse.Namespace, given: dict[str, Any], processes: Proce
         config["shifted_decoding"] = args.shifted_decoding
     loaded.model.config.tokenizer_model_max_length = args.max_seq_len - 1  # the modality token has no place here
     return loaded
-
-
-def find_adapters(args: argparse.Namespace, given: dict[str, Any], base: Path, processes: Processes) -> Path:
-    """`--adapter_path`; a file of the original is converted beside it by the first process, once."""
-    path = Path(args.adapter_path)
-    if not path.is_file():
-        return path
-    with processes.first_alone():
-        settings = {name: given[name] for name in SETTINGS if name in given}
-        return ready_folder(path, base, args.vision_tower or TOWER, **settings)
-
-
-def find_base(args: argparse.Namespace, processes: Processes) -> Path:
-    """Folder of the base, converted by the first process if that has not been done before."""
-    with processes.first_alone():
-        return base_folder(BaseWeights(args.ckpt_dir, args.llm_model, args.use_vicuna))
 
 
 def device_of(args: argparse.Namespace, processes: Processes) -> str:
@@ -116,23 +127,23 @@ def generation_options(args: argparse.Namespace, max_new_tokens: int) -> Generat
 
 def answer_all(
     args: argparse.Namespace,
+    given: dict[str, Any],
     tasks: Sequence[Task],
     image_folder: Path,
     folder: Path,
     options: GenerationOptions,
     processes: Processes,
-    load: Callable[[], LoadedModel],
 ) -> dict[str, str]:
     """The answers to `tasks` by the id of the question, in their order; continued where a run was interrupted.
 
     Args:
         args: of `eval_options`.
+        given: see `given_options`.
         tasks: questions with ids of their own.
         image_folder: folder that image names are relative to.
         folder: where the answers go.
         options: how they are generated.
-        processes: those that share the work.
-        load: loads the model; called only if there is something to ask.
+        processes: those that share the work; the model is loaded where there is something to ask.
 
     Raises:
         LlavaError: an image, the checkpoint or a file of answers is wrong; the message says what to do.
@@ -149,10 +160,11 @@ def answer_all(
         restart=args.restart,
     )
     print(f"{answers.path}: {len(answers.rows)} of {len(answers.keys)} questions are answered")
-    if answers.pending:
+    folders = find_folders(args, given, processes) if processes.any(bool(answers.pending)) else None
+    if answers.pending and folders is not None:
         speed = answer_tasks(
             answers,
-            load(),
+            load_lavin(args, given, folders, device_of(args, processes)),
             lambda image, where: load_image(image_folder, image, row=where),
             options,
             conv_mode=CONV_MODE,
@@ -171,6 +183,9 @@ def _all_rows(folder: Path, answers: AnswersFile, processes: Processes) -> list[
     if processes.count == 1:
         return [answers.rows[key] for key in answers.keys]
     parts = [folder / f"answers.{processes.count}_{rank}.jsonl" for rank in range(processes.count)]
+    lacking = [path.name for path in parts if not path.is_file()]
+    if lacking:
+        raise FlagError(f"--output_dir {folder}: has no {lacking}; several machines need a folder that all of them see")
     text = "".join(path.read_text(encoding="utf-8") for path in parts)
     if processes.is_first:
         replace_text(folder / ANSWERS_FILE, text)

@@ -15,7 +15,7 @@ from llava.eval.generation import GenerationOptions
 from llava.eval.processes import Processes
 from llava.serve.engine import Engine
 from mma import demo
-from mma.programs.answering import given_options, load_lavin
+from mma.programs.answering import find_folders, given_options, load_lavin
 from mma.programs.chat import LavinChat, chat_prompt, shown_answer
 from mma.programs.page import Handlers, build_page
 from tests.golden import load_case
@@ -65,7 +65,8 @@ def test_prompts_are_those_of_the_training() -> None:
 def chat(lavin_files: LavinFiles, lavin_checkpoint: Path) -> Iterator[LavinChat]:
     words = ["--ckpt_dir", str(lavin_files.weights), "--llm_model", "7B", "--adapter_path", str(lavin_checkpoint)]
     parser, words = demo.build_parser(), [*words, "--device", "cpu"]
-    engine = Engine(load_lavin(parser.parse_args(words), given_options(demo.build_parser(), words), Processes()))
+    args, given = parser.parse_args(words), given_options(demo.build_parser(), words)
+    engine = Engine(load_lavin(args, given, find_folders(args, given, Processes()), "cpu"))
     engine.start()
     yield LavinChat(engine)
     engine.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,13 @@ from mma import eval as mma_eval
 from mma import eval_mme
 from mma.data.scienceqa import read_split
 from mma.original import export_file
-from mma.programs.answering import given_options, load_lavin, make_prompt
+from mma.programs.answering import find_folders, given_options, load_lavin, make_prompt
 from mma.scoring.scienceqa import score
 from tests.golden import load_case
 from tests.mma.lavin_files import LavinFiles
 from tests.mma.test_data import IMAGES
 from tests.mma.test_scoring import MME, SQA, save_benchmark
+from tests.train.launching import torchrun
 
 FLAGS = load_case("lavin", "cli_flags")[0]
 PROGRAMS = {"eval_py": mma_eval, "eval_mme_py": eval_mme}
@@ -113,7 +113,7 @@ def test_what_the_options_make_of_the_model(
 ) -> None:
     words = words_for(lavin_files, lavin_checkpoint, tmp_path, "--adapter_type", "repattn", *more)
     args, given = mma_eval.build_parser().parse_args(words), given_options(mma_eval.build_parser(), words)
-    loaded = load_lavin(args, given, Processes())
+    loaded = load_lavin(args, given, find_folders(args, given, Processes()), "cpu")
     assert loaded.model.extensions.configs["mma"]["shifted_decoding"] is bool(more)
     assert loaded.model.config.tokenizer_model_max_length == 511
     assert given["adapter_type"] == "repattn"
@@ -166,9 +166,14 @@ def test_processes_share_the_questions_without_a_gap() -> None:
 def test_two_processes_answer_what_one_answers(lavin_files: LavinFiles, lavin_checkpoint: Path, tmp_path: Path) -> None:
     alone = mma_eval.main(words_for(lavin_files, lavin_checkpoint, tmp_path / "one", "--limit", "5"))
     words = words_for(lavin_files, lavin_checkpoint, tmp_path / "two", "--limit", "5")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, "-m", "mma.eval", *words], capture_output=True, text=True, check=False)
+    (tmp_path / "two").mkdir()
+    shutil.copy(tmp_path / "one" / "answers.jsonl.run.json", tmp_path / "two" / "answers.2_0.jsonl.run.json")
+    done_before = (tmp_path / "one" / "answers.jsonl").read_text().splitlines(keepends=True)[:2]
+    (tmp_path / "two" / "answers.2_0.jsonl").write_text("".join(done_before))  # the first has nothing left to ask
+    command = [*torchrun(2), "-m", "mma.eval", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "answers.2_0.jsonl: 2 of 2 questions are answered" in done.stdout
     assert answers_in(tmp_path / "two") == answers_in(tmp_path / "one")
     assert json.loads((tmp_path / "two" / "preds.json").read_text()) == alone.predictions
     assert done.stdout.count("scores.json") == 1
