@@ -3,8 +3,9 @@ r"""The main job from end to end on a CPU: build a small LLaVA, fine-tune it wit
 python -m playground.demo
 
 Builds the playground (a finished one is reused), measures the base on task families that it has never seen, fine-tunes
-it by `scripts/MLLM_HydraLoRA.sh`, measures again, and writes a report page. Ends with an error if accuracy on the new
-families rises by less than 25 points.
+it by `scripts/MLLM_HydraLoRA.sh`, measures again. Then trains predictors on the base that drop image tokens, compares
+the sparse model with the base, and writes a report page. Ends with an error if accuracy on the new families rises by
+less than 25 points, or if that on the base families falls by more than 15 through sparsity.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from safetensors import safe_open
 
 from llava.errors import LlavaError
@@ -30,15 +30,21 @@ from playground.generate import Playground, add_build_options, build, chosen_rec
 from playground.questions import BASE_QUESTIONS, NEW_QUESTIONS, NEW_TRAIN
 from playground.recipe import Stage, write_atomically
 from playground.report import DemoRun, Measurement, write_report
+from playground.sparse import compare, train_sparse
 from playground.stages import TRAINED_TOWER, stage_flags
+from playground.summary import print_results
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "scripts/MLLM_HydraLoRA.sh"
 DEFAULT_RESULTS = Path("playground/out")
 TUNED = "tiny-llava-lora-mohle"
+SPARSE = "tiny-llava-sparse"
 
 REQUIRED_RISE = 25.0
 """Points of accuracy on the new families below which the demo fails."""
+
+ALLOWED_LOSS = 15.0
+"""Points of accuracy on the base families that dropping image tokens may cost."""
 
 RANK = 16
 ALPHA = 32
@@ -130,6 +136,17 @@ def run(place: Playground, results: Path, threads: int) -> DemoRun:
     after = measure(place, tuned, place.base, results / "answers-after")
     timed("evaluation after", started)
     shares = expert_shares(tuned, place.base, after[0].questions, place.images, ROUTING_QUESTIONS)
+    console.rule("The base with predictors that drop image tokens")
+    sparse = results / "checkpoints" / SPARSE
+    started = time.monotonic()
+    train_sparse(place, sparse, place.recipe.sparse)
+    timed("training of the sparse model", started)
+    started = time.monotonic()
+    answers = results / "answers-sparse"
+    answers.mkdir(parents=True, exist_ok=True)
+    answered = evaluate(sparse, None, place.data / BASE_QUESTIONS, place.images, answers / BASE_QUESTIONS)
+    compared = compare(place, sparse, before[1], answered)
+    timed("evaluation of the sparse model", started)
     return DemoRun(
         place=place,
         tuned=tuned,
@@ -138,50 +155,23 @@ def run(place: Playground, results: Path, threads: int) -> DemoRun:
         trained=trained_parameters(tuned),
         base_parameters=trained_parameters(place.base)["model.safetensors"],
         expert_shares=shares,
+        sparse=compared,
         seconds=seconds,
     )
 
 
-def score_table(title: str, measurement: Measurement) -> Table:
-    """Accuracy before and after by task family."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("task family")
-    for heading in ("questions", "before %", "after %", "rise"):
-        table.add_column(heading, justify="right")
-    for family, (first, second) in measurement.by_family().items():
-        if family == "all":
-            table.add_section()
-        rise = 100 * (second.accuracy - first.accuracy)
-        values = (f"{100 * first.accuracy:.1f}", f"{100 * second.accuracy:.1f}", f"{rise:+.1f}")
-        table.add_row(family, str(first.n), *values)
-    return table
-
-
-def print_results(run: DemoRun, report: Path) -> None:
-    """The tables, and what to run next."""
-    console.print()
-    console.print(score_table("New task families (fine-tuned on)", run.new))
-    console.print(score_table("Base task families (what is forgotten)", run.base))
-    trained = sum(run.trained.values())
-    console.print(f"trained parameters: {trained:,} on top of {run.base_parameters:,}")
-    console.print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in run.seconds.items()))
-    console.print(f"report: {report}", soft_wrap=True)
-    console.print("\nNext: ask the tuned model yourself, or fine-tune your own LLaVA with the same script:")
-    ask = (
-        f"python -m llava.eval.run_llava --model-path {run.tuned} --model-base {run.place.base} --conv-mode v1 "
-        f'--image-file {run.place.images}/eval-new/00000.png --query "How many are red?" --temperature 0'
-    )
-    own = f"MODEL=checkpoints/llava-v1.5-7b DATA=my_data.json IMAGES=my_images OUTPUT=out bash {SCRIPT}"
-    for command in (ask, own):
-        print(f"  {command}")
-
-
 def check_rise(run: DemoRun) -> None:
-    """Fail if the model has not learnt.
+    """Fail if a model has not learnt.
 
     Raises:
-        DemoError: accuracy on the new families rose by less than `REQUIRED_RISE` points.
+        DemoError: accuracy on the new families rose by less than `REQUIRED_RISE` points, or the sparse model's on the
+            base families is more than `ALLOWED_LOSS` points below the base's.
     """
+    if run.sparse.loss > ALLOWED_LOSS:
+        raise DemoError(
+            f"dropping image tokens costs {run.sparse.loss:.1f} points of accuracy on the base families, more than "
+            f"{ALLOWED_LOSS:.0f}: look at the losses in {run.sparse.tuned / 'trainer_state.json'}"
+        )
     if run.new.rise < REQUIRED_RISE:
         raise DemoError(
             f"accuracy on the new task families rose by {run.new.rise:.1f} points, less than {REQUIRED_RISE:.0f}: "
@@ -219,10 +209,19 @@ def main(argv: Sequence[str] | None = None) -> DemoRun:
         "base": {family: [asdict(score) for score in pair] for family, pair in demo.base.by_family().items()},
         "trained_parameters": demo.trained,
         "expert_shares": demo.expert_shares,
+        "sparse": {
+            "dense": {family: asdict(score) for family, score in demo.sparse.dense_result.scores.items()},
+            "sparse": {family: asdict(score) for family, score in demo.sparse.sparse_result.scores.items()},
+            "dense_cost": asdict(demo.sparse.dense_cost),
+            "sparse_cost": asdict(demo.sparse.sparse_cost),
+            "prefill_speedup": demo.sparse.speedup,
+            "things_kept": demo.sparse.things_kept,
+            "patches_kept": demo.sparse.patches_kept,
+        },
         "seconds": demo.seconds,
     }
     write_atomically(args.results / "demo.json", json.dumps(record, indent=2) + "\n")
-    print_results(demo, report)
+    print_results(console, demo, report, SCRIPT)
     console.print(f"\nthe whole demo took {time.monotonic() - started:.0f} s")
     if args.minimal:
         console.print("minimal build: whether the model has learnt is not checked")

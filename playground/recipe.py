@@ -56,6 +56,7 @@ class Recipe:
         projector: stage 2, a new projector between the tower and the language model of stage 1.
         full: stage 3, language model and projector on conversations; its result is the base.
         tune: fine-tuning on the new families, as the demo does it.
+        sparse: training of predictors that drop image tokens, on the base's conversations, as the demo does it.
     """
 
     seed: int = 0
@@ -70,15 +71,16 @@ class Recipe:
     projector: Stage = field(default_factory=lambda: Stage(steps=80, batch_size=32, learning_rate=2e-3))
     full: Stage = field(default_factory=lambda: Stage(steps=220, batch_size=16, learning_rate=2e-3))
     tune: Stage = field(default_factory=lambda: Stage(steps=200, batch_size=16, learning_rate=2e-3))
+    sparse: Stage = field(default_factory=lambda: Stage(steps=120, batch_size=16, learning_rate=5e-4))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return dataclasses.asdict(self)
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits, others if data, models or stages would be; `tune` is the demo's and does not count."""
+        """16 hexadecimal digits, others if data, models or stages would be; what the demo trains does not count."""
         values = self.to_dict()
-        del values["tune"]
+        del values["tune"], values["sparse"]
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
         for name in SOURCES:
             digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
@@ -101,6 +103,7 @@ def minimal_recipe(seed: int = 0) -> Recipe:
         projector=stage,
         full=stage,
         tune=stage,
+        sparse=stage,
     )
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from dynamic.pictures import fade_dropped
 from llava.eval.questions import Question
 from llava.eval.score import Score, normalize
 from playground.charts import line_chart, share_bars
 from playground.evaluate import Result
 from playground.generate import PRETRAINED, Playground
 from playground.recipe import write_atomically
+from playground.sparse import Example, SparseRun
 from playground.stages import TOWER_LOG
 
 EXAMPLES_PER_FAMILY = 4
@@ -59,6 +62,7 @@ class DemoRun:
         trained: number of parameters in each file of weights of `tuned`.
         base_parameters: parameters of the base, the tower not counted.
         expert_shares: by family and decoder layer, the mean probability of each expert.
+        sparse: the base with predictors, against the base.
         seconds: time of each part.
     """
 
@@ -69,12 +73,13 @@ class DemoRun:
     trained: dict[str, int]
     base_parameters: int
     expert_shares: dict[str, list[list[float]]]
+    sparse: SparseRun
     seconds: dict[str, float]
 
 
 def write_report(path: Path, run: DemoRun) -> Path:
     """Write the page; returns its absolute path."""
-    body = "\n".join([*_summary(run), *_losses(run), *_routing(run), *_examples(run)])
+    body = "\n".join([*_summary(run), *_losses(run), *_routing(run), *_examples(run), *_sparse(run.sparse)])
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>llava-extensions: demo</title>'
         f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
@@ -101,8 +106,9 @@ def _summary(run: DemoRun) -> Iterator[str]:
     yield "</table>"
 
 
-def _score_table(measurement: Measurement) -> str:
-    rows = ["<tr><th>family</th><th>questions</th><th>before</th><th>after</th><th>rise</th></tr>"]
+def _score_table(measurement: Measurement, headings: Sequence[str] = ("before", "after", "rise")) -> str:
+    cells = "".join(f"<th>{heading}</th>" for heading in ("family", "questions", *headings))
+    rows = [f"<tr>{cells}</tr>"]
     for family, (before, after) in measurement.by_family().items():
         rise = 100 * (after.accuracy - before.accuracy)
         rows.append(
@@ -122,6 +128,7 @@ def _losses(run: DemoRun) -> Iterator[str]:
         "stage 2: projector": run.place.checkpoints / PRETRAINED / "trainer_state.json",
         "stage 3: full": run.place.base / "trainer_state.json",
         "fine-tuning": run.tuned / "trainer_state.json",
+        "predictors": run.sparse.tuned / "trainer_state.json",
     }
     yield '<h2>Losses</h2><div class="charts">'
     for title, path in logs.items():
@@ -165,6 +172,40 @@ def _example(run: DemoRun, question: Question) -> str:
         for when, result in (("before", run.new.before), ("after", run.new.after))
     ]
     return f"<figure>{picture}<figcaption>{escape(question.text)}<br>{'<br>'.join(answers)}</figcaption></figure>"
+
+
+def _sparse(run: SparseRun) -> Iterator[str]:
+    yield "<h1>The same base with predictors that drop image tokens</h1>"
+    yield (
+        f"<p>Trained for {run.updates} updates more than the base, on the same conversations. Of the nine patches of "
+        f"a picture {100 * run.patches_kept:.0f} % are kept, of those that show something "
+        f"{100 * run.things_kept:.0f} %: text has looked at all of them in the layer below, so a kept patch need not "
+        "show anything. A picture is nine tokens here and 576 in LLaVA-1.5, so little is saved, and the time says what "
+        "the predictor costs.</p>"
+    )
+    headings = ("dense", "sparse", "difference")
+    yield _score_table(Measurement(run.dense_result, run.sparse_result), headings)
+    dense, sparse = run.dense_cost, run.sparse_cost
+    yield (
+        "<p></p><table><tr><th>a batch of prompts</th><th>dense</th><th>sparse</th><th>dense / sparse</th></tr>"
+        f"<tr><td>prefill, ms</td><td>{dense.milliseconds:.1f}</td><td>{sparse.milliseconds:.1f}</td>"
+        f"<td>{run.speedup:.2f}</td></tr>"
+        f"<tr><td>key-value cache, bytes</td><td>{dense.cache_bytes:,}</td><td>{sparse.cache_bytes:,}</td>"
+        f"<td>{run.cache_ratio:.2f}</td></tr></table>"
+    )
+    yield "<h2>Kept patches</h2><p>Dropped ones are faded.</p>"
+    yield from (_kept(one) for one in run.examples)
+
+
+def _kept(one: Example) -> str:
+    buffer = io.BytesIO()
+    fade_dropped(one.picture).save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    answer = _marked(one.answer, one.question.label or "")
+    return (
+        f'<figure><img class="kept" alt="kept patches" src="data:image/png;base64,{data}">'
+        f"<figcaption>{escape(one.picture.caption)}<br>{escape(one.question.text)}<br>{answer}</figcaption></figure>"
+    )
 
 
 def _marked(answer: str, label: str) -> str:

@@ -17,12 +17,15 @@ from llava.eval.score import ALL
 from playground import demo as demo_program
 from playground import generate
 from playground.charts import line_chart, share_bars
-from playground.demo import REQUIRED_RISE, DemoError, check_rise
+from playground.demo import ALLOWED_LOSS, REQUIRED_RISE, DemoError, check_rise
+from playground.draw import IMAGE_SIZE
+from playground.evaluate import BATCH_SIZE
 from playground.families import BASE_FAMILIES, NEW_FAMILIES
 from playground.generate import LOG_FILE, Playground, build
 from playground.questions import BASE_QUESTIONS, NEW_QUESTIONS
 from playground.recipe import RECIPE_FILE, Recipe, minimal_recipe
 from playground.report import DemoRun
+from playground.sparse import EXAMPLES, KEEP_RATE
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -105,6 +108,39 @@ def test_expert_shares_are_shares(demo: DemoRun) -> None:
             assert sum(experts) == pytest.approx(1, abs=1e-5)
 
 
+def test_the_sparse_model_is_the_base_with_a_predictor(demo: DemoRun) -> None:
+    sparse = demo.sparse
+    arguments = json.loads((sparse.tuned / "run.json").read_text())["arguments"]
+    assert arguments["data"]["data_path"][0].endswith("base_train.json")
+    assert arguments["options"]["dynamic"]["vision_keep_rate"] == KEEP_RATE
+    weights = load_file(sparse.tuned / "extensions" / "dynamic" / "model.safetensors")
+    assert {name.split(".")[1] for name in weights} == {"image_score_predictor"}
+    assert set(sparse.sparse_result.scores) == {*BASE_FAMILIES, ALL}
+    assert sparse.dense_result is demo.base.before
+    assert sparse.sparse_result.answers.keys() == sparse.dense_result.answers.keys()
+
+
+def test_dropping_saves_what_it_drops(demo: DemoRun) -> None:
+    sparse, sizes = demo.sparse, demo.place.recipe.sizes
+    assert sparse.patches_kept == pytest.approx(4 / 9)
+    assert 0 <= sparse.things_kept <= 1
+    assert min(sparse.dense_cost.milliseconds, sparse.sparse_cost.milliseconds, sparse.speedup) > 0
+    questions = min(BATCH_SIZE, sum(bool(question.images) for question in sparse.dense_result.questions))
+    # Five of nine patches are missing in every layer but the first: keys and values of 4 bytes a number.
+    saved = (sizes.layers - 1) * 2 * 4 * sizes.width * 5 * questions
+    assert sparse.dense_cost.cache_bytes - sparse.sparse_cost.cache_bytes == saved
+    assert sparse.cache_ratio > 1
+
+
+def test_examples_show_what_was_kept(demo: DemoRun) -> None:
+    assert 0 < len(demo.sparse.examples) <= EXAMPLES
+    for example in demo.sparse.examples:
+        assert example.picture.image.size == (IMAGE_SIZE, IMAGE_SIZE)
+        assert example.picture.grid == (3, 3)
+        assert len(example.picture.kept) == 4
+        assert example.answer == demo.sparse.sparse_result.answers[example.question.question_id]
+
+
 def test_report_needs_nothing_from_outside(demo: DemoRun, folder: Path) -> None:
     page = (folder / "out" / "report.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
@@ -112,10 +148,12 @@ def test_report_needs_nothing_from_outside(demo: DemoRun, folder: Path) -> None:
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     for family in NEW_FAMILIES:
         assert family in page
-    assert page.count("<polyline") >= 5  # four runs, and the balance loss of the last
+    assert page.count("<polyline") >= 7  # five runs, and the balance loss and the keep-rate loss of the last two
+    assert page.count('class="kept"') == len(demo.sparse.examples)
     record = json.loads((folder / "out" / "demo.json").read_text())
     assert record["new"][ALL][0]["accuracy"] == demo.new.before.accuracy
     assert record["trained_parameters"] == demo.trained
+    assert record["sparse"]["prefill_speedup"] == demo.sparse.speedup
 
 
 def test_a_finished_playground_is_reused_and_other_recipes_are_not(
@@ -169,6 +207,15 @@ def test_a_demo_that_does_not_learn_fails(demo: DemoRun) -> None:
     assert demo.new.rise < REQUIRED_RISE
     with pytest.raises(DemoError, match="less than 25"):
         check_rise(demo)
+
+
+def test_a_sparse_model_that_has_forgotten_fails(demo: DemoRun) -> None:
+    knows = dataclasses.replace(demo.sparse.sparse_result.scores[ALL], accuracy=0.9)
+    knowing = dataclasses.replace(demo.sparse.dense_result, scores={ALL: knows})
+    sparse = dataclasses.replace(demo.sparse, dense_result=knowing)
+    assert sparse.loss > ALLOWED_LOSS
+    with pytest.raises(DemoError, match="more than 15"):
+        check_rise(dataclasses.replace(demo, sparse=sparse))
 
 
 def test_charts_place_what_they_are_given() -> None:

@@ -88,7 +88,7 @@ def prepare(recipe: Recipe, data: Path, folder: Path) -> None:
     if same_recipe(folder, asdict(recipe)):
         return
     asked = read_train(data / "train.json")
-    write_json(folder / f"{BASE}.json", conversation_rows(asked, recipe.base.turns, recipe.base.rows, BASE_SEED))
+    prepare_base(recipe, asked, folder)
     for seed in SEEDS:
         rows = mixture(asked, recipe, seed)
         for task in TASKS:
@@ -99,12 +99,17 @@ def prepare(recipe: Recipe, data: Path, folder: Path) -> None:
         (folder / f"questions-{task}.jsonl").write_text("\n".join(questions[task]) + "\n", encoding="utf-8")
     every = [line for task in TASKS for line in questions[task]]
     (folder / "questions.jsonl").write_text("\n".join(every) + "\n", encoding="utf-8")
+    write_json(folder / "recipe.json", asdict(recipe))
+
+
+def prepare_base(recipe: Recipe, asked: Sequence[Asked], folder: Path) -> None:
+    """Write rows, tokenizer and untrained models of the base."""
+    write_json(folder / f"{BASE}.json", conversation_rows(asked, recipe.base.turns, recipe.base.rows, BASE_SEED))
     start = folder / f"start-{BASE_SEED}"
     tokenizer = tiny.train_tokenizer(tiny.tokenizer_text(asked, TEMPLATE), recipe.sizes.vocabulary)
     tiny.save_tower(start / "tower", recipe.sizes, BASE_SEED)
     tiny.save_language_model(start / "llm", recipe.sizes, BASE_SEED)
     tiny.save_tokenizer(start / "llm", tokenizer, recipe.sizes.max_length)
-    write_json(folder / "recipe.json", asdict(recipe))
 
 
 def questions_of(folder: Path, task: str | None) -> Path:
