@@ -16,6 +16,7 @@ from typing import Any
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.train.arguments import RunArguments
 from llava.train.train import Parts, skipped_file, train
+from llava.train.zero import join_processes
 from llava.utils import run_program
 from mma.data.dataset import LavinDataset
 from mma.data.instructions import read_mixture
@@ -37,6 +38,7 @@ def prepare_base(args: LavinArguments) -> None:
         CheckpointError: the weights are missing or damaged, or cannot be written.
     """
     training = args.run.training
+    join_processes(training)  # under DeepSpeed, before anybody waits for anybody
     with training.main_process_first(local=False):
         if training.process_index == 0:
             base_folder(args.base)
@@ -73,9 +75,10 @@ def next_command(args: LavinArguments) -> str:
     own, base = args.own, args.run.model.model_name_or_path
     if own.do_pretrain:
         return f"python -m mma.demo --ckpt_dir {base} --adapter_path {own.output_dir}"
+    captions = f"--use_caption --caption_file {own.caption_file} " if own.use_caption else ""
     return (
         f"python -m mma.eval --ckpt_dir {base} --adapter_path {own.output_dir} --data_root {own.data_root} "
-        f"--caption_file {own.caption_file} --prompt_format {own.prompt_format} --split test "
+        f"{captions}--prompt_format {own.prompt_format} --split test "
         f"--max_seq_len {own.max_seq_len} --max_batch_size 64"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from llava.errors import FlagError
 from llava.model.builder import load_pretrained_model
+from mma import eval as mma_eval
 from mma.programs import train_arguments
 from mma.programs.train_arguments import INSTEAD, parse_args
 from mma.programs.train_options import build_parser
@@ -142,8 +144,11 @@ def test_epochs_are_whole_updates() -> None:
 def test_a_run_from_metas_files_to_a_checkpoint(
     files: LavinFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = train_tiny(files, tmp_path / "out")
-    assert "python -m mma.eval --ckpt_dir" in capsys.readouterr().out
+    output = train_tiny(files, tmp_path / "out", "--use_caption")
+    command = capsys.readouterr().out.splitlines()[-1]
+    asked = mma_eval.build_parser().parse_args(shlex.split(command)[3:])
+    assert command.startswith("python -m mma.eval --ckpt_dir")
+    assert (asked.adapter_path, asked.use_caption) == (str(output), True)
     state = json.loads((output / "trainer_state.json").read_text())
     assert state["global_step"] == 4  # two whole updates of 8 in each epoch of 18 samples
     rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
