@@ -1,0 +1,1 @@
+"""MMA, LoRA and adapters without router on rows with and without a picture (`docs/experiments.md`)."""

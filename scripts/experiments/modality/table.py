@@ -1,0 +1,196 @@
+"""MMA, adapters without router and LoRA on rows with and without a picture: base, runs, answers, `docs/experiments.md`.
+
+    python -m scripts.experiments.modality.table --data ../shared/data/nlvr --output-dir checkpoints/modality
+
+Run from the root of the repository. The same command again continues after an interruption; what is done stays. The
+base is that of `scripts.experiments.nlvr_methods.table`: its folder `base-0` and `steps/train-base-0.json`, copied into
+the output folder, spare the time of making it. `--pilots` trains the first seed at several rates and prints the losses:
+the rates were settled so, and the pilots at those rates are runs of the table. `--rehearsal N` shortens every run to N
+rows; neither fills the document. `--write` runs nothing and fills in what is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from scripts.experiments.modality import report
+from scripts.experiments.modality.recipe import SEEDS, Recipe, Run, tuned_command
+from scripts.experiments.modality.tasks import IMAGE_TASKS, held_out_rows, text_questions, text_rows
+from scripts.experiments.nlvr.report import command_block, fill
+from scripts.experiments.nlvr.rows import (
+    Asked,
+    blind_accuracy,
+    conversation_rows,
+    majority_accuracy,
+    read_train,
+)
+from scripts.experiments.nlvr.steps import Step, marker, run_steps, same_recipe, write_json
+from scripts.experiments.nlvr.table import training_step
+from scripts.experiments.nlvr_methods.recipe import BASE_SEED
+from scripts.experiments.nlvr_methods.table import BASE, chosen_questions, prepare_base, questions_of, score_step
+
+DOCUMENT = Path("docs/experiments.md")
+PRELOAD = ("llava.train.train", "llava.train.llava_trainer", "llava.eval.runner", "llava.eval.program", "mma")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.json, val.jsonl and images/")
+    parser.add_argument("--output-dir", type=Path, required=True, help="everything that is made goes here")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--pilots", action="store_true", help="only the runs that settle the learning rates")
+    parser.add_argument("--rehearsal", type=int, default=None, help="rows in every run, to try the whole way quickly")
+    parser.add_argument("--write", action="store_true", help="run nothing, write what is done into the document")
+    return parser
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """The recipe, shortened for a rehearsal."""
+    recipe = Recipe()
+    if args.rehearsal is None:
+        return recipe
+    base = replace(recipe.base, rows=args.rehearsal)
+    return replace(recipe, base=base, rows=args.rehearsal, every=100, held_out=8)
+
+
+def prepare(recipe: Recipe, data: Path, folder: Path) -> None:
+    """Write rows, questions and, unless a base is there, what it is made from; note the recipe.
+
+    Raises:
+        FlagError: the folder was prepared with another recipe.
+    """
+    if same_recipe(folder, recipe.prepared):
+        return
+    asked, held_out = read_train(data / "train.json"), held_out_rows(recipe.held_out)
+    if not marker(folder, f"train-{BASE}").exists():
+        prepare_base(recipe.as_base, asked, folder)
+    for seed in SEEDS:
+        text = text_rows(recipe.rows, recipe.text_turns, seed, held_out)
+        write_json(folder / f"train-{seed}.json", image_rows(asked, recipe, seed) + text)
+    chosen = chosen_questions(data, recipe.every)
+    lines = [line for task in IMAGE_TASKS for line in chosen[task]]
+    lines += [json.dumps(question) for question in text_questions(held_out)]
+    questions_of(folder, None).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_json(folder / "recipe.json", recipe.prepared)
+
+
+def image_rows(asked: Sequence[Asked], recipe: Recipe, seed: int) -> list[dict[str, Any]]:
+    """LLaVA rows of one picture, with questions of all image tasks that its scene has."""
+    wanted = [one for one in asked if one.task in IMAGE_TASKS]
+    rows = conversation_rows(wanted, recipe.turns, recipe.rows, seed)
+    return [row | {"id": f"image-{row['id']}"} for row in rows]
+
+
+def base_step(recipe: Recipe, data: Path, folder: Path) -> Step:
+    """Training of the base."""
+    return training_step(recipe.as_base.as_larger, "base", BASE_SEED, data, folder)
+
+
+def train_step(run: Run, recipe: Recipe, data: Path, folder: Path) -> Step:
+    """Training of one run."""
+    command = tuned_command(recipe, run, folder / BASE, folder / f"train-{run.seed}.json", data, folder / run.name)
+    return Step(f"train-{run.name}", (command,), (f"train-{BASE}",))
+
+
+def routing_step(run: Run, folder: Path) -> Step:
+    """What the routers of a run have learnt."""
+    flags = ("--model-path", str(folder / run.name), "--model-base", str(folder / BASE))
+    output = ("--output", str(folder / f"routing-{run.name}.json"))
+    command = ("-m", "scripts.experiments.modality.routing", *flags, *output)
+    return Step(f"routing-{run.name}", (command,), (f"train-{run.name}",))
+
+
+def is_routed(recipe: Recipe, run: Run) -> bool:
+    """Whether the run has routers that route."""
+    return run.method.temperature == recipe.temperature
+
+
+def table_runs(recipe: Recipe) -> list[Run]:
+    """The runs of the table, seed by seed."""
+    return [Run(method, seed, recipe.rates[method.name]) for seed in SEEDS for method in recipe.methods]
+
+
+def all_steps(recipe: Recipe, data: Path, folder: Path) -> list[Step]:
+    """Every step of the table; the base first, then seed by seed."""
+    steps = [base_step(recipe, data, folder), score_step(BASE, None, None, data, folder)]
+    for run in table_runs(recipe):
+        steps += [train_step(run, recipe, data, folder), score_step(run.name, None, folder / BASE, data, folder)]
+        if is_routed(recipe, run):
+            steps.append(routing_step(run, folder))
+    return steps
+
+
+def pilot_runs(recipe: Recipe) -> list[Run]:
+    """Every method at every candidate rate."""
+    return [Run(method, SEEDS[0], rate) for rate in recipe.candidates for method in recipe.methods]
+
+
+def run_pilots(recipe: Recipe, data: Path, folder: Path, workers: int) -> None:
+    """Train the pilots, and print the training loss at the end of each."""
+    runs = pilot_runs(recipe)
+    steps = [base_step(recipe, data, folder), *(train_step(run, recipe, data, folder) for run in runs)]
+    run_steps(steps, folder, workers, PRELOAD)
+    for run in runs:
+        print(f"{run.method.title}, rate {run.rate:g}: loss {report.last_loss(folder / run.name):.3f}")
+
+
+def write_document(document: Path, recipe: Recipe, data: Path, folder: Path, steps: Sequence[Step]) -> None:
+    """Fill tables and commands of what is done into the document.
+
+    Raises:
+        DocumentError: it lacks the marked places.
+    """
+    rows = map(json.loads, questions_of(folder, None).read_text(encoding="utf-8").splitlines())
+    every = [Asked(row.get("image", ""), row["category"], row["text"], row["label"]) for row in rows]
+    pictured = [one for one in every if one.task in IMAGE_TASKS]
+    references = {
+        "majority answer": report.columns(majority_accuracy(every)),
+        "blind (question only)": report.columns(blind_accuracy(read_train(data / "train.json"), pictured)),
+        "base": report.read_scores(folder, BASE),
+    }
+    runs = table_runs(recipe)
+    done = [run for run in runs if marker(folder, f"score-{run.name}").exists()]
+    results = [report.read_result(recipe, run, folder) for run in done]
+    routings = {
+        run.seed: json.loads((folder / f"routing-{run.name}.json").read_text(encoding="utf-8"))
+        for run in done
+        if is_routed(recipe, run) and marker(folder, f"routing-{run.name}").exists()
+    }
+    names = [f"{kind}-{run.name}" for run in runs if run.seed == SEEDS[0] for kind in ("train", "routing")]
+    shown = [command for step in steps if step.name in names for command in step.commands]
+    text = document.read_text(encoding="utf-8")
+    text = fill(text, "modality table", report.summary_table(recipe.methods, references, results))
+    text = fill(text, "modality routing", report.routing_lines(routings))
+    text = fill(text, "modality seeds", report.seed_table(recipe.methods, results))
+    text = fill(text, "modality commands", command_block(shown))
+    document.write_text(text, encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program.
+
+    Raises:
+        LlavaError: data or options are wrong, or a step failed; the message says what to do.
+    """
+    args = build_parser().parse_args(argv)
+    recipe = recipe_of(args)
+    prepare(recipe, args.data, args.output_dir)
+    if args.pilots:
+        run_pilots(recipe, args.data, args.output_dir, args.workers)
+        return
+    steps = all_steps(recipe, args.data, args.output_dir)
+    if not args.write:
+        run_steps(steps, args.output_dir, args.workers, PRELOAD)
+    if args.rehearsal is None:
+        write_document(DOCUMENT, recipe, args.data, args.output_dir, steps)
+        print(f"written to {DOCUMENT}")
+
+
+if __name__ == "__main__":
+    main()
