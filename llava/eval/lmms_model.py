@@ -1,7 +1,7 @@
 """The model type `llava_extensions` of lmms-eval: any checkpoint of ours, in batches, by the runner of `llava.eval`.
 
-lmms-eval's own `llava` asks upstream's package one way or another in fp16; here prompts, pictures, decoding and batches
-are those of `llava.eval`, so the answers are the same. Only `LlavaExtensions` needs lmms-eval to be installed.
+Corresponds to lmms-eval's own `llava`, which wraps upstream's package. Prompts, pictures, decoding and batches are
+those of `llava.eval`, and so are the answers. Only `LlavaExtensions` needs lmms-eval to be installed.
 """
 
 from __future__ import annotations

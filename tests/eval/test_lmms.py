@@ -20,22 +20,24 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from PIL import Image
+from torch import Tensor
 
 from llava.data.images import load_image
 from llava.errors import BadSampleError, FlagError
 from llava.eval import lmms_model
-from llava.eval.answers import AnswersFile
+from llava.eval.answers import AnswersFile, Task
 from llava.eval.generation import GenerationOptions
 from llava.eval.lmms import MODEL_ID
 from llava.eval.lmms_model import own_device, read_batch_size
 from llava.eval.lmms_requests import cut, generation_options
-from llava.eval.loading import LoadedModel
+from llava.eval.loading import LoadedModel, load_model
 from llava.eval.model_vqa_loader import make_task
 from llava.eval.questions import read_questions
-from llava.eval.runner import answer_tasks, image_arguments
+from llava.eval.runner import answer_batch, answer_tasks, image_arguments, load_pictures, make_prompt
 from tests.command_lines import ROOT
 from tests.eval.conftest import QUESTIONS
 from tests.eval.test_likelihood import CHOICES, REFERENCES, TOLERANCE, choices, reference
+from tests.golden import golden_dir
 
 needs_harness = pytest.mark.skipif(
     not lmms_model.is_installed(), reason="lmms-eval cannot be imported; `make test-lmms` has it"
@@ -232,31 +234,83 @@ def test_the_command_line_with_two_processes(
     assert json.loads(path.read_text(encoding="utf-8"))["results"]["local_choice"]["acc,none"] == alone
 
 
-@needs_harness
-def test_what_cannot_be_asked_names_the_document(checkpoint: Path) -> None:
+def instance(number: int, context: str, what: Any) -> Any:
+    """A request as lmms-eval makes it, for a document that has its images in `shown`."""
     from lmms_eval.api.instance import Instance
 
+    given = (context, what, lambda doc: doc["shown"], number, "t", "test")
+    return Instance("generate_until", given, 0, {"task": "t", "doc_id": number, "repeats": 1})
+
+
+@needs_harness
+@pytest.mark.parametrize("options", [{}, {"load_4bit": True}], ids=["whole", "4 bits"])
+def test_base_and_precision_reach_the_model(options: dict[str, Any], checkpoint: Path) -> None:
+    """HydraLoRA's folder holds no base."""
+    if options:
+        pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")
+    folder = str(golden_dir("mllm_hydralora") / "tiny-llava-v1.5-lora-mohle")
+    model = lmms_model.model_class()(folder, str(checkpoint), device="cpu", **options)
+    picture = Image.new("RGB", (40, 30), "red")
+    model.task_dict["t"] = {"test": [{"shown": [picture]}]}
+    loaded = load_model(folder, str(checkpoint), device="cpu", **options)
+    task = Task("0", "What is it?", "What is it?", ("red",), "here")
+    prompts = [make_prompt("0", task, loaded, "vicuna_v1")]
+    pictures = [load_pictures(task, loaded, lambda name, where: picture)]
+    expected = answer_batch(prompts, pictures, loaded, GenerationOptions(temperature=0, max_new_tokens=8))
+    assert model.generate_until([instance(0, task.question, GREEDY)]) == list(expected.values())
+    kinds = [{type(module) for module in each.model.modules()} for each in (model.loaded, loaded)]
+    assert kinds[0] == kinds[1]
+    assert any(kind.__name__ == "Linear4bit" for kind in kinds[0]) == bool(options)
+
+
+@needs_harness
+def test_batches_shrink_when_memory_runs_out(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = lmms_model.model_class()(str(checkpoint), device="cpu", batch_size="auto", max_batch_size=6)
+    model.task_dict["t"] = {"test": [{"shown": [Image.new("RGB", (8, 8), (number, 0, 0))]} for number in range(7)]}
+    asked = [instance(number, f"What is number {number}?", GREEDY) for number in range(7)]
+    choices = [instance(number, "Is it?", "Yes, it is") for number in range(7)]
+
+    def losses() -> list[float]:
+        return [one.text.loss for one in model.loglikelihood(choices)]
+
+    roomy = model.generate_until(asked), losses()
+    generate, sizes = model.loaded.model.generate, []
+
+    def narrow(inputs: Tensor, **arguments: Any) -> Tensor:
+        sizes.append(len(inputs))
+        if len(inputs) > 3:
+            raise torch.OutOfMemoryError("no room")
+        return generate(inputs, **arguments)
+
+    monkeypatch.setattr(model.loaded.model, "generate", narrow)
+    assert model.generate_until(asked) == roomy[0]
+    assert sizes == [6, 3, 3, 1]
+    assert "out of memory: going on with batches of 3" in "".join(capfd.readouterr())
+    torch.testing.assert_close(losses(), roomy[1], rtol=0, atol=TOLERANCE)
+    model.batch_size = 4
+    with pytest.raises(FlagError, match="--batch-size 4: the device ran out of memory"):
+        model.generate_until(asked)
+
+
+@needs_harness
+def test_what_cannot_be_asked_names_the_document(checkpoint: Path) -> None:
     model = lmms_model.model_class()(str(checkpoint), device="cpu")
     model.task_dict["t"] = {"test": [{"shown": [Image.new("RGB", (8, 8))]}, {"shown": ["film.mp4"]}, {"shown": None}]}
-    details = {"task": "t", "doc_id": 0, "repeats": 1}
-
-    def request(number: int, context: str, what: Any) -> Any:
-        given = (context, what, lambda doc: doc["shown"], number, "t", "test")
-        return Instance("generate_until", given, 0, details)
-
     short = {"max_new_tokens": 2}
-    places = [request(0, "Look: <image> What is it?", short), request(2, "And now?", short)]
+    places = [instance(0, "Look: <image> What is it?", short), instance(2, "And now?", short)]
     assert len(model.generate_until(places)) == 2
     with pytest.raises(BadSampleError, match=r"t/test:0: 2 .* but 1 image\(s\)"):
-        model.generate_until([request(0, "<image> or <image>?", short)])
+        model.generate_until([instance(0, "<image> or <image>?", short)])
     with pytest.raises(BadSampleError, match=r"t/test:1: the task shows \['str'\]"):
-        model.generate_until([request(1, "What happens?", short)])
+        model.generate_until([instance(1, "What happens?", short)])
     with pytest.raises(BadSampleError, match="t/test:2: '' is no answer"):
-        model.loglikelihood([request(2, "What?", " ")])
+        model.loglikelihood([instance(2, "What?", " ")])
     with pytest.raises(BadSampleError, match="t/test:2: the answer has 2 tokens, 1 kinds"):
-        model.loglikelihood([request(2, "What?", " A</s>")])
+        model.loglikelihood([instance(2, "What?", " A</s>")])
     with pytest.raises(FlagError, match="answers in one round"):
-        model.generate_until_multi_round([request(2, "What?", {})])
+        model.generate_until_multi_round([instance(2, "What?", {})])
     model.clean()
     assert not hasattr(model, "loaded")
 
