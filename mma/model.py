@@ -7,6 +7,7 @@ Corresponds to `set_MMAdapter` and `set_Clip_Adapter` in `lavin/mm_adapter.py`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -34,15 +35,21 @@ ROUTING = "modality_routing"
 """Keyword under which a decoder layer is told the weights of its adapters; `modality.py` says what it may hold."""
 
 
+_PRESENT = threading.local()
+"""Of the decoder layer that each thread is in: its adapters, and by whose weights they are to mix."""
+
+
 class ModalityAdapter(RoutedRepAdapter):
-    """A routed adapter of the decoder; its layer tells it by whose weights to mix.
+    """A routed adapter of the decoder; its layer tells it by whose weights to mix."""
 
-    Attributes:
-        source: None outside of a pass of the layer. During one, weights (B, 2); or a list, and then every sequence is
-            routed by its own first position and the weights are noted there.
-    """
+    @property
+    def source(self) -> Tensor | list[Tensor] | None:
+        """None outside of a pass of the layer in this thread.
 
-    source: Tensor | list[Tensor] | None = None
+        During one, weights (B, 2); or a list, and then every sequence is routed by its own first position and the
+        weights are noted there.
+        """
+        return getattr(_PRESENT, "sources", {}).get(self)
 
     def adapt(self, x: Tensor) -> Tensor:
         """The input (B, L, D) with its update.
@@ -50,15 +57,16 @@ class ModalityAdapter(RoutedRepAdapter):
         Raises:
             RuntimeError: the layer was called without weights, past the seams of the model.
         """
-        if self.source is None:
+        source = self.source
+        if source is None:
             raise RuntimeError(
                 f"a decoder layer with adapters was called without '{ROUTING}'; call the model, which routes by the "
                 "modality of each sample"
             )
-        if isinstance(self.source, Tensor):
-            return self(x, self.source.to(x.device))
+        if isinstance(source, Tensor):
+            return self(x, source.to(x.device))
         routing = self.route(x[:, 0])  # (B, 2)
-        self.source.append(routing)
+        source.append(routing)
         return self(x, routing)
 
 
@@ -174,17 +182,16 @@ def _adapt(norm: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
 def _take_routing(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Tell the adapters of a layer what it was called with; runs again when a checkpointed layer is recomputed."""
     source = kwargs.pop(ROUTING, None)
-    for number, adapter in enumerate(adapters(layer)):
-        if isinstance(adapter, ModalityAdapter):
-            adapter.source = source if source is None or isinstance(source, list) else source.weights[:, number]
+    _PRESENT.sources = {
+        adapter: source if source is None or isinstance(source, list) else source.weights[:, number]
+        for number, adapter in enumerate(adapters(layer))
+    }
     return args, kwargs
 
 
 def _drop_routing(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Nothing is left behind, whatever happened in the layer."""
-    for adapter in adapters(layer):
-        if isinstance(adapter, ModalityAdapter):
-            adapter.source = None
+    _PRESENT.sources = {}
 
 
 def _add_drop_path(layer: Any, probability: float) -> list[RemovableHandle]:

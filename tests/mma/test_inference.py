@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,21 @@ def test_switching_lora_is_noticed() -> None:
     assert (on - off).abs().max() > 1e-3
     torch.testing.assert_close(off, logits_of(adapted_llava()), rtol=0, atol=1e-6)
     torch.testing.assert_close(logits_of(model), on, rtol=0, atol=0)
+
+
+def test_threads_do_not_meet(model: Any) -> None:
+    """Two threads in the same layers at once, one with a picture and one without, as a server may have them."""
+    batch = prompts()
+
+    def answer(number: int) -> Tensor:
+        with torch.no_grad():
+            return model(input_ids=batch.rows[number][None], images=batch.pictures[number]).logits
+
+    numbers = (0, 2)
+    expected = [answer(number) for number in numbers]
+    with ThreadPoolExecutor(2) as pool:
+        for number, logits in zip(numbers * 20, pool.map(answer, numbers * 20), strict=True):
+            torch.testing.assert_close(logits, expected[numbers.index(number)], **CLOSE)
 
 
 def test_a_cache_without_prompt_is_refused(model: Any) -> None:

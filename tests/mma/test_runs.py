@@ -21,6 +21,7 @@ from mma.config import MmaConfig, MmaOptions
 from mma.model import MODALITIES
 from tests.golden import load_case
 from tests.mma.golden_model import write_tower
+from tests.model.test_generation import prompts
 from tests.train.test_training import BASE, HYDRA, LLAVA, command_line, logits, losses
 
 MMA: dict[str, Any] = {"mma": True, "visual_input": "llava", "visual_adapter_type": "router"}
@@ -77,6 +78,11 @@ def test_recipe(recipe: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = live.eval()(input_ids=ids, images=picture).logits
     torch.testing.assert_close(logits(tmp_path / "out" / "checkpoint-3"), expected, rtol=0, atol=1e-5)
+    batch = prompts()
+    fixed = {"do_sample": False, "max_new_tokens": 4}
+    together = live.generate(batch.ids, images=batch.images, attention_mask=batch.mask, **fixed)
+    for number, (row, pictures) in enumerate(zip(batch.rows, batch.pictures, strict=True)):
+        assert torch.equal(live.generate(row[None], images=pictures, **fixed)[0], together[number])
 
 
 @pytest.mark.parametrize("recipe", ["attn, router", "tower too", "all three"])
