@@ -161,7 +161,8 @@ class Extension:
     def attach(self, model: nn.Module, config: Config) -> None:
         """Replace or wrap sub-modules in place, found by class. Base weights keep their state-dict keys.
 
-        Tower and projector are in place by then; LoRA is not.
+        Tower and projector are in place by then; LoRA is not. Added parameters keep the dtype they are given here, in
+        training and when a checkpoint is loaded: float32, whatever the base is, unless there is a reason.
         """
 
     # 4. Layer boundary

@@ -54,9 +54,10 @@ def load_pretrained_model(
         load_8bit: quantise the weights to 8 bits with bitsandbytes.
         load_4bit: quantise the weights to 4 bits (NF4) with bitsandbytes.
         device_map: placement of the weights on several GPUs; used only when `device` is `cuda`.
-        device: `cuda`, `cpu`, or another torch device.
+        device: `cuda` (placed by `device_map`), `cuda:1` or `cpu` (all of it there), or another torch device.
         use_flash_attn: use FlashAttention 2 instead of SDPA.
-        kwargs: `torch_dtype` (or `dtype`); default is fp16 on a GPU, fp32 on the CPU. Others reach `from_pretrained`.
+        kwargs: `torch_dtype` (or `dtype`) of base, tower and projector; default is fp16 on a GPU, fp32 on the CPU. What
+            extensions have added stays in fp32 on every device, as in training. Others reach `from_pretrained`.
 
     Returns:
         Tokenizer, model in eval mode, image processor (None without a tower), context length in tokens.
@@ -67,17 +68,18 @@ def load_pretrained_model(
     """
     if load_8bit and load_4bit:
         raise FlagError("load_8bit and load_4bit exclude each other")
-    on_gpu = torch.device(device).type == "cuda"
+    place, quantised = torch.device(device), load_8bit or load_4bit
+    on_gpu = place.type == "cuda"
     dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or (torch.float16 if on_gpu else torch.float32)
     contents = inspect_checkpoint(local_folder(model_path))
     base = base_folder(contents, model_base)
     options = dict(kwargs, dtype=dtype)
     if use_flash_attn:
         options["attn_implementation"] = "flash_attention_2"
-    if load_8bit or load_4bit:
+    if quantised:
         options["quantization_config"] = quantisation_config(4 if load_4bit else 8, dtype)
-    if on_gpu and device == "cuda":
-        options["device_map"] = device_map
+    if on_gpu or quantised:  # without a map transformers quantises on the current GPU, whichever was asked for
+        options["device_map"] = device_map if place == torch.device("cuda") else {"": str(place)}
     model, missing = _load_base(contents, base, options)
     tokenizer = load_tokenizer(_tokenizer_folder(contents, base))
     if getattr(model.config, "user_marker_ids", None) is None:  # upstream does not say which template it trained with
@@ -92,13 +94,13 @@ def load_pretrained_model(
     imported = _attach_extensions(model, contents)
     if "attn_implementation" in options:  # what was asked for; what an extension chose is needed for its losses
         model.config._attn_implementation = options["attn_implementation"]
-    model = _load_rest(model, contents, imported, missing, merge=not (load_8bit or load_4bit))
+    model = _load_rest(model, contents, imported, missing, merge=not quantised)
     if load_4bit:
         choose_cpu_kernels(model, trained=False)
-    if "device_map" in options or load_8bit or load_4bit:
+    if "device_map" in options:
         _place_new_parts(model)
-    else:
-        model.to(device=device, dtype=dtype)
+    else:  # the dtype is there already; a cast would round extensions and rotary frequencies too
+        model.to(place)
     model.requires_grad_(False)
     context_length = getattr(model.config, "max_sequence_length", DEFAULT_CONTEXT_LENGTH)
     return tokenizer, model.eval(), image_processor, context_length
