@@ -81,9 +81,8 @@ def _apply(checkout: Checkout, extensions: list[Extension], args: argparse.Names
     print(f"{done}: {', '.join(plan.manifest.extensions)} on {checkout.root} at commit {plan.manifest.commit}")
     if not plan.is_applied:
         _print_plan(plan)
-        print(
-            "next: train there with --use_lora True, see docs/moe_patch.md; undo: python -m moe_patch revert LLAVA_DIR"
-        )
+        switches = " or ".join(extension.switch for extension in extensions)
+        print(f"next: train there with {switches}, see docs/moe_patch.md; undo: python -m moe_patch revert LLAVA_DIR")
     return 0
 
 

@@ -27,22 +27,25 @@ class Extension:
 
     Attributes:
         name: as `--extensions` takes it.
+        switch: flags that switch it on in training, for messages.
         modules: our modules that go into the checkout; each must be plain torch, see `sources.py`.
         edits: what is inserted into upstream's files.
     """
 
     name: str
+    switch: str
     modules: tuple[str, ...]
     edits: tuple[Edit, ...]
 
 
 COMMON_MODULES = tuple(
-    f"moe_patch.payload{name}" for name in ("", ".adapters", ".extension", ".folders", ".saving", ".seams")
+    f"moe_patch.payload{name}"
+    for name in ("", ".adapters", ".extension", ".folders", ".gradients", ".saving", ".seams")
 )
 
 IMPORT = (f"from {PACKAGE.rpartition('.')[0]} import {PACKAGE.rpartition('.')[2]}",)
 
-SEAMS = (
+COMMON = (
     Edit(
         TRAIN,
         "from llava.train.llava_trainer import LLaVATrainer",
@@ -68,6 +71,34 @@ SEAMS = (
         "after",
         ("extensions_moe.configure(model_args, training_args)",),
     ),
+    Edit(
+        BUILDER,
+        "from llava.model import *",
+        syntax.imports(module="llava.model", name="*"),
+        "after",
+        IMPORT,
+    ),
+    Edit(
+        BUILDER,
+        "def load_pretrained_model(model_path, model_base, model_name, ...)",
+        syntax.first_statement(function="load_pretrained_model", arguments=("model_path", "model_base", "model_name")),
+        "before",
+        ("model_name = extensions_moe.model_name(model_path, model_base, model_name)",),
+    ),
+    Edit(
+        BUILDER,
+        "if 'lora' in ... and model_base is not None in load_pretrained_model",
+        syntax.branch(function="load_pretrained_model", word="lora", given="model_base"),
+        "branch",
+        (
+            "if extensions_moe.carries(model_path, model_base):",
+            "    tokenizer, model = extensions_moe.load(LlavaLlamaForCausalLM, model_path, model_base, kwargs)",
+        ),
+    ),
+)
+"""Places that every extension uses; the functions are those of `payload/seams.py`."""
+
+BESIDE_LORA = (
     Edit(
         TRAIN,
         "lora_config = LoraConfig(...) in train",
@@ -96,32 +127,29 @@ SEAMS = (
         "after",
         ("non_lora_state_dict = extensions_moe.save(model, training_args, non_lora_state_dict)",),
     ),
+)
+"""Places around upstream's LoRA: for what is trained and saved beside it."""
+
+BESIDE_TOWER = (
     Edit(
-        BUILDER,
-        "from llava.model import *",
-        syntax.imports(module="llava.model", name="*"),
+        TRAIN,
+        "vision_tower.to(...) in train",
+        syntax.statement(function="train", call="vision_tower.to"),
         "after",
-        IMPORT,
+        ("extensions_moe.attach_beside_tower(model, training_args)",),
     ),
     Edit(
-        BUILDER,
-        "def load_pretrained_model(model_path, model_base, model_name, ...)",
-        syntax.first_statement(function="load_pretrained_model", arguments=("model_path", "model_base", "model_name")),
-        "before",
-        ("model_name = extensions_moe.model_name(model_path, model_base, model_name)",),
-    ),
-    Edit(
-        BUILDER,
-        "if 'lora' in ... and model_base is not None in load_pretrained_model",
-        syntax.branch(function="load_pretrained_model", word="lora", given="model_base"),
+        TRAIN,
+        "if training_args.lora_enable with non_lora_state_dict = ... in train",
+        syntax.branch_that_assigns(function="train", test="training_args.lora_enable", target="non_lora_state_dict"),
         "branch",
         (
-            "if extensions_moe.carries(model_path, model_base):",
-            "    tokenizer, model = extensions_moe.load(LlavaLlamaForCausalLM, model_path, model_base, kwargs)",
+            "if extensions_moe.writes_itself(training_args):",
+            "    extensions_moe.write(model, training_args, get_peft_state_non_lora_maybe_zero_3)",
         ),
     ),
 )
-"""Places that any extension uses; the functions are those of `payload/seams.py`."""
+"""Places for what needs the vision tower and is trained without LoRA."""
 
 LOSSES = (
     Edit(
@@ -145,11 +173,18 @@ EXTENSIONS = {
     for extension in (
         Extension(
             "hydralora",
+            "--use_lora True",
             (
                 "moe_patch.payload.hydralora_glue",
                 *(f"hydralora.{name}" for name in ("config", "layer", "model", "moe_args", "original", "patch")),
             ),
-            (*SEAMS, *LOSSES),
+            (*COMMON, *BESIDE_LORA, *LOSSES),
+        ),
+        Extension(
+            "mma",
+            "--mma True --visual_input llava",
+            ("moe_patch.payload.mma_glue", *(f"mma.{name}" for name in ("config", "layer", "modality", "model"))),
+            (*COMMON, *BESIDE_TOWER),
         ),
     )
 }

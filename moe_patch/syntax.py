@@ -85,6 +85,36 @@ def assignment(*, function: str, target: str, call: str) -> Finder:
     return find
 
 
+def statement(*, function: str, call: str) -> Finder:
+    """A call `<call>(...)` that is a statement by itself, anywhere in a function."""
+
+    def find(tree: ast.Module) -> Found:
+        return [
+            node
+            for outer in _functions(tree, function)
+            for node in ast.walk(outer)
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == call
+        ]
+
+    return find
+
+
+def branch_that_assigns(*, function: str, test: str, target: str) -> Finder:
+    """`if <test>:` anywhere in a function, with an assignment to `target` directly in its body."""
+
+    def find(tree: ast.Module) -> Found:
+        return [
+            node
+            for outer in _functions(tree, function)
+            for node in ast.walk(outer)
+            if isinstance(node, ast.If)
+            and ast.unparse(node.test) == test
+            and any(isinstance(inner, ast.Assign) and ast.unparse(inner.targets[0]) == target for inner in node.body)
+        ]
+
+    return find
+
+
 def branch(*, function: str, word: str, given: str) -> Finder:
     """`if '<word>' in ... and <given> is not None:` anywhere in a function, its two halves in any order."""
 

@@ -7,6 +7,7 @@ torch, and transformers and PEFT where they are used; written for those of upstr
 from moe_patch.payload.seams import (
     Flags,
     attach,
+    attach_beside_tower,
     carries,
     choose_lora_modules,
     configure,
@@ -14,11 +15,14 @@ from moe_patch.payload.seams import (
     model_name,
     prepare_trainer,
     save,
+    write,
+    writes_itself,
 )
 
 __all__ = [
     "Flags",
     "attach",
+    "attach_beside_tower",
     "carries",
     "choose_lora_modules",
     "configure",
@@ -26,4 +30,6 @@ __all__ = [
     "model_name",
     "prepare_trainer",
     "save",
+    "write",
+    "writes_itself",
 ]

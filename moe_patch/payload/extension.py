@@ -48,6 +48,33 @@ class Extension:
             training_args: with the flags.
         """
 
+    def attach_beside_tower(self, model: Any, training_args: Any) -> None:
+        """Put new modules into a bare model whose vision tower is loaded, and say what is trained."""
+
+    def writes_itself(self, training_args: Any) -> bool:
+        """True if the run's result is written in the layout of llava-extensions instead of upstream's."""
+        return False
+
+    def own_config(self, model: Any) -> dict[str, Any] | None:
+        """Configuration of the modules in a bare model; None if there are none."""
+        return None
+
+    def to_ours(self, model: Any, state: State) -> State:
+        """The extension's share of what is trained, by its names in llava-extensions.
+
+        Args:
+            model: the bare model.
+            state: everything trained, by its name in the model.
+        """
+        return {}
+
+    def refuse(self, config: Any) -> None:
+        """Look at a checkpoint's LLaVA configuration.
+
+        Raises:
+            ValueError: it asks for what upstream's LLaVA does not do.
+        """
+
     def attach(self, model: Any, config: Mapping[str, Any], tensors: State) -> None:
         """Put modules into a bare model as a checkpoint has them.
 

@@ -77,7 +77,7 @@ def read_folder(folder: Path, carried: Sequence[Extension]) -> Folder | None:
     if not found:
         return None
     rest = {name: t for name, t in read_bin(folder / NON_LORA_FILE).items() if not any(e.owns(name) for e in carried)}
-    unknown = [name for name in rest if not _is_projector(name)]
+    unknown = [name for name in rest if not is_projector(name)]
     if unknown:
         raise ValueError(
             f"{folder / NON_LORA_FILE}: {len(unknown)} tensors belong to nothing here, first {unknown[:3]}"
@@ -107,5 +107,28 @@ def _read_ours(folder: Path, carried: Sequence[Extension]) -> Folder:
     return Folder(folder, found, projector)
 
 
-def _is_projector(name: str) -> bool:
+def write_ours(folder: Path, config: Any, extensions: Mapping[str, tuple[dict[str, Any], State]], rest: State) -> None:
+    """Write a folder in the layout of llava-extensions.
+
+    Args:
+        folder: created if missing.
+        config: of the model, with `save_pretrained`.
+        extensions: configuration and tensors of each by its name.
+        rest: weights of the projector by their name in the bare model.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (settings, state) in extensions.items():
+        target = folder / "extensions" / name
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_file({key: tensor.contiguous() for key, tensor in state.items()}, target / "model.safetensors")
+    if rest:
+        save_file({key: tensor.contiguous() for key, tensor in rest.items()}, folder / PROJECTOR_FILE)
+    config.save_pretrained(folder)
+
+
+def is_projector(name: str) -> bool:
+    """True for weights of the projector and the image newline, by their name."""
     return bool({"mm_projector", "image_newline"}.intersection(name.split(".")))

@@ -16,6 +16,7 @@ from hydralora.config import OriginalOptions, RoutedMLPConfig
 from hydralora.patch import ATTRIBUTE, LlavaPatch, patch_llava
 from moe_patch.payload.extension import Extension, State
 from moe_patch.payload.folders import NON_LORA_FILE, PEFT_PREFIX, bare_names, read_bin
+from moe_patch.payload.gradients import keep_the_graph
 
 MLP_PROJECTIONS = frozenset({"gate_proj", "up_proj", "down_proj"})
 SWITCHES = frozenset({"use_lora", "llm_moe"})
@@ -46,7 +47,7 @@ class HydraLora(Extension):
         if model_args.tune_mm_mlp_adapter:
             raise ValueError("--tune_mm_mlp_adapter True freezes all but the projector, the blocks of --use_lora too")
         if training_args.llm_moe and _config(training_args).needs_balance_loss and training_args.gradient_checkpointing:
-            _keep_the_graph(training_args)
+            keep_the_graph(training_args, "the expert-balance loss trains nothing (--moe_balance_w 0 does without it)")
 
     def is_active(self, training_args: Any) -> bool:
         """With `--use_lora True`."""
@@ -144,22 +145,3 @@ def _config(training_args: Any) -> RoutedMLPConfig:
         dense=training_args.dense_moe,
         balance_weight=training_args.moe_balance_w,
     )
-
-
-def _keep_the_graph(training_args: Any) -> None:
-    """Choose the kind of gradient checkpointing under which the routing keeps its gradient.
-
-    Raises:
-        ValueError: the flags ask for the other kind, or this transformers has no choice.
-    """
-    if not hasattr(training_args, "gradient_checkpointing_kwargs"):
-        raise ValueError(
-            "--gradient_checkpointing True: this transformers knows the re-entrant kind alone, under which the "
-            "expert-balance loss trains nothing; pass False, or --moe_balance_w 0 to do without that loss"
-        )
-    chosen = dict(training_args.gradient_checkpointing_kwargs or {})
-    if chosen.get("use_reentrant"):
-        raise ValueError(
-            "--gradient_checkpointing_kwargs asks for use_reentrant, under which the expert-balance loss trains nothing"
-        )
-    training_args.gradient_checkpointing_kwargs = {**chosen, "use_reentrant": False}

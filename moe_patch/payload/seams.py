@@ -13,10 +13,10 @@ from typing import Any
 
 from moe_patch.payload import adapters
 from moe_patch.payload.extension import Extension, State
-from moe_patch.payload.folders import Folder, read_folder
+from moe_patch.payload.folders import Folder, is_projector, read_folder, write_ours
 from moe_patch.payload.saving import Collect, CompleteCheckpoints, bare_model, copy_tensors, saved_state
 
-GLUE = {"hydralora": "HydraLora"}
+GLUE = {"hydralora": "HydraLora", "mma": "Mma"}
 """Every extension that there is: its class in the module `<name>_glue`, which is here if the extension was chosen."""
 
 
@@ -56,9 +56,15 @@ def attach(model: Any, training_args: Any) -> None:
         extension.attach_for_training(bare_model(model), training_args)
 
 
+def attach_beside_tower(model: Any, training_args: Any) -> None:
+    """Put in what needs the vision tower, once that is loaded."""
+    for extension in CARRIED:
+        extension.attach_beside_tower(bare_model(model), training_args)
+
+
 def prepare_trainer(trainer: Any, collect: Collect) -> None:
     """If an extension is switched on, make every `checkpoint-N` complete and log the extensions' numbers."""
-    if any(extension.is_active(trainer.args) for extension in CARRIED):
+    if trainer.args.lora_enable and any(extension.is_active(trainer.args) for extension in CARRIED):
         # In front, so that the callbacks that print see what it adds to the log line.
         trainer.callback_handler.callbacks.insert(0, CompleteCheckpoints(CARRIED, collect))
 
@@ -75,6 +81,29 @@ def save(model: Any, training_args: Any, state: State) -> State:
         for extension in CARRIED:
             extension.write_settings(bare_model(model), training_args, Path(training_args.output_dir))
     return saved_state(CARRIED, model, state)
+
+
+def writes_itself(training_args: Any) -> bool:
+    """True if an extension is trained without LoRA: then its weights and the projector are the whole result."""
+    return any(extension.writes_itself(training_args) for extension in CARRIED)
+
+
+def write(model: Any, training_args: Any, collect: Collect) -> None:
+    """At the end of such a run: write the folder in the layout of llava-extensions.
+
+    Raises:
+        ValueError: something is trained that belongs to no extension.
+    """
+    state = collect(model.named_parameters())
+    if not training_args.should_save:
+        return
+    parts = {e.name: (config, e.to_ours(model, state)) for e in CARRIED if (config := e.own_config(model)) is not None}
+    projector = {name: tensor for name, tensor in state.items() if is_projector(name)}
+    if len(state) != len(projector) + sum(len(tensors) for _, tensors in parts.values()):
+        raise ValueError(
+            f"{training_args.output_dir}: not written, since more is trained than extensions and projector"
+        )
+    write_ours(Path(training_args.output_dir), model.config, parts, projector)
 
 
 def model_name(model_path: str, model_base: str | None, name: str) -> str:
@@ -120,6 +149,9 @@ def load(model_class: Any, model_path: str, model_base: str, options: dict[str, 
     config = model_class.config_class.from_pretrained(folder.path)
     config.vocab_size = model_class.config_class.from_pretrained(model_base).vocab_size  # new tokens come later
     _older_rope(config)
+    for extension in CARRIED:
+        if extension.name in folder.extensions:
+            extension.refuse(config)
     tokenizer = AutoTokenizer.from_pretrained(model_base, use_fast=False)
     model = model_class.from_pretrained(model_base, low_cpu_mem_usage=True, config=config, **options)
     for extension in CARRIED:

@@ -1,51 +1,88 @@
 """A program for a process of its own: trains and loads in a patched miniature, once for all tests that look at it.
 
-    python miniature_runs.py BASE OURS WORK
+    python miniature_runs.py BASE TOWER OURS WORK
 
-with the miniature on PYTHONPATH. BASE is a base model, OURS a checkpoint of llava-extensions; everything goes to WORK.
+with the miniature on PYTHONPATH. BASE is a base model, TOWER its tower, OURS a checkpoint of llava-extensions, OURS-mma
+one with adapters; everything goes to WORK.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionConfig
 
+from llava import extensions_moe
+from llava.extensions_moe.mma.config import MmaOptions
+from llava.extensions_moe.mma_glue import Mma
+from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.train.train import train
 
 LORA = ["--use_lora", "True", "--lora_rank", "4", "--lora_alpha", "8", "--lora_modules", "q_proj,v_proj"]
+MMA = ["--mma", "True", "--visual_input", "llava", "--visual_adapter_type", "router", "--adapter_dropout", "0.0"]
 IDS = torch.arange(5, 25).reshape(2, 10)
+WITH_IMAGE = IDS.clone()
+WITH_IMAGE[:, 3] = -200
 
 
-def run(base: Path, output: Path, steps: int, *flags: str) -> None:
+def run(base: Path, output: Path, steps: int, *flags: str, method: list[str] = LORA) -> None:
     """One training run, at a constant rate, so that its first steps do not depend on how many follow."""
     sys.argv = [
         *("train.py", "--model_name_or_path", str(base), "--output_dir", str(output), "--max_steps", str(steps)),
         *("--lr_scheduler_type", "constant", "--learning_rate", "5e-2", "--per_device_train_batch_size", "2"),
         *("--save_strategy", "steps", "--save_steps", "2", "--logging_steps", "1", "--report_to", "none"),
         *("--use_cpu", "True", "--gradient_checkpointing", "True", "--seed", "3", "--disable_tqdm", "True"),
-        *("--lora_dropout", "0.0", *LORA, *flags),
+        *("--lora_dropout", "0.0", *method, *flags),
     ]
     train()
 
 
-def logits(folder: Path, base: Path) -> tuple[torch.Tensor, Any]:
+def logits(folder: Path, base: Path, **inputs: torch.Tensor) -> tuple[torch.Tensor, Any]:
     """Of a loaded checkpoint, and the model."""
     _, model, _, _ = load_pretrained_model(str(folder), str(base), folder.name, device="cpu")
     with torch.no_grad():
-        return model(input_ids=IDS).logits, model
+        return model(**(inputs or {"input_ids": IDS})).logits, model
 
 
-def refusal(base: Path, output: Path, *flags: str) -> str:
+def gradients(base: Path, ours: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of adapters and projector, as in a run with checkpointing, for a batch with pictures and one without."""
+    model = LlavaLlamaForCausalLM.from_pretrained(base)
+    model.get_vision_tower().load_model()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    settings = json.loads((ours / "extensions" / "mma" / "config.json").read_text())
+    defaults = {option.name: option.default for option in dataclasses.fields(MmaOptions)}
+    chosen = {name: settings.get(name, default) for name, default in defaults.items()}
+    args = SimpleNamespace(**chosen | {"mma": True, "freeze_mm_mlp_adapter": False, "use_lora": False})
+    extensions_moe.attach_beside_tower(model, args)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapters = Mma().to_ours(model, trained)
+    named = {name: parameter for name, parameter in trained.items() if "mm_projector" in name} | adapters
+    assert len(named) == len(trained)
+    files = (ours / "extensions" / "mma" / "model.safetensors", ours / "mm_projector.safetensors")
+    tensors = {name: tensor for path in files for name, tensor in load_file(path).items()}
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(tensors[name])
+    model.train()
+    for ids in (WITH_IMAGE, IDS):
+        model(input_ids=ids, images=images, labels=ids.where(ids >= 0, -100)).loss.backward()
+    return {name: parameter.grad for name, parameter in named.items()}
+
+
+def refusal(base: Path, output: Path, *flags: str, method: list[str] = LORA) -> str:
     """The message of a run that is refused."""
     try:
-        run(base, output, 1, *flags)
+        run(base, output, 1, *flags, method=method)
     except (ValueError, SystemExit) as error:
         return str(error)
     return "not refused"
@@ -53,12 +90,26 @@ def refusal(base: Path, output: Path, *flags: str) -> str:
 
 def main() -> None:
     """Run everything."""
-    base, ours, work = map(Path, sys.argv[1:])
+    base, tower, ours, work = map(Path, sys.argv[1:])
     run(base, work / "whole", 4)
     shutil.copytree(work / "whole" / "checkpoint-2", work / "again" / "checkpoint-2")
     run(base, work / "again", 4)
     run(base, work / "plain", 1, "--llm_moe", "False")
     found: dict[str, torch.Tensor] = {}
+    size = CLIPVisionConfig.from_pretrained(tower).image_size
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
+    flags = ("--vision_tower", str(tower), "--per_device_train_batch_size", "1", "--learning_rate", "2e-2")
+    run(base, work / "mma", 4, *flags, method=MMA)
+    for folder in (work / "mma", ours.with_name("ours-mma")):
+        found[folder.name], _ = logits(folder, base, input_ids=IDS)
+        found[f"{folder.name}.image"], model = logits(folder, base, input_ids=WITH_IMAGE, images=images)
+    with torch.no_grad():  # step by step, as in generation
+        first = model(input_ids=WITH_IMAGE[:, :-2], images=images, use_cache=True)
+        cache = {"past_key_values": first.past_key_values, "use_cache": True}
+        steps = [model(input_ids=WITH_IMAGE[:, place : place + 1], **cache).logits for place in (-2,)]
+        steps.append(model(input_ids=WITH_IMAGE[:, -1:], **cache).logits)
+    found |= {f"gradient.{name}": g for name, g in gradients(base, ours.with_name("ours-mma"), images).items()}
+    found["steps"], found["images"] = torch.cat([first.logits, *steps], dim=1), images
     for name, folder in {
         **{name: work / name for name in ("whole", "again")},
         **{"middle": work / "whole" / "checkpoint-2", "ours": ours},
@@ -74,9 +125,17 @@ def main() -> None:
         "tower": ("--vit_trainable", "all"),
         "contradiction": ("--lora_r", "8"),
         "projector": ("--tune_mm_mlp_adapter", "True"),
+        "beside": [*MMA, "--vision_tower", str(tower)],
         "reentrant": ("--gradient_checkpointing_kwargs", '{"use_reentrant": true}'),
     }
     messages = {name: refusal(base, work / "refused", *flags) for name, flags in refused.items()}
+    alone: dict[str, list[str]] = {
+        "mma-picture": ["--mma", "True", "--vision_tower", str(tower)],
+        "mma-tower": MMA,
+        "mma-idle": ["--adapter_dim", "4"],
+        "mma-values": [*MMA, "--vision_tower", str(tower), "--adapter_type", "everywhere"],
+    }
+    messages |= {name: refusal(base, work / "refused", method=flags) for name, flags in alone.items()}
     try:
         load_pretrained_model(str(work / "whole"), None, "anything")
     except ValueError as error:

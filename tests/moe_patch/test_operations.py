@@ -317,6 +317,24 @@ class TestVersions:
         assert miniature.snapshot(folder) == before
 
 
+class TestExtensions:
+    """Each choice of extensions leaves what belongs to it, and nothing of the one before."""
+
+    def test_one_after_the_other(self, folder: Path) -> None:
+        before, seen = miniature.snapshot(folder), {}
+        for names in (["hydralora"], ["hydralora", "mma"], ["mma"], ["hydralora"]):
+            operations.apply(Checkout(folder), chosen(names))
+            ours = folder / "llava" / "extensions_moe"
+            assert {path.name for path in ours.iterdir() if path.is_dir()} == set(names)
+            assert {path.stem for path in ours.glob("*_glue.py")} == {f"{name}_glue" for name in names}
+            assert ((folder / LLAMA).read_bytes() != before[LLAMA][0]) == ("hydralora" in names)
+            assert state(folder) == "applied"
+            found = miniature.snapshot(folder)
+            assert seen.setdefault(tuple(names), found) == found
+        operations.revert(Checkout(folder))
+        assert miniature.snapshot(folder) == before
+
+
 class TestInterruption:
     """A run that is killed while it writes leaves the checkout in a state that apply and revert both mend."""
 

@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llava.eval import model_vqa_loader
 from llava.model.builder import load_pretrained_model
 from tests.golden import golden_dir, load_case
 from tests.moe_patch import miniature
-from tests.moe_patch.test_payload import write_our_checkpoint
+from tests.moe_patch.test_payload import write_our_adapters, write_our_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = Path(__file__).parent
@@ -50,6 +51,15 @@ TRAIN = """--use_lora True --lora_rank 4 --lora_alpha 8 --mm_projector_lr 2e-5 -
     --evaluation_strategy no --save_strategy steps --save_steps 2 --save_total_limit 1 --learning_rate 2e-2
     --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 1 --tf32 False
     --model_max_length 512 --gradient_checkpointing True --dataloader_num_workers 0 --lazy_preprocess True
+    --no_cuda True --report_to none"""
+
+
+MODALITIES = """--mma True --visual_input llava --adapter_type block --visual_adapter_type router --temperature 10
+    --model_name_or_path ./tiny-llava-v1.5 --version v1 --data_path ./data/finetune.json --image_folder ./data/images
+    --vision_tower ./tiny-clip --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_start_end False
+    --mm_use_im_patch_token False --image_aspect_ratio pad --bf16 True --output_dir ./adapters --max_steps 3
+    --per_device_train_batch_size 2 --save_strategy no --learning_rate 9e-2 --weight_decay 0.02 --logging_steps 1
+    --lr_scheduler_type constant --model_max_length 512 --gradient_checkpointing True --lazy_preprocess True
     --no_cuda True --report_to none"""
 
 
@@ -92,10 +102,10 @@ class Upstream:
         title = " ".join(["python -m moe_patch", command, "LLaVA", *options])
         return self.program(title, "-m", "moe_patch", command, str(self.checkout), *options, path=str(ROOT))
 
-    def logits(self, folder: str) -> tuple[Tensor, int]:
+    def logits(self, folder: str, inputs: str = "inputs") -> tuple[Tensor, int]:
         """Of a checkpoint, by the checkout's own loader, and how many routed blocks it has."""
         output = self.work / f"{folder}.safetensors"
-        arguments = ("--cpu", "logits", f"./{folder}", "./tiny-llava-v1.5", "inputs.safetensors", str(output))
+        arguments = ("--cpu", "logits", f"./{folder}", "./tiny-llava-v1.5", f"{inputs}.safetensors", str(output))
         self.program(f"python in_checkout.py --cpu logits ./{folder}", str(HERE / "in_checkout.py"), *arguments)
         found = load_file(output)
         return found["logits"], int(found["blocks"])
@@ -140,8 +150,11 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstream]:
     for name in ("tiny-llava-v1.5", "tiny-llava-lora", "golden"):
         use_model_type(work / name / "config.json", checkout)
     write_our_checkpoint(work / "ours")
+    write_our_adapters(work / "our-adapters")
     _, tensors = load_case("mllm_hydralora", "checkpoint")
     save_file({"input_ids": tensors["in/input_ids"], "images": tensors["in/images"]}, work / "inputs.safetensors")
+    text = tensors["in/input_ids"].where(tensors["in/input_ids"] >= 0, 7)
+    save_file({"input_ids": text, "images": tensors["in/images"]}, work / "text.safetensors")
     found = Upstream(checkout, work, miniature.snapshot(checkout))
     code = "import platform, torch, transformers, peft; print('Python', platform.python_version()); "
     code += "; ".join(f"print('{name}', {name}.__version__)" for name in ("torch", "transformers", "peft"))
@@ -154,8 +167,9 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstream]:
 
 @pytest.fixture(scope="module")
 def applied(upstream: Upstream) -> Upstream:
-    upstream.moe_patch("check")
-    upstream.run("moe_patch/patch.sh LLaVA", str(ROOT / "moe_patch" / "patch.sh"), str(upstream.checkout))
+    upstream.moe_patch("check", "--extensions", "hydralora,mma")
+    script, both = str(ROOT / "moe_patch" / "patch.sh"), ("--extensions", "hydralora,mma")
+    upstream.run("moe_patch/patch.sh LLaVA --extensions hydralora,mma", script, str(upstream.checkout), *both)
     assert upstream.moe_patch("status").startswith("applied")
     return upstream
 
@@ -171,10 +185,12 @@ def trained(applied: Upstream) -> Upstream:
     return applied
 
 
-def our_logits(upstream: Upstream, folder: str, **options: torch.dtype) -> Tensor:
-    inputs = load_file(upstream.work / "inputs.safetensors")
+def our_logits(upstream: Upstream, folder: str, name: str = "inputs") -> Tensor:
+    inputs = load_file(upstream.work / f"{name}.safetensors")
+    if name == "text":  # upstream gives a row without image a picture all the same
+        del inputs["images"]
     base = str(upstream.work / "tiny-llava-v1.5")
-    _, model, _, _ = load_pretrained_model(str(upstream.work / folder), base, device="cpu", **options)
+    _, model, _, _ = load_pretrained_model(str(upstream.work / folder), base, device="cpu")
     with torch.no_grad():
         return model(**inputs).logits.float()
 
@@ -228,19 +244,68 @@ def test_a_checkpoint_on_the_way_is_whole_and_the_run_goes_on_from_it(trained: U
     assert any(not middle[name].equal(tensor) for name, tensor in whole.items())
 
 
-def test_it_answers_questions(trained: Upstream) -> None:
-    image = next((trained.work / "data" / "images").iterdir()).name
+def answers(upstream: Upstream, folder: str) -> list[str]:
+    """What the checkout's own evaluation answers, with a checkpoint."""
+    image = next((upstream.work / "data" / "images").iterdir()).name
     rows = [{"question_id": number, "image": image, "text": "What is this?"} for number in range(2)]
-    (trained.work / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    arguments = """--cpu run llava.eval.model_vqa_loader --model-path ./trained --model-base ./tiny-llava-v1.5
-        --question-file questions.jsonl --image-folder data/images --answers-file answers/file.jsonl --temperature 0
-        --conv-mode vicuna_v1"""
-    title = "python -m llava.eval.model_vqa_loader --model-path ./trained ..."
-    trained.program(title, str(HERE / "in_checkout.py"), *arguments.split())
-    answers = [json.loads(line) for line in (trained.work / "answers" / "file.jsonl").read_text().splitlines()]
-    assert [answer["question_id"] for answer in answers] == [0, 1]
-    assert answers[0]["text"] == answers[1]["text"] != ""
-    trained.log.append(f"  {len(answers)} answers, the first begins with {answers[0]['text'][:20]!r}")
+    (upstream.work / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    arguments = f"""--cpu run llava.eval.model_vqa_loader --model-path ./{folder} --model-base ./tiny-llava-v1.5
+        --question-file questions.jsonl --image-folder data/images --answers-file answers/{folder}.jsonl
+        --temperature 0 --conv-mode vicuna_v1"""
+    title = f"python -m llava.eval.model_vqa_loader --model-path ./{folder} ..."
+    upstream.program(title, str(HERE / "in_checkout.py"), *arguments.split())
+    found = [json.loads(line) for line in (upstream.work / "answers" / f"{folder}.jsonl").read_text().splitlines()]
+    assert [answer["question_id"] for answer in found] == [0, 1]
+    upstream.log.append(f"  {len(found)} answers, the first begins with {found[0]['text'][:20]!r}")
+    return [answer["text"] for answer in found]
+
+
+def our_answers(upstream: Upstream, folder: str) -> list[str]:
+    """The same by our evaluation."""
+    path = upstream.work / "our-answers" / f"{folder}.jsonl"
+    arguments = ["--model-path", str(upstream.work / folder), "--model-base", str(upstream.work / "tiny-llava-v1.5")]
+    arguments += ["--question-file", str(upstream.work / "questions.jsonl"), "--answers-file", str(path)]
+    arguments += ["--image-folder", str(upstream.work / "data" / "images"), "--device", "cpu"]
+    model_vqa_loader.main([*arguments, "--temperature", "0", "--conv-mode", "vicuna_v1"])
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("run", "folder"), [("trained", "trained"), ("adapted", "adapters")])
+def test_it_answers_questions_as_ours_does(run: str, folder: str, request: pytest.FixtureRequest) -> None:
+    checkout = request.getfixturevalue(run)
+    found = answers(checkout, folder)
+    assert found[0] == found[1] != ""
+    assert found == our_answers(checkout, folder)
+
+
+@pytest.fixture(scope="module")
+def adapted(applied: Upstream) -> Upstream:
+    """Adapters of LaVIN, trained in the checkout."""
+    program = applied.checkout / "llava" / "train" / "train.py"
+    flags = [*MODALITIES.split(), *os.environ.get("LLAVA_UPSTREAM_FLAGS", "").split()]
+    title = "python llava/train/train.py --mma True --visual_input llava ..."
+    if "torch 2.0" in applied.log[0]:
+        with pytest.raises(AssertionError, match=r"need torch 2\.1 or later"):
+            applied.program(title, str(program), *flags)
+        pytest.skip("--mma is refused: this LLaVA pins a torch older than 2.1")
+    output = applied.program(title, str(program), *flags)
+    assert len(re.findall(r"'loss': [\d.]+", output)) == 3
+    return applied
+
+
+@pytest.mark.parametrize("inputs", ["inputs", "text"])
+@pytest.mark.parametrize("folder", ["adapters", "our-adapters"])
+def test_adapters_are_the_same_to_both(adapted: Upstream, folder: str, inputs: str) -> None:
+    logits, _ = adapted.logits(folder, inputs)
+    adapted.close(f"the same checkpoint in llava-extensions ({inputs})", logits, our_logits(adapted, folder, inputs))
+    assert (logits - our_logits(adapted, "tiny-llava-v1.5", inputs)).abs().max() > 1e-2
+
+
+def test_every_adapter_was_trained(adapted: Upstream) -> None:
+    tensors = load_file(adapted.work / "adapters" / "extensions" / "mma" / "model.safetensors")
+    ways_up = {name: tensor for name, tensor in tensors.items() if name.endswith(("conv_B.weight", "conv_D.weight"))}
+    assert len(ways_up) == (3 * 2 + 2) * 2  # layers with two adapters, blocks of the tower with one; two ways each
+    assert all(tensor.abs().max() > 1e-3 for tensor in ways_up.values())  # they start as zero
 
 
 def test_it_reads_the_originals_checkpoint(applied: Upstream) -> None:
