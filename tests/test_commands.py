@@ -20,6 +20,9 @@ each_snippet = pytest.mark.parametrize("snippet", SCRIPTS + BLOCKS, ids=lambda s
 # The published lines are for GPUs with TF32; these two options let the same line pass on a machine without one.
 WITHOUT_GPU = ("--use_cpu", "True", "--tf32", "False")
 
+PASSING_ON = ("scripts.experiments.sparse.train",)
+"""Programs with options beside those of `llava/train/train.py`."""
+
 
 def parse(call: Call) -> None:
     """Hand the arguments of `call` to the parser of its program.
@@ -34,6 +37,9 @@ def parse(call: Call) -> None:
     if call.module.startswith("llava.train."):
         arguments, defaults = [*call.arguments, *WITHOUT_GPU], getattr(module, "DEFAULTS", None)
         importlib.import_module("llava.train.arguments").parse_args(arguments, defaults=defaults)
+    elif call.module in PASSING_ON:
+        others = module.build_parser().parse_known_args(call.arguments)[1]
+        parse(Call("llava.train.train", tuple(others)))
     elif call.module in ("hydralora.finetune", "mma.train"):
         module.parse_args([*call.arguments, *WITHOUT_GPU])
     else:
