@@ -7,7 +7,9 @@ adapters of a vision tower are folded in the same way; routed ones there depend 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -81,52 +83,76 @@ def readers(layer: nn.Module, names: Sequence[str], where: str) -> list[nn.Linea
     return found
 
 
-def fold_decoder(decoder: Any, modality: str, dtype: torch.dtype) -> int:
-    """Fold the adapters of a decoder for one modality and take them and the modality embedding away.
+@dataclass(frozen=True)
+class Fold:
+    """One adapter, and where it goes.
+
+    Attributes:
+        norm: that it stands behind.
+        routing: weights (2) of a routed one; None for a plain one.
+        linears: the layers that read its output.
+    """
+
+    norm: nn.Module
+    routing: Tensor | None
+    linears: list[nn.Linear]
+
+    def carry_out(self) -> None:
+        """Change the linear layers, and take the adapter away."""
+        adapter: Any = self.norm.adapter
+        fold_into(self.linears, *affine(adapter, self.routing))
+        detach(self.norm)
+
+
+def plan_decoder(decoder: Any, modality: str, dtype: torch.dtype) -> list[Fold]:
+    """How the adapters of a decoder are folded for one modality; nothing is changed yet.
 
     Args:
-        decoder: with adapters.
+        decoder: with adapters, in any mode: the weights of the routing are those of evaluation.
         modality: one of `MODALITIES`.
         dtype: of the hidden states at inference.
 
-    Returns:
-        Number of adapters folded.
-
     Raises:
-        ValueError: a layer behind an adapter is no plain linear layer; nothing has been changed then.
+        ValueError: a layer behind an adapter is no plain linear layer.
     """
-    row = MODALITIES.index(modality)
-    with torch.no_grad():
-        table = routing_table(decoder, dtype)[:, row]  # (layers, A, 2)
-    jobs = []
+    with torch.no_grad(), _evaluation(decoder.layers):
+        table = routing_table(decoder, dtype)[:, MODALITIES.index(modality)]  # (layers, A, 2)
+    folds = []
     for index, layer in enumerate(decoder.layers):
-        behind = _readers_of(layer, table.shape[1], index)
-        for norm, adapter, weights, linears in zip(norms(layer), adapters(layer), table[index], behind, strict=False):
-            jobs.append((norm, linears, affine(adapter, weights)))
-    for norm, linears, (matrix, vector) in jobs:
-        fold_into(linears, matrix, vector)
-        detach(norm)
-    delattr(decoder, EMBEDDING)
-    return len(jobs)
+        readers_of = [readers(layer, names, f"decoder layer {index}") for names in (ATTENTION, MLP)[: table.shape[1]]]
+        folds += map(Fold, norms(layer), table[index], readers_of)
+    return folds
 
 
-def _readers_of(layer: nn.Module, count: int, index: int) -> list[list[nn.Linear]]:
-    return [readers(layer, names, f"decoder layer {index}") for names in (ATTENTION, MLP)[:count]]
-
-
-def fold_blocks(blocks: Sequence[nn.Module]) -> int:
-    """Fold the plain adapters of a vision tower and take them away; returns their number.
+def plan_blocks(blocks: Sequence[nn.Module]) -> list[Fold]:
+    """How the plain adapters of a vision tower are folded; nothing is changed yet.
 
     Raises:
-        ValueError: an adapter is routed, or a layer behind it is no plain linear layer; nothing has been changed then.
+        ValueError: an adapter is routed, or a layer behind it is no plain linear layer.
     """
-    jobs = []
+    folds = []
     for index, block in enumerate(blocks):
         for norm, adapter in zip(norms(block), adapters(block), strict=False):
             if isinstance(adapter, RoutedRepAdapter):
                 raise ValueError("routed adapters of a vision tower depend on every token and cannot be folded")
-            jobs.append((norm, readers(block, ATTENTION, f"block {index} of the tower"), affine(adapter)))
-    for norm, linears, (matrix, vector) in jobs:
-        fold_into(linears, matrix, vector)
-        detach(norm)
-    return len(jobs)
+            folds.append(Fold(norm, None, readers(block, ATTENTION, f"block {index} of the tower")))
+    return folds
+
+
+def carry_out(folds: Sequence[Fold], decoder: nn.Module) -> None:
+    """Fold, and take the modality embedding of the decoder away."""
+    for fold in folds:
+        fold.carry_out()
+    delattr(decoder, EMBEDDING)
+
+
+@contextmanager
+def _evaluation(modules: nn.Module) -> Iterator[None]:
+    """Without dropout for a while; afterwards every module is in the mode that it was in."""
+    modes = {module: module.training for module in modules.modules()}
+    modules.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -51,7 +51,7 @@ def merge(model: Any, modality: str, plain: bool = False) -> MmaConfig:
     """Fold the adapters of a model for one modality, in place.
 
     Args:
-        model: LLaVA with adapters, other adapters merged, not quantised.
+        model: LLaVA with adapters, other adapters merged, not quantised; in training or evaluation mode.
         modality: `image` or `text`.
         plain: leave nothing of the extension, the check of the modality included.
 
@@ -74,11 +74,12 @@ def merge(model: Any, modality: str, plain: bool = False) -> MmaConfig:
         )
     decoder, tower = model.get_decoder(), model.get_vision_tower()
     try:
-        folding.fold_decoder(decoder, modality, next(decoder.layers.parameters()).dtype)
+        folds = folding.plan_decoder(decoder, modality, next(decoder.layers.parameters()).dtype)
         if config.visual_adapter_type == "normal":
-            folding.fold_blocks(tower.blocks(tower.loaded()))
+            folds += folding.plan_blocks(tower.blocks(tower.loaded()))
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+    folding.carry_out(folds, decoder)
     left = MmaConfig.from_dict(
         {
             **config.to_dict(),

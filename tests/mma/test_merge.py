@@ -142,3 +142,27 @@ def test_what_cannot_be_merged() -> None:
     with pytest.raises(CheckpointError, match="decoder layer 2: 'v_proj' is a Linear with an update of its own"):
         merge(model, "image")
     assert torch.equal(logits_of(model, "image"), before)
+
+
+def test_what_cannot_be_merged_is_left_whole() -> None:
+    """A layer of the tower, which comes last, refuses: the decoder has not been touched then."""
+    model = adapted_llava(CONFIGS["block, plain vision"])
+    before = {kind: logits_of(model, kind) for kind in PROMPT_OF}
+    tower = model.get_vision_tower()
+    tower.blocks(tower.loaded())[tower.num_blocks - 1].self_attn.q_proj.add_module("update", torch.nn.Identity())
+    with pytest.raises(CheckpointError, match="block 1 of the tower: 'q_proj' is a Linear with an update of its own"):
+        merge(model, "image")
+    for kind, logits in before.items():
+        assert torch.equal(logits_of(model, kind), logits)
+
+
+def test_a_model_in_training_mode() -> None:
+    """What is folded was not drawn by dropout or drop_path, and the model stays in the mode that it was in."""
+    config = MmaConfig(adapter_type="block", visual_adapter_type="normal", adapter_dropout=0.5, drop_path=0.5)
+    model = adapted_llava(config)
+    expected = logits_of(model, "image")
+    model.train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    merge(model, "image")
+    assert all(module.training == modes[name] for name, module in model.named_modules())
+    torch.testing.assert_close(logits_of(model.eval(), "image"), expected, rtol=1e-4, atol=2e-5)
