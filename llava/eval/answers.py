@@ -105,6 +105,30 @@ def repair_torn_line(path: Path) -> int:
     return len(tail)
 
 
+def settings_path(path: Path) -> Path:
+    """Where the settings of the run that wrote an answers file are kept."""
+    return path.with_name(f"{path.name}.run.json")
+
+
+def refuse_other_settings(path: Path, settings: Row) -> None:
+    """Compare the settings beside an answers file, if there are any, with those of this run.
+
+    Raises:
+        FlagError: they differ.
+    """
+    if not path.exists() or not path.stat().st_size or not settings_path(path).exists():
+        return
+    settings = json.loads(json.dumps(settings))
+    before = json.loads(settings_path(path).read_text(encoding="utf-8"))["settings"]
+    changed = sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
+    if changed:
+        differences = ", ".join(f"{name}: {before.get(name)} then, {settings.get(name)} now" for name in changed)
+        raise FlagError(
+            f"{path} holds answers made with other settings ({differences}); name another --answers-file, or replace "
+            f"this one with --restart"
+        )
+
+
 class AnswersFile:
     """The answers to a list of tasks in one file.
 
@@ -152,7 +176,7 @@ class AnswersFile:
     @property
     def settings_path(self) -> Path:
         """Where the settings of the run are kept."""
-        return self.path.with_name(f"{self.path.name}.run.json")
+        return settings_path(self.path)
 
     @property
     def pending(self) -> dict[str, Task]:
@@ -177,7 +201,7 @@ class AnswersFile:
         replace_text(self.path, _lines(self.rows[key] for key in self.keys))
 
     def _resume(self) -> None:
-        self._compare_settings()
+        refuse_other_settings(self.path, self.settings)
         cut = repair_torn_line(self.path)
         if cut:
             print(f"{self.path}: cut off an unfinished last line of {cut} bytes")
@@ -195,22 +219,6 @@ class AnswersFile:
                     f"or replace this one with --restart"
                 )
             self.rows[key] = row
-
-    def _compare_settings(self) -> None:
-        if not self.settings_path.exists():
-            return
-        before = json.loads(self.settings_path.read_text(encoding="utf-8"))["settings"]
-        changed = sorted(
-            name for name in before.keys() | self.settings.keys() if before.get(name) != self.settings.get(name)
-        )
-        if changed:
-            differences = ", ".join(
-                f"{name}: {before.get(name)} then, {self.settings.get(name)} now" for name in changed
-            )
-            raise FlagError(
-                f"{self.path} holds answers made with other settings ({differences}); name another --answers-file, or "
-                f"replace this one with --restart"
-            )
 
 
 def _refuse_ambiguous(tasks: dict[str, Task]) -> None:

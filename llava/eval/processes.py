@@ -13,13 +13,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from llava.errors import FlagError
-from llava.eval.answers import Task, ToRow
+from llava.eval.answers import Task, ToRow, settings_path
 from llava.eval.program import answer_and_measure
 from llava.eval.runner import OpenImage
 from llava.output import replace_text
@@ -91,6 +92,34 @@ def joined() -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
+def part_of(path: Path, rank: int, count: int) -> Path:
+    """The answers file of one process."""
+    return path.with_name(f"{path.stem}.{rank}-of-{count}.jsonl")
+
+
+def put_together(processes: Processes, path: Path) -> None:
+    """When all processes have finished their parts, the first writes `path` and the settings beside it.
+
+    Args:
+        processes: more than one.
+        path: the answers file; it is there in every process when this returns.
+
+    Raises:
+        FlagError: a part is not there, because the processes do not share a folder.
+    """
+    parts = [part_of(path, rank, processes.count) for rank in range(processes.count)]
+    processes.wait()
+    lacking = [part.name for part in parts if not part.is_file()]
+    if lacking:
+        raise FlagError(f"{path.parent}: has no {lacking}; several machines need a folder that all of them see")
+    if processes.is_first:
+        text = "".join(part.read_text(encoding="utf-8") for part in parts)
+        path.unlink(missing_ok=True)  # at no moment answers of one run beside the settings of another
+        replace_text(settings_path(path), settings_path(parts[0]).read_text(encoding="utf-8"))
+        replace_text(path, text)
+    processes.wait()
+
+
 def answer_share(
     processes: Processes, args: argparse.Namespace, tasks: Sequence[Task], open_image: OpenImage, to_row: ToRow
 ) -> None:
@@ -104,20 +133,16 @@ def answer_share(
         to_row: makes the row of an answer.
 
     Raises:
-        FlagError: chunks are asked for as well.
+        FlagError: chunks are asked for as well, or the answers file there was made with other settings.
     """
     if args.num_chunks > 1:
         raise FlagError(
             f"--num-chunks {args.num_chunks}: torchrun has {processes.count} processes, which share the work"
         )
-    path = args.answers_file
-    parts = [path.with_name(f"{path.stem}.{rank}-of-{processes.count}.jsonl") for rank in range(processes.count)]
     own = copy.copy(args)
-    own.answers_file = parts[processes.rank]
+    own.answers_file = part_of(args.answers_file, processes.rank, processes.count)
     if own.device is None and torch.cuda.is_available():
         own.device = f"cuda:{processes.local_rank % torch.cuda.device_count()}"
-    answer_and_measure(own, processes.part(tasks), open_image, to_row=to_row)
-    processes.wait()
-    if processes.is_first:
-        replace_text(path, "".join(part.read_text(encoding="utf-8") for part in parts))
+    answer_and_measure(own, processes.part(tasks), open_image, to_row=to_row, whole=args.answers_file)
+    put_together(processes, args.answers_file)
     args.restart = False

@@ -9,7 +9,7 @@ from typing import Any
 
 from llava.data.images import load_image
 from llava.errors import FlagError
-from llava.eval.answers import AnswersFile, Task, ToRow, answer_row
+from llava.eval.answers import AnswersFile, Task, ToRow, answer_row, refuse_other_settings
 from llava.eval.generation import GenerationOptions
 from llava.eval.loading import DTYPES, choose_device, choose_dtype, load_model
 from llava.eval.prompts import check_conv_mode, plain_conv_mode
@@ -152,11 +152,23 @@ def answer_questions(
 
 
 def answer_and_measure(
-    args: argparse.Namespace, tasks: Sequence[Task], open_image: OpenImage, *, to_row: ToRow = answer_row
+    args: argparse.Namespace,
+    tasks: Sequence[Task],
+    open_image: OpenImage,
+    *,
+    to_row: ToRow = answer_row,
+    whole: Path | None = None,
 ) -> tuple[AnswersFile, Speed | None]:
     """Answer exactly `tasks`; whatever can be wrong without the model is checked before it is loaded.
 
-    Arguments and errors as `answer_questions`.
+    Errors as `answer_questions`.
+
+    Args:
+        args: the options of the functions above.
+        tasks: what is asked.
+        open_image: opens one image of a task.
+        to_row: makes the row of an answer.
+        whole: the answers file that this one is a part of; it must not hold answers made with other settings.
 
     Returns:
         the finished answers file, and how fast it went; None if there was nothing left to ask.
@@ -169,11 +181,14 @@ def answer_and_measure(
     if conv_mode != args.conv_mode:
         print(f"'{name}' looks like a model after stage 1 only: using the template '{conv_mode}'")
     check_conv_mode(conv_mode)
+    settings = answer_settings(args, options, conv_mode)
+    if whole is not None and not args.restart:
+        refuse_other_settings(whole, settings)
     answers = AnswersFile(
         args.answers_file,
         tasks,
         model_id=name,
-        settings=answer_settings(args, options, conv_mode),
+        settings=settings,
         arguments=json_values(args),
         to_row=to_row,
         restart=args.restart,

@@ -6,7 +6,6 @@ Batches, resuming, images and sampling are those of `llava/eval/runner.py`; LaVI
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,15 +14,15 @@ import torch
 
 from llava.data.images import load_image
 from llava.errors import FlagError
-from llava.eval.answers import AnswersFile, Task, answer_row
+from llava.eval.answers import AnswersFile, Task, answer_row, refuse_other_settings
 from llava.eval.generation import GenerationOptions
 from llava.eval.loading import LoadedModel, choose_device, choose_dtype, load_model
-from llava.eval.processes import Processes
+from llava.eval.processes import Processes, part_of, put_together
 from llava.eval.program import json_values
+from llava.eval.questions import read_jsonl
 from llava.eval.record import weights_fingerprint
 from llava.eval.runner import Prompt, answer_tasks
 from llava.mm_utils import get_model_name_from_path
-from llava.output import replace_text
 from mma.convert import SETTINGS
 from mma.data.tokens import prompt_ids
 from mma.original import TOWER, ready_folder
@@ -148,13 +147,15 @@ def answer_all(
     Raises:
         LlavaError: an image, the checkpoint or a file of answers is wrong; the message says what to do.
     """
-    name = ANSWERS_FILE if processes.count == 1 else f"answers.{processes.count}_{processes.rank}.jsonl"
-    model = get_model_name_from_path(args.adapter_path)
+    whole, settings = folder / ANSWERS_FILE, answer_settings(args, options, processes)
+    alone = processes.count == 1
+    if not alone and not args.restart:
+        refuse_other_settings(whole, settings)
     answers = AnswersFile(
-        folder / name,
+        whole if alone else part_of(whole, processes.rank, processes.count),
         processes.part(tasks),
-        model_id=model,
-        settings=answer_settings(args, options, processes),
+        model_id=get_model_name_from_path(args.adapter_path),
+        settings=settings,
         arguments=json_values(args),
         to_row=answer_row,
         restart=args.restart,
@@ -174,22 +175,9 @@ def answer_all(
         )
         print(f"{answers.path}: {speed}")
     answers.finish()
-    processes.wait()
-    return {str(row["question_id"]): row["text"] for row in _all_rows(folder, answers, processes)}
-
-
-def _all_rows(folder: Path, answers: AnswersFile, processes: Processes) -> list[dict[str, Any]]:
-    """The rows of all processes in the order of the questions; the first process writes them into one file."""
-    if processes.count == 1:
-        return [answers.rows[key] for key in answers.keys]
-    parts = [folder / f"answers.{processes.count}_{rank}.jsonl" for rank in range(processes.count)]
-    lacking = [path.name for path in parts if not path.is_file()]
-    if lacking:
-        raise FlagError(f"--output_dir {folder}: has no {lacking}; several machines need a folder that all of them see")
-    text = "".join(path.read_text(encoding="utf-8") for path in parts)
-    if processes.is_first:
-        replace_text(folder / ANSWERS_FILE, text)
-    return [json.loads(line) for line in text.splitlines()]
+    if not alone:
+        put_together(processes, whole)
+    return {str(row["question_id"]): row["text"] for _, row in read_jsonl(whole)}
 
 
 def answer_settings(args: argparse.Namespace, options: GenerationOptions, processes: Processes) -> dict[str, object]:

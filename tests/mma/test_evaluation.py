@@ -167,13 +167,13 @@ def test_two_processes_answer_what_one_answers(lavin_files: LavinFiles, lavin_ch
     alone = mma_eval.main(words_for(lavin_files, lavin_checkpoint, tmp_path / "one", "--limit", "5"))
     words = words_for(lavin_files, lavin_checkpoint, tmp_path / "two", "--limit", "5")
     (tmp_path / "two").mkdir()
-    shutil.copy(tmp_path / "one" / "answers.jsonl.run.json", tmp_path / "two" / "answers.2_0.jsonl.run.json")
+    shutil.copy(tmp_path / "one" / "answers.jsonl.run.json", tmp_path / "two" / "answers.0-of-2.jsonl.run.json")
     done_before = (tmp_path / "one" / "answers.jsonl").read_text().splitlines(keepends=True)[:2]
-    (tmp_path / "two" / "answers.2_0.jsonl").write_text("".join(done_before))  # the first has nothing left to ask
+    (tmp_path / "two" / "answers.0-of-2.jsonl").write_text("".join(done_before))  # the first has nothing left to ask
     command = [*torchrun(2), "-m", "mma.eval", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "answers.2_0.jsonl: 2 of 2 questions are answered" in done.stdout
+    assert "answers.0-of-2.jsonl: 2 of 2 questions are answered" in done.stdout
     assert answers_in(tmp_path / "two") == answers_in(tmp_path / "one")
     assert json.loads((tmp_path / "two" / "preds.json").read_text()) == alone.predictions
     assert done.stdout.count("scores.json") == 1
