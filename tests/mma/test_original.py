@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mma.config import MmaConfig
 from mma.original import export_file, import_file, main, ready_folder
 from tests.golden import golden_dir, load_case
 from tests.mma.golden_model import golden_model, llama_tensors, spliced_rows, write_tower
+from tests.mma.test_golden_inference import prompt
 from tests.train.test_training import BASE, command_line
 from tests.train.test_training import main as train
 
@@ -88,6 +90,25 @@ def test_a_published_file_gives_loss_and_logits(
     ours, expected = model(**inputs), reference(**inputs)
     assert torch.equal(ours.logits, expected.logits)
     assert torch.equal(ours.loss, expected.loss)
+
+
+def test_a_published_file_gives_the_tokens(base: Path, tower: Path, tmp_path: Path) -> None:
+    """Of each prompt alone, by the original's positions."""
+    case, tensors = load_case("lavin", "infer_attn")
+    folder = import_file(published("infer_attn", tmp_path / "lavin.pth"), tmp_path / "ours", base, str(tower))
+    stored = folder / "extensions" / "mma" / "config.json"
+    stored.write_text(json.dumps(json.loads(stored.read_text()) | {"shifted_decoding": True}))
+    _, model, _, _ = load_pretrained_model(str(folder), device="cpu")
+    model.generation_config.eos_token_id = None  # the original never stops
+    for row, ids in enumerate(case["prompt_tokens"]):
+        tokens = tensors[f"out/alone_{row}_tokens"]
+        answer = model.generate(
+            prompt(case, tensors["out/tokens"], row, len(ids))[None],
+            images=tensors["in/images"][row : row + 1],
+            do_sample=False,
+            max_new_tokens=len(tokens) - len(ids),
+        )
+        assert torch.equal(answer[0], tokens[len(ids) :])
 
 
 def test_there_and_back_is_exact(base: Path, tower: Path, tmp_path: Path) -> None:
