@@ -28,6 +28,7 @@ def messages_of(turns: list[Turn]) -> Messages:
         {"role": role, "content": text}
         for turn in turns
         for role, text in zip(("user", "assistant"), turn, strict=True)
+        if text.strip()
     ]
 
 
@@ -100,7 +101,7 @@ def build_page(chat: LavinChat, max_new_tokens: int) -> gr.Blocks:
                         gr.Number(0, label="Seed", precision=0),
                     ]
             with gr.Column(scale=2):
-                shown = gr.Chatbot(label="Conversation", height=480)
+                shown = gr.Chatbot(label="Conversation", height=480, buttons=["copy"])
                 question = gr.Textbox(label="Question", placeholder="Ask something", autofocus=True)
                 with gr.Row():
                     send, stop, clear = gr.Button("Send", variant="primary"), gr.Button("Stop"), gr.Button("New")
@@ -111,6 +112,13 @@ def build_page(chat: LavinChat, max_new_tokens: int) -> gr.Blocks:
             [question, turns, shown],
             api_name="ask",
         )
-        gr.on([clear.click, image.change], handlers.begin, None, [turns, shown], cancels=[asked], api_name="begin")
+        gr.on(
+            [clear.click, shown.clear, image.change],
+            handlers.begin,
+            None,
+            [turns, shown],
+            cancels=[asked],
+            api_name="begin",
+        )
         stop.click(None, None, None, cancels=[asked])
     return page.queue(default_concurrency_limit=None)

@@ -133,6 +133,7 @@ def test_errors_are_shown_in_the_conversation(
     assert shown[-1]["content"].startswith("Error: ")
     assert message in shown[-1]["content"]
     assert "Traceback" not in shown[-1]["content"]
+    assert len(shown) == 3 + bool(question.strip())
 
 
 def test_a_failing_model_is_an_error_in_the_conversation(chat: LavinChat, monkeypatch: pytest.MonkeyPatch) -> None:
