@@ -29,10 +29,19 @@ from scripts.experiments.modality.recipe import (
     plain_parameters,
     tuned_command,
 )
-from scripts.experiments.modality.tasks import MODALITIES, TASKS, TEXT_TASKS, held_out_rows, text_questions, text_rows
+from scripts.experiments.modality.tasks import (
+    KINDS,
+    MODALITIES,
+    TASKS,
+    Scene,
+    held_out_scenes,
+    questions,
+    text_questions,
+    text_rows,
+)
 from scripts.experiments.nlvr.recipe import Sizes, lora_parameters
 from scripts.experiments.nlvr.report import fill
-from scripts.experiments.nlvr.rows import Asked
+from scripts.experiments.nlvr.rows import Asked, read_train
 from scripts.experiments.nlvr.steps import marker, run_steps, write_json
 from scripts.experiments.nlvr_methods.table import BASE
 
@@ -41,54 +50,87 @@ SMALL = Sizes(width=16, mlp=24, layers=2, heads=2, vocabulary=32, max_length=32)
 METHODS = {method.name: method for method in Recipe().methods}
 
 
-def right_answer(task: str, question: str) -> str:
-    """The answer, worked out from the words of the question alone."""
-    words = question.rstrip("?").replace(":", "").split()
-    if task == "last":
-        return words[-1]
-    place = words.index("in")
-    asked, listed = words[place - 1], words[place + 1 :]
-    return ("Yes" if asked in listed else "No") if task == "member" else str(listed.count(asked))
+TURNS = {"exist": 2, "most": 1, "count": 2}
+
+
+def right_answer(words: str, question: str) -> str:
+    """The answer, worked out from the words of list and question alone."""
+    asked = question.rstrip("?").split()
+    colours = words.split()[::2]
+    if asked[0] == "How":
+        return str(colours.count(asked[2]))
+    if asked[0] == "Which":
+        return max(set(colours), key=colours.count)
+    return "Yes" if f"{asked[3]} {asked[4].rstrip('?')}" in words else "No"
 
 
 def test_text_questions_have_the_right_label() -> None:
-    questions = text_questions(held_out_rows(40))
-    assert [one["category"] for one in questions[::40]] == list(MODALITIES["text"])
-    for one in questions:
-        assert one["label"] == right_answer(one["category"], one["text"]), one
+    lines = text_questions(held_out_scenes(40))
+    assert [one["category"] for one in lines[:3]] == list(MODALITIES["text"])
+    for one in lines:
+        assert one["label"] == right_answer(*one["text"].split("\n")), one
         assert "image" not in one
-    assert len({one["question_id"] for one in questions}) == len({one["text"] for one in questions}) == 120
+    assert len({one["question_id"] for one in lines}) == len({one["text"] for one in lines}) == 120
     for task in MODALITIES["text"]:
-        assert len({one["label"] for one in questions if one["category"] == task}) > 1
+        assert len({one["label"] for one in lines if one["category"] == task}) > 1
 
 
-def test_text_rows_ask_every_task_and_nothing_held_out() -> None:
-    held_out = held_out_rows(200)
-    rows = text_rows(300, 2, 1, held_out)
-    turns = [turn for row in rows for turn in row["conversations"]]
-    assert all("image" not in row and len(row["conversations"]) == 2 * 2 * len(TEXT_TASKS) for row in rows)
-    assert not {one["text"] for one in text_questions(held_out)} & {turn["value"] for turn in turns[::2]}
-    assert len({row["conversations"][0]["value"].split()[0] for row in rows}) == len(TEXT_TASKS)  # in any order
-    assert rows == text_rows(300, 2, 1, held_out) != text_rows(300, 2, 2, held_out)
+def test_most_is_not_asked_of_a_draw() -> None:
+    draw = Scene((("blue", "circle"), ("black", "circle")))
+    assert questions(draw)["most"] == {}
+    assert list(questions(Scene((*draw.objects, ("blue", "square"))))["most"].values()) == ["blue"]
 
 
-def test_text_rows_could_ask_what_is_held_out() -> None:
-    """The negative control: kept apart from other questions, some rows are those of the test set."""
-    other = {task: [] for task in MODALITIES["text"]}
-    asked = {turn["value"] for row in text_rows(750, 2, 1, other) for turn in row["conversations"][::2]}
-    assert asked & {one["text"] for one in text_questions(held_out_rows(200))}
+def test_text_rows_are_right_and_ask_of_nothing_held_out() -> None:
+    held_out = held_out_scenes(200)
+    rows = text_rows(300, TURNS, 1, held_out)
+    lists = set()
+    for row in rows:
+        turns = row["conversations"]
+        words, first = turns[0]["value"].split("\n")
+        lists.add(words)
+        asked = [first, *(turn["value"] for turn in turns[2::2])]
+        assert [turn["value"] for turn in turns[1::2]] == [right_answer(words, question) for question in asked]
+        assert 4 <= len(set(asked)) == len(asked) <= 5
+        assert "image" not in row
+    assert not lists & {scene.words for scene in held_out}
+    assert rows == text_rows(300, TURNS, 1, held_out) != text_rows(300, TURNS, 2, held_out)
 
 
-def test_image_rows_are_of_the_image_tasks() -> None:
-    asked = [
-        Asked(f"images/s-{n}-0.png", task, f"{task}?", str(n)) for n in range(3) for task in (*TASKS[:3], "verify")
-    ]
+def test_text_rows_could_ask_of_what_is_held_out() -> None:
+    """The negative control: with nothing held out, some lists are those of the test."""
+    lists = {row["conversations"][0]["value"].split("\n")[0] for row in text_rows(1200, TURNS, 1, [])}
+    assert lists & {scene.words for scene in held_out_scenes(100)}
+
+
+def test_wordings_are_those_of_the_pictures() -> None:
+    """The base knows the questions as single pieces of its tokenizer, and only if they are equal to the letter."""
+    data = ROOT.parent / "shared" / "data" / "nlvr" / "train.json"
+    if not data.is_file():
+        pytest.skip("needs the NLVR files in ../shared/data/nlvr")
+    known = questions(Scene((("blue", "circle"),)))
+    asked = {(one.task, one.question) for one in read_train(data) if one.task in KINDS}
+    assert asked == {(kind, question) for kind, answers in known.items() for question in answers}
+
+
+def test_image_rows_are_of_the_kinds() -> None:
+    asked = [Asked(f"images/s-{n}-0.png", task, f"{task}?", str(n)) for n in range(3) for task in (*KINDS, "verify")]
     rows = table.image_rows(asked, Recipe(rows=5), 0)
     for row in rows:
-        questions = {turn["value"].removeprefix("<image>\n") for turn in row["conversations"][::2]}
+        found = {turn["value"].removeprefix("<image>\n") for turn in row["conversations"][::2]}
         assert row["image"]
-        assert questions == {f"{task}?" for task in MODALITIES["image"]}
+        assert found == {f"{task}?" for task in KINDS}
     assert [row["id"] for row in rows] == [f"image-{number}" for number in range(5)]
+
+
+def test_blind_guesses_follow_the_training_rows(tmp_path: Path) -> None:
+    rows = text_rows(50, TURNS, 0, [])
+    write_json(tmp_path / "train-0.json", [*rows, {**rows[0], "image": "a.png"}])
+    known = questions(Scene((("blue", "circle"),)))
+    asked = [Asked("", f"text {kind}", question, "?") for kind, answers in known.items() for question in answers]
+    found = table.trained_about_lists(tmp_path, asked)
+    assert len(found) == sum(len(row["conversations"]) // 2 for row in rows)
+    assert {one.task for one in found} == set(MODALITIES["text"])
 
 
 def small_model(temperature: float = 10.0, hidden: int = 6) -> Any:
@@ -230,8 +272,10 @@ def test_a_base_that_is_there_is_not_prepared_again(tmp_path: Path, monkeypatch:
     assert not made
     assert json.loads((folder / "recipe.json").read_text()) == json.loads(json.dumps(recipe.prepared))
     assert len(json.loads((folder / "train-2.json").read_text())) == 6
-    questions = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
-    assert [one["category"] for one in questions] == ["exist", *(task for task in TASKS[3:] for _ in range(4))]
+    asked = table.asked_questions(folder)
+    assert [one.task for one in asked] == ["exist", *(MODALITIES["text"] * 4)]
+    assert [one.question for one in asked[:2]] != [one.question for one in asked[1:3]]
+    assert not any("\n" in one.question for one in asked)
     with pytest.raises(FlagError, match="another recipe"):
         table.prepare(replace(recipe, rows=4), data, folder)
     table.prepare(replace(recipe, rates={}), data, folder)  # settled after the pilots

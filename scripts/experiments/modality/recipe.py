@@ -69,22 +69,20 @@ class Recipe:
         sizes: those of the base.
         base: training of the base.
         rows: training rows of each modality.
-        turns: for each image task, the most questions in a row with a picture.
-        text_turns: questions of each text task in a row without; sequences of both modalities are about as long then.
+        turns: for each kind of question, the most in a row, of either modality.
         batch: rows in an update.
         rates: peak learning rate of each method, settled by the pilots.
         candidates: rates that the pilots try.
         rank: of LoRA; the widths of the adapters follow.
         temperature: of MMA's routers; LaVIN's own.
         every: one in so many test pictures is asked about.
-        held_out: test questions of each text task.
+        held_out: test lists, each with one question of every kind.
     """
 
     sizes: Sizes = field(default_factory=lambda: BaseRecipe().sizes)
     base: Training = field(default_factory=lambda: BaseRecipe().base)
     rows: int = 1200
     turns: Mapping[str, int] = field(default_factory=lambda: {"exist": 2, "most": 1, "count": 2})
-    text_turns: int = 2
     batch: int = 8
     rates: Mapping[str, float] = field(default_factory=lambda: {"mma": 5e-3, "plain": 5e-3, "lora": 5e-3})
     candidates: tuple[float, ...] = (5e-3, 1.5e-2)

@@ -20,7 +20,7 @@ from typing import Any
 
 from scripts.experiments.modality import report
 from scripts.experiments.modality.recipe import SEEDS, Recipe, Run, tuned_command
-from scripts.experiments.modality.tasks import IMAGE_TASKS, held_out_rows, text_questions, text_rows
+from scripts.experiments.modality.tasks import KINDS, held_out_scenes, text_questions, text_rows
 from scripts.experiments.nlvr.report import command_block, fill
 from scripts.experiments.nlvr.rows import (
     Asked,
@@ -67,22 +67,22 @@ def prepare(recipe: Recipe, data: Path, folder: Path) -> None:
     """
     if same_recipe(folder, recipe.prepared):
         return
-    asked, held_out = read_train(data / "train.json"), held_out_rows(recipe.held_out)
+    asked, held_out = read_train(data / "train.json"), held_out_scenes(recipe.held_out)
     if not marker(folder, f"train-{BASE}").exists():
         prepare_base(recipe.as_base, asked, folder)
     for seed in SEEDS:
-        text = text_rows(recipe.rows, recipe.text_turns, seed, held_out)
+        text = text_rows(recipe.rows, recipe.turns, seed, held_out)
         write_json(folder / f"train-{seed}.json", image_rows(asked, recipe, seed) + text)
     chosen = chosen_questions(data, recipe.every)
-    lines = [line for task in IMAGE_TASKS for line in chosen[task]]
+    lines = [line for task in KINDS for line in chosen[task]]
     lines += [json.dumps(question) for question in text_questions(held_out)]
     questions_of(folder, None).write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_json(folder / "recipe.json", recipe.prepared)
 
 
 def image_rows(asked: Sequence[Asked], recipe: Recipe, seed: int) -> list[dict[str, Any]]:
-    """LLaVA rows of one picture, with questions of all image tasks that its scene has."""
-    wanted = [one for one in asked if one.task in IMAGE_TASKS]
+    """LLaVA rows of one picture, with questions of all kinds that its scene has."""
+    wanted = [one for one in asked if one.task in KINDS]
     rows = conversation_rows(wanted, recipe.turns, recipe.rows, seed)
     return [row | {"id": f"image-{row['id']}"} for row in rows]
 
@@ -140,18 +140,38 @@ def run_pilots(recipe: Recipe, data: Path, folder: Path, workers: int) -> None:
         print(f"{run.method.title}, rate {run.rate:g}: loss {report.last_loss(folder / run.name):.3f}")
 
 
+def asked_questions(folder: Path) -> list[Asked]:
+    """The questions of the test, without the lists."""
+    rows = map(json.loads, questions_of(folder, None).read_text(encoding="utf-8").splitlines())
+    return [Asked(row.get("image", ""), row["category"], row["text"].rpartition("\n")[2], row["label"]) for row in rows]
+
+
+def trained_about_lists(folder: Path, asked: Sequence[Asked]) -> list[Asked]:
+    """Those of the questions `asked` that the first seed is trained on, with every answer they have there."""
+    task_of = {one.question: one.task for one in asked}
+    rows = json.loads((folder / f"train-{SEEDS[0]}.json").read_text(encoding="utf-8"))
+    found = []
+    for row in rows:
+        for human, gpt in zip(row["conversations"][::2], row["conversations"][1::2], strict=True):
+            question = human["value"].rpartition("\n")[2]
+            if "image" not in row and question in task_of:
+                found.append(Asked("", task_of[question], question, gpt["value"]))
+    return found
+
+
 def write_document(document: Path, recipe: Recipe, data: Path, folder: Path, steps: Sequence[Step]) -> None:
     """Fill tables and commands of what is done into the document.
 
     Raises:
         DocumentError: it lacks the marked places.
     """
-    rows = map(json.loads, questions_of(folder, None).read_text(encoding="utf-8").splitlines())
-    every = [Asked(row.get("image", ""), row["category"], row["text"], row["label"]) for row in rows]
-    pictured = [one for one in every if one.task in IMAGE_TASKS]
+    asked = asked_questions(folder)
+    pictures, lists = [one for one in asked if one.image], [one for one in asked if not one.image]
+    blind = blind_accuracy(read_train(data / "train.json"), pictures)
+    blind |= blind_accuracy(trained_about_lists(folder, lists), lists)
     references = {
-        "majority answer": report.columns(majority_accuracy(every)),
-        "blind (question only)": report.columns(blind_accuracy(read_train(data / "train.json"), pictured)),
+        "majority answer": report.columns(majority_accuracy(asked)),
+        "blind (question only)": report.columns(blind),
         "base": report.read_scores(folder, BASE),
     }
     runs = table_runs(recipe)

@@ -1,95 +1,112 @@
-"""The two halves of the mixture: questions about pictures, and questions about lists of letters without a picture.
+"""The two halves of the mixture: questions about a picture, and the same questions about a list of objects in words.
 
-Each half asks for a Yes or No, for a name and for a number. A list is drawn by a program; its letters are single pieces
-of the tokenizer of the NLVR base, which was trained on no such text.
+A list ("blue square black circle") is drawn by a program and stands in the prompt where a picture would, before the
+first question. The base of the experiment has seen the questions with pictures, and neither the words nor any row
+without a picture. Wordings and answers are those of the NLVR files.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
-from scripts.experiments.text.tasks import Row, Task, draw_rows
+COLOURS = ("black", "blue", "yellow")
+SHAPES = ("circle", "square", "triangle")
+FEWEST, MOST = 3, 6
+"""Objects in a list."""
 
-IMAGE_TASKS = ("exist", "most", "count")
-"""Those of NLVR that a small model learns: in every table `verify` stays at the majority answer."""
+KINDS = ("exist", "most", "count")
+"""Of the tasks of NLVR; `verify` is left out: in every table it stays at the majority answer."""
 
-LETTERS = "bdfghkmp"
+MODALITIES: Mapping[str, tuple[str, ...]] = {"image": KINDS, "text": tuple(f"text {kind}" for kind in KINDS)}
+"""Names of the tasks of each modality, as in the table."""
 
-
-def _member(random: Random) -> tuple[str, str]:
-    letters = random.sample(LETTERS, 5)
-    inside = random.random() < 0.5
-    asked, listed = (random.choice(letters[1:]) if inside else letters[0]), letters[1:]
-    return f"{asked} in {' '.join(listed)}", "Yes" if inside else "No"
-
-
-def _last(random: Random) -> tuple[str, str]:
-    letters = random.sample(LETTERS, random.randint(3, 6))
-    return " ".join(letters), letters[-1]
+TASKS = tuple(task for tasks in MODALITIES.values() for task in tasks)
 
 
-def _tally(random: Random) -> tuple[str, str]:
-    asked, *others = random.sample(LETTERS, 6)
-    times = random.randint(1, 4)
-    listed = [asked] * times + others[: 5 - times]
-    random.shuffle(listed)
-    return f"{asked} in {' '.join(listed)}", str(times)
+class Scene(NamedTuple):
+    """A list of objects.
+
+    Attributes:
+        objects: colour and shape of each, in the order of the list.
+    """
+
+    objects: tuple[tuple[str, str], ...]
+
+    @property
+    def words(self) -> str:
+        """As in a prompt."""
+        return " ".join(f"{colour} {shape}" for colour, shape in self.objects)
 
 
-TEXT_TASKS = (
-    Task("member", ("Is {}?",), _member),
-    Task("last", ("Which is last: {}?",), _last),
-    Task("tally", ("How many {}?",), _tally),
-)
-"""Is a letter in a list; which letter is last; how often is a letter in a list."""
-
-TASKS = (*IMAGE_TASKS, *(task.name for task in TEXT_TASKS))
-MODALITIES: Mapping[str, tuple[str, ...]] = {"image": IMAGE_TASKS, "text": TASKS[len(IMAGE_TASKS) :]}
+def draw_scene(random: Random) -> Scene:
+    """A random list; objects may be equal."""
+    number = random.randint(FEWEST, MOST)
+    return Scene(tuple((random.choice(COLOURS), random.choice(SHAPES)) for _ in range(number)))
 
 
-def question(row: Row) -> str:
-    """What a row asks, in words."""
-    return row["instruction"].format(row["input"])
+def questions(scene: Scene) -> dict[str, dict[str, str]]:
+    """Answer by kind and question; `most` is asked only if one colour has more objects than each other."""
+    colours = Counter(colour for colour, _ in scene.objects)
+    exist = {
+        f"Is there a {colour} {shape}? Answer yes or no.": "Yes" if (colour, shape) in scene.objects else "No"
+        for colour in COLOURS
+        for shape in SHAPES
+    }
+    count = {f"How many {colour} objects are there? Answer with a number.": str(colours[colour]) for colour in COLOURS}
+    (first, times), *others = colours.most_common()
+    most = {"Which colour has the most objects: black, blue or yellow?": first}
+    return {"exist": exist, "most": {} if others and others[0][1] == times else most, "count": count}
 
 
-def held_out_rows(count: int) -> dict[str, list[Row]]:
-    """The held-out rows of each text task, `count` each; the same for every seed."""
-    return {task.name: draw_rows(task, number, count, "test") for number, task in enumerate(TEXT_TASKS)}
+def held_out_scenes(count: int) -> list[Scene]:
+    """The lists of the test, all different and each with a most frequent colour; the same for every seed."""
+    random, scenes = Random("test/scenes"), dict[Scene, None]()
+    while len(scenes) < count:
+        scene = draw_scene(random)
+        if questions(scene)["most"]:
+            scenes[scene] = None
+    return list(scenes)
 
 
-def text_questions(held_out: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
-    """The same as lines of a question file."""
-    return [
-        {"question_id": f"{task}-{index}", "text": question(row), "category": task, "label": row["output"]}
-        for task, rows in held_out.items()
-        for index, row in enumerate(rows)
-    ]
+def text_questions(held_out: Sequence[Scene]) -> list[dict[str, Any]]:
+    """One question of each kind about each list, as lines of a question file."""
+    random, lines = Random("test/questions"), []
+    for number, scene in enumerate(held_out):
+        for kind, task in zip(KINDS, MODALITIES["text"], strict=True):
+            asked, answer = random.choice(list(questions(scene)[kind].items()))
+            text = f"{scene.words}\n{asked}"
+            lines.append({"question_id": f"text-{number}/{kind}", "text": text, "category": task, "label": answer})
+    return lines
 
 
-def text_rows(count: int, turns: int, seed: int, held_out: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
-    """LLaVA rows without image.
+def text_rows(count: int, turns: Mapping[str, int], seed: int, held_out: Sequence[Scene]) -> list[dict[str, Any]]:
+    """LLaVA rows without image, with the list before the first question.
 
     Args:
         count: number of rows.
-        turns: questions of each text task in a row; the order of a row's questions is random.
-        seed: of questions and orders.
-        held_out: by task, rows none of which is asked.
+        turns: for each kind, the most questions in a row; the order of a row's questions is random.
+        seed: of lists, questions and orders.
+        held_out: lists that are not asked about.
     """
-    drawn = [
-        draw_rows(task, number, turns * count, f"{seed}", frozenset(row["input"] for row in held_out[task.name]))
-        for number, task in enumerate(TEXT_TASKS)
-    ]
-    random = Random(f"{seed}/turns")
-    rows = []
-    for index in range(count):
-        asked = [row for task_rows in drawn for row in task_rows[turns * index : turns * (index + 1)]]
-        random.shuffle(asked)
+    random, kept = Random(f"{seed}/text"), set(held_out)
+    rows: list[dict[str, Any]] = []
+    while len(rows) < count:
+        scene = draw_scene(random)
+        if scene in kept:
+            continue
+        known = questions(scene)
+        chosen: list[tuple[str, str]] = []
+        for kind, most in turns.items():
+            chosen += random.sample(list(known[kind].items()), min(most, len(known[kind])))
+        random.shuffle(chosen)
         words = [
             {"from": speaker, "value": value}
-            for row in asked
-            for speaker, value in (("human", question(row)), ("gpt", row["output"]))
+            for asked, answer in chosen
+            for speaker, value in (("human", asked), ("gpt", answer))
         ]
-        rows.append({"id": f"text-{index}", "conversations": words})
+        words[0]["value"] = f"{scene.words}\n{words[0]['value']}"
+        rows.append({"id": f"text-{len(rows)}", "conversations": words})
     return rows
