@@ -21,7 +21,7 @@ from llava.eval.processes import joined
 from llava.output import replace_text
 from llava.utils import run_program
 from mma.data.scienceqa import ScienceQA, check_prompt_format, read_split
-from mma.programs.answering import answer_all, generation_options, given_options
+from mma.programs.answering import answer_all, generation_options, given_options, output_folder
 from mma.programs.eval_options import add_answer_options, add_model_options, add_scienceqa_options
 from mma.scoring.scienceqa import ScienceQAScore, score
 
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> ScienceQAScore:
         raise FlagError("--use_caption: say where the captions are by --caption_file")
     data = read_split(args.data_root, args.split, args.caption_file if args.use_caption else None)
     tasks = tasks_of(data, args.prompt_format, args.options)[: args.limit]
-    folder = Path(args.output_dir or Path(args.adapter_path).with_suffix("") / f"scienceqa-{args.split}")
+    folder = output_folder(args, f"scienceqa-{args.split}")
     options = generation_options(args, args.max_new_tokens)
     with joined() as processes:
         answers = answer_all(args, given, tasks, data.image_folder, folder, options, processes)

@@ -19,7 +19,7 @@ from llava.eval.processes import joined
 from llava.output import replace_text
 from llava.utils import run_program
 from mma.data.prompts import instruction_prompt
-from mma.programs.answering import answer_all, generation_options, given_options
+from mma.programs.answering import answer_all, generation_options, given_options, output_folder
 from mma.programs.eval_options import add_answer_options, add_model_options, add_scienceqa_options
 from mma.scoring.mme import LabelSource, MmeQuestion, read_benchmark, report, rows_of
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, TaskScore]:
     if others:
         print(f"{args.root_dir_}: not a subset, left out: {', '.join(others)}")
     questions = questions[: args.limit and args.limit + args.limit % 2]  # both questions about an image
-    folder = Path(args.output_dir or Path(args.adapter_path).with_suffix("") / "mme")
+    folder = output_folder(args, "mme")
     options = generation_options(args, args.max_new_tokens)
     with joined() as processes:
         answers = answer_all(args, given, tasks_of(questions), args.root_dir_, folder, options, processes)

@@ -115,13 +115,24 @@ def device_of(args: argparse.Namespace, processes: Processes) -> str:
 
 
 def generation_options(args: argparse.Namespace, max_new_tokens: int) -> GenerationOptions:
-    """How answers are sampled.
+    """How answers are sampled; checks what else can be wrong without the model.
 
     Raises:
         FlagError: a value is out of range.
     """
+    if args.limit is not None and args.limit < 1:
+        raise FlagError(f"--limit {args.limit}: must be at least 1")
+    if args.max_batch_size < 1:
+        raise FlagError(f"--max_batch_size {args.max_batch_size}: must be at least 1")
     temperature = args.generation_temperature
     return GenerationOptions(temperature, args.top_p, max_new_tokens=max_new_tokens, seed=args.seed)
+
+
+def output_folder(args: argparse.Namespace, name: str) -> Path:
+    """`--output_dir`, or a folder in the checkpoint; beside a file of the original, one of its name holds it."""
+    adapters = Path(args.adapter_path)
+    within = adapters.with_suffix("") if adapters.is_file() else adapters
+    return Path(args.output_dir) if args.output_dir is not None else within / name
 
 
 def answer_all(

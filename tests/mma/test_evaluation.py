@@ -18,7 +18,7 @@ from mma import eval as mma_eval
 from mma import eval_mme
 from mma.data.scienceqa import read_split
 from mma.original import export_file
-from mma.programs.answering import find_folders, given_options, load_lavin, make_prompt
+from mma.programs.answering import find_folders, given_options, load_lavin, make_prompt, output_folder
 from mma.scoring.scienceqa import score
 from tests.golden import load_case
 from tests.mma.lavin_files import LavinFiles
@@ -120,6 +120,17 @@ def test_what_the_options_make_of_the_model(
     assert "temperature" not in given
 
 
+def test_where_answers_go(lavin_files: LavinFiles, tmp_path: Path) -> None:
+    (tmp_path / "lavin-v1.5").mkdir()
+    (tmp_path / "15-eph.pth").touch()
+    words = words_for(lavin_files, tmp_path / "lavin-v1.5", tmp_path)
+    place = words.index("--output_dir")
+    args = mma_eval.build_parser().parse_args(words[:place] + words[place + 2 :])
+    assert output_folder(args, "mme") == tmp_path / "lavin-v1.5" / "mme"
+    args.adapter_path = str(tmp_path / "15-eph.pth")
+    assert output_folder(args, "mme") == tmp_path / "15-eph" / "mme"
+
+
 def test_a_file_of_the_original_answers_as_its_checkpoint(
     lavin_files: LavinFiles, lavin_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -147,6 +158,8 @@ def test_a_file_of_the_original_answers_as_its_checkpoint(
         (["--visual_adapter_type", "normal"], FlagError, "--visual_adapter_type normal, but router"),
         (["--llm_model", "30B"], CheckpointError, "look at --llama_model_path"),
         (["--top_p", "2"], FlagError, "--top_p 2"),
+        (["--limit", "0"], FlagError, "--limit 0"),
+        (["--max_batch_size", "0"], FlagError, "--max_batch_size 0"),
     ],
 )
 def test_what_is_wrong_is_said(
