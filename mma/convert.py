@@ -73,13 +73,16 @@ def read(path: Path) -> Original:
     return Original(tensors, {name: float(said[name]) for name in SETTINGS if said.get(name) is not None})
 
 
-def config_of(original: Original, source: Path, **settings: float | None) -> MmaConfig:
+def config_of(
+    original: Original, source: Path, defaults: Mapping[str, float] | None = None, **settings: float | None
+) -> MmaConfig:
     """Configuration of the adapters: kinds and widths from names and shapes.
 
     Args:
         original: what was read.
         source: for messages.
-        settings: of `SETTINGS`; None takes what the file says, or the original's default.
+        defaults: of `SETTINGS`, where neither `settings` nor the file says it; none: those of the original's training.
+        settings: of `SETTINGS`; None takes what the file says, or the default.
 
     Raises:
         ValueError: a tensor that decides is missing, or the two ways contradict each other.
@@ -103,7 +106,7 @@ def config_of(original: Original, source: Path, **settings: float | None) -> Mma
         visual_adapter_type=_visual_type(names),
         adapter_dim=down.shape[0],
         adapter_groups=down.shape[0] // up.shape[1],
-        **{**original.settings, **given},
+        **{**(defaults or {}), **original.settings, **given},
     )
 
 

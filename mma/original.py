@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from llava.errors import CheckpointError
+from llava.eval.record import weights_fingerprint
 from llava.hub import local_folder
 from llava.model.checkpoint import copy_tensors, read_extensions, save_checkpoint
 from llava.model.components import Component, components
@@ -99,7 +100,8 @@ def import_file(
     file: str | Path,
     output: str | Path,
     base: str | Path,
-    vision_tower: str = TOWER,
+    vision_tower: str | None = None,
+    defaults: Mapping[str, float] | None = None,
     **settings: float | None,
 ) -> Path:
     """Write a checkpoint folder from a file of the original.
@@ -108,8 +110,9 @@ def import_file(
         file: `{'model': tensors, ...}`.
         output: folder to write.
         base: folder or hub id of the language model, in transformers' layout.
-        vision_tower: folder or hub id.
-        settings: `adapter_scale` and `temperature`; None takes what the file says, or the original's default.
+        vision_tower: folder or hub id; None: `TOWER`.
+        defaults: see `convert.config_of`.
+        settings: `adapter_scale` and `temperature`; None takes what the file says, or the default.
 
     Returns:
         The folder written. It appears whole or not at all.
@@ -120,11 +123,12 @@ def import_file(
     file, base = Path(file), str(local_folder(str(base)))
     try:
         original = convert.read(file)
-        config = convert.config_of(original, file, **settings)
+        config = convert.config_of(original, file, defaults, **settings)
         hidden = convert.hidden_proj(original, file)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    args = _arguments(base, vision_tower, hidden)
+    tower = vision_tower or TOWER
+    args = _arguments(base, tower, hidden)
     tokenizer = load_tokenizer(base, model_max_length=MAX_LENGTH)
     model = skeleton(base, load_config(base), args.model, [base])
     attach(model, config)
@@ -138,30 +142,52 @@ def import_file(
     model.requires_grad_(False)
     with new_path(output) as folder:
         save_checkpoint(model, folder, tokenizer)
-        record = {"arguments": {"model": {"model_name_or_path": base}}, "imported_from": file.name}
+        record = {
+            "arguments": {"model": {"model_name_or_path": base, "vision_tower": tower}},
+            "imported_from": {
+                "file": file.name,
+                "fingerprint": weights_fingerprint(file),
+                "settings": original.settings,
+            },
+        }
         (folder / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return Path(output)
 
 
-def ready_folder(file: str | Path, base: str | Path, vision_tower: str = TOWER, **settings: float | None) -> Path:
+def ready_folder(
+    file: str | Path,
+    base: str | Path,
+    vision_tower: str | None = None,
+    defaults: Mapping[str, float] | None = None,
+    **settings: float | None,
+) -> Path:
     """The checkpoint folder of a file of the original, `NAME-llava` beside it; written if it is not there.
 
-    Arguments and errors as of `import_file`.
+    Arguments and errors as of `import_file`; what is None and has no default fits any folder that is there.
 
     Raises:
-        CheckpointError: the folder was written for another base, or with other settings.
+        CheckpointError: the folder was written from a file with other content, or for another base or tower, or with
+            other settings.
     """
     file = Path(file)
     folder = file.with_name(f"{file.stem}-llava")
     if not folder.exists():
-        return import_file(file, folder, base, vision_tower, **settings)
-    recorded = read_json(folder / RUN_FILE)["arguments"]["model"]["model_name_or_path"]
+        return import_file(file, folder, base, vision_tower, defaults, **settings)
+    record = read_json(folder / RUN_FILE)
+    source, model = record.get("imported_from"), record["arguments"]["model"]
     config = read_json(folder / "extensions" / MmaExtension.name / "config.json")
-    other = [f"{name} {config[name]}" for name, value in settings.items() if value not in (None, config[name])]
-    if recorded != str(local_folder(str(base))):
-        other.append(f"base {recorded}")
+    said = source["settings"] if isinstance(source, dict) else {}
+    given = {name: value for name, value in settings.items() if value is not None}
+    wanted = {**(defaults or {}), **said, **given}
+    other = [f"with {name} {config[name]}" for name, value in wanted.items() if value != config[name]]
+    if model["model_name_or_path"] != str(local_folder(str(base))):
+        other.append(f"with base {model['model_name_or_path']}")
+    if vision_tower not in (None, model.get("vision_tower")):
+        other.append(f"with tower {model.get('vision_tower')}")
+    if not isinstance(source, dict) or source["fingerprint"] != weights_fingerprint(file):
+        other.append(f"from other content than {file.name} has now")
     if other:
-        raise CheckpointError(f"{folder}: was written from {file.name} with {', '.join(other)}; delete it or rename it")
+        raise CheckpointError(f"{folder}: was written {', '.join(other)}; delete it or rename it, or pass the same")
     return folder
 
 

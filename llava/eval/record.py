@@ -12,19 +12,24 @@ WEIGHT_FOLDERS = ("*", "extensions/*/*", "vision_tower/*")
 SAMPLE_BYTES = 1 << 20
 
 
-def weights_fingerprint(folder: str | Path | None) -> str | None:
-    """A digest that changes when the weights in a checkpoint folder change; copies of a folder share it.
+def weights_fingerprint(checkpoint: str | Path | None) -> str | None:
+    """A digest that changes when the weights in a checkpoint change; copies of it share it.
 
-    Reads the size, the first and the last MiB of each weight file, so that it is instant for a model of any size.
+    Reads the size, the first and the last MiB of each weight file, so that it is instant for a model of any size. A
+    file that `torch.save` wrote ends with a checksum of every tensor.
+
+    Args:
+        checkpoint: folder, or a file of weights.
 
     Returns:
-        16 hexadecimal digits, or None if `folder` is no local folder (the name of a model on a hub).
+        16 hexadecimal digits, or None if there is no such file or folder (the name of a model on a hub).
     """
-    if folder is None or not Path(folder).is_dir():
+    if checkpoint is None or not Path(checkpoint).exists():
         return None
     digest = hashlib.sha256()
-    found = {path for pattern in WEIGHT_FOLDERS for path in Path(folder).glob(pattern)}
-    for path in sorted(path for path in found if path.suffix in WEIGHT_SUFFIXES and path.is_file()):
+    folder = Path(checkpoint)
+    found = {folder} if folder.is_file() else {path for pattern in WEIGHT_FOLDERS for path in folder.glob(pattern)}
+    for path in sorted(path for path in found if path.is_file() and (path == folder or path.suffix in WEIGHT_SUFFIXES)):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
         with path.open("rb") as file:

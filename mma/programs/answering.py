@@ -25,7 +25,7 @@ from llava.eval.runner import Prompt, answer_tasks
 from llava.mm_utils import get_model_name_from_path
 from mma.convert import SETTINGS
 from mma.data.tokens import prompt_ids
-from mma.original import TOWER, ready_folder
+from mma.original import ready_folder
 from mma.programs.eval_options import ADAPTER_OPTIONS, BITS, check_adapters
 from mma.weights.base import BaseWeights, base_folder
 
@@ -71,7 +71,8 @@ def find_folders(args: argparse.Namespace, given: dict[str, Any], processes: Pro
         base = base_folder(BaseWeights(args.ckpt_dir, args.llm_model, args.use_vicuna))
         if adapters.is_file():
             settings = {name: given[name] for name in SETTINGS if name in given}
-            adapters = ready_folder(adapters, base, args.vision_tower or TOWER, **settings)
+            defaults = {name: getattr(args, name) for name in SETTINGS}
+            adapters = ready_folder(adapters, base, args.vision_tower, defaults, **settings)
     return Folders(base, adapters)
 
 
@@ -194,6 +195,7 @@ def answer_all(
 def answer_settings(args: argparse.Namespace, options: GenerationOptions, processes: Processes) -> dict[str, object]:
     """All that decides the answer to a given question; a run is continued only with the same settings."""
     device = device_of(args, processes)
+    names = ("vision_tower", *SETTINGS) if Path(args.adapter_path).is_file() else ()  # a folder says these itself
     return {
         "weights": weights_fingerprint(args.adapter_path) or args.adapter_path,
         "ckpt_dir": args.ckpt_dir,
@@ -203,5 +205,6 @@ def answer_settings(args: argparse.Namespace, options: GenerationOptions, proces
         "max_seq_len": args.max_seq_len,
         "shifted_decoding": args.shifted_decoding,
         "torch_dtype": str(choose_dtype(args.torch_dtype, "cpu" if device == "cpu" else "cuda")),
+        "file_read_with": {name: getattr(args, name) for name in names} or None,
         **vars(options),
     }

@@ -49,7 +49,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--hidden_proj", type=int, default=128, help="hidden width of the projector")
     add("--n_prompt", type=int, default=10, help="without effect: the tower says how many features a picture has")
     add("--max_seq_len", type=int, required=True, help="positions of a prompt, the modality token included")
-    add("--vision_tower", type=str, default=None, help="tower of a .pth file; default: CLIP ViT-L/14")
+    add(
+        "--vision_tower",
+        type=str,
+        default=None,
+        help="tower of a .pth file, and of nothing else; default: CLIP ViT-L/14",
+    )
     add("--device", type=str, default=None, help="cuda, cuda:1, cpu, ...; default: a GPU if there is one")
     add(
         "--torch-dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype of the weights"

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llava.errors import FlagError, LlavaError
 from llava.eval.generation import GenerationOptions
 from llava.eval.processes import Processes
 from llava.serve.engine import Engine
 from mma import demo
+from mma.original import export_file
 from mma.programs.answering import find_folders, given_options, load_lavin
 from mma.programs.chat import LavinChat, chat_prompt, shown_answer
 from mma.programs.page import Handlers, build_page
@@ -56,6 +59,21 @@ def test_prompts_are_those_of_the_training() -> None:
     said = [("What is this?", " A red bus. ")]
     expected = "Instruction: What is this?\nResponse: A red bus.\nInstruction: Why?\nResponse:"
     assert chat_prompt(said, "Why?", has_image=True) == expected
+
+
+def test_the_routing_of_a_silent_file_is_as_in_the_originals_demo(
+    lavin_files: LavinFiles, lavin_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Published files do not say the temperature; the demo's default is another than that of the evaluation."""
+    file = export_file(lavin_checkpoint, tmp_path / "15-eph-pretrain.pth")
+    content = torch.load(file, weights_only=False)  # ours: holds `args` too
+    del content["args"]
+    torch.save(content, file)
+    words = ["--ckpt_dir", str(lavin_files.weights), "--llm_model", "7B", "--adapter_path", str(file)]
+    words += ["--vision_tower", str(lavin_files.tower)]
+    args, given = demo.build_parser().parse_args(words), given_options(demo.build_parser(), words)
+    folder = find_folders(args, given, Processes()).adapters
+    assert json.loads((folder / "extensions" / "mma" / "config.json").read_text())["temperature"] == 5.0
 
 
 # Conversations

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llava.errors import BadImageError, BadSampleError, CheckpointError, FlagError
 from llava.eval.answers import Task
@@ -18,7 +19,15 @@ from mma import eval as mma_eval
 from mma import eval_mme
 from mma.data.scienceqa import read_split
 from mma.original import export_file
-from mma.programs.answering import find_folders, given_options, load_lavin, make_prompt, output_folder
+from mma.programs.answering import (
+    answer_settings,
+    find_folders,
+    generation_options,
+    given_options,
+    load_lavin,
+    make_prompt,
+    output_folder,
+)
 from mma.scoring.scienceqa import score
 from tests.golden import load_case
 from tests.mma.lavin_files import LavinFiles
@@ -146,6 +155,23 @@ def test_a_file_of_the_original_answers_as_its_checkpoint(
     wrong = words_for(lavin_files, file, tmp_path / "wrong", *options, *tower, "--visual_adapter_type", "normal")
     with pytest.raises(FlagError, match="--visual_adapter_type normal, but router"):
         mma_eval.main(wrong)
+
+
+def test_answers_belong_to_the_content_of_a_file(tmp_path: Path) -> None:
+    """A file of the original that was written anew, or is to have another tower, has other answers."""
+    file = tmp_path / "lavin.pth"
+
+    def settings(content: float, *more: str) -> dict[str, object]:
+        torch.save({"model": torch.full((3,), content)}, file)
+        words = ["--ckpt_dir", "w", "--adapter_path", str(file), "--data_root", "d", "--max_seq_len", "512"]
+        args = mma_eval.build_parser().parse_args([*words, "--max_batch_size", "4", "--device", "cpu", *more])
+        return answer_settings(args, generation_options(args, 6), Processes())
+
+    first = settings(1)
+    assert settings(1) == first
+    assert settings(2)["weights"] != first["weights"]
+    for more in (["--vision_tower", "another"], ["--temperature", "5"]):
+        assert settings(1, *more) != first
 
 
 @pytest.mark.parametrize(

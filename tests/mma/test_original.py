@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from llava.errors import CheckpointError
+from llava.eval.record import weights_fingerprint
 from llava.model.builder import load_pretrained_model
-from mma import convert
+from mma import convert, demo
+from mma import eval as mma_eval
 from mma.config import MmaConfig
 from mma.original import export_file, import_file, main, ready_folder
 from tests.golden import golden_dir, load_case
@@ -149,6 +151,45 @@ def test_a_file_is_converted_beside_it_once(base: Path, tower: Path, tmp_path: P
         ready_folder(file, base, str(tower), temperature=5.0)
     with pytest.raises(CheckpointError, match="with base"):
         ready_folder(file, BASE, str(tower))
+    with pytest.raises(CheckpointError, match="with tower"):
+        ready_folder(file, base, "another/tower")
+    assert ready_folder(file, base) == folder
+
+
+def test_a_file_with_other_content_is_not_taken_for_the_one_converted(base: Path, tower: Path, tmp_path: Path) -> None:
+    """Trained anew to the same name: the same names, shapes and size, other values."""
+    file = published("train_attn_mixed", tmp_path / "lavin.pth")
+    folder, size = ready_folder(file, base, str(tower)), file.stat().st_size
+    before = weights_fingerprint(file)
+    content = torch.load(file, weights_only=True)
+    content["model"]["layers.0.adapter_attn.conv_B.weight"][0, 0] += 1e-4
+    torch.save(content, file)
+    assert file.stat().st_size == size
+    assert weights_fingerprint(file) != before
+    with pytest.raises(CheckpointError, match=r"was written from other content than lavin\.pth has now; delete"):
+        ready_folder(file, base, str(tower))
+    shutil.rmtree(folder)
+    assert ready_folder(file, base, str(tower)) == folder
+
+
+def test_what_a_file_does_not_say_is_the_default_of_the_program(base: Path, tower: Path, tmp_path: Path) -> None:
+    """The original's demo and its evaluation have other defaults; what a file says, or a user, goes before them."""
+    assert demo.DEFAULTS["temperature"] != mma_eval.build_parser().get_default("temperature")
+    defaults = {"adapter_scale": 1.0, "temperature": demo.DEFAULTS["temperature"]}
+    file = published("train_attn_mixed", tmp_path / "silent.pth")
+    folder = ready_folder(file, base, str(tower), defaults)
+    assert config_in(folder)["temperature"] == 5.0
+    with pytest.raises(CheckpointError, match=r"with temperature 5\.0; delete"):
+        ready_folder(file, base, str(tower), defaults | {"temperature": 10.0})
+    assert ready_folder(file, base, str(tower), defaults | {"temperature": 10.0}, temperature=5.0) == folder
+    file = published("train_attn_mixed", tmp_path / "says.pth", args=argparse.Namespace(temperature=10.0))
+    folder = ready_folder(file, base, str(tower), defaults)
+    assert config_in(folder)["temperature"] == 10.0
+    assert ready_folder(file, base, str(tower), defaults) == folder
+
+
+def config_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "extensions" / "mma" / "config.json").read_text())
 
 
 def damaged(tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
