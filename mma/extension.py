@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, DecoderState, Extension, MultimodalInputs
-from mma import modality
+from mma import cache, modality
 from mma import model as adapted_model
 from mma.config import VISUAL_INPUTS, MmaConfig, MmaOptions
 from mma.modality import Routing, Witness
@@ -108,7 +108,7 @@ class MmaExtension(Extension):
         decoder: Any = model.get_decoder()  # type: ignore[operator]
         hidden = state.hidden_states
         if state.segments is None:
-            routing = modality.remembered(state.cache, len(hidden))
+            routing = cache.remembered(state.cache, len(hidden))
             if config.get("shifted_decoding", MmaConfig.shifted_decoding):
                 state.position_ids = (state.position_ids - 1).clamp(min=0)
                 state.position_embeddings = decoder.rotary_emb(hidden, position_ids=state.position_ids)
@@ -119,7 +119,7 @@ class MmaExtension(Extension):
             return Routing(modalities, hidden.new_empty(0), tokens=modality.start(decoder, hidden.dtype))
         routing = Routing(modalities, hidden.new_empty(0), table)
         if state.cache is not None:
-            modality.remember(state.cache, routing)
+            cache.remember(state.cache, routing)
         return routing
 
     def _table(self, model: nn.Module, hidden: Tensor, wanted: bool) -> Tensor | None:

@@ -202,38 +202,6 @@ def _plain(value: Any) -> Any:
     return None
 
 
-MEMORY = "modality_routing"
-"""Attribute of a key-value cache under which it says of which modality its rows are."""
-
-
-def remember(cache: Any, routing: Routing) -> None:
-    """Let a cache know the modalities of its rows, and the table that its keys and values were computed with.
-
-    Beams of one sample have its modality, so that reordering them changes nothing.
-    """
-    setattr(cache, MEMORY, Routing(routing.modalities, routing.weights, routing.table))
-
-
-def remembered(cache: Any, batch: int) -> Routing:
-    """What `remember` left in the cache.
-
-    Raises:
-        ValueError: nothing, or for another number of rows.
-    """
-    routing = getattr(cache, MEMORY, None)
-    if not isinstance(routing, Routing):
-        raise ValueError(
-            "the modality of these tokens is unknown: a sequence begins with a call that has `input_ids` and `images`, "
-            "or `inputs_embeds` with `segments`, and goes on with the cache of that call"
-        )
-    if len(routing.modalities) != batch:
-        raise ValueError(
-            f"the cache holds {len(routing.modalities)} rows whose modality is known, but the batch has {batch}; the "
-            "rows of a cache must stay those of its prompts"
-        )
-    return routing
-
-
 def modalities(has_image: Sequence[bool], device: torch.device) -> Tensor:
     """Rows of the modality embedding, (B,) int64."""
     return torch.tensor([int(image) for image in has_image], dtype=torch.long, device=device)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import save_checkpoint
@@ -216,9 +217,44 @@ def test_a_cache_without_prompt_is_refused(model: Any) -> None:
     with torch.no_grad():
         out = model(input_ids=batch.ids, attention_mask=batch.mask, images=batch.images, use_cache=True)
         cache = out.past_key_values
-        cache.batch_select_indices(torch.tensor([0]))
         with pytest.raises(ValueError, match="holds 3 rows whose modality is known, but the batch has 1"):
             model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+def reorder(cache: Any) -> list[int]:
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    return [2, 0, 1]
+
+
+def select(cache: Any) -> list[int]:
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    return [2, 0]
+
+
+def repeat(cache: Any) -> list[int]:
+    cache.batch_repeat_interleave(2)
+    return [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("change", [reorder, select, repeat], ids=lambda change: change.__name__)
+def test_rows_of_a_cache_keep_their_modality(model: Any, change: Any) -> None:
+    """Rows of both modalities change places in the cache of a caller; each goes on as it would have in its place."""
+    batch = prompts()
+    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "images": batch.images}
+
+    def go_on(cache: Any, rows: list[int]) -> Tensor:
+        seen = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.bool)], dim=1)[rows]
+        positions = (seen.cumsum(1) - 1)[:, -1:]
+        token = torch.tensor([[350], [400], [500]])[rows]
+        return model(input_ids=token, attention_mask=seen, position_ids=positions, past_key_values=cache).logits
+
+    with torch.no_grad():
+        mask = model.build_inputs(**inputs, padding_side="left").attention_mask
+        cache = model(**inputs, use_cache=True).past_key_values
+        assert isinstance(cache, DynamicCache)
+        expected = go_on(copy.deepcopy(cache), [0, 1, 2])
+        rows = change(cache)
+        torch.testing.assert_close(go_on(cache, rows), expected[rows], rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_cannot_be_called_past_the_seam(model: Any) -> None:
