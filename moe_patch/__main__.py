@@ -6,6 +6,7 @@ Exit status: 0 if all is well, 1 if the patch does not fit, was refused or drift
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "revert":
             return _revert(checkout, args)
         return _apply(checkout, chosen([name.strip() for name in args.extensions.split(",")]), args)
+    except BrokenPipeError:  # the reader of the output has seen enough, as in `apply ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (PatchError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -7,6 +7,7 @@ reader of the checkout sees where they come from.
 from __future__ import annotations
 
 import ast
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -58,7 +59,7 @@ def locate(edits: Sequence[Edit], source: bytes, path: str) -> tuple[list[Locate
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError) as error:
-        raise PatchError(f"{path}: is no Python that {_python()} can read ({error})") from error
+        raise PatchError(f"{path}: is no Python that version {platform.python_version()} can read ({error})") from error
     lines = source.splitlines(keepends=True)
     found: list[Located] = []
     problems: list[str] = []
@@ -128,14 +129,8 @@ def _offset(lines: list[bytes], row: int, column: int) -> int:
 
 
 def _line(node: ast.AST) -> int:
-    return node.lineno  # type: ignore[attr-defined, no-any-return]
+    return node.lineno  # type: ignore[attr-defined]
 
 
 def _column(node: ast.AST) -> int:
-    return node.col_offset  # type: ignore[attr-defined, no-any-return]
-
-
-def _python() -> str:
-    import platform
-
-    return f"Python {platform.python_version()}"
+    return node.col_offset  # type: ignore[attr-defined]

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from moe_patch import manifest as manifests
 from moe_patch.checkout import Checkout, digest
 from moe_patch.errors import PatchError
-from moe_patch.extensions import Extension
+from moe_patch.extensions import EXTENSIONS, Extension, chosen
 from moe_patch.manifest import EditedFile, Manifest
-from moe_patch.plan import Plan, drift, is_upstream, known_state, make_plan
+from moe_patch.plan import Plan, drift, is_upstream, known_state, make_plan, version_now
 
 KEPT = ".moe_patch-kept"
 """Ending of the copy of a changed file that a forced `revert` replaces."""
@@ -101,8 +101,12 @@ def state(checkout: Checkout) -> tuple[str, list[str]]:
     if manifest is None:
         return "clean", [f"commit {checkout.commit()}"]
     found = drift(checkout, manifest)
-    about = f"{', '.join(manifest.extensions)}; version {manifest.version} of the patch, on commit {manifest.commit}"
-    return ("drifted", [about, *found]) if found else ("applied", [about])
+    about = [f"{', '.join(manifest.extensions)}; version {manifest.version} of the patch, on commit {manifest.commit}"]
+    if set(manifest.extensions) <= set(EXTENSIONS):
+        version = version_now(chosen(manifest.extensions))
+        if version != manifest.version:
+            about.append(f"this moe_patch would put in version {version}; apply renews it")
+    return ("drifted", [*about, *found]) if found else ("applied", about)
 
 
 def _unfinished(plan: Plan, earlier: Manifest | None) -> Manifest:

@@ -2,5 +2,10 @@
 # Put the extensions into a checkout of upstream's LLaVA: moe_patch/patch.sh LLAVA_DIR [options of `apply`].
 # Needs Python 3.10 or later and nothing else; PYTHON names another one. Undo with: python -m moe_patch revert LLAVA_DIR
 set -euo pipefail
+python="${PYTHON:-python3}"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+    echo "moe_patch needs Python 3.10 or later; '$python' is: $("$python" --version 2>&1). Name another: PYTHON=... $0" >&2
+    exit 1
+}
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python3}" -m moe_patch apply "$@"
+PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m moe_patch apply "$@"

@@ -76,7 +76,7 @@ def make_plan(checkout: Checkout, extensions: Sequence[Extension], force: bool =
             "docs/moe_patch.md lists the versions of LLaVA that the patch fits"
         )
     manifest = Manifest(
-        version=manifests.version_of(added, {name: [repr((e.place, e.text)) for e in edits[name]] for name in edits}),
+        version=version_now(extensions),
         commit=commit,
         extensions=[extension.name for extension in extensions],
         edited={name: EditedFile(digest(originals[name]), digest(edited[name])) for name in edits},
@@ -91,6 +91,12 @@ def make_plan(checkout: Checkout, extensions: Sequence[Extension], force: bool =
         and all(checkout.read(name) == content for name, content in {**edited, **added}.items())
     )
     return Plan(manifest, originals, edited, added, located, obsolete, is_applied)
+
+
+def version_now(extensions: Sequence[Extension]) -> str:
+    """Version of the patch that `apply` would put in for these extensions."""
+    edits = {name: [repr((e.place, e.text)) for e in found] for name, found in edits_of(extensions).items()}
+    return manifests.version_of(sources.files(modules_of(extensions)), edits)
 
 
 def drift(checkout: Checkout, manifest: Manifest) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +114,23 @@ class TestApply:
         applied = miniature.snapshot(folder)
         assert main(["revert", str(folder), "--dry-run"]) == 0
         assert miniature.snapshot(folder) == applied
+
+    def test_patch_sh_names_a_python_that_is_too_old(self, folder: Path, tmp_path: Path) -> None:
+        old = tmp_path / "python"
+        old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.18\nexit 1\n')
+        old.chmod(0o755)
+        command = [str(ROOT / "moe_patch" / "patch.sh"), str(folder)]
+        environment = os.environ | {"PYTHON": str(old)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 1
+        assert "needs Python 3.10 or later" in done.stderr
+        assert "Python 3.8.18" in done.stderr
+
+    def test_a_reader_that_stops_reading(self, folder: Path) -> None:
+        command = f"{sys.executable} -m moe_patch apply {folder} | true; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, cwd=ROOT)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert state(folder) == "applied"
 
     def test_patch_sh(self, folder: Path) -> None:
         script = ROOT / "moe_patch" / "patch.sh"
@@ -303,6 +321,16 @@ class TestVersions:
         second = json.loads((folder / ".moe_patch" / "manifest.json").read_text())
         assert first["version"] != second["version"]
         return folder, before
+
+    def test_status_tells_that_there_is_a_later_version(
+        self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        apply(folder)
+        main(["status", str(folder)])
+        assert "apply renews it" not in capsys.readouterr().out
+        monkeypatch.setattr(sources, "rewritten", lambda source, modules: source.read_bytes() + b"# later\n")
+        assert main(["status", str(folder)]) == 0
+        assert "apply renews it" in capsys.readouterr().out
 
     def test_a_later_version_replaces_an_earlier_one(self, renewed: tuple[Path, dict]) -> None:
         folder, before = renewed
