@@ -5,6 +5,8 @@ data_root/all_data.json, images/train2014/COCO_train2014_<name> (COCO), images/t
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,15 @@ COCO, SCIENCEQA = "mscoco", "sqa"
 COCO_FOLDER, COCO_PREFIX = "train2014", "COCO_train2014_"
 
 
-def image_name(item: dict[str, Any], images: Path, where: str) -> str | None:
+def image_name(item: dict[str, Any], present: Collection[str], where: str) -> str | None:
     """Name of an item's image in the image folder; None if it has none.
 
     COCO's own file names begin with `COCO_train2014_`; files without that are found too.
+
+    Args:
+        item: of the mixture.
+        present: names of the files in COCO's folder.
+        where: for messages.
 
     Raises:
         BadSampleError: the source of the image is unknown.
@@ -35,19 +42,18 @@ def image_name(item: dict[str, Any], images: Path, where: str) -> str | None:
         return f"train/{item['qid']}/{IMAGE_NAME}"
     if source != COCO:
         raise BadSampleError(f"{where}: the image is from {source!r}; known are {COCO!r} and {SCIENCEQA!r}")
-    short = f"{COCO_FOLDER}/{name}"
-    return short if (images / short).is_file() else f"{COCO_FOLDER}/{COCO_PREFIX}{name}"
+    return f"{COCO_FOLDER}/{name if name in present else COCO_PREFIX + name}"
 
 
-def _row(item: Any, images: Path, where: str) -> Row:
+def _row(item: Any, present: Collection[str], where: str) -> Row:
     keys = ("instruction", "answer", "qid")
     if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in keys):
         raise BadSampleError(f"{where}: expected an object with the texts {', '.join(keys)}, found {item!r:.80}")
-    return conversation_row(item["qid"], item["instruction"], item["answer"], image_name(item, images, where))
+    return conversation_row(item["qid"], item["instruction"], item["answer"], image_name(item, present, where))
 
 
 def read_mixture(data_root: str | Path) -> tuple[RecordFiles, Path]:
-    """The rows of the mixture, and the folder that their image names are relative to.
+    """The rows of the mixture, and the folder that their image names are relative to: COCO's, if all are there.
 
     Raises:
         BadSampleError: the file is missing or malformed.
@@ -56,5 +62,13 @@ def read_mixture(data_root: str | Path) -> tuple[RecordFiles, Path]:
     items = read_json(path, dict).get("all")
     if not isinstance(items, list) or not items:
         raise BadSampleError(f"{path}: has no list 'all'; python -m mma.data.mixture writes the file")
-    rows = [_row(item, images, f"{path}, row {number}") for number, item in enumerate(items)]
+    coco = images / COCO_FOLDER
+    present = frozenset(os.listdir(coco) if coco.is_dir() else ())  # asking for each file would take minutes
+    rows = [_row(item, present, f"{path}, row {number}") for number, item in enumerate(items)]
+    names = [row["image"] for row in rows if "image" in row]
+    if names and all(name.startswith(f"{COCO_FOLDER}/") for name in names):  # COCO often lies behind a link
+        images = coco
+        for row in rows:
+            if "image" in row:
+                row["image"] = row["image"].removeprefix(f"{COCO_FOLDER}/")
     return RecordFiles([Records(path, None, rows)]), images

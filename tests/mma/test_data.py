@@ -223,6 +223,19 @@ def test_coco_images_are_found_under_both_names(tmp_path: Path) -> None:
     assert {row["id"]: row.get("image") for row in read_mixture(tmp_path)[0]}["gpt4_0"] == "train2014/000000000011.jpg"
 
 
+def test_coco_may_lie_behind_a_link(tmp_path: Path) -> None:
+    save_mixture_inputs(tmp_path)
+    mixture.main(["--data_root", str(tmp_path)])
+    elsewhere = tmp_path / "elsewhere" / "coco"
+    elsewhere.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(elsewhere / "COCO_train2014_000000000011.jpg")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "train2014").symlink_to(elsewhere)
+    rows, folder = read_mixture(tmp_path)
+    name = next(row["image"] for row in rows if row["id"] == "gpt4_0")
+    assert load_image(folder, name).size == (8, 8)
+
+
 # The data set
 
 
