@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from llava.errors import LlavaError
+from llava.errors import FlagError, LlavaError
 from llava.eval.generation import GenerationOptions
 from mma.programs.chat import LavinChat, Turn
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 TITLE = "LaVIN"
 WORDS = "Ask about a picture, or without one. Another picture begins a new conversation."
+
+FIELDS = ("Temperature", "Top p", "Longest answer in tokens", "Seed")
+"""Labels of the numbers that say how answers are generated."""
 
 Messages = list[dict[str, str]]
 """What the page shows: `{"role": "user" | "assistant", "content": text}`."""
@@ -30,6 +33,19 @@ def messages_of(turns: list[Turn]) -> Messages:
         for role, text in zip(("user", "assistant"), turn, strict=True)
         if text.strip()
     ]
+
+
+def chosen_options(*values: float | None) -> GenerationOptions:
+    """How answers are generated, from the values of the fields `FIELDS`; None is a field that was cleared.
+
+    Raises:
+        FlagError: a field is empty, or a value is out of range.
+    """
+    empty = [label for label, value in zip(FIELDS, values, strict=True) if value is None]
+    if empty:
+        raise FlagError(f"there is no number in the field '{empty[0]}'; type one")
+    temperature, top_p, max_new_tokens, seed = (value for value in values if value is not None)
+    return GenerationOptions(temperature, top_p, max_new_tokens=int(max_new_tokens), seed=int(seed))
 
 
 class Handlers:
@@ -47,10 +63,10 @@ class Handlers:
         question: str,
         turns: list[Turn],
         image: str | None,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: int,
-        seed: int,
+        temperature: float | None,
+        top_p: float | None,
+        max_new_tokens: float | None,
+        seed: float | None,
     ) -> Iterator[tuple[str, list[Turn], Messages]]:
         """The text box, the conversation, and what is shown of it, as the answer grows; an answer may be empty.
 
@@ -59,7 +75,7 @@ class Handlers:
         """
         said = [*turns, (question, "")]
         try:
-            options = GenerationOptions(temperature, top_p, max_new_tokens=int(max_new_tokens), seed=int(seed))
+            options = chosen_options(temperature, top_p, max_new_tokens, seed)
             for answer in self.chat.ask(turns, question, image, options):
                 said = [*turns, (question, answer)]
                 yield "", said, messages_of(said)
@@ -93,12 +109,10 @@ def build_page(chat: LavinChat, max_new_tokens: int) -> gr.Blocks:
                 image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
                 with gr.Accordion("Answers", open=False):
                     settings: list[Any] = [
-                        gr.Slider(0, 2, 0.1, step=0.05, label="Temperature", info="0: always the most probable word"),
-                        gr.Slider(0.05, 1, 0.75, step=0.05, label="Top p"),
-                        gr.Slider(
-                            1, max_new_tokens, min(128, max_new_tokens), step=1, label="Longest answer in tokens"
-                        ),
-                        gr.Number(0, label="Seed", precision=0),
+                        gr.Slider(0, 2, 0.1, step=0.05, label=FIELDS[0], info="0: always the most probable word"),
+                        gr.Slider(0.05, 1, 0.75, step=0.05, label=FIELDS[1]),
+                        gr.Slider(1, max_new_tokens, min(128, max_new_tokens), step=1, label=FIELDS[2]),
+                        gr.Number(0, label=FIELDS[3], precision=0),
                     ]
             with gr.Column(scale=2):
                 shown = gr.Chatbot(label="Conversation", height=480, buttons=["copy"])

@@ -138,6 +138,8 @@ def test_the_conversation_goes_on(chat: LavinChat) -> None:
         ("What?", "broken.png", SETTINGS, "the picture cannot be read"),
         ("What?", None, (0.0, 0.75, 600, 0), "longer than the 511"),
         ("What?", None, (-1.0, 0.75, 6, 0), "--temperature -1.0"),
+        ("What?", None, (0.0, 0.75, 6, None), "no number in the field 'Seed'"),  # gradio's value of a cleared field
+        ("What?", None, (0.0, None, 6, 0), "no number in the field 'Top p'"),
     ],
 )
 def test_errors_are_shown_in_the_conversation(

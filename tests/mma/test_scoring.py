@@ -50,6 +50,16 @@ def test_unparsable_answers_are_wrong_and_counted() -> None:
     assert {found.predictions[qid] for qid in unparsable} == {UNPARSABLE}
 
 
+def test_a_problem_may_leave_out_that_it_has_no_image() -> None:
+    """As everywhere before the score, an entry without `image` has none."""
+    lean = {
+        qid: {key: value for key, value in problem.items() if key != "image" or value is not None}
+        for qid, problem in SQA["problems"].items()
+    }
+    assert any("image" not in problem for problem in lean.values())
+    assert score(ANSWERS, lean) == score(ANSWERS, SQA["problems"])
+
+
 def test_a_group_without_problems_has_no_score() -> None:
     name = next(qid for qid, problem in SQA["problems"].items() if problem["image"] is None)
     found = score({name: "The answer is A."}, SQA["problems"])
