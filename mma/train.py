@@ -8,6 +8,7 @@ with the data, the learning rate and the epochs of LaVIN. `--help` lists the opt
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from llava.train.zero import join_processes
 from llava.utils import run_program
 from mma.data.dataset import LavinDataset
 from mma.data.instructions import read_mixture
+from mma.data.prompts import OPTIONS
 from mma.data.scienceqa import read_split, training_rows
 from mma.programs.train_arguments import LavinArguments, parse_args
 from mma.programs.train_options import build_parser
@@ -29,6 +31,7 @@ from mma.weights.base import base_folder
 __all__ = ["build_parser", "main", "parse_args"]
 
 TRAIN_SPLIT = "train"
+FULL_BITS = "16bit"
 
 
 def prepare_base(args: LavinArguments) -> None:
@@ -72,15 +75,15 @@ def dataset_maker(args: LavinArguments) -> Callable[[RunArguments, Any, LlavaFor
 
 def next_command(args: LavinArguments) -> str:
     """The command that scores the trained model."""
-    own, base = args.own, args.run.model.model_name_or_path
+    own, base = args.own, str(args.run.model.model_name_or_path)
+    bits = [] if own.bits == FULL_BITS else ["--bits", own.bits]
+    model = ["--ckpt_dir", base, "--adapter_path", own.output_dir, "--max_seq_len", str(own.max_seq_len), *bits]
     if own.do_pretrain:
-        return f"python -m mma.demo --ckpt_dir {base} --adapter_path {own.output_dir}"
-    captions = f"--use_caption --caption_file {own.caption_file} " if own.use_caption else ""
-    return (
-        f"python -m mma.eval --ckpt_dir {base} --adapter_path {own.output_dir} --data_root {own.data_root} "
-        f"{captions}--prompt_format {own.prompt_format} --split test "
-        f"--max_seq_len {own.max_seq_len} --max_batch_size 64"
-    )
+        return shlex.join(["python", "-m", "mma.demo", *model])
+    captions = ["--use_caption", "--caption_file", own.caption_file] if own.use_caption else []
+    letters = [] if own.options == list(OPTIONS) else ["--options", "".join(own.options)]
+    data = ["--data_root", own.data_root, "--prompt_format", own.prompt_format, "--split", "test", *captions, *letters]
+    return shlex.join(["python", "-m", "mma.eval", *model, *data, "--max_batch_size", "64"])
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

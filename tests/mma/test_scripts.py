@@ -117,6 +117,16 @@ def test_training_and_evaluation_run(script: str, lavin_files: LavinFiles, tmp_p
     assert (output / "scienceqa-test" / "scores.json").is_file()
 
 
+@pytest.mark.parametrize("kind", ["file", "folder", "without a tower"])
+def test_a_file_of_adapters_is_given_the_tower_of_the_environment(kind: str, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "lavin.pth"
+    checkpoint.mkdir() if kind == "folder" else checkpoint.touch()
+    tower = "" if kind == "without a tower" else "VISION_TOWER=./tower"
+    started = calls("eval_mme_benchmark.sh", tmp_path / "shell", f"{tower} CHECKPOINT={shlex.quote(str(checkpoint))}")
+    found = flags(started["mma.eval_mme"][1]).get("--vision_tower")
+    assert found == ("./tower" if kind == "file" else None)
+
+
 def test_the_chatbot_trains_and_answers_mme(lavin_files: LavinFiles, tmp_path: Path) -> None:
     data = tmp_path / "data"
     save_mixture_inputs(data)

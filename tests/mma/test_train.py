@@ -14,11 +14,14 @@ from safetensors.torch import load_file
 
 from llava.errors import FlagError
 from llava.model.builder import load_pretrained_model
+from mma import demo
 from mma import eval as mma_eval
 from mma.programs import train_arguments
+from mma.programs.eval_options import BITS as EVAL_BITS
 from mma.programs.train_arguments import INSTEAD, parse_args
 from mma.programs.train_options import build_parser
 from mma.programs.trainer import WholeUpdates, epoch_of
+from mma.train import next_command
 from tests.golden import load_case
 from tests.mma.lavin_files import LavinFiles, save_lavin_files, tiny_words, train_tiny
 from tests.train.launching import finish, start, torchrun
@@ -128,6 +131,30 @@ def test_idle_options_say_so(files: LavinFiles, capsys: pytest.CaptureFixture[st
     assert [word for word in ("--cpu_load", "--data_path", "--n_prompt") if f"{word} is ignored" in printed] == [
         *("--cpu_load", "--data_path", "--n_prompt")
     ]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--use_caption", "--options", "ABCDEFG", "--bits", "8bit", "--max_seq_len", "300"),
+        ("--do_pretrain", "--bits", "4bit", "--max_seq_len", "300"),
+    ],
+)
+def test_the_next_command_asks_as_the_training_did(words: tuple[str, ...], files: LavinFiles, tmp_path: Path) -> None:
+    """Prompts, precision and length of the training, in words that the next program reads."""
+    (files.data / "all_data.json").touch()
+    args = parse_args([*files.words, "--output_dir", str(tmp_path / "a name"), "--prompt_format", "QCM-ALE", *words])
+    module, *flags = shlex.split(next_command(args).removeprefix("python -m "))
+    given = {"mma.eval": mma_eval, "mma.demo": demo}[module].build_parser().parse_args(flags)
+    assert given.adapter_path == str(tmp_path / "a name")
+    assert given.max_seq_len == args.own.max_seq_len
+    assert EVAL_BITS[given.bits] == args.run.training.bits
+    if module == "mma.eval":
+        assert given.prompt_format == "QCM-ALE"
+        assert given.options == args.own.options
+        assert given.use_caption is args.own.use_caption
+        assert given.caption_file == (args.own.caption_file if given.use_caption else None)
 
 
 def test_epochs_are_whole_updates() -> None:
