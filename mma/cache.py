@@ -26,7 +26,7 @@ def remember(cache: Any, routing: Routing) -> None:
     """Let a cache know the modalities of its rows, and the table that its keys and values were computed with."""
     if isinstance(cache, Cache) and not isinstance(cache, _RowsOfModality):
         cache.__class__ = _with_modality(type(cache))
-    setattr(cache, MEMORY, Routing(routing.modalities, routing.weights, routing.table))
+    setattr(cache, MEMORY, routing)
 
 
 def remembered(cache: Any, batch: int) -> Routing:
@@ -68,7 +68,7 @@ class _RowsOfModality(Cache):
         self._move(lambda rows: rows.repeat_interleave(repeats))
 
     def _move(self, move: Callable[[Tensor], Tensor]) -> None:
-        routing: Routing = getattr(self, MEMORY)
+        routing: Routing = getattr(self, MEMORY)  # rows that are alike stay so
         setattr(self, MEMORY, dataclasses.replace(routing, modalities=move(routing.modalities)))
 
 

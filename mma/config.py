@@ -54,7 +54,7 @@ class MmaConfig:
     """Probability of skipping attention or MLP of a decoder layer for a whole sample in training."""
 
     shifted_decoding: bool = False
-    """Give every token after the prompt the position before its own, as the original's generation does."""
+    """Give every token that follows on a cache the position before its own, as the original's generation does."""
 
     merged_for: str = ""
     """Modality for which the adapters were folded into the language model; other samples are refused."""

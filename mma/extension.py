@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -20,7 +21,7 @@ from llava.extension import Config, DecoderState, Extension, MultimodalInputs
 from mma import cache, modality
 from mma import model as adapted_model
 from mma.config import VISUAL_INPUTS, MmaConfig, MmaOptions
-from mma.modality import Routing, Witness
+from mma.modality import Routing, Table, Witness
 
 if TYPE_CHECKING:
     from llava.train.arguments import RunArguments
@@ -34,7 +35,7 @@ class MmaExtension(Extension):
 
     def __init__(self) -> None:
         # Per model, and gone with it: one extension may serve several models.
-        self._tables: WeakKeyDictionary[nn.Module, tuple[Tensor, Witness]] = WeakKeyDictionary()
+        self._tables: WeakKeyDictionary[nn.Module, tuple[Table, Witness]] = WeakKeyDictionary()
 
     def configure(self, args: RunArguments) -> Config | None:
         """The configuration of the adapters if `--mma` is on; freezes the language model, chooses LaVIN's picture.
@@ -113,35 +114,35 @@ class MmaExtension(Extension):
                 state.position_ids = (state.position_ids - 1).clamp(min=0)
                 state.position_embeddings = decoder.rotary_emb(hidden, position_ids=state.position_ids)
             return routing
-        modalities = modality.modalities([sample.has_image for sample in state.segments], hidden.device)
+        routing = modality.routing_of([sample.has_image for sample in state.segments], hidden.device)
         table = self._table(model, hidden, state.cache is not None)
         if table is None:
-            return Routing(modalities, hidden.new_empty(0), tokens=modality.start(decoder, hidden.dtype))
-        routing = Routing(modalities, hidden.new_empty(0), table)
+            return replace(routing, tokens=modality.start(decoder, hidden.dtype))
+        routing = replace(routing, table=table)
         if state.cache is not None:
             cache.remember(state.cache, routing)
         return routing
 
-    def _table(self, model: nn.Module, hidden: Tensor, wanted: bool) -> Tensor | None:
-        """The weights of all layers: the kept ones if they still hold; None to route layer by layer.
+    def _table(self, model: nn.Module, hidden: Tensor, wanted: bool) -> Table | None:
+        """The routing of all layers: the kept one if it still holds; None to route layer by layer.
 
         Args:
             model: with adapters.
             hidden: what enters the first layer.
-            wanted: compute them in any case.
+            wanted: compute it in any case.
         """
         decoder: Any = model.get_decoder()  # type: ignore[operator]
         roots = [*decoder.layers, getattr(decoder, adapted_model.EMBEDDING)]
         if torch.is_grad_enabled() or not modality.can_be_witnessed(roots):
             self._tables.pop(model, None)
-            return modality.routing_table(decoder, hidden.dtype) if wanted else None
+            return Table(modality.routing_table(decoder, hidden.dtype)) if wanted else None
         kind = hidden.device.type
         circumstances = (hidden.dtype, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         if model in self._tables:
             table, witness = self._tables[model]
             if witness.still_holds(roots, *circumstances):
                 return table
-        table = modality.routing_table(decoder, hidden.dtype)
+        table = modality.kept_table(decoder, hidden.dtype)
         self._tables[model] = (table, Witness(roots, *circumstances))
         return table
 

@@ -165,6 +165,37 @@ class RoutedRepAdapter(RepAdapter):
         update = grouped_linear([z] * PATHS, r.chunk(PATHS, dim=-1), paths, self.conv_B.groups)  # (B, L, D)
         return x + update.to(x.dtype)
 
+    def mixed_up(self, routing: Tensor) -> Tensor:
+        """Both ways up as one for known weights: dense matrices (..., D, h + 1), the bias as last column.
+
+        Args:
+            routing: (..., 2).
+        """
+        paths = []
+        for conv in (self.conv_B, self.conv_D):
+            columns = conv()  # (D, h / g + 1)
+            blocks = torch.block_diag(*columns[:, :-1].chunk(conv.groups))  # type: ignore[no-untyped-call]  # (D, h)
+            paths.append(torch.cat([blocks, columns[:, -1:]], dim=1))
+        factors = routing.to(paths[0].dtype) * self.scale
+        return torch.einsum("...k,kdh->...dh", factors, torch.stack(paths))
+
+    def through(self, x: Tensor, up: Tensor) -> Tensor:
+        """The input with its update by a way up that `mixed_up` gave.
+
+        Args:
+            x: (B, L, D).
+            up: (D, h + 1) for all samples, or (B, D, h + 1).
+
+        Returns:
+            (B, L, D) in the dtype of `x`.
+        """
+        z = self.hidden(x)  # (B, L, h)
+        if up.ndim == 2:
+            update = F.linear(z, up[:, :-1], up[:, -1])
+        else:
+            update = torch.baddbmm(up[:, None, :, -1], z, up[..., :-1].transpose(1, 2))
+        return x + update.to(x.dtype)
+
     def extra_repr(self) -> str:
         """What `print(model)` shows beside the children."""
         return f"scale={self.scale}, temperature={self.temperature}, dropout={self.dropout}"

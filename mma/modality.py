@@ -12,14 +12,28 @@ Shape letters: B batch, D width, A adapters per layer, M modalities.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 
-from mma.model import EMBEDDING, MODALITIES, ROUTING
+from mma.model import EMBEDDING, MODALITIES, ROUTING, WayUp, adapters
+
+
+@dataclass(frozen=True)
+class Table:
+    """The routing of all layers.
+
+    Attributes:
+        weights: (layers, M, A, 2) float32.
+        ups: for each layer and adapter what the weights make of its ways up, (M, D, h + 1); empty where the adapters
+            are to mix by the weights, so that gradients reach all their parameters.
+    """
+
+    weights: Tensor
+    ups: tuple[tuple[Tensor, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -28,25 +42,39 @@ class Routing:
 
     Attributes:
         modalities: (B,) int64, row of the modality embedding for each sample.
-        weights: (B, A, 2) float32 for the present layer; empty before the first.
-        table: (layers, M, A, 2) if it is known for all layers, or None.
+        alike: the row of all samples, or None if they differ.
+        table: if it is known for all layers.
         tokens: (M, 1, D), the modality tokens as they enter the next layer, where there is no table.
+        weights: (B, A, 2) for the present layer, or None.
+        ups: of the adapters of the present layer, each (D, h + 1) or (B, D, h + 1), or empty.
     """
 
     modalities: Tensor
-    weights: Tensor
-    table: Tensor | None = None
+    alike: int | None
+    table: Table | None = None
     tokens: Tensor | None = None
+    weights: Tensor | None = None
+    ups: tuple[Tensor, ...] = ()
 
     def at(self, decoder: nn.Module, index: int) -> Routing:
         """The same for decoder layer `index`; without a table the modality tokens go through that layer."""
         table, tokens = self.table, self.tokens
-        if table is None:
+        if table is not None and table.ups:
+            rows = self.modalities if self.alike is None else self.alike
+            return replace(self, ups=tuple(up[rows] for up in table.ups[index]))
+        if table is not None:
+            own = table.weights[index]  # (M, A, 2)
+        else:
             assert tokens is not None  # noqa: S101  # one of the two is there
             tokens, own = advance(decoder, index, tokens)
-        else:
-            own = table[index]  # (M, A, 2)
-        return Routing(self.modalities, own[self.modalities.to(own.device)], table, tokens)
+        return replace(self, tokens=tokens, weights=own[self.modalities.to(own.device)])
+
+    def of(self, number: int) -> Tensor | WayUp:
+        """What an adapter of the present layer is told."""
+        if self.ups:
+            return WayUp(self.ups[number])
+        assert self.weights is not None  # noqa: S101  # one of the two is there
+        return self.weights[:, number]
 
 
 def start(decoder: Any, dtype: torch.dtype) -> Tensor:
@@ -115,6 +143,16 @@ def routing_table(decoder: Any, dtype: torch.dtype) -> Tensor:
         tokens, own = advance(decoder, index, tokens)
         rows.append(own.to(rows[0].device) if rows else own)
     return torch.stack(rows)
+
+
+def kept_table(decoder: Any, dtype: torch.dtype) -> Table:
+    """The routing of all layers with what it makes of the adapters; arguments as of `routing_table`."""
+    weights = routing_table(decoder, dtype)
+    ups = tuple(
+        tuple(adapter.mixed_up(own[:, number].to(adapter.conv_B.weight.device)) for number, adapter in enumerate(found))
+        for own, found in zip(weights, map(adapters, decoder.layers), strict=True)
+    )
+    return Table(weights, ups)
 
 
 class Witness:
@@ -202,6 +240,12 @@ def _plain(value: Any) -> Any:
     return None
 
 
-def modalities(has_image: Sequence[bool], device: torch.device) -> Tensor:
-    """Rows of the modality embedding, (B,) int64."""
-    return torch.tensor([int(image) for image in has_image], dtype=torch.long, device=device)
+def routing_of(has_image: Sequence[bool], device: torch.device) -> Routing:
+    """The routing of a batch before the first layer, as far as its samples say it.
+
+    Args:
+        has_image: of each sample.
+        device: of the hidden states.
+    """
+    rows = [int(image) for image in has_image]
+    return Routing(torch.tensor(rows, device=device), rows[0] if len(set(rows)) == 1 else None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +39,21 @@ _PRESENT = threading.local()
 """Of the decoder layer that each thread is in: its adapters, and by whose weights they are to mix."""
 
 
+class WayUp(NamedTuple):
+    """What `RoutedRepAdapter.mixed_up` gave, for a batch: (D, h + 1) or (B, D, h + 1)."""
+
+    matrix: Tensor
+
+
 class ModalityAdapter(RoutedRepAdapter):
     """A routed adapter of the decoder; its layer tells it by whose weights to mix."""
 
     @property
-    def source(self) -> Tensor | list[Tensor] | None:
+    def source(self) -> Tensor | WayUp | list[Tensor] | None:
         """None outside of a pass of the layer in this thread.
 
-        During one, weights (B, 2); or a list, and then every sequence is routed by its own first position and the
-        weights are noted there.
+        During one, weights (B, 2), or what they make of the ways up; or a list, and then every sequence is routed by
+        its own first position and the weights are noted there.
         """
         return getattr(_PRESENT, "sources", {}).get(self)
 
@@ -63,6 +69,8 @@ class ModalityAdapter(RoutedRepAdapter):
                 f"a decoder layer with adapters was called without '{ROUTING}'; call the model, which routes by the "
                 "modality of each sample"
             )
+        if isinstance(source, WayUp):
+            return self.through(x, source.matrix.to(x.device))
         if isinstance(source, Tensor):
             return self(x, source.to(x.device))
         routing = self.route(x[:, 0])  # (B, 2)
@@ -183,7 +191,7 @@ def _take_routing(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """Tell the adapters of a layer what it was called with; runs again when a checkpointed layer is recomputed."""
     source = kwargs.pop(ROUTING, None)
     _PRESENT.sources = {
-        adapter: source if source is None or isinstance(source, list) else source.weights[:, number]
+        adapter: source if source is None or isinstance(source, list) else source.of(number)
         for number, adapter in enumerate(adapters(layer))
     }
     return args, kwargs

@@ -77,7 +77,7 @@ def test_routing_of_the_language_model(name: str, tmp_path: Path) -> None:
         run(model, case, tensors)
     (extension,) = (item.extension for item in model.extensions)
     assert isinstance(extension, MmaExtension)
-    table = extension._tables[model][0]  # (layers, M, A, 2)
+    table = extension._tables[model][0].weights  # (layers, M, A, 2)
     for number, place in enumerate(("attn", "mlp")[: table.shape[2]]):
         ours = table[:, tensors["in/img_indicators"], number]  # (layers, B, 2)
         torch.testing.assert_close(ours, tensors[f"out/routing_llm_adapter_{place}"], rtol=1e-5, atol=1e-5)

@@ -79,6 +79,17 @@ def test_the_first_position_routes_its_own_sample_alone() -> None:
     assert bool((ours[0, 1:] != changed[0, 1:]).any())
 
 
+def test_ways_up_for_known_weights() -> None:
+    adapter = golden_adapter("adapter_router_s05_t5")[0]
+    assert isinstance(adapter, RoutedRepAdapter)
+    x, routing = torch.randn(3, 4, 24), torch.rand(3, 2)
+    expected = adapter(x, routing)
+    ups = adapter.mixed_up(routing)
+    assert ups.shape == (3, 24, 9)
+    torch.testing.assert_close(adapter.through(x, ups), expected)
+    torch.testing.assert_close(adapter.through(x[1:2], ups[1]), expected[1:2])
+
+
 def test_weights_may_be_given_token_by_token() -> None:
     adapter = golden_adapter("adapter_router_s05_t5")[0]
     x, routing = torch.randn(2, 4, 24), torch.rand(2, 4, 2)
