@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
@@ -102,6 +102,8 @@ def read_rgb(file: Path | BinaryIO, name: str) -> Image.Image:
         with Image.open(file) as image:
             _check_shape(image)
             return _to_rgb(image)
+    except UnidentifiedImageError as error:  # whose own message repeats the path, or the address of an open file
+        raise BadImageError(f"{name} cannot be read: UnidentifiedImageError: it is of no known image format") from error
     except Exception as error:  # Pillow's decoders raise many kinds for broken files
         raise BadImageError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
 

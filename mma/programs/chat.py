@@ -6,6 +6,7 @@ many behind the picture, although it trains on `Response:`; here the words are t
 
 from __future__ import annotations
 
+import io
 import queue
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data.images import Picture, read_rgb
-from llava.errors import BadSampleError, LlavaError
+from llava.errors import BadImageError, BadSampleError, LlavaError
 from llava.eval.generation import GenerationOptions
 from llava.eval.loading import LoadedModel
 from llava.mm_utils import process_images
@@ -59,9 +60,14 @@ def load_picture(path: str | Path, loaded: LoadedModel) -> Picture:
     """Pixels of an uploaded file.
 
     Raises:
-        BadImageError: it is no image, broken, or too large.
+        BadImageError: it is no image, broken, or too large, or not there any more. No message names the path: it is
+            the server's, and a visitor reads it.
     """
-    image = read_rgb(Path(path), "the picture")
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise BadImageError("the picture is on this server no more; upload it again") from error
+    image = read_rgb(io.BytesIO(content), "the picture")
     return Picture(process_images([image], loaded.image_processor, loaded.model.config)[0], image.size)
 
 

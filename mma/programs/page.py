@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava.errors import FlagError, LlavaError
 from llava.eval.generation import GenerationOptions
+from llava.serve.image_urls import ImagePolicy
 from mma.programs.chat import LavinChat, Turn
 
 if TYPE_CHECKING:
@@ -20,6 +21,12 @@ WORDS = "Ask about a picture, or without one. Another picture begins a new conve
 
 FIELDS = ("Temperature", "Top p", "Longest answer in tokens", "Seed")
 """Labels of the numbers that say how answers are generated."""
+
+MAX_UPLOAD_BYTES = ImagePolicy.max_bytes
+"""Of a picture, as it comes; the page is to be launched with it."""
+
+UPLOADS_LOOKED_AT, UPLOADS_KEPT = 3600, 24 * 3600
+"""Seconds: every hour, pictures of visitors that are older than a day are deleted; all of them when the page ends."""
 
 Messages = list[dict[str, str]]
 """What the page shows: `{"role": "user" | "assistant", "content": text}`."""
@@ -99,7 +106,8 @@ def build_page(chat: LavinChat, max_new_tokens: int) -> gr.Blocks:
     import gradio as gr
 
     handlers = Handlers(chat)
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+    cleaning = (UPLOADS_LOOKED_AT, UPLOADS_KEPT)
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=cleaning) as page:
         gr.Markdown(f"# {TITLE}\n{WORDS}")
         turns = gr.State([])
         with gr.Row():

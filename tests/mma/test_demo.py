@@ -20,7 +20,7 @@ from mma import demo
 from mma.original import export_file
 from mma.programs.answering import find_folders, given_options, load_lavin
 from mma.programs.chat import LavinChat, chat_prompt, shown_answer
-from mma.programs.page import Handlers, build_page
+from mma.programs.page import MAX_UPLOAD_BYTES, Handlers, build_page
 from tests.golden import load_case
 from tests.mma.lavin_files import LavinFiles
 from tests.mma.test_data import IMAGES
@@ -99,13 +99,24 @@ def test_an_answer_comes_in_pieces(chat: LavinChat, image: str | None) -> None:
 
 
 def test_the_picture_reaches_the_model(chat: LavinChat) -> None:
-    """Another picture, another answer; the tiny model is asked for many words, since its first ones may be equal."""
+    """Another picture, another answer. The projector is made to matter: after four updates pictures hardly do."""
     options = GenerationOptions(temperature=0, max_new_tokens=24)
-    answers = {
-        image: list(chat.ask([], "What is this?", image and str(IMAGES / image), options))[-1:]
-        for image in (None, "12.png", "2.png", "22.png")
-    }
-    assert len({str(answer) for answer in answers.values()}) > 1
+    last = list(chat.engine.loaded.model.get_model().mm_projector.modules())[-1].weight
+
+    def answers() -> list[str]:
+        return [list(chat.ask([], "?", str(IMAGES / name), options))[-1] for name in ("12.png", "2.png", "22.png")]
+
+    with torch.no_grad():
+        before = last.clone()
+        try:
+            last.mul_(100)
+            found = answers()
+            last.zero_()
+            blind = answers()
+        finally:
+            last.copy_(before)
+    assert len(set(found)) == 3
+    assert len(set(blind)) == 1, "nothing but the pictures made them differ"
 
 
 def test_whoever_leaves_is_not_answered_any_further(chat: LavinChat) -> None:
@@ -135,7 +146,8 @@ def test_the_conversation_goes_on(chat: LavinChat) -> None:
     ("question", "picture", "settings", "message"),
     [
         (" ", None, SETTINGS, "there is no question"),
-        ("What?", "broken.png", SETTINGS, "the picture cannot be read"),
+        ("What?", "broken.png", SETTINGS, "the picture cannot be read: UnidentifiedImageError: it is of no"),
+        ("What?", "gone.png", SETTINGS, "the picture is on this server no more; upload it again"),
         ("What?", None, (0.0, 0.75, 600, 0), "longer than the 511"),
         ("What?", None, (-1.0, 0.75, 6, 0), "--temperature -1.0"),
         ("What?", None, (0.0, 0.75, 6, None), "no number in the field 'Seed'"),  # gradio's value of a cleared field
@@ -153,6 +165,7 @@ def test_errors_are_shown_in_the_conversation(
     assert shown[-1]["content"].startswith("Error: ")
     assert message in shown[-1]["content"]
     assert "Traceback" not in shown[-1]["content"]
+    assert str(tmp_path) not in shown[-1]["content"], "where the server keeps its files is not the visitor's business"
     assert len(shown) == 3 + bool(question.strip())
 
 
@@ -175,7 +188,9 @@ def test_the_page_over_http(chat: LavinChat, tmp_path: Path, monkeypatch: pytest
     gradio_client = pytest.importorskip("gradio_client")
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     page = build_page(chat, max_new_tokens=64)
-    _, address, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    _, address, _ = page.launch(
+        server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, max_file_size=MAX_UPLOAD_BYTES
+    )
     try:
         visitor = gradio_client.Client(address, verbose=False)
         shutil.copy(PICTURE, tmp_path / "mine.png")
@@ -193,8 +208,13 @@ def test_the_page_over_http(chat: LavinChat, tmp_path: Path, monkeypatch: pytest
         assert "Traceback" not in str(shown)
         shown = visitor.predict(api_name="/begin")
         assert not shown
+        (tmp_path / "large.png").write_bytes(bytes(MAX_UPLOAD_BYTES + 1))
+        with pytest.raises(Exception, match=f"maximum file size of {MAX_UPLOAD_BYTES} bytes"):
+            visitor.predict("What?", gradio_client.handle_file(tmp_path / "large.png"), *SETTINGS, api_name="/ask")
+        assert len(list((tmp_path / "uploads").rglob("*.png"))) == 2
     finally:
         page.close()
+    assert not list((tmp_path / "uploads").rglob("*.png")), "the pictures of visitors go with the page"
 
 
 def test_what_cannot_be_served_is_refused(lavin_files: LavinFiles, lavin_checkpoint: Path) -> None:
@@ -225,5 +245,6 @@ def test_the_original_command_starts_the_page(
     words = ["--ckpt_dir", str(lavin_files.weights), "--llm_model", "7B", "--adapter_path", str(lavin_checkpoint)]
     original_program.main([*words, "--server_name", "127.0.0.1", "--device", "cpu"])
     assert launched["server_name"] == "127.0.0.1"
+    assert launched["max_file_size"] == MAX_UPLOAD_BYTES
     assert launched["answer"]
     assert not Page.chat.engine.alive  # ended with the program
