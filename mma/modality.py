@@ -160,8 +160,9 @@ class Witness:
 
     Compared are all modules, parameters and buffers by identity, tensors by version and address, and the plain
     attributes of modules (scales, switches of LoRA, training mode). What it cannot see is a write through
-    `parameter.data` into memory that stays where it is; this project has none outside of training, and a pass with
-    gradients or in training mode discards the table.
+    `parameter.data` into memory that stays where it is, nor a `parameter.data` that was set twice between two passes
+    and came to lie at its old address again; this project has neither outside of training, and a pass with gradients
+    or in training mode discards the table.
 
     Args:
         roots: modules that the table followed from.

@@ -63,8 +63,9 @@ def refuse_extensions(names: list[str]) -> None:
     """
     if names:
         raise FlagError(
-            f"the checkpoint holds the extension(s) {names}: transformers' LLaVA has no such modules, and what they "
-            "compute depends on the token (a router chooses), so it cannot be merged into its weights"
+            f"the checkpoint holds the extension(s) {names}, and transformers' LLaVA has no such modules. What depends "
+            "on the token (a router chooses) cannot be merged into its weights; for the rest an extension may have a "
+            "program, which its README names: merge first, then convert what that wrote"
         )
 
 

@@ -133,6 +133,17 @@ def test_backbones(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(again(input_ids=ids).logits, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_biases_that_no_setting_reads_back(kind: str, tmp_path: Path) -> None:
+    """Their MLPs have no setting for them, so adapters in front of these merge in memory alone."""
+    folder = backbones.save_base(kind, tmp_path)
+    ours = backbone_class(folder).from_pretrained(folder, config=load_config(folder))
+    attach_adapters(ours, MmaConfig(adapter_type="block", visual_adapter_type="none"))
+    merge(ours, "text")
+    with pytest.raises(CheckpointError, match=r"biases \(gate_proj, up_proj\) that no setting"):
+        declare_biases(ours)
+
+
 def test_what_cannot_be_merged() -> None:
     with pytest.raises(CheckpointError, match="has no adapters"):
         merge(load_pretrained_model(str(BASE), device="cpu")[1], "image")
