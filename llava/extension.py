@@ -147,6 +147,8 @@ class Extension:
     def configure(self, args: RunArguments) -> Config | None:
         """Turn the parsed flags into a configuration; None leaves the extension off. May set options of the core.
 
+        `args.given` tells which options the user wrote down.
+
         Raises:
             FlagError: the options contradict each other; the message names the flags.
         """

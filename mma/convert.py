@@ -147,7 +147,7 @@ def original_names(model: Any) -> dict[str, str]:
         places |= {adapter: f"{TOWER_BLOCK}.{index}.{name}" for adapter, name in found}
     if hasattr(decoder, EMBEDDING):
         places[getattr(decoder, EMBEDDING)] = EMBEDDING
-    if _is_bottleneck(decoder.mm_projector):
+    if is_bottleneck(decoder.mm_projector):
         places |= {decoder.mm_projector[int(place)]: name for place, name in PROJECTOR.items()}
     return {
         f"{prefix}.{name}": f"{places[module]}.{name}"
@@ -157,7 +157,7 @@ def original_names(model: Any) -> dict[str, str]:
     }
 
 
-def _is_bottleneck(projector: nn.Module | None) -> bool:
+def is_bottleneck(projector: nn.Module | None) -> bool:
     """True for Linear, SiLU, Linear."""
     kinds = (nn.Linear, nn.SiLU, nn.Linear)
     return (

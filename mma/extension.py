@@ -61,6 +61,11 @@ class MmaExtension(Extension):
             config = options.config().to_dict()
         except ValueError as error:
             raise FlagError(f"{error} (the flags have the same names)") from error
+        if options.drop_path and options.adapter_type == "none":
+            raise FlagError(
+                f"--drop_path {options.drop_path}: belongs to the adapters of the language model, and --adapter_type "
+                "is none; leave it out"
+            )
         args.model.freeze_backbone = True
         _choose_visual_input(args, options)
         return config
@@ -181,14 +186,19 @@ def _choose_visual_input(args: RunArguments, options: MmaOptions) -> None:
     if options.visual_input not in VISUAL_INPUTS:
         raise FlagError(f"--visual_input is '{options.visual_input}'; known values: {VISUAL_INPUTS}")
     if args.model.vision_tower is None or options.visual_input == "llava":
+        if "hidden_proj" in args.given:
+            raise FlagError(
+                f"--hidden_proj {options.hidden_proj}: is the width of the projector of --visual_input lavin behind a "
+                "--vision_tower; otherwise --mm_projector_type decides (bottleneckH_silu is LaVIN's kind)"
+            )
         return
     wanted = {**PICTURE, "mm_projector_type": ("model", "linear", f"bottleneck{options.hidden_proj}_silu")}
     for name, (part, default, value) in wanted.items():
-        given = getattr(getattr(args, part), name)
-        if given not in (default, value):
+        chosen = getattr(getattr(args, part), name)
+        if chosen != value and (chosen != default or name in args.given):
             raise FlagError(
-                f"--{name} {given}: --visual_input lavin has {value}; leave the flag out, or pass --visual_input llava "
-                "to feed pictures as LLaVA does"
+                f"--{name} {chosen}: --visual_input lavin has {value}; leave the flag out, or pass --visual_input "
+                "llava to feed pictures as LLaVA does"
             )
         setattr(getattr(args, part), name, value)
 

@@ -59,16 +59,22 @@ def dataset_maker(args: LavinArguments) -> Callable[[RunArguments, Any, LlavaFor
         else:
             data = read_split(own.data_root, TRAIN_SPLIT, own.caption_file if own.use_caption else None)
             rows, images = training_rows(data, own.prompt_format, own.options), data.image_folder
-        return LavinDataset(
+        dataset = LavinDataset(
             rows,
             tokenizer,
             model.get_vision_tower().image_processor,
             image_folder=images,
             max_length=tokenizer.model_max_length,
+            image_aspect_ratio=run.data.image_aspect_ratio,
+            image_grid_pinpoints=model.config.image_grid_pinpoints,
             image_length=model.image_length(),
             on_bad_sample=run.data.on_bad_sample,
             skipped_file=skipped_file(run),
+            requires_image=run.data.requires_image,
         )
+        if run.data.requires_image and run.training.should_log:
+            print(f"--requires_image True: {dataset.left_out} rows without image are left out, {len(dataset)} remain")
+        return dataset
 
     return make
 

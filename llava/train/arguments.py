@@ -6,9 +6,10 @@ extensions, translates options that transformers 5 dropped, and refuses what is 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -128,6 +129,7 @@ class RunArguments:
         training: optimisation and everything of transformers' Trainer.
         options: parsed options of each installed extension, by its name.
         extensions: configuration of each extension that the options switch on, by its name.
+        given: names of the options that were written down, be it with the value of their default.
     """
 
     model: ModelArguments
@@ -135,6 +137,7 @@ class RunArguments:
     training: TrainingArguments
     options: dict[str, Any] = field(default_factory=dict)
     extensions: dict[str, Config] = field(default_factory=dict)
+    given: frozenset[str] = frozenset()
 
     def to_dict(self) -> dict[str, Any]:
         """Resolved values as JSON types, for `run.json`."""
@@ -188,10 +191,19 @@ def build_parser(
     return parser
 
 
+def _written(parser: transformers.HfArgumentParser, argv: Sequence[str]) -> frozenset[str]:
+    """Names of the options in a command line; the parser has no defaults afterwards."""
+    parser._defaults.clear()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return frozenset(vars(parser.parse_known_args(list(argv))[0]))
+
+
 def parse_args(
     argv: Sequence[str] | None = None,
     extensions: Mapping[str, Extension] | None = None,
     defaults: Mapping[str, Any] | None = None,
+    given: Collection[str] = (),
 ) -> RunArguments:
     """Options of a run, checked.
 
@@ -199,6 +211,7 @@ def parse_args(
         argv: command line without the program's name; None takes `sys.argv`.
         extensions: the extensions to compose with; None takes all installed ones.
         defaults: see `build_parser`.
+        given: names of options in `defaults` that a command line gave all the same, for `RunArguments.given`.
 
     Raises:
         FlagError: options are unknown, contradictory or not carried out; all problems are listed at once.
@@ -208,14 +221,14 @@ def parse_args(
 
     extensions = installed_extensions() if extensions is None else extensions
     argv = translate_retired_flags(sys.argv[1:] if argv is None else list(argv))
-    parsed = build_parser(extensions, defaults).parse_args_into_dataclasses(
-        argv, look_for_args_file=False, return_remaining_strings=True
-    )
+    parser = build_parser(extensions, defaults)
+    parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
     model, data, training, *options, unknown = parsed
     if unknown:
         raise FlagError(f"unknown options {unknown}; --help lists all (installed extensions: {sorted(extensions)})")
     with_options = [name for name, extension in extensions.items() if extension.options is not None]
     args = RunArguments(model, data, training, dict(zip(with_options, options, strict=True)))
+    args.given = _written(parser, argv) | frozenset(given)
     for name, extension in extensions.items():
         config = extension.configure(args)
         if config is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llava.anyres import ImageLength
+from llava.anyres import GridPinpoints, ImageLength
 from llava.constants import IGNORE_INDEX
 from llava.conversation import conv_templates
 from llava.data.dataset import LazySupervisedDataset
@@ -22,10 +22,7 @@ from llava.errors import NoTargetError
 from mma.data.tokens import sample_ids
 
 ASPECT_RATIO = "stretch"
-"""Pictures are squashed to the square that the tower sees, as in the original."""
-
-NORMALIZATION = "imagenet"
-"""Value of `--mm_image_normalization`: CLIP has statistics of its own, but the checkpoints these."""
+"""In the original pictures are squashed to the square that the tower sees."""
 
 
 class LavinDataset(LazySupervisedDataset):
@@ -37,9 +34,12 @@ class LavinDataset(LazySupervisedDataset):
         image_processor: of the tower; normalises as the checkpoint was trained.
         image_folder: folder that image names are relative to.
         max_length: positions of a sample without the modality token; the rest is cut off.
+        image_aspect_ratio: how pictures become square, see `preprocess_image`; that of the checkpoint.
+        image_grid_pinpoints: possible resolutions of `anyres`.
         image_length: embeddings of an image, see `LazySupervisedDataset`.
         on_bad_sample: `stop` or `skip`.
         skipped_file: where left out rows are listed.
+        requires_image: leave out the rows without an image.
     """
 
     def __init__(
@@ -50,9 +50,12 @@ class LavinDataset(LazySupervisedDataset):
         *,
         image_folder: Path,
         max_length: int,
+        image_aspect_ratio: str = ASPECT_RATIO,
+        image_grid_pinpoints: GridPinpoints | None = None,
         image_length: ImageLength | None = None,
         on_bad_sample: str = "stop",
         skipped_file: Path | None = None,
+        requires_image: bool = False,
     ) -> None:
         super().__init__(
             rows,
@@ -60,13 +63,15 @@ class LavinDataset(LazySupervisedDataset):
             image_processor,
             template=conv_templates["plain"],  # not used: `tokenize` below writes the prompt
             image_folder=image_folder,
-            image_aspect_ratio=ASPECT_RATIO,
+            image_aspect_ratio=image_aspect_ratio,
+            image_grid_pinpoints=image_grid_pinpoints,
             is_multimodal=True,
             mm_use_im_start_end=False,
             model_max_length=max_length,
             image_length=image_length,
             on_bad_sample=on_bad_sample,
             skipped_file=skipped_file,
+            requires_image=requires_image,
         )
 
     def tokenize(self, row: Row, image_count: int, patches_per_image: int | Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -77,7 +82,8 @@ class LavinDataset(LazySupervisedDataset):
         """
         prompt, answer = (turn["value"] for turn in row["conversations"])
         ids, labels = sample_ids(self.tokenizer, prompt, answer, image_count > 0)
-        extra = image_count * (patches_per_image - 1) if isinstance(patches_per_image, int) else 0
+        one = isinstance(patches_per_image, int)
+        extra = image_count * (patches_per_image - 1) if one else sum(patches_per_image) - image_count
         first = int((labels != IGNORE_INDEX).nonzero()[0]) + extra
         if first >= self.model_max_length:
             raise NoTargetError(

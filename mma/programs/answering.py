@@ -23,7 +23,7 @@ from llava.eval.questions import read_jsonl
 from llava.eval.record import weights_fingerprint
 from llava.eval.runner import Prompt, answer_tasks
 from llava.mm_utils import get_model_name_from_path
-from mma.convert import SETTINGS
+from mma.convert import SETTINGS, is_bottleneck
 from mma.data.tokens import prompt_ids
 from mma.original import ready_folder
 from mma.programs.eval_options import ADAPTER_OPTIONS, BITS, check_adapters
@@ -65,8 +65,13 @@ def find_folders(args: argparse.Namespace, given: dict[str, Any], processes: Pro
 
     Raises:
         CheckpointError: files are missing, damaged, or do not belong together.
+        FlagError: a tower is given for a folder, which names its own.
     """
     adapters = Path(args.adapter_path)
+    if args.vision_tower is not None and not adapters.is_file():
+        raise FlagError(
+            f"--vision_tower {args.vision_tower}: is for a .pth file; the config.json of {adapters} has its own"
+        )
     with processes.first_alone():
         base = base_folder(BaseWeights(args.ckpt_dir, args.llm_model, args.use_vicuna))
         if adapters.is_file():
@@ -101,7 +106,9 @@ def load_lavin(args: argparse.Namespace, given: dict[str, Any], folders: Folders
     config = loaded.model.extensions.configs.get("mma")
     if config is None:
         raise FlagError(f"--adapter_path {args.adapter_path}: is no checkpoint of LaVIN; it has no adapters")
-    check_adapters({name: given[name] for name in ADAPTER_OPTIONS if name in given}, config, args.adapter_path)
+    projector = loaded.model.get_model().mm_projector
+    described = config | {"hidden_proj": projector[0].out_features if is_bottleneck(projector) else "no such projector"}
+    check_adapters({name: given[name] for name in ADAPTER_OPTIONS if name in given}, described, args.adapter_path)
     if args.shifted_decoding is not None:
         config["shifted_decoding"] = args.shifted_decoding
     loaded.model.config.tokenizer_model_max_length = args.max_seq_len - 1  # the modality token has no place here

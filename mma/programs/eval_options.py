@@ -14,8 +14,8 @@ from mma.data.prompts import OPTIONS
 
 BITS = {"16bits": 16, "16bit": 16, "8bit": 8, "4bit": 4}
 
-ADAPTER_OPTIONS = ("adapter_type", "visual_adapter_type", "adapter_dim", "adapter_scale", "temperature")
-"""Options that describe the adapters, by the names in their configuration."""
+ADAPTER_OPTIONS = ("adapter_type", "visual_adapter_type", "adapter_dim", "adapter_scale", "temperature", "hidden_proj")
+"""Options that describe the adapters, by the names in their configuration, and the projector."""
 
 SAME_TYPES = {"repattn": "attn"}
 """The default of the original, which means the same as the other."""
@@ -98,7 +98,7 @@ def check_adapters(given: dict[str, Any], config: dict[str, Any], checkpoint: st
 
     Args:
         given: those of `ADAPTER_OPTIONS` that the command line gives.
-        config: configuration of the adapters in the checkpoint.
+        config: configuration of the adapters in the checkpoint, and `hidden_proj`.
         checkpoint: for messages.
 
     Raises:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.hf_argparser import string_to_bool
 
 from llava.errors import FlagError
 from llava.train.arguments import RunArguments
@@ -35,6 +36,7 @@ INSTEAD = {
     "gradient_accumulation_steps": "--accum_iter",
     "learning_rate": "--lr or --blr",
     "lr_scheduler_type": "--warmup_epochs and --min_lr",
+    "lr_scheduler_kwargs": "--warmup_epochs and --min_lr",
     "warmup_steps": "--warmup_epochs",
     "warmup_ratio": "--warmup_epochs",
     "max_grad_norm": "--clip_grad",
@@ -70,7 +72,8 @@ def _problems(own: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     """What cannot be carried out, one line each."""
     problems = []
     written = {word.removeprefix("--").partition("=")[0] for word in rest if word.startswith("--")}
-    problems += [f"--{name}: use {INSTEAD[name]}" for name in sorted(written & INSTEAD.keys())]
+    refused = {name: INSTEAD.get(name, INSTEAD.get(name.removeprefix("no_"))) for name in written}
+    problems += [f"--{name}: use {other}" for name, other in sorted(refused.items()) if other is not None]
     if own.dist_on_itp:
         problems.append("--dist_on_itp: belongs to a cluster of the authors; start with torchrun")
     if own.dist_url != "env://":
@@ -90,6 +93,8 @@ def _problems(own: argparse.Namespace, rest: Sequence[str]) -> list[str]:
         problems.append(f"--max_seq_len {own.max_seq_len}: must be more than {MODALITY_TOKENS}")
     if own.device not in ("cpu", "cuda"):
         problems.append(f"--device {own.device}: must be cuda or cpu; CUDA_VISIBLE_DEVICES chooses the GPU")
+    if own.lr is not None and own.lr <= 0:
+        problems.append(f"--lr {own.lr}: must be more than 0; leave it out to have it follow from --blr")
     if own.lr is None and own.blr <= 0:
         problems.append(f"--blr {own.blr}: must be more than 0")
     files = [MIXTURE_FILE] if own.do_pretrain else [PROBLEMS_FILE, SPLITS_FILE]
@@ -113,9 +118,10 @@ def _say_what_is_idle(own: argparse.Namespace, names: set[str]) -> None:
 
 
 def _wants_cpu(own: argparse.Namespace, rest: Sequence[str]) -> bool:
-    words = list(rest)
-    asked = "--use_cpu" in words and words[words.index("--use_cpu") + 1 :][:1] != ["False"]
-    return own.device == "cpu" or asked
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--use_cpu", "--no_cuda"):  # the second is the first's older name
+        parser.add_argument(name, type=string_to_bool, nargs="?", const=True, default=False, dest="use_cpu")
+    return own.device == "cpu" or parser.parse_known_args(list(rest))[0].use_cpu
 
 
 def _precision(own: argparse.Namespace, rest: Sequence[str]) -> dict[str, bool]:
@@ -170,6 +176,12 @@ def _values(own: argparse.Namespace, rate: float) -> dict[str, Any]:
     }
 
 
+def with_underscores(words: Sequence[str]) -> list[str]:
+    """A command line with the names of its options as they are defined: llava's parser takes `--max-steps 3` too."""
+    split = [word.partition("=") if word.startswith("--") else ("", "", word) for word in words]
+    return [(name and "--" + name[2:].replace("-", "_")) + sign + value for name, sign, value in split]
+
+
 def launched_processes() -> int:
     """Number of processes that the launcher has started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -182,18 +194,21 @@ def parse_args(argv: Sequence[str] | None = None) -> LavinArguments:
         FlagError: options are unknown, contradictory or not carried out.
         SystemExit: a value is of the wrong type (argparse's message).
     """
-    words = sys.argv[1:] if argv is None else list(argv)
+    words = with_underscores(sys.argv[1:] if argv is None else argv)
     own, rest = build_parser().parse_known_args(words)
     names = given(words)
     problems = _problems(own, rest)
     if problems:
         raise FlagError("this run cannot start:\n  " + "\n  ".join(problems))
     _say_what_is_idle(own, names)
-    rate = own.lr or absolute_learning_rate(own.blr, own.batch_size, own.accum_iter, launched_processes())
+    by_samples = absolute_learning_rate(own.blr, own.batch_size, own.accum_iter, launched_processes())
+    rate = by_samples if own.lr is None else own.lr
     values = _values(own, rate) | _precision(own, rest)
     if "log_dir" in names:
         values["report_to"] = ["tensorboard"]
         os.environ["TENSORBOARD_LOGGING_DIR"] = own.log_dir  # where transformers 5 reads it from
-    run = parse_llava(rest, defaults=values)
+    run = parse_llava(rest, defaults=values, given=names)
+    if run.model.mm_use_im_start_end:
+        raise FlagError("--mm_use_im_start_end True: LaVIN's prompt has no such tokens; leave it out")
     base = BaseWeights(own.llama_model_path, own.llm_model, own.use_vicuna)
     return LavinArguments(own, run, base, Schedule(rate, own.epochs, own.warmup_epochs, own.min_lr))

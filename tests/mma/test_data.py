@@ -20,11 +20,12 @@ from llava.errors import BadSampleError, FlagError, NoTargetError
 from llava.model.multimodal_encoder.builder import set_normalization
 from llava.tokenizer import load_tokenizer
 from mma.data import mixture
-from mma.data.dataset import ASPECT_RATIO, NORMALIZATION, LavinDataset
+from mma.data.dataset import ASPECT_RATIO, LavinDataset
 from mma.data.instructions import read_mixture
 from mma.data.prompts import FORMATS, build_prompt, few_shot_prompt
 from mma.data.scienceqa import read_split, training_rows
 from mma.data.tokens import encode, head_ids, prompt_ids, sample_ids
+from mma.extension import PICTURE
 from tests.golden import golden_dir, load_case
 
 PROMPTS = load_case("lavin", "prompts")[0]
@@ -51,7 +52,7 @@ def clip_processor(side: int = 224) -> CLIPImageProcessorPil:
 
 def lavin_processor(side: int = 224) -> CLIPImageProcessorPil:
     processor = clip_processor(side)
-    set_normalization(processor, NORMALIZATION)
+    set_normalization(processor, PICTURE["mm_image_normalization"][2])
     return processor
 
 

@@ -182,6 +182,8 @@ def test_answers_belong_to_the_content_of_a_file(tmp_path: Path) -> None:
         (["--use_caption"], FlagError, "--caption_file"),
         (["--temperature", "5."], FlagError, "--temperature 5.0, but 10.0"),
         (["--visual_adapter_type", "normal"], FlagError, "--visual_adapter_type normal, but router"),
+        (["--hidden_proj", "128"], FlagError, "--hidden_proj 128, but 16"),
+        (["--vision_tower", "another"], FlagError, "--vision_tower another: is for a .pth file"),
         (["--llm_model", "30B"], CheckpointError, "look at --llama_model_path"),
         (["--top_p", "2"], FlagError, "--top_p 2"),
         (["--limit", "0"], FlagError, "--limit 0"),

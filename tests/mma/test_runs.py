@@ -180,6 +180,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "groups": (MMA | {"adapter_dim": 7}, "adapter_dim 7 is not a multiple"),
     "temperature": (MMA | {"temperature": 0}, "temperature is 0"),
     "picture": ({"mma": True}, "--mm_vision_select_layer -2: --visual_input lavin has -1"),
+    "picture, the default": ({"mma": True, "mm_vision_select_layer": -1, "image_aspect_ratio": "square"}, "square"),
+    "no such projector": (MMA | {"hidden_proj": 128}, "--hidden_proj 128: is the width"),
+    "nothing to drop": (MMA | {"adapter_type": "none", "drop_path": 0.1}, "--drop_path 0.1: belongs to the adapters"),
     "input": (MMA | {"visual_input": "six"}, "--visual_input is 'six'"),
     "reentrant": (
         MMA | {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": '{"use_reentrant": true}'},

@@ -6,14 +6,19 @@ import argparse
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from llava.data.images import load_image
 from llava.errors import FlagError
+from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
+from llava.tokenizer import load_tokenizer
+from llava.train.train import Parts, build_run
 from mma import demo
 from mma import eval as mma_eval
 from mma.programs import train_arguments
@@ -21,9 +26,10 @@ from mma.programs.eval_options import BITS as EVAL_BITS
 from mma.programs.train_arguments import INSTEAD, parse_args
 from mma.programs.train_options import build_parser
 from mma.programs.trainer import WholeUpdates, epoch_of
-from mma.train import next_command
+from mma.train import dataset_maker, next_command, prepare_base
 from tests.golden import load_case
 from tests.mma.lavin_files import LavinFiles, save_lavin_files, tiny_words, train_tiny
+from tests.mma.test_data import lavin_processor
 from tests.train.launching import finish, start, torchrun
 
 FLAGS = load_case("lavin", "cli_flags")[0]
@@ -106,6 +112,14 @@ def test_what_the_options_become(
         (["--start_epoch", "3"], "--start_epoch 3"),
         (["--resume", "checkpoint-3.pth"], r"--resume checkpoint-3\.pth: is no folder"),
         (["--epochs", "2"], "--warmup_epochs 40"),
+        (["--learning-rate", "1e-4"], "--learning_rate: use --lr or --blr"),
+        (["--num-train-epochs=3"], "--num_train_epochs: use --epochs"),
+        (["--no_dataloader_pin_memory"], "--no_dataloader_pin_memory: use --no_pin_mem"),
+        (["--lr", "0"], r"--lr 0\.0: must be more than 0"),
+        (["--mm_use_im_start_end", "True"], "--mm_use_im_start_end True"),
+        (["--visual_input", "llava", "--hidden_proj", "128"], "--hidden_proj 128"),
+        (["--image_aspect_ratio", "square"], "--image_aspect_ratio square: --visual_input lavin has stretch"),
+        (["--mm-vision-select-feature", "patch"], "--mm_vision_select_feature patch: --visual_input lavin"),
         (["--no_such_flag", "1"], "unknown options"),
         (["--image_aspect_ratio", "pad"], "--image_aspect_ratio pad"),
         (["--data_root", "nowhere"], "--data_root nowhere: has no problems.json, pid_splits.json, images"),
@@ -116,6 +130,57 @@ def test_what_the_options_become(
 def test_what_cannot_be_carried_out_is_refused(words: list[str], message: str, files: LavinFiles) -> None:
     with pytest.raises(FlagError, match=message):
         parse_args([*files.words, *words])
+
+
+def test_options_may_be_written_with_hyphens(files: LavinFiles) -> None:
+    """Llava's parser takes both forms; LaVIN's options mean the same in either."""
+    words = ["--batch-size", "3", "--adapter-type=block", "--output-dir", "a-b", "--max-steps", "2", "--bf16", "False"]
+    args = parse_args([*files.words, *words])
+    assert (args.own.output_dir, args.run.training.output_dir) == ("a-b", "a-b")
+    assert args.run.training.per_device_train_batch_size == 3
+    assert args.run.extensions["mma"]["adapter_type"] == args.own.adapter_type == "block"
+    assert args.run.training.max_steps == 2
+
+
+@pytest.mark.parametrize("words", [["--use_cpu"], ["--use-cpu", "True"], ["--use_cpu=yes"], ["--no_cuda", "True"]])
+def test_the_cpu_may_be_asked_for_as_in_llava(words: list[str], files: LavinFiles) -> None:
+    position = files.words.index("--device")
+    assert parse_args([*files.words[:position], *words]).run.training.use_cpu
+
+
+@pytest.mark.parametrize("ratio", ["stretch", "pad", "square", "anyres"])
+def test_training_sees_the_pictures_of_the_evaluation(ratio: str, files: LavinFiles, tmp_path: Path) -> None:
+    """The aspect ratio in the checkpoint, which evaluation obeys, is that of the training's pictures."""
+    words = ["--visual_input", "llava", "--image_aspect_ratio", ratio] if ratio != "stretch" else []
+    if ratio == "anyres":
+        words += ["--image_grid_pinpoints", "[(84, 42), (42, 84)]"]
+    args = parse_args([*files.words, "--output_dir", str(tmp_path / "out"), "--visual_adapter_type", "router", *words])
+    prepare_base(args)
+    run = build_run(args.run, parts=Parts(dataset=dataset_maker(args)))
+    assert run.model.config.image_aspect_ratio == ratio
+    number = next(n for n, length in enumerate(run.dataset.modality_lengths) if length > 0)
+    name, ours = run.dataset.records[number]["image"], run.dataset[number]["image"]
+    image = load_image(run.dataset.image_folder, name)
+    assert image.width != image.height
+    processor = run.model.get_vision_tower().image_processor
+    (expected,) = process_images([image], processor, run.model.config)
+    assert torch.equal(ours[0] if ratio == "anyres" else ours, expected)
+
+
+def test_rows_without_image_can_be_left_out(
+    files: LavinFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = parse_args([*files.words, "--output_dir", str(tmp_path / "out"), "--requires_image", "True"])
+    prepare_base(args)
+    tokenizer = load_tokenizer(args.run.model.model_name_or_path, model_max_length=511)
+    model = SimpleNamespace(
+        get_vision_tower=lambda: SimpleNamespace(image_processor=lavin_processor()),
+        config=SimpleNamespace(image_grid_pinpoints=None),
+        image_length=lambda: None,
+    )
+    dataset = dataset_maker(args)(args.run, tokenizer, model)
+    assert 0 < len(dataset) == sum(length > 0 for length in dataset.modality_lengths) < 18
+    assert f"{18 - len(dataset)} rows without image are left out" in capsys.readouterr().out
 
 
 def test_every_option_that_is_refused_exists(files: LavinFiles) -> None:
