@@ -65,7 +65,7 @@ class Recipe:
         batch: rows in an update.
         rate: peak learning rate of projector and language model.
         predictor_rate: that of the predictor.
-        mask_loss_weight: of the keep-rate loss. The default of 100 is for runs a hundred times as long: its gradient
+        mask_loss_weight: of the keep-rate loss. The default of 100 is for runs of ten thousand updates: its gradient
             follows the noise of the decisions, and so few updates do not average it away (see the document).
         predictor: its sizes.
         every: for each task of NLVR, one in so many test pictures is asked about.
