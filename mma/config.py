@@ -17,6 +17,9 @@ ADAPTER_TYPES = ("attn", "block", "none")
 VISUAL_ADAPTER_TYPES = ("normal", "router", "router_block", "none")
 """In the vision tower: plain before attention; routed before attention; routed before attention and MLP; nowhere."""
 
+TOWER = "openai/clip-vit-large-patch14"
+"""The tower of the original, which has no option for it."""
+
 VISUAL_INPUTS = ("lavin", "llava")
 """Six class tokens through a narrow projector as in LaVIN, or what LLaVA's own flags say."""
 

@@ -32,11 +32,8 @@ from llava.train.run_record import RUN_FILE
 from llava.train.train import record_settings
 from llava.utils import run_program
 from mma import convert
-from mma.config import MmaConfig
+from mma.config import TOWER, MmaConfig
 from mma.extension import PICTURE, MmaExtension
-
-TOWER = "openai/clip-vit-large-patch14"
-"""The tower of the original."""
 
 MAX_LENGTH = 511
 """Longest sequence of the published adapters' training, 512 with the modality token."""

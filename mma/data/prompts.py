@@ -21,7 +21,6 @@ OPTIONS = tuple("ABCDE")
 """Letters of the choices."""
 
 RESPONSE = "Response:"
-FEW_SHOT_ANSWER = "Answer:"
 REASON = "BECAUSE:"
 
 Problem = Mapping[str, Any]
@@ -93,30 +92,3 @@ def build_prompt(
     before, _, after = prompt_format.partition("-")
     prompt = f"\n{_input_lines(problem, before, caption, options)}{RESPONSE}"
     return one_blank(prompt).strip(), one_blank(_output(problem, after, options)).strip()
-
-
-def few_shot_prompt(
-    shots: Sequence[tuple[Problem, str | None]],
-    test: tuple[Problem, str | None],
-    prompt_format: str,
-    options: Sequence[str] = OPTIONS,
-) -> str:
-    """Solved problems and one to be solved, an empty line between them.
-
-    An example that ends in `BECAUSE:` with nothing behind loses every `BECAUSE:`, as in the original.
-
-    Args:
-        shots: solved problems, each with its caption or None.
-        test: the problem to be solved, with its caption or None.
-        prompt_format: one of `FORMATS`.
-        options: letters of the choices.
-    """
-    before, _, after = prompt_format.partition("-")
-    examples = []
-    for problem, caption in shots:
-        text = f"{_input_lines(problem, before, caption, options)}{FEW_SHOT_ANSWER} {_output(problem, after, options)}"
-        text = one_blank(text).strip()
-        examples.append(text.replace(REASON, "").strip() if text.endswith(REASON) else text)
-    problem, caption = test
-    examples.append(one_blank(f"{_input_lines(problem, before, caption, options)}{FEW_SHOT_ANSWER}").strip())
-    return "\n\n".join(examples)

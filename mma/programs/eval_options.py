@@ -11,8 +11,10 @@ from typing import Any
 
 from llava.errors import FlagError
 from mma.data.prompts import OPTIONS
+from mma.programs.train_options import BITS as TRAINING_BITS
 
-BITS = {"16bits": 16, "16bit": 16, "8bit": 8, "4bit": 4}
+BITS = {"16bits": 16, **TRAINING_BITS}
+"""The original's evaluation has another word for the full precision than its training."""
 
 ADAPTER_OPTIONS = ("adapter_type", "visual_adapter_type", "adapter_dim", "adapter_scale", "temperature", "hidden_proj")
 """Options that describe the adapters, by the names in their configuration, and the projector."""
@@ -44,8 +46,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--adapter_type", type=str, default="repattn", help="attn (also called repattn) or block")
     add("--visual_adapter_type", type=str, default="normal", help="normal, router or router_block")
     add("--adapter_dim", type=int, default=8, help="hidden width of the adapters")
-    add("--adapter_scale", type=float, default=1, help="factor of the update of a routed adapter")
-    add("--temperature", type=float, default=10.0, help="temperature of the routing")
+    add(
+        "--adapter_scale",
+        type=float,
+        default=1,
+        help="factor of the update of a routed adapter; default: what the checkpoint says, else 1",
+    )
+    add("--temperature", type=float, default=10.0, help="of the routing; default: what the checkpoint says")
     add("--hidden_proj", type=int, default=128, help="hidden width of the projector")
     add("--n_prompt", type=int, default=10, help="without effect: the tower says how many features a picture has")
     add("--max_seq_len", type=int, required=True, help="positions of a prompt, the modality token included")

@@ -20,9 +20,10 @@ from transformers.hf_argparser import string_to_bool
 from llava.errors import FlagError
 from llava.train.arguments import RunArguments
 from llava.train.arguments import parse_args as parse_llava
+from mma.config import TOWER
 from mma.data.instructions import MIXTURE_FILE
 from mma.data.scienceqa import IMAGES_FOLDER, PROBLEMS_FILE, SPLITS_FILE
-from mma.programs.train_options import BITS, DEFAULT_TOWER, build_parser, given
+from mma.programs.train_options import BITS, build_parser, given
 from mma.schedule import Schedule, absolute_learning_rate
 from mma.weights.base import BaseWeights
 
@@ -148,7 +149,7 @@ def _values(own: argparse.Namespace, rate: float) -> dict[str, Any]:
         "drop_path": own.drop_path,
         "model_name_or_path": own.llama_model_path,
         "version": "plain",
-        "vision_tower": DEFAULT_TOWER,
+        "vision_tower": TOWER,
         "mm_use_im_patch_token": False,
         "data_path": [str(root / (MIXTURE_FILE if own.do_pretrain else PROBLEMS_FILE))],
         "image_folder": str(root / IMAGES_FOLDER),

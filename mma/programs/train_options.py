@@ -9,10 +9,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from mma.config import TOWER
 from mma.data.prompts import FORMATS, OPTIONS
-
-DEFAULT_TOWER = "openai/clip-vit-large-patch14"
-"""The tower of the original, which has no option for it; here `--vision_tower` names another."""
 
 BITS = {"4bit": 4, "8bit": 8, "16bit": 16}
 
@@ -95,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="%(prog)s --llama_model_path WEIGHTS --data_root DATA --output_dir OUTPUT [options]",
         description="Train LaVIN on ScienceQA or on the chatbot's data, with the command lines of the original.",
         epilog="Every option of python -m llava.train.train may be given too (--bf16 True, --max_steps 10, "
-        f"--vision_tower FOLDER; default tower: {DEFAULT_TOWER}), unless one of the above means the same.",
+        f"--vision_tower FOLDER; default tower: {TOWER}), unless one of the above means the same.",
         allow_abbrev=False,
     )
     for add in (_add_run, _add_model, _add_optimizer, _add_data):

@@ -22,7 +22,7 @@ from llava.tokenizer import load_tokenizer
 from mma.data import mixture
 from mma.data.dataset import ASPECT_RATIO, LavinDataset
 from mma.data.instructions import read_mixture
-from mma.data.prompts import FORMATS, build_prompt, few_shot_prompt
+from mma.data.prompts import FORMATS, build_prompt
 from mma.data.scienceqa import read_split, training_rows
 from mma.data.tokens import encode, head_ids, prompt_ids, sample_ids
 from mma.extension import PICTURE
@@ -95,14 +95,6 @@ def test_prompts(used: bool) -> None:
             assert build_prompt(problem, f"QCM-{half}", caption=caption)[1] == text
         compared += len(case["prompt"]) + len(case["answer"])
     assert compared > 150
-
-
-@pytest.mark.parametrize("case", PROMPTS["few_shot_prompt"], ids=lambda case: f"{case['format']}-{case['test']}")
-def test_few_shot_prompts(case: dict[str, Any]) -> None:
-    problems, used = PROMPTS["problems"], case["use_caption"]
-    shots = [(problems[qid], caption_of(qid, used)) for qid in case["shots"]]
-    test = (problems[case["test"]], caption_of(case["test"], used))
-    assert few_shot_prompt(shots, test, case["format"]) == case["prompt"]
 
 
 # Token ids and labels

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TopPLogitsWarper
 
+from llava.eval.generation import GenerationOptions, RowSampler
 from mma.schedule import Epoch, Schedule, absolute_learning_rate, lavin_schedule
 from tests.golden import load_case
 
@@ -50,11 +50,27 @@ def test_the_schedule_of_torch_gives_the_rate_at_the_begin_of_each_update() -> N
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)  # at the end
 
 
+class Even:
+    """In place of a random stream: one number."""
+
+    def __init__(self, number: float) -> None:
+        self.number = number
+
+    def random(self) -> float:
+        return self.number
+
+
 @pytest.mark.parametrize("name", [name for name in TOP_P_TENSORS if name.startswith("out/kept_sorted_probs")])
 def test_nucleus_sampling_keeps_the_same_tokens(name: str) -> None:
-    """The sampling of our evaluation is transformers' warper on a row's own random stream."""
+    """What is drawn at evenly spread numbers: every token as often as the original's probabilities say, to one draw."""
     temperature, mass = map(float, re.findall(r"[\d.]+", name))
-    logits = TOP_P_TENSORS["in/logits"].double()
-    kept = TopPLogitsWarper(mass)(torch.zeros(1), logits / temperature) if mass < 1 else logits / temperature
-    ours = kept.softmax(-1).sort(dim=-1, descending=True).values
-    torch.testing.assert_close(ours.float(), TOP_P_TENSORS[name], rtol=1e-4, atol=1e-6)
+    draws = 2000
+    keys = [str(number) for number in range(draws)]
+    for row, logits in enumerate(TOP_P_TENSORS["in/logits"]):
+        sampler = RowSampler(GenerationOptions(temperature, mass), keys)
+        sampler.streams = [Even((number + 0.5) / draws) for number in range(draws)]
+        drawn = sampler(torch.zeros(draws, 1), logits.expand(draws, -1)).argmax(-1)  # (draws,)
+        share = torch.bincount(drawn, minlength=len(logits))[TOP_P_TENSORS["out/sorted_index"][row]] / draws
+        expected = TOP_P_TENSORS[name][row]
+        assert torch.equal(share > 0, expected > 0)
+        torch.testing.assert_close(share, expected, rtol=0, atol=1 / draws)
