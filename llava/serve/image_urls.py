@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from llava.data.images import load_image, read_rgb
+from llava.data.images import load_image, picture_rgb
 from llava.errors import BadImageError
 
 
@@ -102,13 +102,13 @@ class ImagePolicy:
         if len(content) > self.max_bytes:
             self._too_large(len(content), where)
         try:
-            with Image.open(io.BytesIO(content)) as image:
-                self._sized(image, where)
-        except BadImageError:
-            raise
+            image = Image.open(io.BytesIO(content))
+        except UnidentifiedImageError as error:  # its own message holds nothing but an address in memory
+            raise BadImageError(f"{where}: is no picture of a known format") from error
         except Exception as error:  # Pillow's decoders raise many kinds for broken files
             raise BadImageError(f"{where}: is no picture: {error}") from error
-        return read_rgb(io.BytesIO(content), where)
+        with image:
+            return picture_rgb(self._sized(image, where), where)
 
     def _sized(self, image: Image.Image, where: str) -> Image.Image:
         if image.width * image.height > self.max_pixels:

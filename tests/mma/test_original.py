@@ -24,7 +24,7 @@ from mma.original import export_file, import_file, main, ready_folder
 from tests.golden import golden_dir, load_case
 from tests.mma.golden_model import golden_model, llama_tensors, spliced_rows, write_tower
 from tests.mma.test_golden_inference import prompt
-from tests.train.test_training import BASE, command_line
+from tests.train.test_training import BASE, LLAVA, command_line
 from tests.train.test_training import main as train
 
 CASES = {"train_attn_mixed": ("attn", "router"), "train_block": ("block", "router"),
@@ -228,6 +228,9 @@ def test_what_the_original_has_no_place_for_is_not_exported(tmp_path: Path) -> N
     options = {"mma": True, "visual_input": "llava", "visual_adapter_type": "router", "max_steps": 1}
     train(command_line(tmp_path / "patches", **options))
     with pytest.raises(CheckpointError, match="--visual_input llava"):
+        export_file(tmp_path / "patches", tmp_path / "lavin.pth")
+    shutil.copytree(LLAVA / "tiny-clip", tmp_path / "patches" / "vision_tower")
+    with pytest.raises(CheckpointError, match="a trained vision tower"):
         export_file(tmp_path / "patches", tmp_path / "lavin.pth")
     train(command_line(tmp_path / "lora", **options, lora_enable=True, lora_r=4))
     with pytest.raises(CheckpointError, match="a LoRA adapter"):
