@@ -219,8 +219,8 @@ def export_file(checkpoint: str | Path, output: str | Path) -> Path:
     contents = inspect_checkpoint(checkpoint)
     trained_with = read_extensions(contents)
     others = sorted(set(trained_with) - {MmaExtension.name})
-    alone = MmaExtension.name in trained_with and not others and contents.adapter is None and contents.tower is None
-    if not alone or contents.projector is None:
+    foreign = others or contents.adapter is not None or contents.tower is not None
+    if MmaExtension.name not in trained_with or foreign or contents.projector is None:
         raise CheckpointError(
             f"{checkpoint}: the original's file holds adapters and projector of LaVIN and nothing else; this folder "
             f"has the extensions {sorted(trained_with)}{', a LoRA adapter' if contents.adapter else ''}"
