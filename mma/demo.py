@@ -30,7 +30,7 @@ DEFAULTS = {
     "adapter_path": "./15-eph-pretrain.pth",
     "temperature": 5.0,
 }
-"""Of the original's options; they differ from those of its evaluation. A checkpoint says the kind of its adapters itself."""
+"""Of the original's options; they differ from those of its evaluation. Of the kind of adapters a checkpoint tells."""
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -137,10 +137,20 @@ def generation_options(args: argparse.Namespace, max_new_tokens: int) -> Generat
 
 
 def output_folder(args: argparse.Namespace, name: str) -> Path:
-    """`--output_dir`, or a folder in the checkpoint; beside a file of the original, one of its name holds it."""
+    """`--output_dir`, or a folder in the checkpoint; beside a file of the original, one of its name holds it.
+
+    Raises:
+        FlagError: neither says a place.
+    """
+    if args.output_dir is not None:
+        return Path(args.output_dir)
     adapters = Path(args.adapter_path)
-    within = adapters.with_suffix("") if adapters.is_file() else adapters
-    return Path(args.output_dir) if args.output_dir is not None else within / name
+    if not adapters.exists():  # a folder of that name would pass for the checkpoint from then on
+        raise FlagError(
+            f"--adapter_path {adapters}: no such file or folder; for a name on a model hub, say by --output_dir where "
+            "the answers go"
+        )
+    return (adapters.with_suffix("") if adapters.is_file() else adapters) / name
 
 
 def answer_all(

@@ -140,6 +140,15 @@ def test_where_answers_go(lavin_files: LavinFiles, tmp_path: Path) -> None:
     assert output_folder(args, "mme") == tmp_path / "15-eph" / "mme"
 
 
+def test_nothing_is_written_in_the_name_of_a_missing_checkpoint(lavin_files: LavinFiles, tmp_path: Path) -> None:
+    """A mistyped path, or a name on a hub, which a folder of that name would hide."""
+    words = words_for(lavin_files, tmp_path / "lavin", tmp_path)
+    place = words.index("--output_dir")
+    with pytest.raises(FlagError, match="lavin: no such file or folder"):
+        mma_eval.main(words[:place] + words[place + 2 :])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_of_the_original_answers_as_its_checkpoint(
     lavin_files: LavinFiles, lavin_checkpoint: Path, tmp_path: Path
 ) -> None:
