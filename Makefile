@@ -61,7 +61,9 @@ UPSTREAM_PYTHON ?= $(shell for name in python3.10 "$${PYENV_ROOT:-$$HOME/.pyenv}
 	"$$name" -c '' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 UPSTREAM_PINS ?= tests/moe_patch/upstream.txt
 
-test-upstream: install $(UPSTREAM)/.installed ## Test moe_patch on a clone of haotian-liu/LLaVA (LLAVA_UPSTREAM_DIR=...)
+UPSTREAM_READY = $(UPSTREAM)/.installed-$(notdir $(UPSTREAM_PINS))
+
+test-upstream: install $(UPSTREAM_READY) ## Test moe_patch on a clone of haotian-liu/LLaVA (LLAVA_UPSTREAM_DIR=...)
 	@test -d "$(LLAVA_UPSTREAM_DIR)" || { echo "say where upstream is: make $@ LLAVA_UPSTREAM_DIR=/path/to/LLaVA"; exit 1; }
 	LLAVA_UPSTREAM_DIR="$(abspath $(LLAVA_UPSTREAM_DIR))" LLAVA_UPSTREAM_PYTHON="$(abspath $(UPSTREAM)/bin/python)" \
 		$(TEST_ENV) $(BIN)/python -m pytest $(ARGS) tests/moe_patch/test_upstream.py
@@ -118,7 +120,7 @@ $(LMMS)/.installed: $(VENV)/.installed tests/eval/lmms.txt
 	$(UV) pip install --quiet --python $(VENV) --target $(LMMS) --no-deps --requirement tests/eval/lmms.txt
 	@touch $@
 
-$(UPSTREAM)/.installed: $(VENV)/.installed $(UPSTREAM_PINS)
+$(UPSTREAM_READY): $(VENV)/.installed $(UPSTREAM_PINS)
 	$(UV) venv --quiet --clear --python "$(UPSTREAM_PYTHON)" $(UPSTREAM)
 	grep -v '^deepspeed' $(UPSTREAM_PINS) > $(UPSTREAM)/first.txt
 	$(UV) pip install --quiet --python $(UPSTREAM) --requirement $(UPSTREAM)/first.txt

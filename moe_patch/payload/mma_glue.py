@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mma import modality
 from mma.config import MmaConfig, MmaOptions
-from mma.modality import Routing, Witness
+from mma.modality import Routing, Table, Witness
 from mma.model import EMBEDDING, ROUTING, added_parameters, attach
 from moe_patch.payload.extension import Extension, State
 from moe_patch.payload.gradients import keep_the_graph
@@ -145,8 +145,8 @@ class Modalities:
         _check_torch()
         self.config = config
         self._rows: Tensor | None = None
-        self._routing: tuple[Tensor, Tensor] | None = None
-        self._kept: tuple[Tensor, Witness] | None = None
+        self._routing: Routing | None = None
+        self._kept: tuple[Table, Witness] | None = None
         tower = model.get_vision_tower()
         blocks, width = (_blocks(tower), tower.hidden_size) if config.adapters_per_block else ([], 0)
         attach(model, blocks, width, config)
@@ -158,7 +158,9 @@ class Modalities:
         decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         for index, layer in enumerate(decoder.layers):
             # In front of the hook that takes the routing out of the arguments.
-            layer.register_forward_pre_hook(functools.partial(self._give, index), with_kwargs=True, prepend=True)
+            layer.register_forward_pre_hook(
+                functools.partial(self._give, decoder, index), with_kwargs=True, prepend=True
+            )
 
     def _noting(self, inner: Any) -> Any:
         """A method whose first argument are token ids, with a look at them; one token alone is a step of generation."""
@@ -184,26 +186,25 @@ class Modalities:
                 f"the modality of {batch} sequences is unknown ({noted} noted): call model or generate with token ids"
             )
         rows = self._rows.repeat_interleave(batch // len(self._rows))  # beams of a sample have its modality
-        table = self._table(decoder)
-        self._routing = rows.to(table.device), table
+        routing = modality.routing_of(rows.tolist(), rows.device)
+        self._routing = dataclasses.replace(routing, table=self._table(decoder))
 
-    def _give(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Tell a layer its weights (B, A, 2), unless it was called for the table itself."""
+    def _give(self, decoder: Any, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Tell a layer the weights of its adapters, unless it was called for the table itself."""
         if ROUTING in kwargs or self._routing is None:
             return None
-        rows, table = self._routing
-        return args, {**kwargs, ROUTING: Routing(rows, table[index][rows])}
+        return args, {**kwargs, ROUTING: self._routing.at(decoder, index)}
 
-    def _table(self, decoder: Any) -> Tensor:
-        """The weights of all layers, (layers, M, A, 2): with gradient in training, otherwise kept while they hold."""
+    def _table(self, decoder: Any) -> Table:
+        """The weights of all layers: with gradient in training, otherwise kept while they hold."""
         dtype = decoder.embed_tokens.weight.dtype
         roots = [*decoder.layers, getattr(decoder, EMBEDDING)]
         if torch.is_grad_enabled() or not modality.can_be_witnessed(roots):
             self._kept = None
-            return _routing_table(decoder, dtype)
+            return Table(_routing_table(decoder, dtype))
         circumstances = (dtype, torch.is_autocast_enabled())
         if self._kept is None or not self._kept[1].still_holds(roots, *circumstances):
-            table = _routing_table(decoder, dtype)
+            table = Table(_routing_table(decoder, dtype))
             self._kept = table, Witness(roots, *circumstances)
         return self._kept[0]
 

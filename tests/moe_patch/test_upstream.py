@@ -293,6 +293,23 @@ def adapted(applied: Upstream) -> Upstream:
     return applied
 
 
+@pytest.mark.parametrize(("run", "flags", "written"), [
+    ("trained", TRAIN, "non_lora_trainables.bin"),
+    ("adapted", MODALITIES, "extensions/mma/model.safetensors"),
+])  # fmt: skip
+def test_two_processes_train(run: str, flags: str, written: str, request: pytest.FixtureRequest) -> None:
+    """By torch's data parallelism, in fp32: gloo knows no bf16 in torch 2.1."""
+    checkout: Upstream = request.getfixturevalue(run)
+    words = flags.replace("--bf16 True", "").split()
+    words[words.index("--output_dir") + 1] = f"./{run}-by-two"
+    title = f"torchrun --nproc_per_node 2 ... train.py {' '.join(words[:2])} ..."
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(HERE / "in_checkout.py"))
+    extra = ["--ddp_backend", "gloo", *os.environ.get("LLAVA_UPSTREAM_FLAGS", "").split()]
+    output = checkout.program(title, *launcher, "--cpu", "run", "llava.train.train", *words, *extra)
+    assert len(re.findall(r"'loss': [\d.]+", output)) == 3
+    assert (checkout.work / f"{run}-by-two" / written).is_file()
+
+
 @pytest.mark.parametrize("inputs", ["inputs", "text"])
 @pytest.mark.parametrize("folder", ["adapters", "our-adapters"])
 def test_adapters_are_the_same_to_both(adapted: Upstream, folder: str, inputs: str) -> None:
