@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from llava.errors import BadSampleError, FlagError
-from llava.eval.answers import AnswersFile, Task, answer_row
+from llava.eval.answers import AnswersFile, Task, answer_row, refuse_other_settings
+from llava.eval.processes import Processes, part_of, put_together
 from llava.eval.record import weights_fingerprint
 
 
@@ -66,6 +67,30 @@ def test_a_cut_file_is_completed_to_the_same_bytes(finished: Path, cut: int | st
     expected = {1: [], 2: [4], 40: [4], "line": [4], "line+1": [4], "all": [4, 3, 2, 1, 0]}[cut]
     assert answer_all(open_answers(finished)) == expected
     assert finished.read_bytes() == whole
+
+
+class First(Processes):
+    """The first of several processes, when the others have arrived."""
+
+    def wait(self) -> None:
+        """Nobody is missing."""
+
+
+def test_parts_of_several_processes_become_one_file_with_their_settings(finished: Path) -> None:
+    """Settings of an earlier run beside the file would have it taken for what it is not, or refused for that."""
+    other = SETTINGS | {"weights": "def"}
+    for rank in (0, 1):
+        tasks = list(Processes(rank, 2).part(TASKS))
+        answer_all(open_answers(part_of(finished, rank, 2), tasks, settings=other, model_id="other"))
+    put_together(First(0, 2), finished)
+    assert open_answers(finished, settings=other, model_id="other").pending == {}
+    assert [row["model_id"] for row in rows(finished)] == ["other"] * 5
+    for settings in (SETTINGS, other | {"temperature": 1.0}):
+        with pytest.raises(FlagError, match="made with other settings"):
+            refuse_other_settings(finished, settings)
+    part_of(finished, 1, 2).unlink()
+    with pytest.raises(FlagError, match=r"has no \['a\.1-of-2\.jsonl'\]; several machines"):
+        put_together(First(0, 2), finished)
 
 
 def test_kept_answers_are_kept_as_they_are(finished: Path) -> None:
