@@ -84,7 +84,7 @@ class Recipe:
     rows: int = 1200
     turns: Mapping[str, int] = field(default_factory=lambda: {"exist": 2, "most": 1, "count": 2})
     batch: int = 8
-    rates: Mapping[str, float] = field(default_factory=lambda: {"mma": 5e-3, "plain": 5e-3, "lora": 5e-3})
+    rates: Mapping[str, float] = field(default_factory=lambda: {"mma": 1.5e-2, "plain": 5e-3, "lora": 5e-3})
     candidates: tuple[float, ...] = (5e-3, 1.5e-2)
     rank: int = 4
     temperature: float = 10.0
