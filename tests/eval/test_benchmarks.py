@@ -15,7 +15,7 @@ import torch
 
 from llava.errors import FlagError
 from llava.eval import __main__ as engine
-from llava.eval import captions, eval_chartqa, program, runner
+from llava.eval import batches, captions, eval_chartqa, program
 from llava.eval.benchmarks import BENCHMARKS, find
 from llava.eval.loading import LoadedModel
 from llava.eval.processes import Processes
@@ -72,7 +72,7 @@ def test_from_questions_to_result(
     assert all(Path(path).exists() for path in result["files"])
     assert result["settings"]["torch_dtype"] == "torch.float32"
     assert result["first_prompt"].startswith("A chat between")
-    assert result["speed"]["batch_size"] == runner.FIRST_BATCH_SIZE["cpu"]
+    assert result["speed"]["batch_size"] == batches.FIRST_BATCH_SIZE["cpu"]
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith(f"{find(name).title} ({result['split']}, {result['questions']} questions) | tiny-llava-v1.5")
 
