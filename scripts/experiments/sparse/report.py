@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from scripts.experiments.nlvr.report import mean_and_range
 from scripts.experiments.sparse.recipe import RATES, SEEDS, Run, Setting
@@ -129,7 +130,7 @@ def draw(path: Path, settings: Sequence[Setting], results: Sequence[Result]) -> 
     figure = Figure(figsize=(4 * len(shown), 4), layout="constrained")
     for setting, panel in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
         group = next(iter(setting.groups))
-        for line in LINES:
+        for number, line in enumerate(LINES):
             cells = [(rate, chosen(results, setting, line, rate)) for rate in (1.0, *RATES)]
             points = [(rate, [100 * one.accuracy[group] for one in cell]) for rate, cell in cells if cell]
             if not points:
@@ -141,14 +142,20 @@ def draw(path: Path, settings: Sequence[Setting], results: Sequence[Result]) -> 
             below = [middle - min(values) for middle, (_, values) in zip(centre, points, strict=True)]
             above = [max(values) - middle for middle, (_, values) in zip(centre, points, strict=True)]
             rates = [rate for rate, _ in points]
-            panel.errorbar(rates, centre, yerr=[below, above], marker="o", markersize=4, capsize=3, label=line.title)
+            style: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 3, "color": f"C{number}"}
+            panel.errorbar(rates, centre, yerr=[below, above], label=line.title, **style)
         panel.set_xscale("log")
         panel.set_xticks(list(RATES), [f"{rate:g}" for rate in RATES])
         panel.minorticks_off()
         panel.set_title(f"{setting.title}: {group}", fontsize=10)
         panel.set_xlabel("keep rate")
     figure.axes[0].set_ylabel("accuracy, %")
-    handles, titles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, titles, loc="outside lower center", ncols=2, frameon=False, fontsize=7)
+    named = {
+        title: handle for panel in figure.axes for handle, title in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    titles = [line.title for line in LINES if line.title in named]
+    figure.legend(
+        [named[title] for title in titles], titles, loc="outside lower center", ncols=2, frameon=False, fontsize=7
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
