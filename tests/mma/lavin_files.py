@@ -59,6 +59,7 @@ def save_lavin_files(folder: Path) -> LavinFiles:
     weights = weights_root(folder, META, META_TENSORS, META["n_shards"])
     (weights / "13B").symlink_to("7B")
     save_vicuna(weights, difference(weights / "7B"))
+    (weights / "vicuna_13B").symlink_to("vicuna_7B")
     config = load_case("lavin", "clip_base")[0]["config"]
     save_problems(folder / "data", golden_dir("lavin") / "images")
     return LavinFiles(weights, write_tower(folder / "tower", config), folder / "data")

@@ -1,4 +1,4 @@
-"""LaVIN's scripts: the original's flags and values, and a real run of each kind on the tiny model."""
+"""LaVIN's scripts: the original's flags and values, and a real run of each on the tiny model."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def environment_for(files: LavinFiles, output: Path, data: Path | None = None, *
 
 
 @pytest.mark.parametrize(
-    "script", ["finetuning_sqa_7b.sh", "finetuning_sqa_vicuna_7b.sh", "finetuning_sqa_13b_lite.sh"]
+    "script", [script for script in (*SCRIPTS, *LITE_WITH_VICUNA) if script.startswith("finetuning_sqa")]
 )
 def test_training_and_evaluation_run(script: str, lavin_files: LavinFiles, tmp_path: Path) -> None:
     if "lite" in script:
@@ -127,7 +127,8 @@ def test_a_file_of_adapters_is_given_the_tower_of_the_environment(kind: str, tmp
     assert found == ("./tower" if kind == "file" else None)
 
 
-def test_the_chatbot_trains_and_answers_mme(lavin_files: LavinFiles, tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script.startswith("vl_instruction_tuning")])
+def test_the_chatbot_trains_and_answers_mme(script: str, lavin_files: LavinFiles, tmp_path: Path) -> None:
     data = tmp_path / "data"
     save_mixture_inputs(data)
     mixed = mix(["--data_root", str(data)])
@@ -137,7 +138,7 @@ def test_the_chatbot_trains_and_answers_mme(lavin_files: LavinFiles, tmp_path: P
         if item["image"]:
             shutil.copy(IMAGES / "12.png", coco / f"COCO_train2014_{item['image']}")
     environment = environment_for(lavin_files, tmp_path / "out", data)
-    started = calls("vl_instruction_tuning_13b.sh", tmp_path / "shell", environment, TINY)
+    started = calls(script, tmp_path / "shell", environment, TINY)
     output = train(list(started["mma.train"][1].arguments))
     assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 2
     save_benchmark(tmp_path / "mme")
