@@ -135,7 +135,7 @@ def build_page(chat: LavinChat, max_new_tokens: int) -> gr.Blocks:
             api_name="ask",
         )
         gr.on(
-            [clear.click, shown.clear, image.change],
+            [clear.click, shown.clear, image.upload, image.clear],
             handlers.begin,
             None,
             [turns, shown],
