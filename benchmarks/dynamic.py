@@ -25,7 +25,7 @@ from tqdm import tqdm
 from benchmarks import sparse_models as models
 from benchmarks.dynamic_report import document, plot
 from benchmarks.measuring import Clock, clock_for, run_once, saved_bytes
-from benchmarks.record import provenance, show, write_files
+from benchmarks.record import check_run, provenance, show, write_files
 from dynamic import flops
 from dynamic.config import SparseConfig
 from llava.errors import FlagError
@@ -68,10 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         FlagError: there is no GPU, or the output is no .json file.
     """
     args = build_parser().parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise FlagError("--device cuda: torch finds no GPU here; use --device cpu")
-    if args.output is not None and args.output.suffix != ".json":
-        raise FlagError(f"--output {args.output}: expected a name that ends in .json")
+    check_run(args.device, args.output)
     default = SIZES[args.device]
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     args.batches = args.batches or ([1, 2, 4] if args.device == "cpu" else [1, 8, 32])

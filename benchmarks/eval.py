@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.measuring import Clock, clock_for
-from benchmarks.record import provenance, show, write_files
+from benchmarks.record import check_run, provenance, show, write_files
 from llava.conversation import conv_templates
 from llava.data.images import load_image
 from llava.errors import FlagError
@@ -242,10 +242,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         FlagError: a flag is out of its range, or the answers differ.
     """
     args = build_parser().parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise FlagError("--device cuda: torch finds no GPU here; use --device cpu")
-    if args.output is not None and args.output.suffix != ".json":
-        raise FlagError(f"--output {args.output}: expected a name that ends in .json")
+    check_run(args.device, args.output)
     known = [model.name for model in MODELS[args.device]]
     if unknown := sorted(set(args.models or known) - set(known)):
         raise FlagError(f"--models {unknown}: on this device there are {known}")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.measuring import Clock, clock_for, interleaved_times, peak_bytes, saved_bytes, spread
 from benchmarks.methods import Case, build_methods, trained_parameters
-from benchmarks.record import RATIOS, aim_lines, provenance, show, table, write_record
+from benchmarks.record import RATIOS, aim_lines, check_run, provenance, show, table, write_record
 from llava.errors import FlagError
 from llava.utils import run_program
 
@@ -82,12 +82,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
     args = build_parser().parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise FlagError("--device cuda: torch finds no GPU here; use --device cpu")
+    check_run(args.device, args.output)
     if not all(0 <= value < 1 for value in args.dropout):
         raise FlagError(f"--dropout {args.dropout}: expected probabilities below 1")
-    if args.output is not None and args.output.suffix != ".json":
-        raise FlagError(f"--output {args.output}: expected a name that ends in .json")
     for name, defaults in (("widths", LAYERS), ("blocks", BLOCKS)):
         if getattr(args, name) is None:
             setattr(args, name, [sizes(text) for text in defaults[args.device]])

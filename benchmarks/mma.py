@@ -25,8 +25,7 @@ from tqdm import tqdm
 from benchmarks import mma_models as models
 from benchmarks import sparse_models
 from benchmarks.measuring import Clock, clock_for, run_once, saved_bytes
-from benchmarks.record import provenance, show, write_files
-from llava.errors import FlagError
+from benchmarks.record import check_run, provenance, show, write_files
 from llava.utils import run_program
 
 PROGRAM = "benchmarks.mma"
@@ -66,10 +65,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         FlagError: there is no GPU, or the output is no .json file.
     """
     args = build_parser().parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise FlagError("--device cuda: torch finds no GPU here; use --device cpu")
-    if args.output is not None and args.output.suffix != ".json":
-        raise FlagError(f"--output {args.output}: expected a name that ends in .json")
+    check_run(args.device, args.output)
     default = SIZES[args.device]
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     width = args.width or default.width

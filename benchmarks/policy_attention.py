@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.record import check_run
 from dynamic.attention import policy_attention
 from llava.errors import FlagError
 from llava.utils import package_versions, run_program
@@ -195,10 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = build_parser().parse_args(argv)
     args.dtype = args.dtype or DTYPES[args.device]
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise FlagError("--device cuda: torch finds no GPU here; use --device cpu")
-    if args.output is not None and args.output.suffix != ".json":
-        raise FlagError(f"--output {args.output}: expected a name that ends in .json")
+    check_run(args.device, args.output)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     versions = package_versions()

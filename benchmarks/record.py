@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from llava.errors import FlagError
 from llava.utils import package_versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +37,18 @@ AIMS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "loop_to_hydralora": ("at least 1.8 times faster than the loop", lambda value: value >= 1.8),
 }
 """What the layer should reach with three experts."""
+
+
+def check_run(device: str, output: Path | None) -> None:
+    """Refuse what no benchmark can carry out; called before anything is measured.
+
+    Raises:
+        FlagError: there is no such device, or `output` is no .json file.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise FlagError("--device cuda: torch finds no GPU here; use --device cpu")
+    if output is not None and output.suffix != ".json":
+        raise FlagError(f"--output {output}: expected a name that ends in .json")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
