@@ -35,6 +35,7 @@ from scripts.experiments.nlvr_methods.recipe import BASE_SEED
 from scripts.experiments.nlvr_methods.table import BASE, chosen_questions, prepare_base, questions_of, score_step
 
 DOCUMENT = Path("docs/experiments.md")
+DOCUMENTED_PATHS = Path("../shared/data/nlvr"), Path("checkpoints/modality")
 PRELOAD = ("llava.train.train", "llava.train.llava_trainer", "llava.eval.runner", "llava.eval.program", "mma")
 
 
@@ -159,8 +160,8 @@ def trained_about_lists(folder: Path, asked: Sequence[Asked]) -> list[Asked]:
     return found
 
 
-def write_document(document: Path, recipe: Recipe, data: Path, folder: Path, steps: Sequence[Step]) -> None:
-    """Fill tables and commands of what is done into the document.
+def write_document(document: Path, recipe: Recipe, data: Path, folder: Path) -> None:
+    """Fill tables of what is done, and commands with the paths of the documented call, into the document.
 
     Raises:
         DocumentError: it lacks the marked places.
@@ -183,6 +184,7 @@ def write_document(document: Path, recipe: Recipe, data: Path, folder: Path, ste
         if is_routed(recipe, run) and marker(folder, f"routing-{run.name}").exists()
     }
     names = [f"{kind}-{run.name}" for run in runs if run.seed == SEEDS[0] for kind in ("train", "routing")]
+    steps = all_steps(recipe, *DOCUMENTED_PATHS)
     shown = [command for step in steps if step.name in names for command in step.commands]
     text = document.read_text(encoding="utf-8")
     text = fill(text, "modality table", report.summary_table(recipe.methods, references, results))
@@ -208,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.write:
         run_steps(steps, args.output_dir, args.workers, PRELOAD)
     if args.rehearsal is None:
-        write_document(DOCUMENT, recipe, args.data, args.output_dir, steps)
+        write_document(DOCUMENT, recipe, args.data, args.output_dir)
         print(f"written to {DOCUMENT}")
 
 

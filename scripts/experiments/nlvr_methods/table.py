@@ -33,6 +33,7 @@ from scripts.experiments.nlvr.table import training_step
 from scripts.experiments.nlvr_methods.recipe import BASE_SEED, SEEDS, TASKS, Recipe, tuned_command
 
 DOCUMENT = Path("docs/experiments.md")
+DOCUMENTED_PATHS = Path("../shared/data/nlvr"), Path("checkpoints/nlvr-methods")
 PRELOAD = ("llava.train.train", "llava.train.llava_trainer", "llava.eval.runner", "llava.eval.program", "hydralora")
 BASE = f"base-{BASE_SEED}"
 
@@ -189,8 +190,8 @@ def finished_results(recipe: Recipe, folder: Path) -> list[Result]:
     ]
 
 
-def write_document(document: Path, recipe: Recipe, data: Path, folder: Path, steps: Sequence[Step]) -> None:
-    """Fill tables and commands into the document.
+def write_document(document: Path, recipe: Recipe, data: Path, folder: Path) -> None:
+    """Fill tables, and commands with the paths of the documented call, into the document.
 
     Raises:
         DocumentError: it lacks the marked places.
@@ -202,6 +203,7 @@ def write_document(document: Path, recipe: Recipe, data: Path, folder: Path, ste
         "base": read_scores(folder, BASE),
     }
     results = finished_results(recipe, folder)
+    steps = all_steps(recipe, *DOCUMENTED_PATHS, recipe.methods, SEEDS)
     shown = [
         command
         for step in steps
@@ -231,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.write:
         run_steps(steps, args.output_dir, args.workers, PRELOAD)
     if args.rehearsal is None and args.only_method is None and args.only_seed is None:
-        write_document(DOCUMENT, recipe, args.data, args.output_dir, steps)
+        write_document(DOCUMENT, recipe, args.data, args.output_dir)
         print(f"written to {DOCUMENT}")
 
 
