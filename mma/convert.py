@@ -167,8 +167,22 @@ def is_bottleneck(projector: nn.Module | None) -> bool:
     )
 
 
+def idle_names(original: Original, model: Any) -> set[str]:
+    """Names of tensors that the original writes and that no output depends on.
+
+    Gates that its inference creates and never reads, and adapters of tower blocks behind the last class token that is
+    taken (every fourth block gives one): the original puts adapters on every block of the tower.
+    """
+    tower = model.get_vision_tower()
+    idle = [r"layers\.\d+\.attention\.gate"]
+    if tower is not None:
+        numbers = "|".join(map(str, range(tower.num_blocks, tower.shape.layers)))
+        idle += [rf"{re.escape(TOWER_BLOCK)}\.({numbers})\.({'|'.join(PLACES)})\..+"] if numbers else []
+    return {name for name in original.tensors if any(re.fullmatch(pattern, name) for pattern in idle)}
+
+
 def from_original(original: Original, model: Any, source: Path) -> dict[str, Tensor]:
-    """The tensors by our names.
+    """The tensors by our names; those of `idle_names` are left out.
 
     Args:
         original: what was read.
@@ -180,7 +194,7 @@ def from_original(original: Original, model: Any, source: Path) -> dict[str, Ten
     """
     names = original_names(model)
     missing, unknown = set(names.values()) - set(original.tensors), set(original.tensors) - set(names.values())
-    unknown = {name for name in unknown if not re.fullmatch(r"layers\.\d+\.attention\.gate", name)}  # never used there
+    unknown -= idle_names(original, model)
     if missing or unknown:
         raise ValueError(
             f"{source}: does not fit the model; {len(missing)} tensors are missing (first: {sorted(missing)[:3]}), "

@@ -134,6 +134,9 @@ def import_file(
         tensors = convert.from_original(original, model, file)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+    idle = convert.idle_names(original, model)
+    if idle:
+        print(f"{file}: {len(idle)} tensors that no answer depends on are left out (first: {sorted(idle)[0]})")
     parameters = dict(model.named_parameters())
     copy_tensors({name: parameters[name] for name in tensors}, tensors, file)
     model.requires_grad_(False)

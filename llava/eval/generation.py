@@ -32,7 +32,7 @@ class GenerationOptions:
 
     Attributes:
         temperature: 0 is greedy decoding (or plain beam search), above 0 is sampling.
-        top_p: nucleus size in (0, 1], or None for no limit; only used in sampling.
+        top_p: nucleus size in [0, 1], or None for no limit; only used in sampling. 0 keeps the most probable token.
         num_beams: number of beams; 1 is no beam search.
         max_new_tokens: limit on the tokens of one answer, the end-of-sequence token included.
         seed: seed of sampling; the same seed gives the same answers, whatever the batch size.
@@ -47,8 +47,8 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         if self.temperature < 0:
             raise FlagError(f"--temperature {self.temperature}: must not be negative; 0 is greedy decoding")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise FlagError(f"--top_p {self.top_p}: must be above 0 and at most 1")
+        if self.top_p is not None and not 0 <= self.top_p <= 1:
+            raise FlagError(f"--top_p {self.top_p}: must be from 0 to 1; 0 keeps the most probable token")
         if self.num_beams < 1:
             raise FlagError(f"--num_beams {self.num_beams}: must be at least 1")
         if self.max_new_tokens < 1:
@@ -56,8 +56,8 @@ class GenerationOptions:
 
     @property
     def samples(self) -> bool:
-        """True if tokens are drawn at random."""
-        return self.temperature > 0
+        """True if tokens are drawn at random. A nucleus of 0 leaves one token to draw, which greedy decoding finds."""
+        return self.temperature > 0 and (self.top_p != 0 or self.num_beams > 1)
 
     def check_batch_size(self, batch_size: int | None) -> None:
         """Refuse what cannot give the same answers as one question at a time; None stands for `auto`.

@@ -54,6 +54,15 @@ ToPrompt = Callable[[str, Task, LoadedModel], Prompt]
 """From the key of a task, the task and the model to its prompt."""
 
 
+ToText = Callable[[Prompt, Sequence[int], LoadedModel], str]
+"""From a prompt, the generated token ids of its row (padding included) and the model to the text of the answer."""
+
+
+def stripped_text(prompt: Prompt, ids: Sequence[int], loaded: LoadedModel) -> str:
+    """An answer without special tokens and surrounding white space, as upstream's programs write it."""
+    return loaded.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
 @dataclass
 class Speed:
     """How fast a run went.
@@ -86,6 +95,7 @@ def answer_tasks(
     batch_size: int | None = 1,
     workers: int = 4,
     to_prompt: ToPrompt | None = None,
+    to_text: ToText = stripped_text,
 ) -> Speed:
     """Answer all pending tasks.
 
@@ -102,6 +112,7 @@ def answer_tasks(
             and goes on with the batch that did not fit.
         workers: threads that read and preprocess images.
         to_prompt: makes the prompt of a task where `conv_mode` names no conversation template.
+        to_text: makes the text of an answer from its token ids.
 
     Raises:
         FlagError: unknown template, options that do not go with the batch size, or the memory of the device is too
@@ -118,7 +129,7 @@ def answer_tasks(
 
     def answer(batch: list[tuple[Prompt, list[Picture]]]) -> dict[str, str]:
         group, pictures = zip(*batch, strict=True)
-        return answer_batch(group, pictures, loaded, options)
+        return answer_batch(group, pictures, loaded, options, to_text)
 
     with (
         tqdm(total=len(answers.keys), initial=len(answers.rows), unit="question", smoothing=0.1) as progress,
@@ -160,7 +171,11 @@ def conversation_of(task: Task, loaded: LoadedModel, conv_mode: str) -> Conversa
 
 
 def answer_batch(
-    prompts: Sequence[Prompt], pictures: Sequence[Sequence[Picture]], loaded: LoadedModel, options: GenerationOptions
+    prompts: Sequence[Prompt],
+    pictures: Sequence[Sequence[Picture]],
+    loaded: LoadedModel,
+    options: GenerationOptions,
+    to_text: ToText = stripped_text,
 ) -> dict[str, str]:
     """Generate the answers of one batch.
 
@@ -169,13 +184,13 @@ def answer_batch(
         pictures: for each of them its images.
         loaded: model and tokenizer.
         options: decoding options.
+        to_text: makes the text of an answer from its token ids.
 
     Returns:
-        the answer of each prompt by key, without special tokens and surrounding white space.
+        the answer of each prompt by key.
     """
     output_ids = generate_batch(prompts, pictures, loaded, options.arguments([prompt.key for prompt in prompts]))
-    texts = loaded.tokenizer.batch_decode(output_ids, skip_special_tokens=True)
-    return {prompt.key: text.strip() for prompt, text in zip(prompts, texts, strict=True)}
+    return {prompt.key: to_text(prompt, ids, loaded) for prompt, ids in zip(prompts, output_ids.tolist(), strict=True)}
 
 
 def generate_batch(

@@ -195,7 +195,7 @@ def _options(body: Mapping[str, Any], defaults: Defaults) -> GenerationOptions:
     try:
         return GenerationOptions(temperature, top_p, max_new_tokens=tokens, seed=seed)
     except FlagError as error:  # top_p alone is left
-        raise RequestError(f"top_p = {top_p}; it is above 0 and at most 1", "top_p") from error
+        raise RequestError(f"top_p = {top_p}; it is 0 to 1", "top_p") from error
 
 
 def _stops(value: Any) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data.images import load_image
 from llava.errors import FlagError
 from llava.eval.answers import AnswersFile, Task, answer_row, refuse_other_settings
@@ -39,6 +40,18 @@ def make_prompt(key: str, task: Task, loaded: LoadedModel) -> Prompt:
     """A task in LaVIN's order of tokens; `task.question` is the prompt."""
     ids = prompt_ids(loaded.tokenizer, task.question, bool(task.images))  # (T,)
     return Prompt(key, task, ids, length=len(ids) + len(task.images) * (loaded.patches_per_image - 1))
+
+
+def continued_text(prompt: Prompt, ids: Sequence[int], loaded: LoadedModel) -> str:
+    """What the model has written behind the prompt, its leading white space included, up to the end-of-sequence token.
+
+    The original decodes prompt and answer together. Decoded alone, an answer loses the blank that its first token
+    begins with, which moves every character that MME judges.
+    """
+    tokenizer = loaded.tokenizer
+    before = [token for token in prompt.input_ids.tolist() if token != IMAGE_TOKEN_INDEX]
+    head = tokenizer.decode(before, skip_special_tokens=True)
+    return tokenizer.decode([*before, *ids], skip_special_tokens=True)[len(head) :]
 
 
 def given_options(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
@@ -201,6 +214,7 @@ def answer_all(
             batch_size=args.max_batch_size,
             workers=args.num_workers,
             to_prompt=make_prompt,
+            to_text=continued_text,
         )
         print(f"{answers.path}: {speed}")
     answers.finish()

@@ -81,7 +81,7 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("answers").add_argument
     add("--max_batch_size", type=int, required=True, help="questions answered together; no effect on the answers")
     add("--generation_temperature", type=float, default=0.1, help="of sampling; 0: the most probable token each time")
-    add("--top_p", type=float, default=0.75, help="sample from the most probable tokens up to this mass")
+    add("--top_p", type=float, default=0.75, help="sample from the best tokens up to this mass; 0: the best one")
     add("--seed", type=int, default=0, help="seed of sampling; each question has a stream of its own")
     add("--output_dir", type=str, default=None, help="where answers and scores go; default: a folder in the checkpoint")
     add("--limit", type=int, default=None, help="answer only this many questions, the first ones")

@@ -108,8 +108,8 @@ def read_benchmark(root: Path, labels: LabelSource) -> tuple[list[MmeQuestion], 
 
 
 def response_part(text: str) -> str:
-    """What is judged of an answer: it ends where the model begins to write another turn."""
-    return text.lower().partition(MARKER)[0].strip()
+    """What is judged of an answer, its leading white space included; it ends where another turn begins."""
+    return text.lower().partition(MARKER)[0]
 
 
 def report(scores: dict[str, TaskScore], totals: dict[str, float]) -> str:

@@ -86,7 +86,7 @@ def test_beam_sampling_reseeds_for_every_question() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.2}, {"num_beams": 0}, {"max_new_tokens": 0}],
+    [{"temperature": -0.1}, {"top_p": -0.1}, {"top_p": 1.2}, {"num_beams": 0}, {"max_new_tokens": 0}],
     ids=str,
 )
 def test_values_out_of_range_are_refused(values: dict[str, float]) -> None:

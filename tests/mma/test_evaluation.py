@@ -15,12 +15,14 @@ from llava.errors import BadImageError, BadSampleError, CheckpointError, FlagErr
 from llava.eval.answers import Task
 from llava.eval.loading import load_model
 from llava.eval.processes import Processes
+from llava.eval.runner import stripped_text
 from mma import eval as mma_eval
 from mma import eval_mme
 from mma.data.scienceqa import read_split
 from mma.original import export_file
 from mma.programs.answering import (
     answer_settings,
+    continued_text,
     find_folders,
     generation_options,
     given_options,
@@ -114,6 +116,37 @@ def test_the_prompt_of_the_model(lavin_files: LavinFiles, lavin_checkpoint: Path
     head = heads["Image: N/A"]["inference_bos_true"]
     assert without.input_ids.tolist()[: len(head)] == head
     assert not (without.input_ids == -200).any()
+
+
+@pytest.mark.parametrize("reply", [" Yes", "Yes", "  Yes.", "\n\nYes", " A no", "no é", "", "✓ Yes"])
+def test_a_reply_is_what_follows_the_prompt(reply: str, lavin_files: LavinFiles, lavin_checkpoint: Path) -> None:
+    """As in the decoded whole, up to the end-of-sequence token: the blank of the first token is not lost."""
+    loaded = load_model(str(lavin_checkpoint), str(lavin_files.weights / "7B-hf"), device="cpu")
+    tokenizer = loaded.tokenizer
+    prompt = make_prompt("0", Task("0", SQA["first_prompt"], "", ("x.png",), "test"), loaded)
+    head = [token for token in prompt.input_ids.tolist() if token != -200]
+    pieces = tokenizer.sp_model
+    ids = pieces.encode(f"Response:{reply}")[len(pieces.encode("Response:")) :]
+    assert pieces.decode(head + ids) == pieces.decode(head) + reply
+    assert continued_text(prompt, [*ids, tokenizer.eos_token_id, tokenizer.pad_token_id], loaded) == reply
+    if reply.startswith(" "):
+        assert stripped_text(prompt, ids, loaded) != reply
+
+
+def test_a_nucleus_of_nothing_keeps_the_best_token(
+    lavin_files: LavinFiles, lavin_checkpoint: Path, tmp_path: Path
+) -> None:
+    """At any temperature and seed, the answers of greedy decoding; with a nucleus there are others."""
+    runs = {
+        "greedy": ("--generation_temperature", "0"),
+        "none": ("--top_p", "0", "--generation_temperature", "1.5", "--seed", "3"),
+        "nucleus": ("--top_p", "1", "--generation_temperature", "1.5", "--seed", "3"),
+    }
+    texts = {}
+    for name, more in runs.items():
+        mma_eval.main(words_for(lavin_files, lavin_checkpoint, tmp_path / name, "--limit", "5", *more))
+        texts[name] = [row["text"] for row in answers_in(tmp_path / name)]
+    assert texts["none"] == texts["greedy"] != texts["nucleus"]
 
 
 @pytest.mark.parametrize("more", [(), ("--shifted_decoding",)], ids=["ours", "original"])

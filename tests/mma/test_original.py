@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import CLIPVisionModel, LlamaConfig
 
 from llava.errors import CheckpointError
 from llava.eval.record import weights_fingerprint
@@ -123,6 +123,54 @@ def test_there_and_back_is_exact(base: Path, tower: Path, tmp_path: Path) -> Non
     assert after.settings == {"adapter_scale": 0.5, "temperature": 10.0}
     with pytest.raises(CheckpointError, match="exists already"):
         export_file(tmp_path / "ours", tmp_path / "back.pth")
+
+
+def taller_tower(tower: Path, folder: Path, blocks: int) -> Path:
+    """A tower with further blocks behind those of `tower`."""
+    clip = CLIPVisionModel.from_pretrained(tower)
+    clip.config.num_hidden_layers = blocks
+    taller = CLIPVisionModel(clip.config)
+    assert not taller.load_state_dict(clip.state_dict(), strict=False).unexpected_keys
+    taller.save_pretrained(folder)
+    shutil.copyfile(tower / "preprocessor_config.json", folder / "preprocessor_config.json")
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_adapters_in_tower_blocks_without_effect_are_left_out(
+    name: str, base: Path, tower: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The original puts adapters on every block, and takes a class token after every fourth one."""
+    case, tensors = load_case("lavin", name)
+    known = case["config"]["vision"]["layers"]
+    assert known % 4 == 0
+    block = "backbone.visual.transformer.resblocks"
+    last = {key: value for key, value in tensors.items() if key.startswith(f"w/{block}.{known - 1}.")}
+    behind = {
+        key.removeprefix("w/").replace(f"{block}.{known - 1}.", f"{block}.{known + more}."): value + 1
+        for key, value in last.items()
+        for more in range(3)
+    }
+    assert behind
+    adapters = {key.removeprefix("w/"): value for key, value in tensors.items() if key.startswith("w/")}
+    torch.save({"model": adapters}, tmp_path / "plain.pth")
+    torch.save({"model": adapters | behind}, tmp_path / "more.pth")
+    import_file(tmp_path / "plain.pth", tmp_path / "plain", base, str(tower))
+    taller = taller_tower(tower, tmp_path / "taller", known + 3)
+    import_file(tmp_path / "more.pth", tmp_path / "more", base, str(taller))
+    assert f"{len(behind)} tensors" in capsys.readouterr().out
+    models = [load_pretrained_model(str(tmp_path / folder), device="cpu")[1] for folder in ("plain", "more")]
+    images = tensors["in/images"]
+    features = [model.encode_images(images) for model in models]
+    assert torch.equal(*features)
+    assert features[0].abs().max() > 0
+    # Those of a block that the tower does not have belong to another tower.
+    with pytest.raises(CheckpointError, match=f"{len(behind)} are unknown"):
+        import_file(tmp_path / "more.pth", tmp_path / "again", base, str(tower))
+    lacking = {key: value for key, value in (adapters | behind).items() if f"{block}.0." not in key}
+    torch.save({"model": lacking}, tmp_path / "lacking.pth")
+    with pytest.raises(CheckpointError, match=r"missing|are unknown"):
+        import_file(tmp_path / "lacking.pth", tmp_path / "again", base, str(taller))
 
 
 def test_the_layout_is_the_originals(base: Path, tower: Path, tmp_path: Path) -> None:

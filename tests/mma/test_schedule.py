@@ -74,3 +74,16 @@ def test_nucleus_sampling_keeps_the_same_tokens(name: str) -> None:
         expected = TOP_P_TENSORS[name][row]
         assert torch.equal(share > 0, expected > 0)
         torch.testing.assert_close(share, expected, rtol=0, atol=1 / draws)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 5.0])
+def test_a_nucleus_of_0_keeps_the_best_token(temperature: float) -> None:
+    """The original masks what lies behind a mass of more than `top_p`: in front of the best token lies none."""
+    options = GenerationOptions(temperature, top_p=0.0)
+    assert options.arguments(["a"]) == {"num_beams": 1, "max_new_tokens": 128, "do_sample": False}
+    for logits in TOP_P_TENSORS["in/logits"]:
+        probabilities, order = (logits / temperature).softmax(-1).sort(descending=True)
+        kept = order[probabilities.cumsum(-1) - probabilities <= 0.0]
+        assert kept.tolist() == [int(logits.argmax())]
+        drawn = RowSampler(options, ["a", "b", "c"])(torch.zeros(3, 1), logits.expand(3, -1)).argmax(-1)
+        assert drawn.tolist() == [int(logits.argmax())] * 3

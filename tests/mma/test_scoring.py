@@ -100,7 +100,21 @@ def test_the_word_of_a_reply(item: dict[str, Any]) -> None:
 
 
 def test_a_reply_ends_where_another_turn_begins() -> None:
-    assert response_part(" Yes\nInstruction: x\nResponse: No") == "yes\ninstruction: x"
+    assert response_part(" Yes\nInstruction: x\nResponse: No") == " yes\ninstruction: x\n"
+
+
+@pytest.mark.parametrize(
+    ("reply", "judged"),
+    [
+        *((" Yes", "yes"), ("Yes", "yes"), ("\nYes", "yes"), ("\n\nYes", "other"), ("  Yes", "other")),
+        *(("  No", "no"), ("   No", "other"), ("\t\tno", "no"), (" A no", "other"), ("A no", "no")),
+        *((" I know", "other"), ("I know", "other"), (" Know", "no"), (" ", "other"), ("", "other")),
+    ],
+)
+def test_the_first_four_characters_count_as_they_are(reply: str, judged: str) -> None:
+    """The original lowers the case and cuts: white space in front is a character like any other."""
+    assert ("yes" if "yes" in reply.lower()[:4] else "no" if "no" in reply.lower()[:4] else "other") == judged
+    assert parse_response(response_part(reply)) == judged
 
 
 def test_scores_by_the_order_of_the_lines_are_the_originals(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too many tokens": ({"max_tokens": 33}, "max_tokens = 33; this server takes 1 to 32"),
     "temperature": ({"temperature": -1}, "temperature = -1"),
     "temperature as text": ({"extra_body": {"temperature": "hot"}}, "'hot' has the wrong type"),
-    "top_p": ({"top_p": 0}, "top_p = 0"),
+    "top_p": ({"top_p": 1.5}, "top_p = 1.5"),
     "stops": ({"stop": ["a"] * 5}, "up to four"),
     "no message": ({"messages": []}, "at least one"),
     "two users": ({"messages": HELLO * 2}, "user, user"),
