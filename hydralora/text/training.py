@@ -195,6 +195,11 @@ class HydraLoraTrainer(ResumableTrainer):
             loss = loss + share * self.balance_weight * expert_balance_loss(routings, mask)
         return (loss, outputs) if return_outputs else loss
 
+    def _instead_of_float16(self) -> str:
+        if self.args.fp16:
+            return super()._instead_of_float16()
+        return "pass --torch_dtype bfloat16"
+
     def _micro_batch_share(self, num_items_in_batch: Tensor | int | None) -> float:
         """What a mean over a micro batch is to be multiplied with, unless the Trainer does so afterwards."""
         divided_later = not self.model_accepts_loss_kwargs or num_items_in_batch is None

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from llava.constants import IGNORE_INDEX
+from llava.data.failure import failed_batch
 
 
 @dataclass
@@ -31,8 +32,12 @@ class DataCollatorForSupervisedDataset:
             `input_ids` int64 (B, T); `labels` int64 (B, T) with -100 at padding; `attention_mask` bool (B, T), True
             for every token of a row, `<unk>` included although padding has its id; if the items have images,
             `images` float32 (N, 3, H, W) in the order of the rows, or a list of (3, H, W) if sizes differ; if they have
-            tiles, a list of (tiles, 3, H, W), and `image_sizes`, width and height of each.
+            tiles, a list of (tiles, 3, H, W), and `image_sizes`, width and height of each. A bad sample that a worker
+            met makes the batch what `failed_batch` says.
         """
+        failed = failed_batch(instances)
+        if failed is not None:
+            return failed
         end = self.tokenizer.model_max_length
         rows = [instance["input_ids"][:end] for instance in instances]
         labels = [instance["labels"][:end] for instance in instances]

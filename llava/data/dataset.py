@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from llava.anyres import GridPinpoints, ImageLength
 from llava.conversation import Conversation
+from llava.data.failure import failed_item
 from llava.data.images import ImageTransform, Picture, load_image
 from llava.data.labels import tokenize_conversation
 from llava.data.records import RecordFiles, Row, open_records
 from llava.data.skipped import append_skipped
-from llava.errors import BadImageError, BadSampleError, FlagError
+from llava.errors import BadImageError, BadSampleError, FlagError, LlavaError
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,12 @@ class LazySupervisedDataset(Dataset[Item]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Item:
+        try:
+            return self._item(index)
+        except LlavaError as error:
+            return failed_item(error)  # raises, outside of worker processes
+
+    def _item(self, index: int) -> Item:
         if self.on_bad_sample == "stop":
             return self._load(index)
         has_image = self._size(index).images > 0
@@ -181,7 +188,7 @@ class LazySupervisedDataset(Dataset[Item]):
         try:
             row = self.records[index]
             words = sum(len(turn["value"].split()) for turn in row["conversations"])
-            return Size(max(words, int(skips)), len(image_names(row)))
+            return Size(max(words, int(skips)), _image_count(row, self.records.name(index)))
         except BadSampleError:
             if not skips:
                 raise
@@ -264,6 +271,18 @@ class LazySupervisedDataset(Dataset[Item]):
             sample_id = None
         append_skipped(self.skipped_file, self.records.source(index), sample_id, str(error))
         logger.warning("skipped a sample: %s", error)
+
+
+def _image_count(row: Row, name: str) -> int:
+    """Number of a row's images.
+
+    Raises:
+        BadSampleError: as `image_names`, with the row's file and number in front.
+    """
+    try:
+        return len(image_names(row))
+    except BadSampleError as error:
+        raise _with_row(error, name) from error
 
 
 def _with_row(error: BadSampleError, name: str) -> BadSampleError:

@@ -6,7 +6,6 @@ Corresponds to upstream's `llava/train/llava_trainer.py`.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from llava.errors import TrainingError
 from llava.model.checkpoint import bare_model, load_full_weights, load_trained, save_checkpoint
 from llava.model.formats import inspect_checkpoint
 from llava.model.loss import LossReduction
@@ -25,7 +23,6 @@ from llava.train.optimizer import BASE_GROUP, optimizer_groups
 from llava.train.resumable_trainer import ResumableTrainer
 from llava.train.run_record import copy_run_record
 from llava.train.sampling import EpochSampler, modality_order
-from llava.train.saving import last_checkpoint
 
 
 class LLaVATrainer(ResumableTrainer):
@@ -130,33 +127,6 @@ class LLaVATrainer(ResumableTrainer):
             group.get("name", BASE_GROUP).partition(",")[0]: float(group["lr"]) for group in self.optimizer.param_groups
         }
         return super()._get_learning_rate()
-
-    # Stopping at the first value that is no number, before it reaches weights that are saved
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One micro batch.
-
-        Raises:
-            TrainingError: the loss is NaN or infinite.
-        """
-        loss = super().training_step(*args, **kwargs)
-        if not bool(torch.isfinite(loss)):
-            self._refuse("loss", loss.item())
-        return loss
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
-        # With fp16 the loss scale is searched for: updates with overflow are skipped and are no error.
-        if norm is not None and not self.args.fp16 and not math.isfinite(float(norm)):
-            self._refuse("gradient norm", float(norm))
-        return norm
-
-    def _refuse(self, what: str, value: float) -> None:
-        last = last_checkpoint(Path(self.args.output_dir))
-        raise TrainingError(
-            f"the {what} is {value} at update {self.state.global_step + 1} of {self.state.max_steps}; nothing "
-            f"of it has been saved. Look at --learning_rate and at the data. {last}"
-        )
 
     # Checkpoints
 

@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from llava.data.failure import good_batches
 from llava.errors import LlavaError, TrainingError
+from llava.train.finite_trainer import FiniteTrainer
 from llava.train.sampling import EpochSampler, random_order
 from llava.train.saving import STAGING_PREFIX, last_checkpoint, publish_files, publish_folder, rotate, staging_path
 from llava.train.zero import load_zero_state
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(FiniteTrainer):
     """Trainer that writes whole checkpoints; without DeepSpeed its updates are transformers'."""
 
     _staged: Path | None = None  # the checkpoint that is being written
@@ -46,6 +48,33 @@ class ResumableTrainer(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
+    # Data that other processes prepare
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The updates of a run.
+
+        Raises:
+            TrainingError: the loss is no number, a checkpoint cannot be written, or a data worker died.
+        """
+        try:
+            return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):  # torch has no class of its own for this
+                raise
+            raise TrainingError(
+                f"a process that prepares data died at update {self.state.global_step + 1} ({error}); the usual reason "
+                "is that the machine ran out of memory, so use fewer --dataloader_num_workers. "
+                f"{last_checkpoint(Path(self.args.output_dir))}"
+            ) from error
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        """The batches of one update.
+
+        Raises:
+            LlavaError: a worker met a sample that cannot be trained on.
+        """
+        return super().get_batch_samples(good_batches(epoch_iterator), *args, **kwargs)
+
     # Writing
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -61,6 +90,7 @@ class ResumableTrainer(Trainer):
         staging = staging_path(target)
         self._staged = staging / target.name
         try:
+            self.check_trained_weights()
             super()._save_checkpoint(model, trial)
             self._name_best(self._staged, target)
             self._publish(self._staged, target)
@@ -91,6 +121,7 @@ class ResumableTrainer(Trainer):
             return
         staged = target / f"{STAGING_PREFIX}final"
         try:
+            self.check_trained_weights()
             self._write_model(staged)
             if self.args.should_save:
                 publish_files(staged, target)

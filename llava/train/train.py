@@ -23,7 +23,7 @@ from llava.conversation import Conversation, select_template
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset
 from llava.data.markers import user_marker_ids
-from llava.errors import CheckpointError, TrainingError
+from llava.errors import CheckpointError
 from llava.extension import installed_extensions
 from llava.model.checkpoint import copy_tensors
 from llava.model.components import Component, components
@@ -47,7 +47,7 @@ from llava.train.freeze import freeze, print_trainable, trained_components
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import add_lora
 from llava.train.run_record import write_run_record
-from llava.train.saving import last_checkpoint, prepare_folder
+from llava.train.saving import prepare_folder
 from llava.train.summary import next_command, print_summary
 from llava.train.zero import join_processes, prepare_resume, same_draws, set_precision, zero_stage
 from llava.utils import run_program
@@ -289,24 +289,6 @@ def build_run(args: RunArguments, attn_implementation: str | None = None, parts:
     return Run(args, tokenizer, model, dataset, trainer)
 
 
-def run_updates(run: Run, resume_from: str | None) -> Any:
-    """The updates of a run; returns transformers' `TrainOutput`.
-
-    Raises:
-        TrainingError: the loss is no number, a checkpoint cannot be written, or a data worker died.
-    """
-    try:
-        return run.trainer.train(resume_from_checkpoint=resume_from)
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):  # torch has no class of its own for this
-            raise
-        raise TrainingError(
-            f"a process that prepares data died at update {run.trainer.state.global_step + 1} ({error}); the usual "
-            "reason is that the machine ran out of memory, so use fewer --dataloader_num_workers. "
-            f"{last_checkpoint(Path(run.args.training.output_dir))}"
-        ) from error
-
-
 def main(
     argv: Sequence[str] | None = None,
     attn_implementation: str | None = None,
@@ -346,7 +328,7 @@ def train(args: RunArguments, attn_implementation: str | None = None, parts: Par
     if resume_from is not None:
         prepare_resume(args.training, Path(resume_from))
     run = build_run(args, attn_implementation, parts)
-    result = run_updates(run, resume_from)
+    result = run.trainer.train(resume_from_checkpoint=resume_from)
     run.trainer.save_model()
     run.trainer.save_state()
     if args.training.should_save:
