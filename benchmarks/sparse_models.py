@@ -19,6 +19,7 @@ from dynamic.config import SparseConfig
 from dynamic.extension import DynamicExtension
 from dynamic.layer import KEEP, TextPredictor
 from dynamic.model import predictors
+from llava.cache_name import cache_of
 from llava.extension import MultimodalInputs, Segments, Span
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 
@@ -125,18 +126,18 @@ def prefill(model: Any, prompt: Prompt) -> Any:
     output = model(
         inputs_embeds=prompt.embeddings,
         segments=prompt.segments,
-        past_key_values=cache,
+        cache=cache,
         use_cache=True,
         logits_to_keep=1,
     )
-    return output.past_key_values
+    return cache_of(output)
 
 
 @torch.no_grad()
 def feed(model: Any, cache: Any, ids: Tensor) -> None:
     """Decode given tokens (B, T) one by one on top of a cache."""
     for column in ids.unbind(dim=1):
-        model(input_ids=column[:, None], past_key_values=cache, use_cache=True)
+        model(input_ids=column[:, None], cache=cache, use_cache=True)
 
 
 @torch.no_grad()

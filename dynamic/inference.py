@@ -88,7 +88,7 @@ def _checked_cache(state: State) -> SparseCache | None:
     if cache.is_filled and state.segments is not None:
         raise ValueError(
             f"a prompt begins a sequence, but the cache holds {int(cache.ledger.seen.max())} tokens already; pass an "
-            "empty cache, or continue with `model(input_ids=..., past_key_values=cache)`"
+            "empty cache, or continue with `model(input_ids=..., cache=cache)`"
         )
     return cache
 

@@ -18,6 +18,7 @@ from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
 from dynamic.config import SparseConfig
+from llava.cache_name import cache_argument
 
 
 class State(Protocol):
@@ -122,8 +123,8 @@ def with_mask(model: nn.Module, config: SparseConfig, state: State, visible: Ten
         config=host.get_decoder().config,
         inputs_embeds=state.hidden_states,
         attention_mask=mask,
-        past_key_values=state.cache,
         layer_idx=config.sparse_layer,
         # No position_ids: their gaps would be taken for the borders of packed sequences.
+        **cache_argument(create_causal_mask, state.cache),
     )
     return replace(state, attention_mask=mask, causal_mask=causal_mask)

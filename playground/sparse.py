@@ -20,6 +20,7 @@ import torch
 
 from dynamic.inspection import record_decisions
 from dynamic.pictures import KeptImage
+from llava.cache_name import cache_of
 from llava.data.images import load_image
 from llava.dynamic_eval.visualize import kept_images
 from llava.eval.generation import GenerationOptions
@@ -187,7 +188,7 @@ def prefill_costs(
             output = loaded.model(**arguments[index], use_cache=True, logits_to_keep=1)
             if number:
                 times[index].append(1e3 * (time.perf_counter() - started))
-            states = [states for layer in output.past_key_values.layers for states in (layer.keys, layer.values)]
+            states = [states for layer in cache_of(output).layers for states in (layer.keys, layer.values)]
             bytes_held[index] = sum(tensor.untyped_storage().nbytes() for tensor in states)
     costs = [Cost(statistics.median(mine), held) for mine, held in zip(times, bytes_held, strict=True)]
     return costs, statistics.median(first / second for first, second in zip(*times, strict=True))

@@ -72,7 +72,7 @@ class Stepper:
         model = self.loaded.model
         rows = torch.as_tensor(ids, dtype=torch.long, device=model.device)[None]  # (1, n)
         images = image_arguments([pictures], self.loaded) if pictures else {}
-        output = model(input_ids=rows, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **images)
+        output = model(input_ids=rows, cache=self.cache, use_cache=True, logits_to_keep=1, **images)
         self.logits = output.logits[0, -1].float()
         return self.logits
 

@@ -6,6 +6,7 @@ Mixins for a decoder and its causal language model, with upstream's method names
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.anyres import ImageLength, get_anyres_image_grid_shape
+from llava.cache_name import takes_cache
 from llava.errors import FlagError
 from llava.extension import ExtensionSet, MultimodalInputs
 from llava.model.multimodal_encoder.base import VisionTower
@@ -213,16 +215,21 @@ class LlavaMetaForCausalLM:
         if images is not None and self.get_vision_tower() is not None:
             features = self.image_features(images, image_sizes)
         options = self.splice_options()
-        if padding_side is not None:
-            options = SpliceOptions(options.max_length, padding_side, options.user_marker)
+        # Upstream cuts a batch where it splices pictures in; text alone goes to the language model as it is.
+        options = replace(
+            options,
+            max_length=None if features is None else options.max_length,
+            padding_side=options.padding_side if padding_side is None else padding_side,
+        )
         return splice(input_ids, labels, attention_mask, features, self.get_model().embed_tokens, options)
 
+    @takes_cache
     def prepare_inputs_labels_for_multimodal(
         self,
         input_ids: Tensor,
         position_ids: Tensor | None,
         attention_mask: Tensor | None,
-        past_key_values: Any,
+        cache: Any,
         labels: Tensor | None,
         images: Images | None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
@@ -230,12 +237,12 @@ class LlavaMetaForCausalLM:
         """Upstream's entry point with upstream's return value, for code written against it.
 
         Returns:
-            (input_ids or None, position_ids, attention_mask, past_key_values, inputs_embeds or None, labels); mask
+            (input_ids or None, position_ids, attention_mask, cache, inputs_embeds or None, labels); mask
             and positions are None where None was given, the mask keeps its dtype.
         """
         if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
-            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+            return input_ids, position_ids, attention_mask, cache, None, labels
         inputs = self.build_inputs(input_ids, attention_mask, labels, images, image_sizes)
         mask = None if attention_mask is None else inputs.attention_mask.to(attention_mask.dtype)
         positions = None if position_ids is None else inputs.position_ids
-        return None, positions, mask, past_key_values, inputs.inputs_embeds, inputs.labels
+        return None, positions, mask, cache, inputs.inputs_embeds, inputs.labels

@@ -21,7 +21,7 @@ class SpliceOptions:
     """What decides the shape of a spliced batch.
 
     Attributes:
-        max_length: longest sequence in tokens and patches together, or None (`tokenizer_model_max_length`).
+        max_length: longest sequence of tokens and patches (`tokenizer_model_max_length`), or None for no limit.
         padding_side: `left` or `right` (`tokenizer_padding_side`).
         user_marker: token ids that open a user turn, for `Segments.last_instruct`; empty if unknown.
     """
@@ -203,7 +203,7 @@ def count_targets(input_ids: Tensor, labels: Tensor, image_lengths: Sequence[int
         labels: (B, T).
         image_lengths: sequence positions that each picture takes, in row order; a row without image token has one
             entry, its dummy picture. Empty for a batch that never had pictures.
-        max_length: as in `SpliceOptions`.
+        max_length: as in `SpliceOptions`; None for a batch that never had pictures, which is not cut.
 
     Returns:
         int64 scalar; the first position of a row is never a target, since nothing predicts it.

@@ -68,7 +68,7 @@ class LLaVATrainer(ResumableTrainer):
         for batch in batch_samples:
             pictures, sizes = batch.get("images"), batch.get("image_sizes")
             lengths = [] if pictures is None else llava.image_lengths(pictures, sizes)
-            counts.append(count_targets(batch["input_ids"], batch["labels"], lengths, limit))
+            counts.append(count_targets(batch["input_ids"], batch["labels"], lengths, limit if lengths else None))
         total = torch.stack(counts).sum().to(device) if counts else torch.zeros((), dtype=torch.long, device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             total = self.accelerator.gather(total).sum()

@@ -12,6 +12,7 @@ from dynamic.config import SparseConfig
 from dynamic.extension import DynamicExtension
 from dynamic.inspection import record_decisions
 from dynamic.layer import TextPredictor, VisionPredictor
+from llava.cache_name import cache_of
 from llava.extension import Segments, Span
 from llava.model.builder import load_pretrained_model
 from tests.golden import golden_dir
@@ -86,7 +87,7 @@ def embedded(shapes: tuple[Shape, ...] = SHAPES, side: str = "left", width: int 
 def prefill(model: Any, batch: Embedded, cache: SparseCache | None = None) -> Tensor:
     """Logits (B, K, V) of the kept positions."""
     with torch.no_grad():
-        return model(**batch._asdict(), past_key_values=cache, use_cache=cache is not None).logits
+        return model(**batch._asdict(), cache=cache, use_cache=cache is not None).logits
 
 
 def new_cache(model: Any) -> SparseCache:
@@ -111,7 +112,7 @@ def greedy(model: Any, ids: Tensor, images: Tensor | None, new: int = 6, **optio
     with record_decisions(model) as log:
         out = model.generate(ids, images=pixels, output_logits=True, return_dict_in_generate=True, **fixed, **options)
     stored = log.stored() if log.new_tokens else None
-    return Generated(torch.stack(out.logits, dim=1).float(), out.sequences, stored, out.past_key_values)
+    return Generated(torch.stack(out.logits, dim=1).float(), out.sequences, stored, cache_of(out))
 
 
 class Dialogue:
@@ -127,9 +128,7 @@ class Dialogue:
         self.mask = torch.cat([self.mask, mask], dim=1)
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with torch.no_grad(), record_decisions(self.model) as log:
-            output = self.model(
-                input_ids=ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache
-            )
+            output = self.model(input_ids=ids, attention_mask=self.mask, position_ids=positions, cache=self.cache)
         self.stored = log.stored()
         self.logits = output.logits[:, -1]
         return self.logits

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralModel
 
 from dynamic.attention import policy_attention
 from dynamic.attention.interface import NAME, policy_attention_forward, register
+from llava.cache_name import cache_argument, cache_of
 
 B, L = 2, 10
 SIZES: dict[str, Any] = {
@@ -61,7 +62,9 @@ def test_generation_with_a_cache_is_that_of_sdpa() -> None:
     for attention in ("sdpa", NAME):
         model = make(attention).eval()
         first = model(inputs_embeds=embeddings[:, :-1], use_cache=True)
-        results.append(model(inputs_embeds=embeddings[:, -1:], past_key_values=first.past_key_values).last_hidden_state)
+        results.append(
+            model(inputs_embeds=embeddings[:, -1:], **cache_argument(model.forward, cache_of(first))).last_hidden_state
+        )
     assert torch.equal(*results)
 
 

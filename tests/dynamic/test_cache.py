@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dynamic.cache import SparseCache
+from llava.cache_name import cache_of
 from tests.dynamic.sparse_models import SHAPES, Dialogue, attach_predictors, embedded, new_cache, prefill, sparse_llava
 from tests.model.test_generation import prompts
 
@@ -148,7 +149,7 @@ def test_a_loss_with_a_cache_stores_everything(model: Any) -> None:
     batch = prompts("right")
     labels = batch.ids.masked_fill(batch.mask == 0, -100)
     output = model(input_ids=batch.ids, attention_mask=batch.mask, images=batch.images, labels=labels, use_cache=True)
-    lengths = output.past_key_values.report().lengths
+    lengths = cache_of(output).report().lengths
     assert output.logits.shape[1] == max(lengths[0])
     assert lengths[0] == lengths[1] == lengths[2]
     assert torch.isfinite(output.loss)
@@ -157,7 +158,7 @@ def test_a_loss_with_a_cache_stores_everything(model: Any) -> None:
 def test_embeddings_without_segments_are_not_judged(model: Any) -> None:
     batch, cache = embedded(), new_cache(model)
     with torch.no_grad():
-        output = model(**batch._asdict() | {"segments": None}, past_key_values=cache)
+        output = model(**batch._asdict() | {"segments": None}, cache=cache)
     assert output.logits.shape[1] == batch.inputs_embeds.shape[1]
     assert cache.report().lengths[2] == batch.attention_mask.sum(1).tolist()
 

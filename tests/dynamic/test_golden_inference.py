@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dynamic.cache import SparseCache
 from dynamic.inspection import DecisionLog, record_decisions
+from llava.cache_name import cache_of
 from llava.extension import DecoderState, Extension
 from tests.dynamic.golden_model import golden_model, segments_of
 from tests.golden import load_case
@@ -51,11 +52,11 @@ class Case:
         """Logits of a prompt that is given as embeddings."""
         segments = segments_of(self.hp["input_embeds_indices"])
         embeds = self.tensors["in/inputs_embeds"]
-        return self.run(inputs_embeds=embeds, segments=segments, past_key_values=cache, **kwargs)
+        return self.run(inputs_embeds=embeds, segments=segments, cache=cache, **kwargs)
 
     def run(self, **kwargs: Any) -> Tensor:
         with torch.no_grad(), record_decisions(self.model) as self.log:
-            return self.model(use_cache=kwargs.get("past_key_values") is not None, **kwargs).logits
+            return self.model(use_cache=kwargs.get("cache") is not None, **kwargs).logits
 
     def cache(self) -> SparseCache:
         cache = self.model.extensions.make_cache(self.model)
@@ -128,7 +129,7 @@ def steps(case: Case, tokens: Tensor, cache: SparseCache) -> Iterator[tuple[Tens
     logits = case.prefill(cache)
     yield logits[:, -1], None, cache.report().lengths
     for step in range(tokens.shape[1] - 1):
-        logits = case.run(input_ids=tokens[:, step : step + 1], past_key_values=cache)
+        logits = case.run(input_ids=tokens[:, step : step + 1], cache=cache)
         yield logits[:, -1], case.log.stored()[:, 0], cache.report().lengths
 
 
@@ -184,7 +185,7 @@ def test_greedy_generation(golden_tower: Path) -> None:
     assert out.sequences.tolist() == tensors["out/sequences"][:, 1:].tolist()
     torch.testing.assert_close(torch.stack(out.logits), tensors["out/scores"], **CLOSE)
     assert log.stored().T.long().tolist() == tensors["out/text_decision"][1:].tolist()
-    assert out.past_key_values.report().lengths == tensors["out/true_cache_length"][-1].tolist()
+    assert cache_of(out).report().lengths == tensors["out/true_cache_length"][-1].tolist()
 
 
 @pytest.mark.parametrize("name", ["multiround_instruct", "multiround_noinstruct"])
@@ -196,7 +197,7 @@ def test_a_later_turn_on_a_filled_cache(golden_tower: Path, name: str) -> None:
         ids = case.tensors[f"in/round{turn}_input_ids"]
         for _ in range(length):
             images = case.tensors["in/images"] if call == 0 else None
-            logits = case.run(input_ids=ids, images=images, past_key_values=cache)
+            logits = case.run(input_ids=ids, images=images, cache=cache)
             expected = case.scalars["calls"][call]
             torch.testing.assert_close(logits, case.tensors[f"out/call{call}_logits"], **CLOSE)
             assert case.listener.states[0].position_ids.tolist() == expected["layer0_position_ids"]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llava.cache_name import cache_of
 from tests.mma.golden_model import IMAGE, golden_model
 
 CASES = ["infer_attn", "infer_attn_same_len"]
@@ -46,7 +47,7 @@ def step_by_step(model: Any, case: dict, tensors: dict[str, Tensor]) -> Tensor:
     logits, mask = [out.logits[:, -1]], torch.ones(len(tokens), out.logits.shape[1], dtype=torch.long)
     for index in range(first, tokens.shape[1] - 1):
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        out = model(input_ids=tokens[:, index : index + 1], attention_mask=mask, past_key_values=out.past_key_values)
+        out = model(input_ids=tokens[:, index : index + 1], attention_mask=mask, cache=cache_of(out))
         logits.append(out.logits[:, -1])
     return torch.stack(logits)
 

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from llava.cache_name import cache_of
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import save_checkpoint
 from llava.model.language_model.backbones import backbone_class, load_config
@@ -216,9 +217,9 @@ def test_a_cache_without_prompt_is_refused(model: Any) -> None:
     batch = prompts()
     with torch.no_grad():
         out = model(input_ids=batch.ids, attention_mask=batch.mask, images=batch.images, use_cache=True)
-        cache = out.past_key_values
+        cache = cache_of(out)
         with pytest.raises(ValueError, match="holds 3 rows whose modality is known, but the batch has 1"):
-            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[5]]), cache=cache)
 
 
 def reorder(cache: Any) -> list[int]:
@@ -246,11 +247,11 @@ def test_rows_of_a_cache_keep_their_modality(model: Any, change: Any) -> None:
         seen = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.bool)], dim=1)[rows]
         positions = (seen.cumsum(1) - 1)[:, -1:]
         token = torch.tensor([[350], [400], [500]])[rows]
-        return model(input_ids=token, attention_mask=seen, position_ids=positions, past_key_values=cache).logits
+        return model(input_ids=token, attention_mask=seen, position_ids=positions, cache=cache).logits
 
     with torch.no_grad():
         mask = model.build_inputs(**inputs, padding_side="left").attention_mask
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**inputs, use_cache=True))
         assert isinstance(cache, DynamicCache)
         expected = go_on(copy.deepcopy(cache), [0, 1, 2])
         rows = change(cache)
@@ -279,7 +280,7 @@ def test_backbones(kind: str, tmp_path: Path) -> None:
         assert (plain(input_ids=ids).logits - expected).abs().max() > 0.05
         out = ours(input_ids=ids[:, :7], use_cache=True)
         for index in range(7, 12):
-            out = ours(input_ids=ids[:, index : index + 1], past_key_values=out.past_key_values)
+            out = ours(input_ids=ids[:, index : index + 1], cache=cache_of(out))
             torch.testing.assert_close(out.logits[:, -1], expected[:, index], **CLOSE)
     with torch.enable_grad():
         torch.testing.assert_close(ours(input_ids=ids).logits, expected, **CLOSE)

@@ -117,7 +117,7 @@ def test_splice(model: LlavaLlamaForCausalLM, variant: dict[str, Any]) -> None:
         return
     results = dict(
         zip(
-            ("input_ids", "position_ids", "attention_mask", "past_key_values", "inputs_embeds", "labels"),
+            ("input_ids", "position_ids", "attention_mask", "cache", "inputs_embeds", "labels"),
             run(),
             strict=True,
         )
@@ -130,7 +130,7 @@ def test_splice(model: LlavaLlamaForCausalLM, variant: dict[str, Any]) -> None:
     )
     for part, value in results.items():
         expected = tensors.get(f"out/{name}/{part}")
-        if value is None or part == "past_key_values":
+        if value is None or part == "cache":
             assert expected is None
             continue
         assert value.dtype == expected.dtype

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList, TextIteratorStreamer, TextStreamer
 
+from llava.cache_name import cache_of
 from llava.mm_utils import KeywordsStoppingCriteria
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -62,7 +63,7 @@ def passes(model: LlavaLlamaForCausalLM) -> Iterator[list[tuple[int, bool]]]:
     seen: list[tuple[int, bool]] = []
 
     def note(_: Any, __: Any, kwargs: dict[str, Any], output: Any) -> None:
-        seen.append((output.last_hidden_state.shape[1], output.past_key_values is not None))
+        seen.append((output.last_hidden_state.shape[1], cache_of(output) is not None))
 
     handle = model.model.register_forward_hook(note, with_kwargs=True)
     yield seen

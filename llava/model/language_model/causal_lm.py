@@ -12,10 +12,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from llava.cache_name import cache_argument, cache_keyword, cache_of, takes_cache
 from llava.extension import ExtensionSet, MultimodalInputs, Segments
+from llava.model import decoding
 from llava.model.language_model.decoder import LlavaDecoder
 from llava.model.llava_arch import Images, LlavaMetaForCausalLM
 from llava.model.loss import LossReduction, language_model_loss
@@ -30,6 +33,9 @@ class LlavaOutput(CausalLMOutputWithPast):
     """
 
     losses: dict[str, Tensor] | None = None
+
+
+_OUTPUT_CACHE = cache_keyword(LlavaOutput)
 
 
 class LlavaForCausalLM(LlavaMetaForCausalLM):
@@ -61,12 +67,13 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         """The decoder, with tower and projector."""
         return self.model
 
+    @takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -83,7 +90,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             input_ids: (B, T) with image tokens.
             attention_mask: (B, T), zero at padding; (B, L) beside `inputs_embeds`.
             position_ids: (B, L); only beside `inputs_embeds` or a filled cache.
-            past_key_values: cache of earlier positions.
+            cache: keys and values of earlier positions; also under the name that transformers uses.
             inputs_embeds: (B, L, D) already spliced, in place of `input_ids`.
             labels: (B, T), -100 where ignored; (B, L) beside `inputs_embeds`.
             use_cache: see `LlavaDecoder.forward`.
@@ -101,7 +108,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             ValueError: pictures and image tokens do not match in number.
         """
         inputs: MultimodalInputs | None = None
-        starts_sequence = past_key_values is None or past_key_values.get_seq_length() == 0
+        starts_sequence = cache is None or cache.get_seq_length() == 0
         if inputs_embeds is None and starts_sequence:
             padding_side = None if labels is not None else self._input_padding_side(attention_mask)
             inputs = self.build_inputs(input_ids, attention_mask, labels, images, image_sizes, padding_side)
@@ -113,7 +120,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             segments=segments,
@@ -129,9 +136,9 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         return LlavaOutput(
             loss=None if losses is None else torch.stack([loss.float() for loss in losses.values()]).sum(),
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             losses=losses,
+            **{_OUTPUT_CACHE: cache_of(outputs)},
         )
 
     def _input_padding_side(self, attention_mask: Tensor | None) -> str | None:
@@ -141,11 +148,13 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         return "left" if not bool(attention_mask[:, 0].all()) else None
 
     @torch.no_grad()
+    @takes_cache
     def generate(
         self,
         inputs: Tensor | None = None,
         images: Images | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Continue a batch of prompts.
@@ -154,6 +163,8 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             inputs: (B, T) prompts with image tokens; shorter rows padded (any side) and masked by `attention_mask`.
             images: pictures in row order; a row without image token takes one dummy if any pictures are passed.
             image_sizes: width and height per picture, for tiled pictures.
+            cache: to fill, or to continue: `inputs` and `images` are then the whole conversation, whose beginning the
+                cache holds. Also under the name that transformers uses.
             kwargs: `attention_mask` and everything that transformers' `generate` knows; with `use_cache=False` every
                 step computes the whole sequence again.
 
@@ -162,24 +173,35 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
 
         Raises:
             ValueError: `inputs_embeds` is given: the prompt enters as ids.
+            FlagError: the options ask for a search that a prompt with pictures cannot follow, or contradict each other.
         """
         if "inputs_embeds" in kwargs:
             raise ValueError("generate() builds inputs_embeds from ids and images; pass `inputs` and `images`")
+        given: GenerationConfig | None = kwargs.get("generation_config")
+        decoding.check_options(self, given, kwargs)
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         kwargs.pop("position_ids", None)
+        offered = self.extensions.make_cache(self)
+        implementation = kwargs.get("cache_implementation") or (given or self.generation_config).cache_implementation
+        decoding.check_cache(cache, offered is not None, kwargs, implementation)
         spliced = self.build_inputs(ids, kwargs.pop("attention_mask", None), None, images, image_sizes, "left")
-        spliced = self.extensions.on_inputs(self, spliced)
-        given = kwargs.get("generation_config")
+        segments: list[Segments] | None
+        if cache is not None and cache.get_seq_length() > 0:
+            decoding.check_continuation(cache, spliced.attention_mask, kwargs, given or self.generation_config)
+            segments = None  # what comes is a later part of sequences that the extensions have seen begin
+        else:
+            spliced = self.extensions.on_inputs(self, spliced)
+            segments = spliced.segments
         if kwargs.pop("use_cache", given is None or given.use_cache) is False:
             kwargs["recompute"] = True
-        elif "past_key_values" not in kwargs:
-            cache = self.extensions.make_cache(self)
-            if cache is not None:
-                kwargs["past_key_values"] = cache
+        elif cache is None:
+            cache = offered
+        if cache is not None:
+            kwargs |= cache_argument(GenerationMixin.prepare_inputs_for_generation, cache)
         return super().generate(
             inputs_embeds=spliced.inputs_embeds,
             attention_mask=spliced.attention_mask.long(),
-            segments=spliced.segments,
+            segments=segments,
             **kwargs,
         )
 
@@ -204,6 +226,11 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             copies = len(prepared["inputs_embeds"]) // len(segments)  # beams of one sample stand side by side
             prepared["segments"] = [segment for segment in segments for _ in range(copies)]
         return prepared
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
+        """The mask as it is: with a static cache too the decoder makes the masks of its layers itself."""
+        return attention_mask
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *args: Any) -> None:
         """Make no cache for `use_cache=False`, which transformers overrules for prompts that enter as embeddings."""

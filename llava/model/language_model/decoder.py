@@ -10,16 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from llava.cache_name import cache_keyword, layer_cache_keyword, takes_cache
 from llava.errors import FlagError
 from llava.extension import DecoderState, ExtensionSet, Segments
 from llava.model.llava_arch import LlavaMetaModel
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 """How the mask of a kind of layer is made, by transformers' name of the kind."""
+
+_MASK_CACHE = {kind: cache_keyword(make_mask) for kind, make_mask in MASKS.items()}
+_OUTPUT_CACHE = cache_keyword(BaseModelOutputWithPast)
 
 
 def layer_kinds(config: Any) -> list[str]:
@@ -49,12 +53,13 @@ class LlavaDecoder(LlavaMetaModel):
         self.host: list[nn.Module] = []  # the causal LM, in a list so that it is not registered as a child
         self.init_vision_parts()
 
+    @takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         segments: list[Segments] | None = None,
@@ -66,7 +71,7 @@ class LlavaDecoder(LlavaMetaModel):
             input_ids: (B, L) without image tokens, or None.
             attention_mask: (B, L_total), zero at padding, or None.
             position_ids: (B, L); None counts on from the cache.
-            past_key_values: cache, or None.
+            cache: keys and values of earlier positions, or None; also under the name that transformers uses.
             inputs_embeds: (B, L, D); exactly one of this and `input_ids`.
             use_cache: make a cache if none is given, an extension's own if there is one; never while gradients are
                 checkpointed.
@@ -83,12 +88,12 @@ class LlavaDecoder(LlavaMetaModel):
             use_cache = False
         host = self.host[0] if self.host else self
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, L, D)
-        if use_cache and past_key_values is None:
-            past_key_values = self.extensions.make_cache(host)
-            if past_key_values is None:
-                past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = self.extensions.make_cache(host)
+            if cache is None:
+                cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen)[None]
         kinds = layer_kinds(self.config)
         masks = {
@@ -96,17 +101,18 @@ class LlavaDecoder(LlavaMetaModel):
                 config=self.config,
                 inputs_embeds=hidden,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{_MASK_CACHE[kind]: cache},
             )
             for kind in dict.fromkeys(kinds)
         }
         positions = self.rotary_emb(hidden, position_ids=position_ids)
         state = DecoderState(
-            hidden, attention_mask, position_ids, positions, masks[kinds[0]], past_key_values, segments, layer_kwargs
+            hidden, attention_mask, position_ids, positions, masks[kinds[0]], cache, segments, layer_kwargs
         )
         record_all = bool(state.layer_kwargs.pop("output_hidden_states", False))
         recorded: list[Tensor] = []
+        keyword = layer_cache_keyword(self.layers[0])
         for index, (layer, kind) in enumerate(zip(self.layers, kinds, strict=True)):
             if len(masks) > 1:
                 state.causal_mask = masks[kind]
@@ -123,13 +129,13 @@ class LlavaDecoder(LlavaMetaModel):
                 attention_mask=state.causal_mask,
                 position_embeddings=state.position_embeddings,
                 position_ids=state.position_ids,
-                past_key_values=state.cache,
                 use_cache=use_cache,
+                **{keyword: state.cache},
                 **state.layer_kwargs,
             )
         hidden = self.norm(state.hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=state.cache,
             hidden_states=(*recorded, hidden) if record_all else None,
+            **{_OUTPUT_CACHE: state.cache},
         )

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hydralora import HydraLoraConfig
 from hydralora.evaluate import main, register
 from hydralora.tuner.loading import load_adapter
+from llava.cache_name import cache_argument, cache_of
 from llava.errors import CheckpointError
 from llava.tokenizer import load_tokenizer
 from tests.hydralora.text.test_finetune import save_base, save_start
@@ -96,7 +97,7 @@ def log_likelihood(model: Any, prompt: Tensor, answer: Tensor) -> float:
         first = model(input_ids=prompt, use_cache=True)
         rows = [first.logits[0, -1:]]
         if answer.shape[1] > 1:
-            rows.append(model(input_ids=answer[:, :-1], past_key_values=first.past_key_values).logits[0])
+            rows.append(model(input_ids=answer[:, :-1], **cache_argument(model.forward, cache_of(first))).logits[0])
     scores = torch.cat(rows).log_softmax(dim=-1)  # (T, vocabulary)
     return scores.gather(1, answer[0][:, None]).sum().item()
 

@@ -12,6 +12,7 @@ from hydralora.layer import expert_balance_loss
 from hydralora.model import RoutingRecorder
 from hydralora.tuner import hydralora_layers
 from hydralora.tuner.batch import BatchNote, prompt_tokens
+from llava.cache_name import cache_argument, cache_of
 from tests.hydralora.tuner.models import IDS, MASK, TARGETS, adapted, logits, tiny_opt
 
 LABELS = torch.tensor([[-100, -100, -100, 7, 60, 2], [-100, -100, 44, 12, -100, -100], [1, 22, 70, -100, -100, -100]])
@@ -86,14 +87,16 @@ def test_generating_without_a_cache(base: str, task_type: str | None) -> None:
 
 def continued(model: torch.nn.Module, cache: object) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=torch.tensor([[33]]), past_key_values=copy.deepcopy(cache)).logits
+        return model(
+            input_ids=torch.tensor([[33]]), **cache_argument(model.get_base_model().forward, copy.deepcopy(cache))
+        ).logits
 
 
 def test_every_cache_keeps_the_weights_of_its_own_prompt() -> None:
     """Two prompts under way in turn, one of them run in training mode: each goes on with its own weights."""
     model = adapted(routing="sequence")
     with torch.no_grad():
-        first = model.train()(input_ids=IDS[:1], use_cache=True).past_key_values
+        first = cache_of(model.train()(input_ids=IDS[:1], use_cache=True))
         expected = continued(model.eval(), first)
         model(input_ids=torch.tensor([[70, 71, 72]]), use_cache=True)
     torch.testing.assert_close(continued(model, first), expected, rtol=0, atol=0)
@@ -107,7 +110,7 @@ def test_a_prompt_that_the_adapter_has_not_seen_is_refused() -> None:
         model.set_adapter("b")
         model(input_ids=IDS[1:2])
         model.set_adapter("default")
-        cache = model(input_ids=IDS[:1], use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=IDS[:1], use_cache=True))
     model.set_adapter("b")
     with pytest.raises(ValueError, match="adapter 'b' is to go on from a cache whose prompt it has not routed"):
         continued(model, cache)
