@@ -9,6 +9,7 @@ CORE := .venv-core
 LOWEST := .peft-lowest
 UPSTREAM := .venv-upstream
 LMMS := .lmms
+WHEEL := .venv-wheel
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 PINNED := --constraint constraints.txt --build-constraint constraints.txt
@@ -23,7 +24,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3 python; do \
 	"$$name" -c '$(VERSION_CHECK)' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-core test-peft test-lmms test-upstream lint types format check constraints clean
+.PHONY: help install demo test test-core test-peft test-lmms test-wheel test-upstream lint types format check constraints clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -55,6 +56,9 @@ test-peft: install $(LOWEST)/.installed ## Test the PEFT method on the lowest PE
 
 test-lmms: install $(LMMS)/.installed ## Test our model in lmms-eval itself
 	PYTHONPATH=$(CURDIR)/$(LMMS) $(TEST_ENV) $(BIN)/python -m pytest -q tests/eval/test_lmms.py $(ARGS)
+
+test-wheel: install ## Build the wheel, install it in an empty environment and use it outside the repository
+	$(TEST_ENV) $(BIN)/python -m tests.wheel --environment $(WHEEL)
 
 # Upstream asks for Python 3.10; its pins have wheels for 3.8 to 3.11.
 UPSTREAM_PYTHON ?= $(shell for name in python3.10 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.10*/bin/python python3.11; do \
@@ -90,7 +94,7 @@ constraints: install ## Write constraints.txt anew from the newest versions that
 	rm -rf .venv-constraints
 
 clean: ## Remove the environments and everything that tools have cached
-	rm -rf $(VENV) $(CORE) $(LOWEST) $(UPSTREAM) $(LMMS) .venv-constraints build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(CORE) $(LOWEST) $(UPSTREAM) $(LMMS) $(WHEEL) .venv-constraints build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@"$(PYTHON)" -c '$(VERSION_CHECK)' 2>/dev/null || { \

@@ -9,6 +9,7 @@ published checkpoints in and out, `patch.py` the way into a model of upstream's 
 With a PEFT older than 0.21, as upstream's LLaVA has it, the method of PEFT is absent and the rest works.
 """
 
+import logging
 from importlib import metadata
 
 from hydralora.config import RoutedMLPConfig
@@ -41,6 +42,11 @@ def _old_peft() -> str:
         return "none is installed"
     return f"installed is {installed}" if tuple(map(int, installed.split(".")[:2])) < (0, 21) else ""
 
+
+# PEFT imports bitsandbytes, which says on CPUs with AVX512-BF16 that an optional kernel of quantised models is missing.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
+)
 
 if not _old_peft():
     from hydralora.tuner import HydraLoraConfig, HydraLoraLayer, HydraLoraModel

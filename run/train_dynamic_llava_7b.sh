@@ -17,8 +17,8 @@ VISION_TOWER="${VISION_TOWER:-openai/clip-vit-large-patch14-336}"
 DATA="${DATA:-./playground/data/llava_v1_5_mix665k.json}"
 IMAGES="${IMAGES:-./playground/data}"
 OUTPUT="${OUTPUT:-./results/dynamic-llava-7b}"
-ZERO="${ZERO-./scripts/zero3.json}"
-TRAIN_PROGRAM=llava/train/train_sparse.py
+ZERO="${ZERO-$SCRIPTS/zero3.json}"
+TRAIN_PROGRAM=llava.train.train_sparse
 
 launch_training \
     --model_name_or_path "$MODEL" \

@@ -16,7 +16,7 @@ IMAGES="${IMAGES:-./playground/data}"
 OUTPUT="${OUTPUT:-./checkpoints/llava-v1.5-7b-lora-mohle}"
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-0}"
 
-"${PYTHON:-python}" llava/train/train_mem.py \
+"${PYTHON:-python}" -m llava.train.train_mem \
     --use_lora True --lora_rank 32 --lora_alpha 64 --mm_projector_lr 2e-5 \
     --llm_moe True --dense_moe True --lora_modules q_proj,k_proj,v_proj,o_proj --llm_moe_num_experts 3 --moe_balance_w 0.05 \
     --model_name_or_path "$MODEL" \

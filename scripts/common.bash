@@ -4,16 +4,24 @@
 #             "accelerate launch", "deepspeed --hostfile scripts/hostfile", or "python" for one process
 #   ZERO      DeepSpeed's configuration file; empty: plain data parallelism
 #
-# TRAIN_PROGRAM is set by the scripts that train by another program than llava/train/train_mem.py.
+# TRAIN_PROGRAM is set by the scripts that train by another module than llava.train.train_mem.
 #
-# Run the scripts from the root of the repository. Flags given to a script are appended and win over its own.
+# The scripts run in any folder; ./checkpoints and ./playground in their defaults are below the current one. Flags given
+# to a script are appended and win over its own.
 set -euo pipefail
 
+# Where this file and what the scripts need of their own are: in the repository, or where `python -m llava.scripts` wrote.
+SCRIPTS="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)"
+
 launch_training() {
-    local launcher zero=()
+    local launcher word module=-m zero=()
     read -ra launcher <<<"${LAUNCHER:-deepspeed}"
+    # What python, torchrun and accelerate call -m, the launcher of DeepSpeed calls --module.
+    for word in "${launcher[@]}"; do
+        if [[ "${word##*/}" == deepspeed ]]; then module=--module; fi
+    done
     if [[ -n "${ZERO-}" ]]; then zero=(--deepspeed "$ZERO"); fi
-    "${launcher[@]}" "${TRAIN_PROGRAM:-llava/train/train_mem.py}" \
+    "${launcher[@]}" "$module" "${TRAIN_PROGRAM:-llava.train.train_mem}" \
         ${zero[@]+"${zero[@]}"} \
         --mm_vision_select_layer -2 \
         --mm_use_im_start_end False \

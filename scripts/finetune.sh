@@ -12,7 +12,7 @@ PROJECTOR="${PROJECTOR:-./checkpoints/llava-$MODEL_VERSION-pretrain/mm_projector
 DATA="${DATA:-./playground/data/llava_instruct_80k.json}"
 IMAGES="${IMAGES:-/path/to/coco/train2017}"
 OUTPUT="${OUTPUT:-./checkpoints/llava-$MODEL_VERSION-finetune}"
-ZERO="${ZERO-./scripts/zero2.json}"
+ZERO="${ZERO-$SCRIPTS/zero2.json}"
 
 launch_training \
     --model_name_or_path "$MODEL" \

@@ -10,7 +10,7 @@ PROJECTOR="${PROJECTOR:-./checkpoints/huggingface/liuhaotian/llava-pretrain-vicu
 DATA="${DATA:-/Data/ScienceQA/data/scienceqa/llava_train_QCM-LEA.json}"
 IMAGES="${IMAGES:-/Data/ScienceQA/data/scienceqa/images/train}"
 OUTPUT="${OUTPUT:-./checkpoints/llava-vicuna-13b-v1.3-pretrain_lcs558k_plain-ScienceQA_QCM_LEA-12e}"
-ZERO="${ZERO-./scripts/zero2.json}"
+ZERO="${ZERO-$SCRIPTS/zero2.json}"
 
 launch_training \
     --model_name_or_path "$MODEL" \

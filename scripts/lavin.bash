@@ -8,8 +8,8 @@
 #   EVAL_LAUNCHER      what starts the evaluation (default: torchrun with one GPU; more share the questions)
 #   EVAL_FLAGS         further flags of the evaluation, for example "--limit 100"
 #
-# Run the scripts from the root of the repository. Flags given to a script go to the program that trains and win over
-# its own, as do those of EVAL_FLAGS.
+# The scripts run in any folder; relative paths start at the current one. Flags given to a script go to the program that
+# trains and win over its own, as do those of EVAL_FLAGS.
 set -euo pipefail
 
 WEIGHTS="${WEIGHTS:-../data/weights/}"

@@ -10,7 +10,7 @@ VISION_TOWER="${VISION_TOWER:-openai/clip-vit-large-patch14}"
 DATA="${DATA:-/path/to/pretrain_data.json}"
 IMAGES="${IMAGES:-/path/to/images}"
 OUTPUT="${OUTPUT:-./checkpoints/llava-$MODEL_VERSION-pretrain}"
-ZERO="${ZERO-./scripts/zero2.json}"
+ZERO="${ZERO-$SCRIPTS/zero2.json}"
 
 launch_training \
     --model_name_or_path "$MODEL" \

@@ -24,6 +24,10 @@ PORT="${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 20000))}"
 export LAUNCHER="torchrun --nnodes $NODES --nproc_per_node $GPUS --max_restarts 0 --rdzv_backend c10d \
     --rdzv_id ${SLURM_JOB_ID:-0} --rdzv_endpoint ${FIRST:-localhost}:$PORT"
 
-run=(bash scripts/v1_5/finetune.sh "$@")
+# sbatch runs a copy of this file that lies elsewhere; the job starts in the folder it was submitted from.
+SCRIPTS="$(dirname -- "${BASH_SOURCE[0]}")"
+if [[ ! -f "$SCRIPTS/v1_5/finetune.sh" ]]; then SCRIPTS=scripts; fi
+
+run=(bash "$SCRIPTS/v1_5/finetune.sh" "$@")
 if [[ -n "${SLURM_JOB_ID-}" ]]; then run=(srun --kill-on-bad-exit=1 "${run[@]}"); fi
 "${run[@]}"

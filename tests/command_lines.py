@@ -100,7 +100,9 @@ def run_with_stand_ins(snippet: Snippet, folder: Path) -> list[list[str]]:
         ["bash", str(script)], cwd=tree, env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, f"{snippet.name} ends with {done.returncode}: {done.stderr}"
-    return [path.read_text(encoding="utf-8").split("\0")[:-1] for path in sorted(notes.iterdir())]
+    calls = [path.read_text(encoding="utf-8").split("\0")[:-1] for path in sorted(notes.iterdir())]
+    # The scripts name their own files by absolute paths, so that they run in any folder.
+    return [[word.replace(f"{tree.resolve()}/", "./") for word in call] for call in calls]
 
 
 def our_call(command: list[str]) -> Call | None:
@@ -109,8 +111,9 @@ def our_call(command: list[str]) -> Call | None:
         return None
     for position, word in enumerate(command[1:], start=1):
         if word.endswith(".py"):
-            return Call(word.removeprefix("./").removesuffix(".py").replace("/", "."), tuple(command[position + 1 :]))
-        if word == "-m" and "." in command[position + 1]:
+            name = word.removeprefix(f"{ROOT}/").removeprefix("./").removesuffix(".py")
+            return Call(name.replace("/", "."), tuple(command[position + 1 :]))
+        if word in ("-m", "--module") and "." in command[position + 1]:
             return Call(command[position + 1], tuple(command[position + 2 :]))
     return None
 

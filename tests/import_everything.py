@@ -12,7 +12,9 @@ import importlib.util
 import pkgutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("llava", "hydralora", "dynamic", "mma", "moe_patch", "playground")
 
 # One package of each extra: their absence shows that this environment really is the core alone.
@@ -48,6 +50,7 @@ def _raise(name: str) -> None:
 
 def main() -> None:
     """Import everything and print how many modules were imported."""
+    sys.path.append(str(ROOT))  # last: for `playground` alone, which is not installed
     present = [name for name in EXTRAS if importlib.util.find_spec(name)]
     if present:
         sys.exit(f"this environment is not the core alone: {', '.join(present)} can be imported")

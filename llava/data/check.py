@@ -200,7 +200,7 @@ def print_summary(console: Console, summary: DataSummary, args: argparse.Namespa
     options = ["--model_name_or_path", args.model_name_or_path, "--version", args.version]
     options += ["--model_max_length", str(args.model_max_length), "--data_path", *args.data]
     options += ["--image_folder", args.image_folder] if args.image_folder else []
-    command = shlex.join(["python", "llava/train/train_mem.py", *options])
+    command = shlex.join(["python", "-m", "llava.train.train_mem", *options])
     stopping = [kind for kind in summary.problems if kind not in TRAINABLE]
     if stopping:
         console.print(

@@ -5,12 +5,21 @@ The attention in use is printed; everything else is `llava/train/train.py`.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
+from pathlib import Path
 
-from llava.train.train import main, preferred_attention
+from llava.train.arguments import parse_args
+from llava.train.train import preferred_attention, train
 from llava.utils import run_program
 
-if __name__ == "__main__":
-    attention = preferred_attention()
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Train as the command line says, with the attention that it names or else the preferred one; see `train.main`."""
+    args = parse_args(argv)
+    attention = args.model.attn_implementation or preferred_attention()
     print(f"attention: {attention}")
-    run_program(partial(main, attn_implementation=attention))
+    return train(args, attention)
+
+
+if __name__ == "__main__":
+    run_program(main)

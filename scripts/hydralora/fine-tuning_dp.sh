@@ -7,7 +7,7 @@ set -euo pipefail
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-0,1,2,3}"
 export LAUNCHER="${LAUNCHER:-torchrun --nnodes 1 --nproc_per_node ${GPUS:-4} --node_rank 0 --master_port ${PORT:-29502}}"
 exec bash "$(dirname "${BASH_SOURCE[0]}")/fine-tuning.sh" \
-    --deepspeed "${ZERO:-./scripts/hydralora/ds_zero3_offload.json}" \
+    --deepspeed "${ZERO:-$(dirname "${BASH_SOURCE[0]}")/ds_zero3_offload.json}" \
     --preprocessing_num_workers 8 \
     --ddp_timeout 30000 \
     --ddp_find_unused_parameters False \

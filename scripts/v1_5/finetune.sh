@@ -9,7 +9,7 @@ PROJECTOR="${PROJECTOR:-./checkpoints/llava-v1.5-13b-pretrain/mm_projector.bin}"
 DATA="${DATA:-./playground/data/llava_v1_5_mix665k.json}"
 IMAGES="${IMAGES:-./playground/data}"
 OUTPUT="${OUTPUT:-./checkpoints/llava-v1.5-13b}"
-ZERO="${ZERO-./scripts/zero3.json}"
+ZERO="${ZERO-$SCRIPTS/zero3.json}"
 
 launch_training \
     --model_name_or_path "$MODEL" \

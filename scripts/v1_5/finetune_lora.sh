@@ -9,7 +9,7 @@ PROJECTOR="${PROJECTOR:-./checkpoints/llava-v1.5-13b-pretrain/mm_projector.bin}"
 DATA="${DATA:-./playground/data/llava_v1_5_mix665k.json}"
 IMAGES="${IMAGES:-./playground/data}"
 OUTPUT="${OUTPUT:-./checkpoints/llava-v1.5-13b-lora}"
-ZERO="${ZERO-./scripts/zero3.json}"
+ZERO="${ZERO-$SCRIPTS/zero3.json}"
 
 launch_training \
     --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 \

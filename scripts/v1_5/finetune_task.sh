@@ -8,7 +8,7 @@ VISION_TOWER="${VISION_TOWER:-openai/clip-vit-large-patch14-336}"
 DATA="${DATA:-./playground/data/llava_v1_5_mix665k.json}"
 IMAGES="${IMAGES:-./playground/data}"
 OUTPUT="${OUTPUT:-./checkpoints/llava-v1.5-13b-task}"
-ZERO="${ZERO-./scripts/zero3.json}"
+ZERO="${ZERO-$SCRIPTS/zero3.json}"
 
 launch_training \
     --model_name_or_path "$MODEL" \

@@ -8,7 +8,7 @@ VISION_TOWER="${VISION_TOWER:-openai/clip-vit-large-patch14-336}"
 DATA="${DATA:-./playground/data/llava_v1_5_mix665k.json}"
 IMAGES="${IMAGES:-./playground/data}"
 OUTPUT="${OUTPUT:-./checkpoints/llava-v1.5-13b-task-lora}"
-ZERO="${ZERO-./scripts/zero3.json}"
+ZERO="${ZERO-$SCRIPTS/zero3.json}"
 
 launch_training \
     --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 \

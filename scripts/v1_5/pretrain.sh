@@ -8,7 +8,7 @@ VISION_TOWER="${VISION_TOWER:-openai/clip-vit-large-patch14-336}"
 DATA="${DATA:-./playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json}"
 IMAGES="${IMAGES:-./playground/data/LLaVA-Pretrain/images}"
 OUTPUT="${OUTPUT:-./checkpoints/llava-v1.5-13b-pretrain}"
-ZERO="${ZERO-./scripts/zero2.json}"
+ZERO="${ZERO-$SCRIPTS/zero2.json}"
 
 launch_training \
     --model_name_or_path "$MODEL" \

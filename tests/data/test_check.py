@@ -123,8 +123,8 @@ def test_good_data_pass_and_numbers_are_right(capsys: pytest.CaptureFixture[str]
     options = ("--image_folder", LLAVA / "data" / "images", "--json", tmp_path / "check.json")
     assert check(files, *options) == 0
     printed = capsys.readouterr().out
-    assert "No problems. Next:\npython llava/train/train_mem.py" in printed
-    command = printed.splitlines()[-1].removesuffix(" OUTPUT ...").split()[2:]
+    assert "No problems. Next:\npython -m llava.train.train_mem" in printed
+    command = printed.splitlines()[-1].removesuffix(" OUTPUT ...").split()[3:]
     parse_args([*command, str(tmp_path), "--use_cpu", "True"])
     found = json.loads((tmp_path / "check.json").read_text())
     golden = json.loads((LLAVA / "case_dataset.json").read_text())

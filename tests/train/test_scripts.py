@@ -36,7 +36,7 @@ def flags_of(script: str, folder: Path, environment: str = "", extra: str = "") 
     (folder / "shell").mkdir(parents=True)
     snippet = Snippet("block", f"{environment} bash {script} {extra}\n")
     (command,) = command_lines.run_with_stand_ins(snippet, folder / "shell")
-    start = command.index("llava/train/train_mem.py") + 1
+    start = command.index("llava.train.train_mem") + 1
     words = command[start:]
     assert all(word.startswith("--") for word in words[::2])
     return {flag.removeprefix("--"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
@@ -58,9 +58,26 @@ def test_the_environment_chooses_launcher_and_zero(tmp_path: Path) -> None:
     (tmp_path / "shell").mkdir()
     snippet = Snippet("block", f"{environment} bash scripts/v1_5/finetune.sh --learning_rate 1\n")
     (command,) = command_lines.run_with_stand_ins(snippet, tmp_path / "shell")
-    assert command[:4] == ["torchrun", "--nproc_per_node", "2", "llava/train/train_mem.py"]
+    assert command[:5] == ["torchrun", "--nproc_per_node", "2", "-m", "llava.train.train_mem"]
     assert "--deepspeed" not in command
     assert command[-2:] == ["--learning_rate", "1"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "option"),
+    [
+        ("", "--module"),
+        ("deepspeed --hostfile scripts/hostfile", "--module"),
+        ("srun deepspeed", "--module"),
+        ("python", "-m"),
+        ("torchrun --nproc_per_node 2", "-m"),
+        ("accelerate launch --use_deepspeed", "-m"),
+    ],
+)
+def test_every_launcher_is_told_that_the_program_is_a_module(launcher: str, option: str, tmp_path: Path) -> None:
+    snippet = Snippet("block", f"LAUNCHER={shlex.quote(launcher)} bash scripts/v1_5/finetune.sh\n")
+    (command,) = command_lines.run_with_stand_ins(snippet, tmp_path)
+    assert command[command.index("llava.train.train_mem") - 1] == option
 
 
 def is_v1_5(script: str) -> bool:

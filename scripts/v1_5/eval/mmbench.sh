@@ -17,7 +17,7 @@ answer_in_chunks "$EVAL/$BENCHMARK/answers/$SPLIT/$CKPT.jsonl" "$PROGRAMS.model_
     --conv-mode "${CONV_MODE:-vicuna_v1}" \
     "$@"
 
-"$PYTHON" scripts/convert_mmbench_for_submission.py \
+"$PYTHON" "$SCRIPTS/convert_mmbench_for_submission.py" \
     --annotation-file "$EVAL/$BENCHMARK/$SPLIT.tsv" \
     --result-dir "$EVAL/$BENCHMARK/answers/$SPLIT" \
     --upload-dir "$EVAL/$BENCHMARK/answers_upload/$SPLIT" \

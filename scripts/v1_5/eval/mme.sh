@@ -15,7 +15,7 @@ answer_in_chunks "$ANSWERS" "$PROGRAMS.model_vqa_loader" \
     --conv-mode "${CONV_MODE:-vicuna_v1}" \
     "$@"
 
-"$PYTHON" scripts/convert_mme_for_eval.py \
+"$PYTHON" "$SCRIPTS/convert_mme_for_eval.py" \
     --data-dir "$EVAL/MME/MME_Benchmark_release_version" \
     --result-file "$ANSWERS" \
     --output-dir "$EVAL/MME/eval_tool/answers/$CKPT"

@@ -15,5 +15,5 @@ answer_in_chunks "$ANSWERS" "$PROGRAMS.model_vqa" \
     --conv-mode "${CONV_MODE:-vicuna_v1}" \
     "$@"
 
-"$PYTHON" scripts/convert_mmvet_for_eval.py --src "$ANSWERS" --dst "$EVAL/mm-vet/results/$CKPT.json"
+"$PYTHON" "$SCRIPTS/convert_mmvet_for_eval.py" --src "$ANSWERS" --dst "$EVAL/mm-vet/results/$CKPT.json"
 echo "score with MM-Vet's evaluator: $EVAL/mm-vet/results/$CKPT.json"

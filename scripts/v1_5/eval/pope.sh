@@ -15,7 +15,7 @@ answer_in_chunks "$ANSWERS" "$PROGRAMS.model_vqa_loader" \
     --conv-mode "${CONV_MODE:-vicuna_v1}" \
     "$@"
 
-"$PYTHON" llava/eval/eval_pope.py \
+"$PYTHON" -m llava.eval.eval_pope \
     --annotation-dir "$EVAL/pope/coco" \
     --question-file "$EVAL/pope/llava_pope_test.jsonl" \
     --result-file "$ANSWERS" \

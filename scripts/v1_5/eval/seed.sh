@@ -15,7 +15,7 @@ answer_in_chunks "$MERGED" "$PROGRAMS.model_vqa_loader" \
     --conv-mode "${CONV_MODE:-vicuna_v1}" \
     "$@"
 
-"$PYTHON" scripts/convert_seed_for_submission.py \
+"$PYTHON" "$SCRIPTS/convert_seed_for_submission.py" \
     --annotation-file "$EVAL/seed_bench/SEED-Bench.json" \
     --result-file "$MERGED" \
     --result-upload-file "$EVAL/seed_bench/answers_upload/$CKPT.jsonl"

@@ -16,7 +16,7 @@ answer_in_chunks "$ANSWERS" "$PROGRAMS.model_vqa_science" \
     --conv-mode "${CONV_MODE:-vicuna_v1}" \
     "$@"
 
-"$PYTHON" llava/eval/eval_science_qa.py \
+"$PYTHON" -m llava.eval.eval_science_qa \
     --base-dir "$EVAL/scienceqa" \
     --result-file "$ANSWERS" \
     --output-file "$EVAL/scienceqa/answers/${CKPT}_output.jsonl" \

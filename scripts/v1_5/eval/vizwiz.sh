@@ -15,7 +15,7 @@ answer_in_chunks "$ANSWERS" "$PROGRAMS.model_vqa_loader" \
     --conv-mode "${CONV_MODE:-vicuna_v1}" \
     "$@"
 
-"$PYTHON" scripts/convert_vizwiz_for_submission.py \
+"$PYTHON" "$SCRIPTS/convert_vizwiz_for_submission.py" \
     --annotation-file "$EVAL/vizwiz/llava_test.jsonl" \
     --result-file "$ANSWERS" \
     --result-upload-file "$EVAL/vizwiz/answers_upload/$CKPT.json"

@@ -15,5 +15,5 @@ answer_in_chunks "$EVAL/vqav2/answers/$SPLIT/$CKPT/merge.jsonl" "$PROGRAMS.model
     --conv-mode "${CONV_MODE:-vicuna_v1}" \
     "$@"
 
-"$PYTHON" scripts/convert_vqav2_for_submission.py --split "$SPLIT" --ckpt "$CKPT" --dir "$EVAL/vqav2"
+"$PYTHON" "$SCRIPTS/convert_vqav2_for_submission.py" --split "$SPLIT" --ckpt "$CKPT" --dir "$EVAL/vqav2"
 echo "upload to the VQAv2 server: $EVAL/vqav2/answers_upload/$SPLIT/$CKPT.json"
