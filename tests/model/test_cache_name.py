@@ -1,0 +1,82 @@
+"""The name of the cache is read from the function that is called, and known nowhere else."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from llava.cache_name import (
+    INSTALLED_NAME,
+    NAMES,
+    cache_argument,
+    cache_keyword,
+    cache_of,
+    given_cache,
+    layer_cache_keyword,
+    takes_cache,
+)
+
+pytestmark = pytest.mark.versions
+
+
+def old(ids: Any, past_key_values: Any = None) -> Any:
+    return past_key_values
+
+
+def new(ids: Any, cache: Any = None) -> Any:
+    return cache
+
+
+@pytest.mark.parametrize(("function", "name"), [(old, "past_key_values"), (new, "cache")])
+def test_the_signature_decides(function: Any, name: str) -> None:
+    cache = DynamicCache()
+    assert cache_keyword(function) == name
+    assert function(1, **cache_argument(function, cache)) is cache
+    assert given_cache(function, (1,), {name: cache}) is cache
+    assert given_cache(function, (1, cache), {}) is cache
+    assert given_cache(function, (1,), {}) is None
+    with pytest.raises(TypeError, match="len has no argument named cache or past_key_values"):
+        cache_keyword(len)
+
+
+def test_the_installed_functions_agree() -> None:
+    called = (create_causal_mask, BaseModelOutputWithPast, LlamaDecoderLayer.forward, GenerationMixin._prefill)
+    assert {cache_keyword(function) for function in called[:3]} == {INSTALLED_NAME}
+    output = BaseModelOutputWithPast(**cache_argument(BaseModelOutputWithPast, DynamicCache()))
+    assert isinstance(cache_of(output), DynamicCache)
+    assert cache_of(SimpleNamespace(cache=1)) is None
+
+
+def test_a_layer_that_passes_arguments_on_is_looked_through() -> None:
+    class Outer(LlamaDecoderLayer):
+        def forward(self, hidden_states: Any, **kwargs: Any) -> Any:
+            return super().forward(hidden_states, **kwargs)
+
+    assert layer_cache_keyword(Outer.__new__(Outer)) == INSTALLED_NAME
+    with pytest.raises(TypeError, match=r"Linear\.forward"):
+        layer_cache_keyword(nn.Linear(2, 2))
+
+
+def test_both_names_reach_a_function_of_ours() -> None:
+    class Host:
+        @takes_cache
+        def run(self, ids: Any, cache: Any = None, **kwargs: Any) -> Any:
+            return cache, kwargs
+
+    cache, tensors = DynamicCache(), (torch.zeros(2), torch.zeros(3))
+    for name in NAMES:
+        assert Host().run(1, **{name: cache}, images=tensors) == (cache, {"images": tensors})
+    assert Host().run(1, past_key_values=None, cache=cache)[0] is cache
+    assert cache_keyword(Host.run) == INSTALLED_NAME, "transformers reads the signature"
+    for kwargs in ({"past": cache}, {"cache": 5}, {"cache": cache, "past_key_values": cache}):
+        with pytest.raises(TypeError, match="cache"):
+            Host().run(1, **kwargs)
