@@ -7,18 +7,17 @@ told the class; such a folder is known by its content. Names of tensors are the 
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dynamic.config import SparseConfig
 from dynamic.model import IMAGE, INSTRUCT, OUTPUT_TEXT
+from llava.torch_files import load_plain
 from llava.utils import read_json
 
 CONFIG_FILE = "config.json"
@@ -119,9 +118,9 @@ def _read(path: Path, wanted: list[str]) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if name.startswith(tuple(wanted))}  # noqa: SIM118
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: is damaged or holds more than tensors ({error})") from error
+    content = load_plain(path, mapped=True)
     return {name: tensor for name, tensor in content.items() if name.startswith(tuple(wanted))}
 
 

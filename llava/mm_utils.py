@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteria
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase, SiglipImageProcessorPil, StoppingCriteria
 
 from llava.anyres import (
     divide_to_patches,
@@ -21,6 +21,7 @@ from llava.anyres import (
 )
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.errors import FlagError
+from llava.image_bounds import check_made, resized_size
 from llava.tokenizer import starts_with_bos
 
 __all__ = [
@@ -42,6 +43,9 @@ PLAIN_ASPECT_RATIOS = (None, "square", "resize")
 
 `resize` has no code of its own in the original HydraLoRA code base; its recipes were trained with this crop.
 """
+
+PILLOW_PROCESSORS = (CLIPImageProcessorPil, SiglipImageProcessorPil)
+"""Processors that scale with Pillow, by their `size` and `resample`."""
 
 ASPECT_RATIOS = ("pad", "square", "resize", "stretch", "anyres")
 """Known values of `--image_aspect_ratio`."""
@@ -88,8 +92,23 @@ def expand2square(image: Image.Image, background: tuple[int, int, int]) -> Image
     return canvas
 
 
+def scaled_image(image: Image.Image, image_processor: Any) -> Image.Image:
+    """An RGB image scaled as the processor scales it, with the same pixels and less memory.
+
+    The processor makes arrays of the image before it scales it, 50 bytes for each of its pixels; Pillow takes 4.
+    """
+    if not (isinstance(image_processor, PILLOW_PROCESSORS) and image_processor.do_resize):
+        return image
+    return image.resize(resized_size(image.size, image_processor), image_processor.resample)
+
+
 def preprocess_image(
-    image: Image.Image, image_processor: Any, aspect_ratio: str | None, grid_pinpoints: Any = None
+    image: Image.Image,
+    image_processor: Any,
+    aspect_ratio: str | None,
+    grid_pinpoints: Any = None,
+    *,
+    name: str = "the image",
 ) -> Tensor:
     """Pixel values of one image.
 
@@ -99,25 +118,31 @@ def preprocess_image(
         aspect_ratio: `pad` centres the image on a square of the processor's mean colour; `square`, `resize` and None
             cut out the centre; `stretch` scales both sides to the crop size; `anyres` cuts the image into tiles.
         grid_pinpoints: possible resolutions of `anyres`; see `llava/anyres.py`.
+        name: what to call the image in an error.
 
     Returns:
         float32 (3, H, W), normalised; (1 + tiles, 3, H, W) for `anyres`.
 
     Raises:
+        BadImageError: much more would be made of the image than it is; see `llava/image_bounds.py`.
         FlagError: another aspect ratio.
     """
+    if aspect_ratio not in (*ASPECT_RATIOS, *PLAIN_ASPECT_RATIOS):
+        raise FlagError(f"--image_aspect_ratio {aspect_ratio}: not known; known: {', '.join(ASPECT_RATIOS)}")
+    check_made(image.size, image_processor, aspect_ratio, grid_pinpoints, name=name)
     if aspect_ratio == "anyres":
         return process_anyres_image(image, image_processor, grid_pinpoints)
     if aspect_ratio == "pad":
         image = expand2square(image, tuple(int(255 * mean) for mean in image_processor.image_mean))
     elif aspect_ratio == "stretch":
         image = image.resize(output_size(image_processor)[::-1], Image.Resampling.BICUBIC)
-    elif aspect_ratio not in PLAIN_ASPECT_RATIOS:
-        raise FlagError(f"--image_aspect_ratio {aspect_ratio}: not known; known: {', '.join(ASPECT_RATIOS)}")
+    image = scaled_image(image, image_processor)
     return image_processor(image, return_tensors="pt")["pixel_values"][0]  # (3, H, W)
 
 
-def process_images(images: Sequence[Image.Image], image_processor: Any, model_cfg: Any) -> Tensor | list[Tensor]:
+def process_images(
+    images: Sequence[Image.Image], image_processor: Any, model_cfg: Any, *, name: str = "the image"
+) -> Tensor | list[Tensor]:
     """Pixel values of several RGB images, treated as `model_cfg.image_aspect_ratio` says.
 
     Returns:
@@ -125,11 +150,12 @@ def process_images(images: Sequence[Image.Image], image_processor: Any, model_cf
         or a list.
 
     Raises:
+        BadImageError: much more would be made of an image than it is; calls it `name`.
         FlagError: the aspect ratio is not known.
     """
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
     pinpoints = getattr(model_cfg, "image_grid_pinpoints", None)
-    tensors = [preprocess_image(image, image_processor, aspect_ratio, pinpoints) for image in images]
+    tensors = [preprocess_image(image, image_processor, aspect_ratio, pinpoints, name=name) for image in images]
     return torch.stack(tensors) if len({tensor.shape for tensor in tensors}) == 1 else tensors
 
 

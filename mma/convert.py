@@ -8,16 +8,15 @@ original's run, which it may hold, or from the caller. Upstream: `util/misc.py: 
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from llava.torch_files import load_plain
 from mma.config import MmaConfig
 from mma.model import EMBEDDING, adapters
 
@@ -58,11 +57,7 @@ def read(path: Path) -> Original:
     Raises:
         ValueError: it is damaged, holds more than tensors and plain values, or no adapters.
     """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # attributes and nothing else
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: is damaged or holds more than tensors and plain values ({error})") from error
+    content = load_plain(path, [argparse.Namespace])  # attributes and nothing else
     found = content.get(WEIGHTS) if isinstance(content, dict) else None
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{path}: has no tensors under '{WEIGHTS}', so it is no checkpoint of LaVIN")

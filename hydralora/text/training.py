@@ -26,6 +26,7 @@ from llava.hub import TOKENIZER_FILES, local_folder
 from llava.model.partition import fetch
 from llava.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer as read_tokenizer
+from llava.torch_files import check_weights
 from llava.train.resumable_trainer import ResumableTrainer
 from llava.train.zero import same_draws
 
@@ -65,6 +66,7 @@ def load_base(args: RunArguments) -> nn.Module:
         options["quantization_config"] = quantisation_config(bits, compute, kind, training.double_quant)
         if training.device.type == "cuda":  # quantised weights cannot be moved there later
             options["device_map"] = {"": training.device}
+    check_weights(Path(str(model.model_name_or_path)))
     with same_draws(training):
         base = AutoModelForCausalLM.from_pretrained(
             model.model_name_or_path, token=model.use_auth_token or None, **options
@@ -81,10 +83,12 @@ def add_adapter(base: nn.Module, args: RunArguments) -> PeftModel:
     `balance_weight` of its configuration is the one that holds for this run.
 
     Raises:
+        CheckpointError: the file of the adapter that `--peft_path` names is damaged or could run code.
         FlagError: `--peft_path` names no folder with such an adapter, or a flag of a new one is out of range.
     """
     training = args.training
     if training.peft_path:
+        check_weights(Path(training.peft_path))
         try:
             model = load_adapter(base, Path(training.peft_path), is_trainable=True)
         except ValueError as error:

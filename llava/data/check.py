@@ -13,6 +13,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers import CLIPImageProcessorPil
 from transformers.hf_argparser import string_to_bool
 
 from llava.anyres import MERGE_TYPES, ImageLength, check_grid_pinpoints
@@ -31,6 +33,7 @@ from llava.data.inspection import EXPLANATIONS, TRAINABLE, Kind, RowReport, RowR
 from llava.data.records import open_records
 from llava.data.statistics import PERCENTILES, DataSummary, summarise
 from llava.errors import FlagError
+from llava.image_bounds import check_made
 from llava.tokenizer import load_tokenizer
 from llava.utils import run_program
 
@@ -58,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image_aspect_ratio", default="pad", help="as in training; anyres takes as many tiles as the picture needs")
     add("--image_grid_pinpoints", help="anyres: possible resolutions, '[(336, 672), ...]'")
     add("--mm_patch_merge_type", choices=MERGE_TYPES, default="flat", help="anyres: how tiles are merged")
-    add("--tile_size", type=int, default=336, help="anyres: side of a tile in pixels")
+    add("--tile_size", type=int, default=336, help="pixels that images are scaled to; anyres: side of a tile")
     add(
         "--mm_use_im_start_end",
         nargs="?",
@@ -108,6 +111,15 @@ def settings_of(args: argparse.Namespace) -> Settings:
         max_length=args.model_max_length,
         mm_use_im_start_end=args.mm_use_im_start_end,
         read_images=not args.skip_images,
+        check_size=partial(
+            check_made,
+            image_processor=CLIPImageProcessorPil(
+                size={"shortest_edge": args.tile_size},
+                crop_size={"height": args.tile_size, "width": args.tile_size},
+            ),
+            aspect_ratio=args.image_aspect_ratio,
+            grid_pinpoints=args.image_grid_pinpoints,
+        ),
     )
 
 

@@ -253,7 +253,9 @@ class LazySupervisedDataset(Dataset[Item]):
             raise FlagError(f"{row_name} has an image but the model has no vision tower; set --vision_tower")
         if self.image_folder is None:
             raise FlagError(f"{row_name} names the image {names[0]!r}; set --image_folder")
-        return [self.transform(load_image(self.image_folder, name, row_name)) for name in names]
+        return [
+            self.transform(load_image(self.image_folder, name, row_name), f"{row_name}: image {name}") for name in names
+        ]
 
     def _collated(self, pictures: list[Picture]) -> Item:
         """What an item says of its images."""

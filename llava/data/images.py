@@ -16,11 +16,18 @@ from llava.anyres import GridPinpoints, output_size, parse_grid_pinpoints
 from llava.errors import BadImageError, FlagError
 from llava.mm_utils import ASPECT_RATIOS, preprocess_image
 
+MAX_PIXELS = 160_000_000
+"""Width times height of a file: more than any camera takes. Pillow's own limit, at which it warns, is put there too."""
+
 MAX_SIDE = 20_000
-"""Longest side of an image in pixels: `pad` makes a square of it."""
+"""Longest side of an image in pixels. What is made of an image has a bound of its own, in `llava/image_bounds.py`."""
 
 MAX_SIDES_RATIO = 200
 """Longest side over shortest side: the processor scales the shortest side up to its size."""
+
+
+if Image.MAX_IMAGE_PIXELS is not None:
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_PIXELS)
 
 
 def load_image_processor(folder: str | os.PathLike[str]) -> CLIPImageProcessorPil:
@@ -31,45 +38,60 @@ def load_image_processor(folder: str | os.PathLike[str]) -> CLIPImageProcessorPi
     return CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
 
 
-def image_path(folder: str | os.PathLike[str], name: str, row: object = "") -> Path:
+def image_path(folder: str | os.PathLike[str], name: str, row: object = "", *, follow_links: bool = True) -> Path:
     """Path of an image that a data file names, relative to the image folder.
+
+    Links in the folder are its owner's: `images/coco -> /disk/coco` is how data sets are laid out. A name cannot leave
+    the folder by itself: its `..` are taken as steps back in the name, never in what a link leads to.
 
     Args:
         folder: image folder.
         name: path inside it.
         row: what to call the row of the data file in an error.
+        follow_links: False refuses links that lead out of the folder: for names that come from strangers.
 
     Raises:
-        BadImageError: the name is no relative path, leaves the folder (also through a symbolic link), or is no file.
+        BadImageError: the name is no relative path, leaves the folder, or is no file.
     """
     try:
+        if "\0" in name:
+            raise ValueError("it has a null byte")
         root = Path(folder).resolve()
-        path = (root / name).resolve()
-        is_file = path.is_file()
+        path = root / os.path.normpath(name)
+        real = path.resolve()
+        is_file = real.is_file()
     except (TypeError, ValueError, OSError, RuntimeError) as error:  # no string, a null byte, too long, a link loop
         raise BadImageError(f"{row}: {name!r} is no usable image name: {error}") from error
-    if os.path.isabs(name) or not path.is_relative_to(root):
+    if os.path.isabs(name) or not path.is_relative_to(root) or os.pardir in path.relative_to(root).parts:
         raise BadImageError(
             f"{row}: image {name!r} lies outside the image folder {root} (it is {path}); name images relative to "
-            "--image_folder, and link no files into it from elsewhere"
+            "--image_folder"
+        )
+    if not follow_links and not real.is_relative_to(root):
+        raise BadImageError(
+            f"{row}: image {name!r} lies outside the image folder {root} (a link leads to {real}); link no files into "
+            "it from elsewhere"
         )
     if not is_file:
         raise BadImageError(f"{row}: image {name!r} is missing: {path} is no file; check the image folder")
     return path
 
 
-def load_image(folder: str | os.PathLike[str], name: str, row: object = "") -> Image.Image:
+def load_image(
+    folder: str | os.PathLike[str], name: str, row: object = "", *, follow_links: bool = True
+) -> Image.Image:
     """Read an image of a data set completely, as RGB.
 
     Args:
         folder: image folder.
         name: path inside it.
         row: what to call the row of the data file in an error.
+        follow_links: see `image_path`.
 
     Raises:
         BadImageError: as `image_path` and `read_rgb`.
     """
-    path = image_path(folder, name, row)
+    path = image_path(folder, name, row, follow_links=follow_links)
     return read_rgb(path, f"{row}: image {path}")
 
 
@@ -95,8 +117,8 @@ def read_rgb(file: Path | BinaryIO, name: str) -> Image.Image:
         name: what to call the image in an error.
 
     Raises:
-        BadImageError: it is broken or no image; has more pixels than Pillow deems safe (`PIL.Image.MAX_IMAGE_PIXELS`,
-            89 million), or a shape that would take as much memory once scaled; or holds numbers without a known range.
+        BadImageError: it is broken or no image; has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, 160 million, or
+            a side out of bounds; or holds numbers without a known range.
     """
     try:
         with Image.open(file) as image:
@@ -121,7 +143,9 @@ def _check_shape(image: Image.Image) -> None:
     """Refuse, from the header alone, what would take too much memory or run another program."""
     limit, pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height
     if limit is not None and pixels > limit:  # Pillow itself refuses only twice as many
-        raise Image.DecompressionBombError(f"{pixels} pixels exceed the limit of {limit}")
+        raise Image.DecompressionBombError(
+            f"{pixels} pixels exceed the limit of {limit}, PIL.Image.MAX_IMAGE_PIXELS; make the image smaller"
+        )
     short, long = sorted(image.size)
     if short < 1 or long > MAX_SIDE or long > MAX_SIDES_RATIO * short:
         raise ValueError(
@@ -172,9 +196,13 @@ class ImageTransform:
         self.tiled = aspect_ratio == "anyres"
         self.grid_pinpoints = parse_grid_pinpoints(grid_pinpoints) if self.tiled else None
 
-    def __call__(self, image: Image.Image) -> Picture:
-        """Pixel values of one image."""
-        pixels = preprocess_image(image, self.image_processor, self.aspect_ratio, self.grid_pinpoints)
+    def __call__(self, image: Image.Image, name: str = "the image") -> Picture:
+        """Pixel values of one image.
+
+        Raises:
+            BadImageError: see `preprocess_image`; calls it `name`.
+        """
+        pixels = preprocess_image(image, self.image_processor, self.aspect_ratio, self.grid_pinpoints, name=name)
         return Picture(pixels, image.size)
 
     def dummy(self) -> Picture:

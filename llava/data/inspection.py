@@ -6,7 +6,7 @@ Uses the code that prepares samples for training, so that what passes here passe
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -114,6 +114,7 @@ class Settings:
         max_length: longest sample in positions.
         mm_use_im_start_end: `<im_start>` and `<im_end>` stand around images.
         read_images: read every image file whole; else only look whether it is there.
+        check_size: takes the size of an image and `name`, and raises where training would refuse it.
     """
 
     template: Conversation
@@ -123,6 +124,7 @@ class Settings:
     max_length: int
     mm_use_im_start_end: bool = False
     read_images: bool = True
+    check_size: Callable[..., None] | None = None
 
     def image_lengths(self, row: Row) -> list[int]:
         """Positions that each image of a row takes; one whose file cannot be read counts as one tile."""
@@ -195,7 +197,9 @@ class RowReports(Dataset[RowReport]):
             return [Problem(Kind.MISSING_IMAGE, str(error).removeprefix(": "))]
         try:
             if self.settings.read_images:
-                load_image(folder, name)
+                image = load_image(folder, name)
+                if self.settings.check_size is not None:
+                    self.settings.check_size(image.size, name=f"image {name}")
         except BadSampleError as error:
             return [Problem(Kind.BROKEN_IMAGE, str(error).removeprefix(": "))]
         return []

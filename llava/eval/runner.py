@@ -34,6 +34,10 @@ OpenImage = Callable[[str, str], Image.Image]
 """From an entry of `Task.images` and `Task.where` to an RGB picture; its errors name both."""
 
 
+LONGEST_NAME = 1000
+"""Characters of an image's name that an error repeats; a request's image may be named by its whole content."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A task made ready for the model.
@@ -264,9 +268,10 @@ def load_pictures(task: Task, loaded: LoadedModel, open_image: OpenImage) -> lis
             f"{task.where}: the question has an image, but the model '{loaded.name}' has no vision tower"
         )
     pictures = []
-    for name in task.images:
+    for number, name in enumerate(task.images, start=1):
         image = open_image(name, task.where)
-        pixels = process_images([image], loaded.image_processor, loaded.model.config)[0]
+        said = f"{task.where}: image {name if len(name) <= LONGEST_NAME else number}"
+        pixels = process_images([image], loaded.image_processor, loaded.model.config, name=said)[0]
         pictures.append(Picture(pixels, image.size))
     return pictures
 

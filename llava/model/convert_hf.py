@@ -20,7 +20,7 @@ from llava.conversation import conv_templates
 from llava.errors import CheckpointError, FlagError
 from llava.hub import local_folder
 from llava.model.builder import base_folder, load_pretrained_model
-from llava.model.formats import TOWER_FOLDER, CheckpointContents, inspect_checkpoint
+from llava.model.formats import TOWER_FOLDER, CheckpointContents, check_weight_files, inspect_checkpoint
 from llava.model.hf_format import (
     RECORD,
     check_convertible,
@@ -149,6 +149,7 @@ def from_hf(checkpoint: str | Path, output: str | Path, image_aspect_ratio: str 
     if image_aspect_ratio:
         ours.image_aspect_ratio = image_aspect_ratio
     ours.mm_vision_tower = TOWER_FOLDER
+    check_weight_files(checkpoint)
     with errors_only():
         model, report = LlavaForConditionalGeneration.from_pretrained(
             checkpoint, dtype="auto", output_loading_info=True

@@ -10,12 +10,12 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from llava.errors import CheckpointError
+from llava.torch_files import load_plain
 from llava.utils import read_json
 
 WEIGHT_FILES = (
@@ -53,11 +53,11 @@ def read_tensors(path: Path, inner: str | None = None) -> dict[str, Tensor]:
             head = file.read(9)
         if len(head) == 9 and head[8:9] == b"{":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
     except Exception as error:  # damaged files surface as many kinds of error, all meaning the same here
         raise CheckpointError(f"{path}: is damaged or no file of tensors ({error})") from error
+    content = load_plain(path)
     if inner is not None and isinstance(content, dict) and isinstance(content.get(inner), dict):
         content = content[inner]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
@@ -205,6 +205,15 @@ def weight_files(weights: Path | None) -> list[Path]:
     return files
 
 
+def check_weight_files(folder: str | Path) -> None:
+    """Look at the weights in a folder here that transformers is about to read; others are left to it.
+
+    Raises:
+        CheckpointError: as `weight_files`.
+    """
+    weight_files(_first(Path(folder), WEIGHT_FILES))
+
+
 def check_base(folder: str | Path) -> None:
     """Look at the weights of a base that is a folder here; one on a model hub is left to transformers.
 
@@ -221,7 +230,7 @@ def check_base(folder: str | Path) -> None:
 
 
 def _check_length(path: Path) -> None:
-    """Refuse a file that was cut off, by its head and its end alone."""
+    """Refuse a file that was cut off, and a pickle that asks for more than tensors; most of it is not read."""
     try:
         with path.open("rb") as file:
             is_zip = file.read(2) == b"PK"
@@ -232,6 +241,7 @@ def _check_length(path: Path) -> None:
             raise CheckpointError(f"{path}: is damaged or was cut off")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: is damaged or was cut off ({error})") from error
+    load_plain(path, mapped=True)
 
 
 def _listing(folder: Path) -> str:

@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--request-timeout", type=float, default=300, help="seconds for a whole answer, waiting included")
     add("--max-images", type=int, default=16, help="pictures in one request")
     add("--max-image-mb", type=float, default=20, help="size of one picture as it comes")
-    add("--max-image-pixels", type=int, default=50_000_000, help="width times height of one picture")
+    add("--max-image-pixels", type=int, default=200_000_000, help="pixels of one picture, padded if it is")
     add("--max-body-mb", type=float, default=64, help="size of one request")
     add("--image-folder", type=Path, default=None, help="open file: addresses below this folder; default: none")
     add(

@@ -121,7 +121,7 @@ def make_job(request: ChatRequest, loaded: LoadedModel, settings: Settings) -> J
     )
     ids = prompt_ids(conversation, loaded.tokenizer)
     task = Task(0, "", "", request.images, where="messages")
-    pictures = load_pictures(task, loaded, settings.images.open)
+    pictures = load_pictures(task, loaded, settings.images.open_for(loaded))
     sizes = [picture.size for picture in pictures]
     positions = sum(loaded.model.image_lengths([picture.pixels for picture in pictures], sizes)) if pictures else 0
     length = len(ids) - int((ids == IMAGE_TOKEN_INDEX).sum()) + positions

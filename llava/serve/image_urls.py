@@ -10,6 +10,7 @@ import base64
 import binascii
 import io
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +20,8 @@ from PIL import Image, UnidentifiedImageError
 
 from llava.data.images import load_image, picture_rgb
 from llava.errors import BadImageError
+from llava.eval.loading import LoadedModel
+from llava.image_bounds import check_made
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,14 @@ class ImagePolicy:
 
     Attributes:
         max_bytes: size of one picture as it comes, decoded from base64.
-        max_pixels: width times height; looked up before anything is decoded.
+        max_pixels: width times height, looked up before anything is decoded; of what is made of a picture, too.
         folder: `file:` addresses are paths below it; None: refused.
         hosts: names (`host` or `host:port`) from which http and https addresses are fetched.
         seconds: for one fetch.
     """
 
     max_bytes: int = 20 * 2**20
-    max_pixels: int = 50_000_000
+    max_pixels: int = 200_000_000
     folder: Path | None = None
     hosts: frozenset[str] = frozenset()
     seconds: float = 10.0
@@ -60,6 +63,29 @@ class ImagePolicy:
             f"{where}: '{url[:40]}' is no picture address; send the picture itself: data:image/png;base64,..."
         )
 
+    def open_for(self, loaded: LoadedModel) -> Callable[[str, str], Image.Image]:
+        """`open` for a model, which also refuses what would become too large on the way to its pixel values.
+
+        Args:
+            loaded: the model with its image processor.
+        """
+        config = loaded.model.config
+
+        def opened(url: str, where: str) -> Image.Image:
+            image = self.open(url, where)
+            check_made(
+                image.size,
+                loaded.image_processor,
+                getattr(config, "image_aspect_ratio", None),
+                getattr(config, "image_grid_pinpoints", None),
+                name=where,
+                most=self.max_pixels,
+                instead=", or start the server with a higher --max-image-pixels",
+            )
+            return image
+
+        return opened
+
     def _inline(self, url: str, where: str) -> bytes:
         head, comma, body = url.partition(",")
         if not comma or not head.endswith(";base64"):
@@ -78,7 +104,7 @@ class ImagePolicy:
                 "--image-folder"
             )
         name = unquote(url.partition(":")[2]).lstrip("/")
-        return self._sized(load_image(self.folder, name, where), where)
+        return self._sized(load_image(self.folder, name, where, follow_links=False), where)
 
     def _fetch(self, url: str, where: str) -> bytes:
         self._check_host(url, where)
@@ -114,7 +140,7 @@ class ImagePolicy:
         if image.width * image.height > self.max_pixels:
             raise BadImageError(
                 f"{where}: {image.width} x {image.height} pixels; this server takes up to {self.max_pixels}, make the "
-                "picture smaller"
+                "picture smaller, or start the server with a higher --max-image-pixels"
             )
         return image
 

@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llava.data.failure import good_batches
 from llava.errors import LlavaError, TrainingError
+from llava.torch_files import check_training_state
 from llava.train.finite_trainer import FiniteTrainer
 from llava.train.sampling import EpochSampler, random_order
 from llava.train.saving import STAGING_PREFIX, last_checkpoint, publish_files, publish_folder, rotate, staging_path
@@ -178,3 +179,9 @@ class ResumableTrainer(FiniteTrainer):
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         return prepared
+
+    def _load_best_model(self) -> None:
+        # Its folder is named by a file of a resumed checkpoint, and DeepSpeed runs the pickles that it opens.
+        if self.is_deepspeed_enabled:
+            check_training_state(Path(self.state.best_model_checkpoint), deepspeed=True)
+        super()._load_best_model()

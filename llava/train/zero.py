@@ -21,6 +21,7 @@ from torch import nn
 
 from llava.errors import CheckpointError, FlagError
 from llava.model.partition import is_split
+from llava.torch_files import check_training_state
 from llava.train.saving import STAGING_PREFIX
 
 if TYPE_CHECKING:
@@ -137,13 +138,13 @@ def saved_stage(folder: Path) -> int:
 
 
 def prepare_resume(training: TrainingArguments, folder: Path) -> None:
-    """Refuse a checkpoint whose optimizer state this run cannot read, before a model is built.
+    """Refuse a checkpoint whose optimizer state this run cannot read or must not open, before a model is built.
 
     Where another number of processes wrote it, DeepSpeed is told that it will get the universal format.
 
     Raises:
         CheckpointError: it was written with DeepSpeed and the run is without, or the other way round, or by another
-            stage.
+            stage; or a file in it is damaged or could run code.
     """
     processes = saved_processes(folder)
     if processes is None and training.deepspeed:
@@ -155,6 +156,7 @@ def prepare_resume(training: TrainingArguments, folder: Path) -> None:
             f"{folder}: was written under ZeRO-{saved_stage(folder)}, the run uses ZeRO-{zero_stage(training)}; give "
             "the settings file that it was written with"
         )
+    check_training_state(folder, deepspeed=processes is not None)
     if processes not in (None, training.world_size):
         training.hf_deepspeed_config.config.setdefault("checkpoint", {})["load_universal"] = True
 

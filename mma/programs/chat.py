@@ -68,7 +68,8 @@ def load_picture(path: str | Path, loaded: LoadedModel) -> Picture:
     except OSError as error:
         raise BadImageError("the picture is on this server no more; upload it again") from error
     image = read_rgb(io.BytesIO(content), "the picture")
-    return Picture(process_images([image], loaded.image_processor, loaded.model.config)[0], image.size)
+    pixels = process_images([image], loaded.image_processor, loaded.model.config, name="the picture")[0]
+    return Picture(pixels, image.size)
 
 
 def stream(engine: Engine, job: Job) -> Iterator[str]:

@@ -6,7 +6,6 @@ Files are mapped, never unpickled; what is written are the shards and the index 
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from llava.errors import CheckpointError
 from llava.model.formats import WEIGHT_FILES, inspect_checkpoint, weight_files
+from llava.torch_files import load_plain
 
 INDEX = "model.safetensors.index.json"
 
@@ -56,13 +56,7 @@ def map_torch_file(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, damaged, or no table of named tensors.
     """
-    try:
-        # Files of torch before 1.6 are no zip archives and cannot be mapped.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    except Exception as error:  # damaged files surface as many kinds of error, all meaning the same here
-        raise CheckpointError(f"{path}: is damaged or no file of tensors ({error})") from error
+    content = load_plain(path, mapped=True)
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path}: holds something else than a table of named tensors")
     return content

@@ -111,7 +111,7 @@ def eps() -> bytes:
         (png_header(8, 0), " be read: "),
         (png_header(8, 8), "OSError"),
         (png_header(50_000, 50_000), "DecompressionBombError"),
-        (png_header(10_000, 9_500), "DecompressionBombError: 95000000 pixels"),
+        (png_header(10_000, 16_100), "DecompressionBombError: 161000000 pixels"),
         (png_header(MAX_SIDE + 1, 200), f"sides may be 1 to {MAX_SIDE}"),
         (png_header(10, 2_001), "at most 200 times"),
         (eps(), "external program"),
@@ -136,28 +136,57 @@ def test_truncated_files(kind: str, tmp_path: Path) -> None:
         load_image(tmp_path, "half", "row 3")
 
 
-def test_links_in_any_part_of_the_path(tmp_path: Path) -> None:
-    outside = tmp_path / "outside"
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    """An image folder with links into it, out of it, and to a file outside; `x.png` outside is red, inside blue."""
+    outside, folder = tmp_path / "outside", tmp_path / "images"
     (outside / "deeper").mkdir(parents=True)
-    folder = tmp_path / "images"
     (folder / "sub").mkdir(parents=True)
-    for place in (outside, outside / "deeper", folder / "sub"):
-        Image.fromarray(COLOURS).save(place / "x.png")
+    for place, colour in ((outside, "red"), (outside / "deeper", "red"), (folder / "sub", "blue"), (folder, "blue")):
+        Image.new("RGB", (8, 8), colour).save(place / "x.png")
     (folder / "link").symlink_to(outside)
     (folder / "sub" / "link").symlink_to(outside / "deeper")
     (folder / "inside").symlink_to(folder / "sub")
-    for name in (
-        "link/x.png",
-        "sub/link/x.png",
-        "inside/link/x.png",
-        "link/deeper/../x.png",
-        "sub/../../outside/x.png",
-    ):
+    (folder / "file.png").symlink_to(outside / "x.png")
+    (folder / "hop").symlink_to(folder / "sub" / "link")
+    (folder / "gone.png").symlink_to(outside / "absent.png")
+    return folder
+
+
+OUT_OF_IT = ("link/x.png", "sub/link/x.png", "inside/link/x.png", "file.png", "hop/x.png", "link/deeper/x.png")
+INTO_IT = ("x.png", "sub/x.png", "inside/x.png", "sub/../x.png")
+ESCAPES = ("../outside/x.png", "sub/../../outside/x.png", "link/../../outside/x.png", "./../images/../outside/x.png")
+
+
+def test_links_may_lead_out_of_the_folder_of_a_data_set(linked: Path) -> None:
+    for name in OUT_OF_IT:
+        assert load_image(linked, name, "row 0").getpixel((0, 0)) == (255, 0, 0)
+    for name in INTO_IT:
+        assert load_image(linked, name, "row 0").getpixel((0, 0)) == (0, 0, 255)
+    (linked.parent / "linked").symlink_to(linked)
+    assert load_image(linked.parent / "linked", "link/x.png").size == (8, 8), "the image folder itself may be a link"
+    with pytest.raises(BadImageError, match=r"row 0: image 'gone\.png' is missing"):
+        load_image(linked, "gone.png", "row 0")
+
+
+def test_a_server_follows_no_link_out_of_its_folder(linked: Path) -> None:
+    for name in OUT_OF_IT:
+        with pytest.raises(BadImageError, match=r"row 0: image .* lies outside .*a link leads to"):
+            load_image(linked, name, "row 0", follow_links=False)
+    for name in INTO_IT:
+        assert load_image(linked, name, follow_links=False).getpixel((0, 0)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("follow_links", [True, False])
+def test_a_name_does_not_leave_the_folder(follow_links: bool, linked: Path) -> None:
+    """`..` behind a link is a step back in the name, never in what the link leads to."""
+    for name in ESCAPES:
         with pytest.raises(BadImageError, match="lies outside the image folder"):
-            load_image(folder, name)
-    assert load_image(folder, "inside/x.png").size == (8, 8)
-    (tmp_path / "linked").symlink_to(folder)
-    assert load_image(tmp_path / "linked", "sub/x.png").size == (8, 8), "the image folder itself may be a link"
+            load_image(linked, name, follow_links=follow_links)
+    (linked.parent / "secret.png").write_bytes((linked / "x.png").read_bytes())
+    with pytest.raises(BadImageError, match="is missing"):  # beside `outside`, where the link leads
+        load_image(linked, "link/../secret.png", follow_links=follow_links)
+    assert load_image(linked, "link/../x.png", follow_links=follow_links).getpixel((0, 0)) == (0, 0, 255)
 
 
 @pytest.mark.parametrize("aspect_ratio", ASPECT_RATIOS)

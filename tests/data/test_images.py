@@ -99,7 +99,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["good.png", "sub/good.png", "sub/../good.png", "inside.png"])
+@pytest.mark.parametrize("name", ["good.png", "sub/good.png", "sub/../good.png", "inside.png", "link.png"])
 def test_good_images(name: str, folder: Path) -> None:
     assert load_image(folder, name, "row 0").tobytes() == golden_image(0).tobytes()
 
@@ -120,7 +120,6 @@ def test_grey_images_become_rgb() -> None:
         ("bigger_bomb.png", "cannot be read: DecompressionBombError"),
         ("../secret.png", "lies outside"),
         ("sub/../../secret.png", "lies outside"),
-        ("link.png", "lies outside"),
         ("loop.png", "no usable image name"),
         ("nul\0.png", "no usable image name"),
         ("x" * 300, "no usable image name"),

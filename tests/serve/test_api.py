@@ -265,7 +265,10 @@ def test_files_below_a_folder(loaded: LoadedModel, tmp_path: Path) -> None:
     with running(loaded, replace(SETTINGS, images=ImagePolicy(folder=folder))) as (client, _):
         answer = ask(client, shown("What is shown?", "file:a%20b.png")).choices[0].message.content
         assert answer == expected(loaded, "What is shown?", "im0.png")
-        for name in ("file:../secret.png", "file:%2e%2e/secret.png", f"file://{tmp_path}/secret.png"):
+        (folder / "link.png").symlink_to(tmp_path / "secret.png")
+        (folder / "link").symlink_to(tmp_path)
+        names = ("file:../secret.png", "file:%2e%2e/secret.png", f"file://{tmp_path}/secret.png")
+        for name in (*names, "file:link.png", "file:link/secret.png", "file:link/pictures/../secret.png"):
             with pytest.raises(openai.BadRequestError, match=r"outside the image folder|is missing"):
                 ask(client, shown("?", name))
 

@@ -1,8 +1,8 @@
 """Started by a launcher: several training runs one after another in the same processes, since starting costs most.
 
 Usage: `several_runs.py RUNS.json`, a list of objects: `arguments` for `llava/train/train.py`, and optionally `program`,
-another module whose `main` takes them, `copy`, source and target of a folder that is copied first, or `killed_at`, the
-update at which process 1 is killed.
+another module whose `main` takes them, `copy`, source and target of a folder that is copied first, `killed_at`, the
+update at which process 1 is killed, or `refused`, a part of the message with which the run has to end.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from llava.errors import LlavaError
 from llava.train.llava_trainer import LLaVATrainer
 
 
@@ -43,4 +44,14 @@ if __name__ == "__main__":
                 torch.distributed.barrier()
         if "killed_at" in run:
             kill_process_1_at(run["killed_at"])
-        importlib.import_module(run.get("program", "llava.train.train")).main(run["arguments"])
+        program = importlib.import_module(run.get("program", "llava.train.train"))
+        if "refused" not in run:
+            program.main(run["arguments"])
+            continue
+        try:
+            program.main(run["arguments"])
+        except LlavaError as error:
+            if run["refused"] not in str(error):
+                raise
+        else:
+            raise AssertionError(f"not refused: {run['arguments']}")

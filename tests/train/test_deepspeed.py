@@ -6,6 +6,7 @@ All runs of one number of processes share one launch, because starting takes lon
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from llava.errors import CheckpointError, FlagError
 from llava.model.formats import read_tensors
 from llava.train.train import main, parse_args
 from llava.train.zero import prepare_resume
+from tests.bombs import inside, zip_archive
 from tests.golden import golden_dir
 from tests.train.launching import ROOT, launch_runs, mixed_rows
 from tests.train.test_training import HYDRA, command_line, losses
@@ -171,6 +173,25 @@ def test_one_process_resumes_what_two_wrote(stage: str, name: str, one_process: 
 
 
 @pytest.mark.slow
+def test_a_bomb_is_refused_before_deepspeed_opens_it(two_processes: Path, data: Path, tmp_path: Path) -> None:
+    """In each kind of its files, by each stage, by one process (which converts the files first) and by two."""
+    for processes in (1, 2):
+        runs = []
+        for stage in STAGES:
+            source = two_processes / f"{stage} hydralora whole" / "checkpoint-2"
+            for file in sorted(source.glob("global_step2/*.pt")):
+                output = tmp_path / f"{processes} {stage} {file.stem}"
+                shutil.copytree(source, output / "checkpoint-2")
+                bomb = zip_archive(inside(tmp_path / "marker"))
+                (output / "checkpoint-2" / "global_step2" / file.name).write_bytes(bomb)
+                arguments = zero_line(stage, output, data, processes, **RESUMED["hydralora"])
+                runs.append({"arguments": arguments, "refused": file.name})
+        assert len(runs) == 7  # ZeRO-2 keeps the weights in one file, ZeRO-3 in one for each process
+        launch_runs(processes, runs, tmp_path)
+        assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_half_precision_saves_what_the_optimizer_holds(stage: str, two_processes: Path) -> None:
     folder = two_processes / f"{stage} half"
@@ -251,13 +272,14 @@ def test_checkpoints_of_another_kind_are_refused(tmp_path: Path) -> None:
     (written / "global_step1").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="without DeepSpeed"):
         prepare_resume(zero2, written)
-    (written / "global_step1" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    (written / "latest").write_text("global_step1")
+    torch.save({}, written / "global_step1" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     with pytest.raises(CheckpointError, match="with DeepSpeed"):
         prepare_resume(plain, written)
     with pytest.raises(CheckpointError, match="ZeRO-2"):
         prepare_resume(zero3, written)
     prepare_resume(zero2, written)
     assert "checkpoint" not in zero2.hf_deepspeed_config.config
-    (written / "global_step1" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").touch()
+    torch.save({}, written / "global_step1" / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
     prepare_resume(zero2, written)
     assert zero2.hf_deepspeed_config.config["checkpoint"] == {"load_universal": True}

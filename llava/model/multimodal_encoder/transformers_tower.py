@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava.errors import CheckpointError
+from llava.model.formats import check_weight_files
 from llava.model.multimodal_encoder.base import TowerShape, VisionTower
 from llava.utils import errors_only
 
@@ -53,6 +54,7 @@ class TransformersTower(VisionTower):
         Raises:
             CheckpointError: weights are missing.
         """
+        check_weight_files(source)
         with errors_only():  # a full model has a text model too, which transformers would list key by key
             model, report = self.model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
         optional = {id(weight) for part in self.optional_weights(model) for weight in part.parameters()}
