@@ -1,87 +1,73 @@
-"""What the layers have to know about the batch under way when a router decides for whole sequences.
+"""What the layers have to know about a forward pass when a router decides for whole sequences.
 
-A layer sees hidden states only. Hooks on the model note which tokens are padding, which belong to the prompt and
-whether a call continues a sequence from a cache. The note stays until the next call, so that recomputation under
-gradient checkpointing finds it; the weights of a prompt travel with its cache, so that several can be under way.
+A layer sees hidden states only. The note of a pass says which tokens are padding, which belong to the prompt and
+whether the pass continues a sequence from a cache. It never changes; `passes.py` brings it to the layers. The weights
+of a prompt travel with its cache, so that several prompts can be under way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 IGNORED = -100
 CACHE_ATTRIBUTE = "hydralora_sequence_weights"
 """Where a cache holds the weights of its prompt; a copy of the cache copies them."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class BatchNote:
-    """Note about one call of the model.
+    """Note about one forward pass of the model. Without any facts, all tokens of a sequence decide.
 
     Attributes:
         prompt: (B, T) bool, the tokens whose mean decides; None: all.
-        shape: (B, T) of the call's tokens; None: not known.
-        continues: True for a call that goes on from a filled cache.
-        weights: (B, 1, E) of the experts by layer (its `id`) and adapter, of the prompts that this call began or
-            continues.
+        shape: (B, T) of the pass's tokens; None: not known.
+        continues: True for a pass that continues from a filled cache.
+        weights: (B, 1, E) of the experts by layer (its `id`) and adapter, of the prompts that this pass began or
+            continues; the layers fill it in.
     """
 
     prompt: Tensor | None = None
     shape: tuple[int, int] | None = None
     continues: bool = False
     weights: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    _prompt_length: int | None = None
-    _in_call: bool = False
 
-    @contextmanager
-    def one_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """Surrounds a forward pass or a whole generation: what is longer than its input has been generated.
-
-        Args:
-            args: positional arguments of `forward` or `generate`.
-            kwargs: its other arguments.
-        """
-        shape = _token_shape(args, kwargs)
-        self._in_call, self._prompt_length = True, None if shape is None else shape[1]
-        try:
-            yield
-        finally:
-            self._in_call, self._prompt_length = False, None
-
-    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of a causal language model (`with_kwargs=True`)."""
-        cache, self.shape = kwargs.get("past_key_values"), _token_shape(args, kwargs)
-        self.continues = cache is not None and cache.get_seq_length() > 0
-        if self.continues:
-            self.prompt, self.weights = None, getattr(cache, CACHE_ATTRIBUTE, {})
-            return
-        self.weights = {}
-        self._keep(cache)
-        mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
-        if self.shape is not None and labels is None and (mask is None or mask.ndim != 2):
-            mask = torch.ones(self.shape, dtype=torch.bool)
-        self.prompt = prompt_tokens(mask, labels)
-        if self._in_call and self.prompt is not None:  # without a cache, each step of a generation comes by here
-            self._prompt_length = self._prompt_length or self.prompt.shape[1]
-            self.prompt = self.prompt.clone()
-            self.prompt[:, self._prompt_length :] = False
-
-    def hand_over(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the model: a cache that it made itself gets the weights too."""
-        self._keep(getattr(output, "past_key_values", None))
-
-    def _keep(self, cache: Any) -> None:
+    def keep_on(self, cache: Any) -> None:
+        """Let a cache carry the weights of its prompt; None: there is no cache."""
         if cache is not None:
             setattr(cache, CACHE_ATTRIBUTE, self.weights)
 
 
-def _token_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+def note_of_pass(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], cache: Any, prompt_length: int | None = None
+) -> BatchNote:
+    """The note of a forward pass of a causal language model.
+
+    Args:
+        args: positional arguments of `forward`.
+        kwargs: its other arguments.
+        cache: the one among them, or None.
+        prompt_length: number of tokens from the start of a row that may decide; None: all of them.
+    """
+    shape = token_shape(args, kwargs)
+    if cache is not None and cache.get_seq_length() > 0:
+        return BatchNote(shape=shape, continues=True, weights=getattr(cache, CACHE_ATTRIBUTE, {}))
+    mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
+    if shape is not None and labels is None and (mask is None or mask.ndim != 2):
+        mask = torch.ones(shape, dtype=torch.bool)
+    prompt = prompt_tokens(mask, labels)
+    if prompt is not None and prompt_length is not None:
+        prompt = prompt & (torch.arange(prompt.shape[1], device=prompt.device) < prompt_length)
+    note = BatchNote(prompt, shape)
+    note.keep_on(cache)
+    return note
+
+
+def token_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
     """(B, T) of ids (B, T) or embeddings (B, T, D), the first argument or one of the usual names; None without."""
     for value in (*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))):
         if isinstance(value, Tensor) and value.ndim == (3 if value.is_floating_point() else 2):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hydralora.layer import RoutedModule, low_rank_update, routing_of
 from hydralora.tuner.batch import BatchNote
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
+from hydralora.tuner.passes import Passes
 
 BASE = "__base__"
 """PEFT's name, in `adapter_names`, for a row that no adapter changes."""
@@ -36,9 +37,9 @@ class HydraLoraLayer(BaseTunerLayer, RoutedModule):
     adapter_layer_names = ("hydralora_A", "hydralora_B", "hydralora_router")
     other_param_names = ("r", "experts", "scaling", "routing", "hydralora_dropout", "merge_weights")
 
-    def __init__(self, base_layer: nn.Module, note: BatchNote) -> None:
+    def __init__(self, base_layer: nn.Module, passes: Passes) -> None:
         self.base_layer = base_layer
-        self.note = note
+        self.passes = passes
         self.observers = []
         self.hydralora_A = nn.ParameterDict({})
         self.hydralora_B = nn.ParameterDict({})
@@ -112,23 +113,24 @@ class HydraLoraLayer(BaseTunerLayer, RoutedModule):
 
         Some models flatten a batch before a layer, as OPT: (B * T, E) are returned for `probabilities` (B * T, E).
         """
-        shape = self.note.shape
+        note = self.passes.note
+        shape = note.shape
         if shape is None or probabilities.shape[:-1] != (shape[0] * shape[1],):
-            return self._of_sequences(adapter_name, probabilities, rows)
-        weights = self._of_sequences(adapter_name, probabilities.unflatten(0, shape), rows)  # (B, 1, E)
+            return self._of_sequences(note, adapter_name, probabilities, rows)
+        weights = self._of_sequences(note, adapter_name, probabilities.unflatten(0, shape), rows)  # (B, 1, E)
         return weights.expand(*shape, -1).flatten(0, 1)
 
-    def _of_sequences(self, adapter_name: str, probabilities: Tensor, rows: Tensor | None) -> Tensor:
+    def _of_sequences(self, note: BatchNote, adapter_name: str, probabilities: Tensor, rows: Tensor | None) -> Tensor:
         """Mean (B, 1, E) of `probabilities` (B, T, E) over the prompt; later tokens take that of their prompt."""
-        if self.note.continues:
-            weights = self.note.weights.get((id(self), adapter_name))
+        if note.continues:
+            weights = note.weights.get((id(self), adapter_name))
             if weights is None or len(weights) != len(probabilities):
                 raise ValueError(
                     f"routing='sequence': adapter '{adapter_name}' is to go on from a cache whose prompt it has not "
                     "routed; run the prompt again with this adapter"
                 )
             return weights
-        prompt = self.note.prompt
+        prompt = note.prompt
         if prompt is None:
             mean = probabilities.mean(dim=-2, keepdim=True)
         else:
@@ -140,7 +142,7 @@ class HydraLoraLayer(BaseTunerLayer, RoutedModule):
                 )
             mask = prompt.to(probabilities)[..., None]  # (B, T, 1)
             mean = (probabilities * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-        self.note.weights[id(self), adapter_name] = mean.detach()
+        note.weights[id(self), adapter_name] = mean.detach()
         return mean
 
     def update(self, adapter_name: str, x: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -156,9 +158,9 @@ class HydraLoraLayer(BaseTunerLayer, RoutedModule):
 class Linear(nn.Module, HydraLoraLayer):
     """A frozen linear layer, quantised ones included, with HydraLoRA adapters."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: HydraLoraConfig, note: BatchNote) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: HydraLoraConfig, passes: Passes) -> None:
         super().__init__()
-        HydraLoraLayer.__init__(self, base_layer, note)
+        HydraLoraLayer.__init__(self, base_layer, passes)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 

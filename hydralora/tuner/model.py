@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from hydralora.tuner import merging
-from hydralora.tuner.batch import BatchNote
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.linear import BASE, HydraLoraLayer, Linear
+from hydralora.tuner.passes import Passes
 from hydralora.tuner.registration import PREFIX
 
 
@@ -31,17 +31,12 @@ class HydraLoraModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's name; no model has a default here)
 
     def _pre_injection_hook(self, model: nn.Module, config: HydraLoraConfig, adapter_name: str) -> None:
-        if "hydralora_note" not in self.__dict__:
-            self.hydralora_note = BatchNote()
-            self.hydralora_note_hooks: list[RemovableHandle] = []
+        if "hydralora_passes" not in self.__dict__:
+            self.hydralora_passes = Passes()
 
     def _post_injection_hook(self, model: nn.Module, config: HydraLoraConfig, adapter_name: str) -> None:
-        if RoutingUnit(config.routing) is RoutingUnit.SEQUENCE and not self.hydralora_note_hooks:
-            note = self.hydralora_note
-            self.hydralora_note_hooks = [
-                model.register_forward_pre_hook(note.observe, with_kwargs=True),
-                model.register_forward_hook(note.hand_over),
-            ]
+        if RoutingUnit(config.routing) is RoutingUnit.SEQUENCE:
+            self.hydralora_passes.watch(model)
 
     def _create_and_replace(
         self,
@@ -62,7 +57,7 @@ class HydraLoraModel(BaseTuner):
                 f"target module '{current_key}' is a {type(base).__name__}; HydraLoRA adapts torch.nn.Linear and its "
                 "quantised forms. Choose other target_modules, or 'all-linear'."
             )
-        new = Linear(target, adapter_name, peft_config, self.hydralora_note)
+        new = Linear(target, adapter_name, peft_config, self.hydralora_passes)
         if adapter_name not in self.active_adapters:
             new.requires_grad_(False)
         self._replace_module(parent, target_name, new, target)
@@ -74,7 +69,9 @@ class HydraLoraModel(BaseTuner):
         These are one name per row of the batch. Nothing stays behind, even after an error.
         """
         adapter_names = kwargs.pop("adapter_names", None)
-        with self.hydralora_note.one_call(args, kwargs), self._adapters_by_row(adapter_names, kwargs):
+        passes = self.hydralora_passes
+        call = passes.one_call(args, kwargs) if passes.watched else nullcontext()
+        with call, self._adapters_by_row(adapter_names, kwargs):
             yield
 
     @contextmanager
@@ -85,8 +82,11 @@ class HydraLoraModel(BaseTuner):
         beams = kwargs.get("num_beams") or 1
         names = [name for name in self._checked_names(adapter_names) for _ in range(beams)]
 
+        # Of this call alone: in another thread another batch may be under way.
+        caller = threading.get_ident()
+
         def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, kwargs | {"adapter_names": names}
+            return args, kwargs | {"adapter_names": names} if threading.get_ident() == caller else kwargs
 
         handles = []
         try:
@@ -145,8 +145,7 @@ class HydraLoraModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._refuse_routed(adapter_names)
-        while self.hydralora_note_hooks:
-            self.hydralora_note_hooks.pop().remove()
+        self.hydralora_passes.unwatch(self.model)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def merge(

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hydralora.config import RoutedLinearConfig
 from hydralora.linears import attach
 from hydralora.tuner import HydraLoraConfig, Linear
-from hydralora.tuner.batch import BatchNote
+from hydralora.tuner.passes import Passes
 from tests.hydralora.blocks import make_block
 
 WIDTH = 8
@@ -41,7 +41,7 @@ def tuner_layer(experts: int, **changes: Any) -> nn.Module:
     """A layer of the PEFT method whose experts act."""
     settings: dict[str, Any] = {"r": 4, "lora_nums": experts, "init_weights": False} | changes
     base = nn.Linear(WIDTH, 12).requires_grad_(False)
-    return Linear(base, "default", HydraLoraConfig(**settings), BatchNote())
+    return Linear(base, "default", HydraLoraConfig(**settings), Passes())
 
 
 def adapted_linear(experts: int) -> nn.Module:

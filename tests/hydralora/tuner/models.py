@@ -43,4 +43,5 @@ def tiny_opt() -> OPTForCausalLM:
     """One layer of a model that flattens the batch, (B * T, D), before its MLP."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 80, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes |= {"dropout": 0.0}
     return OPTForCausalLM(OPTConfig(**sizes, max_position_embeddings=32, word_embed_proj_dim=32, pad_token_id=0)).eval()

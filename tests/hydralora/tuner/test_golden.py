@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hydralora import convert
 from hydralora.layer import routed_low_rank
 from hydralora.tuner import HydraLoraConfig, Linear
-from hydralora.tuner.batch import BatchNote
 from hydralora.tuner.original import config_to_original, from_original, to_original
+from hydralora.tuner.passes import Passes
 from tests.golden import load_case
 
 LAYERS = ["linear_n1", "linear_n3", "linear_n4", "linear_n3_bias_r2", "linear_n4_bf16"]
@@ -39,7 +39,7 @@ def build_layer(case: dict[str, Any], weights: dict[str, Tensor]) -> Linear:
     base.load_state_dict({name: weights[name] for name in base.state_dict()})
     base.requires_grad_(False)
     names = ("r", "lora_alpha", "lora_nums", "lora_dropout")
-    layer = Linear(base, "default", HydraLoraConfig(**{name: settings[name] for name in names}), BatchNote())
+    layer = Linear(base, "default", HydraLoraConfig(**{name: settings[name] for name in names}), Passes())
     ours = from_original({f"x.{name}": tensor for name, tensor in weights.items() if name.startswith("lora_")}, "case")
     for name in Linear.adapter_layer_names:
         getattr(layer, name)["default"].data.copy_(ours[f"x.{name}"])

@@ -6,12 +6,13 @@ import copy
 
 import pytest
 import torch
+from peft import PeftModel
 
 from hydralora import HydraLoraConfig
 from hydralora.layer import expert_balance_loss
 from hydralora.model import RoutingRecorder
 from hydralora.tuner import hydralora_layers
-from hydralora.tuner.batch import BatchNote, prompt_tokens
+from hydralora.tuner.batch import prompt_tokens
 from llava.cache_name import cache_argument, cache_of
 from tests.hydralora.tuner.models import IDS, MASK, TARGETS, adapted, logits, tiny_opt
 
@@ -65,7 +66,6 @@ def test_generated_tokens_keep_the_weights_of_their_prompt() -> None:
         expected = model(input_ids=whole, attention_mask=torch.ones_like(whole), labels=labels).logits
     steps = torch.stack(out.logits, dim=1)
     torch.testing.assert_close(steps, expected[:, prompt.shape[1] - 1 : -1], rtol=0, atol=1e-5)
-    model.base_model.hydralora_note.prompt = None
     by_token = adapted(routing="token")
     assert not torch.allclose(logits(by_token), logits(model), atol=1e-3)
 
@@ -85,7 +85,7 @@ def test_generating_without_a_cache(base: str, task_type: str | None) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
 
 
-def continued(model: torch.nn.Module, cache: object) -> torch.Tensor:
+def continued(model: PeftModel, cache: object) -> torch.Tensor:
     with torch.no_grad():
         return model(
             input_ids=torch.tensor([[33]]), **cache_argument(model.get_base_model().forward, copy.deepcopy(cache))
@@ -129,18 +129,18 @@ def test_layers_with_a_flattened_input() -> None:
 
 def test_tokens_of_another_kind_are_refused() -> None:
     model = adapted(routing="sequence")
-    layer = next(iter(hydralora_layers(model).values()))
-    layer.note = BatchNote(prompt=torch.ones(2, 5, dtype=torch.bool))
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    model.get_base_model().model.layers[0].register_forward_pre_hook(lambda layer, args: (args[0][:, :4], *args[1:]))
     with pytest.raises(ValueError, match=r"tokens of shape \(2, 4\), but the batch has \(2, 5\)"):
-        layer(torch.randn(2, 4, 32))
+        model(input_ids=IDS[:2, :5], attention_mask=mask)
 
 
 def test_unloading_removes_the_hook() -> None:
     model = adapted(routing="sequence")
     base = model.get_base_model()
-    assert len(base._forward_pre_hooks) == 1
+    assert (len(base._forward_pre_hooks), len(base._forward_hooks)) == (1, 1)
     model.unload()
-    assert len(base._forward_pre_hooks) == 0
+    assert (len(base._forward_pre_hooks), len(base._forward_hooks)) == (0, 0)
 
 
 def test_the_routing_can_be_observed() -> None:
