@@ -17,18 +17,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import LogitsProcessorList
 
 from hydralora.tuner import RoutingUnit, hydralora_layers
 from hydralora.tuner.batch import IGNORED
 from hydralora.tuner.loading import load_adapter
-from llava.errors import CheckpointError, FlagError
+from llava.errors import CheckpointError, FlagError, NotFiniteError
 from llava.hub import local_folder
+from llava.model.finite_logits import LogitsWatch, are_sound, no_answer
 from llava.utils import run_program
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
 
 MODEL_TYPE = "hydralora"
+SHOWN = 80
+"""Characters of a question in a message."""
+
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
 
 
@@ -76,7 +81,36 @@ class AdaptedModel:
         return answers
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Logits (B, T, vocabulary) for `inps` (B, T)."""
+        """Logits (B, T, vocabulary) for `inps` (B, T).
+
+        Raises:
+            NotFiniteError: they are not numbers.
+        """
+        logits = self._logits(inps, *args, **kwargs)
+        self._refuse_broken((~are_sound(logits).all(-1)).nonzero().flatten().tolist(), inps)
+        return logits
+
+    def _model_generate(self, context: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Ids (B, T + new) that continue `context` (B, T).
+
+        Raises:
+            NotFiniteError: logits are not numbers.
+        """
+        watch = LogitsWatch()
+        watch.begin(len(context), [self.eot_token_id])  # type: ignore[attr-defined]
+        kwargs["logits_processor"] = LogitsProcessorList([watch])
+        output = super()._model_generate(context, *args, **kwargs)  # type: ignore[misc]
+        self._refuse_broken(watch.broken(output.shape[1] - context.shape[1]), context)
+        return output
+
+    def _refuse_broken(self, rows: Sequence[int], ids: Tensor) -> None:
+        """Raise for rows whose logits are not numbers; the harness knows them by their text alone."""
+        if rows:
+            end = self.tokenizer.decode(ids[rows[0]], skip_special_tokens=True)[-SHOWN:]  # type: ignore[attr-defined]
+            where = f"{len(rows)} of {len(ids)} questions in a batch (the first ends with {end!r})"
+            raise NotFiniteError(no_answer(where, self._model.dtype, "dtype={} in --model_args"), rows)
+
+    def _logits(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self._targets:
             return super()._model_call(inps, *args, **kwargs)  # type: ignore[misc]
         # `inps` ends one token before the continuation does, and the labels say where the prompt ends.

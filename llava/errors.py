@@ -3,6 +3,11 @@
 Each message names the file, the row or the flag, the numbers that disagree, and what to do.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 
 class LlavaError(Exception):
     """Base of every error that a user can mend."""
@@ -34,6 +39,20 @@ class BadImageError(BadSampleError):
 
 class CheckpointError(LlavaError, ValueError):
     """A checkpoint folder is incomplete, of an unknown format, or does not fit the model."""
+
+
+class NotFiniteError(LlavaError, RuntimeError):
+    """The model's logits are NaN or infinite, so that there is no answer.
+
+    Args:
+        message: names the question, the dtype and what to do.
+        rows: rows of the batch that have no answer.
+        output: (B, new) ids of the whole batch; those of the other rows are sound.
+    """
+
+    def __init__(self, message: str, rows: Sequence[int] = (), output: Any = None) -> None:
+        super().__init__(message)
+        self.rows, self.output = tuple(rows), output
 
 
 class TrainingError(LlavaError, RuntimeError):

@@ -17,10 +17,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.images import Picture
-from llava.errors import BadSampleError
+from llava.errors import BadSampleError, NotFiniteError
 from llava.eval.answers import Task
 from llava.eval.loading import LoadedModel
-from llava.eval.runner import Prompt, conversation_of, generate_batch, make_prompt
+from llava.eval.runner import Prompt, conversation_of, generate_batch, make_prompt, named
 from llava.mm_utils import tokenizer_image_token
 
 ANSWER = "<answer>"
@@ -107,6 +107,9 @@ def likelihoods(
         candidates: B prompts with an answer each.
         pictures: for each of them its images.
         loaded: model and tokenizer.
+
+    Raises:
+        NotFiniteError: the logits of a prompt or an answer are not numbers; names the questions.
     """
     forced = ForcedAnswers([candidate.answer for candidate in candidates], filler=_end_ids(loaded)[0])
     arguments = {
@@ -115,7 +118,11 @@ def likelihoods(
         "num_beams": 1,
         "logits_processor": LogitsProcessorList([forced]),
     }
-    generate_batch([candidate.prompt for candidate in candidates], pictures, loaded, arguments)
+    try:
+        generate_batch([candidate.prompt for candidate in candidates], pictures, loaded, arguments)
+    except NotFiniteError as error:
+        tasks = named(candidates[row].prompt.task for row in error.rows)
+        raise NotFiniteError(loaded.no_answer(tasks), error.rows) from error
     return forced.result()
 
 

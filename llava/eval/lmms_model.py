@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -97,7 +98,7 @@ class BatchedModel:
         self.batch_size = read_batch_size(batch_size)
         self.max_batch_size, self.seed, self.workers = max_batch_size, seed, workers
         self.device = torch.device(own_device(device))
-        self.loaded: LoadedModel = load_model(
+        loaded = load_model(
             pretrained,
             model_base,
             device=str(self.device),
@@ -105,6 +106,7 @@ class BatchedModel:
             load_8bit=load_8bit,
             load_4bit=load_4bit,
         )
+        self.loaded: LoadedModel = replace(loaded, dtype_option="dtype={} in --model_args")
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
     def generate_until(self, requests: list[Instance]) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from llava.errors import FlagError
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
+from llava.model.finite_logits import no_answer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -21,12 +22,18 @@ class LoadedModel:
     Attributes:
         name: from the last parts of the path; the `model_id` of answer rows.
         image_processor: None if the model has no vision tower.
+        dtype_option: how the program is told of another dtype, with braces in its place; for messages.
     """
 
     name: str
     tokenizer: Any
     model: Any
     image_processor: Any
+    dtype_option: str = "--torch-dtype {}"
+
+    def no_answer(self, where: str) -> str:
+        """The message where the logits of a question, named by `where`, are not numbers."""
+        return no_answer(where, self.model.dtype, self.dtype_option)
 
     @property
     def patches_per_image(self) -> int:

@@ -88,8 +88,9 @@ def measure_conversation(
 
     Raises:
         BadSampleError, BadImageError: a row that cannot be asked; names the row, and the file of an image.
+        NotFiniteError: the logits are not numbers; names the row.
     """
-    stepper, turns = Stepper(loaded), []
+    stepper, turns = Stepper(loaded, conversation.where), []
     suffix = f"\n{SINGLE_PREDICTION}" if args.single_pred_prompt else ""
     for number, turn in enumerate(conversation.turns[:rounds]):
         if number == 0:

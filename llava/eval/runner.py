@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from llava.conversation import Conversation
 from llava.data.images import Picture
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, NotFiniteError
 from llava.eval.answers import AnswersFile, Task
 from llava.eval.batches import Batches, first_batch_size
 from llava.eval.generation import GenerationOptions
@@ -89,6 +89,19 @@ class Speed:
         return f"{rates}, batches of {self.batch_size}, {self.seconds:.0f} s"
 
 
+class UnansweredError(NotFiniteError):
+    """Questions of a batch have no answer, because the model's logits for them are not numbers.
+
+    Args:
+        message: names the questions.
+        answers: of the other questions of the batch, by key.
+    """
+
+    def __init__(self, message: str, answers: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.answers = dict(answers)
+
+
 def answer_tasks(
     answers: AnswersFile,
     loaded: LoadedModel,
@@ -122,6 +135,8 @@ def answer_tasks(
         FlagError: unknown template, options that do not go with the batch size, or the memory of the device is too
             small for the batch size asked for, or for one question.
         BadSampleError, BadImageError: a task that cannot be asked; names the row, and the file of an image.
+        UnansweredError: the logits of a question are not numbers; the answers of the batch's other questions are in
+            the file.
     """
     options.check_batch_size(batch_size)
     to_prompt = to_prompt or partial(make_prompt, conv_mode=conv_mode)
@@ -130,10 +145,15 @@ def answer_tasks(
     prompts.sort(key=lambda prompt: -prompt.length)
     size = batch_size or first_batch_size(loaded.model.device, most_together(options))
     speed, started = Speed(batch_size=size), time.monotonic()
+    failures: list[UnansweredError] = []
 
     def answer(batch: list[tuple[Prompt, list[Picture]]]) -> dict[str, str]:
         group, pictures = zip(*batch, strict=True)
-        return answer_batch(group, pictures, loaded, options, to_text)
+        try:
+            return answer_batch(group, pictures, loaded, options, to_text)
+        except UnansweredError as error:
+            failures.append(error)
+            return error.answers
 
     with (
         tqdm(total=len(answers.keys), initial=len(answers.rows), unit="question", smoothing=0.1) as progress,
@@ -142,6 +162,8 @@ def answer_tasks(
         batches = Batches(queue, answer, size, fixed=batch_size is not None, say=progress.write)
         for batch, texts in batches:
             answers.append(texts)
+            if failures:
+                raise failures[0]
             speed.batch_size = batches.size
             speed.questions += len(batch)
             speed.images += sum(len(pictures) for _, pictures in batch)
@@ -192,9 +214,25 @@ def answer_batch(
 
     Returns:
         the answer of each prompt by key.
+
+    Raises:
+        UnansweredError: the logits of a question are not numbers; names it, and holds the other answers.
     """
-    output_ids = generate_batch(prompts, pictures, loaded, options.arguments([prompt.key for prompt in prompts]))
-    return {prompt.key: to_text(prompt, ids, loaded) for prompt, ids in zip(prompts, output_ids.tolist(), strict=True)}
+    broken: Sequence[int] = ()
+    try:
+        output_ids = generate_batch(prompts, pictures, loaded, options.arguments([prompt.key for prompt in prompts]))
+    except NotFiniteError as error:
+        output_ids, broken = error.output, error.rows
+    rows = list(zip(prompts, output_ids.tolist(), strict=True))
+    texts = {prompt.key: to_text(prompt, ids, loaded) for row, (prompt, ids) in enumerate(rows) if row not in broken}
+    if broken:
+        raise UnansweredError(loaded.no_answer(named(prompts[row].task for row in broken)), texts)
+    return texts
+
+
+def named(tasks: Iterable[Task]) -> str:
+    """Questions in a message: where each is, and its id."""
+    return ", ".join(f"{task.where} (question_id {task.question_id!r})" for task in tasks)
 
 
 def generate_batch(
@@ -203,7 +241,11 @@ def generate_batch(
     loaded: LoadedModel,
     arguments: Mapping[str, Any],
 ) -> Tensor:
-    """Token ids (B, new) that the model writes after B prompts; `arguments` go to `generate`."""
+    """Token ids (B, new) that the model writes after B prompts; `arguments` go to `generate`.
+
+    Raises:
+        NotFiniteError: the logits of a row are not numbers; holds the rows, and the ids of all.
+    """
     warn_if_cut(prompts, pictures, loaded)
     device, tokenizer = loaded.model.device, loaded.tokenizer
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -6,6 +6,7 @@ same cache in the next turn (upstream `dynamic_eval/model_lvis_*.py`). Works ali
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from llava.data.images import Picture
+from llava.errors import NotFiniteError
 from llava.eval.loading import LoadedModel
 from llava.eval.runner import image_arguments
+from llava.model.finite_logits import are_sound
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,11 @@ class Stepper:
 
     Args:
         loaded: model and tokenizer.
+        where: names the conversation in errors.
     """
 
-    def __init__(self, loaded: LoadedModel) -> None:
-        self.loaded = loaded
+    def __init__(self, loaded: LoadedModel, where: str = "the conversation") -> None:
+        self.loaded, self.where = loaded, where
         offered = loaded.model.extensions.make_cache(loaded.model)
         self.cache: Any = DynamicCache(config=loaded.model.config) if offered is None else offered
         self.logits: Tensor | None = None
@@ -81,22 +85,40 @@ class Stepper:
 
         Args:
             ids: of the answer, the end of sequence included; at least one.
+
+        Raises:
+            NotFiniteError: a logit, or the perplexity, is not a number.
         """
         if self.logits is None:
             raise RuntimeError("feed the prompt before scoring an answer")
-        before, losses = self.stored, []
+        before, losses, sound = self.stored, [], []
         for index, token in enumerate(ids):
+            sound.append(are_sound(self.logits))
             losses.append(F.cross_entropy(self.logits[None], torch.tensor([token], device=self.logits.device)))
             if index + 1 < len(ids):
                 self.feed([token])
-        return ScoredAnswer(float(torch.stack(losses).mean().exp()), len(ids), self.stored - before)
+        perplexity = float(torch.stack(losses).mean().exp())
+        self._check(torch.stack(sound).all())
+        if not math.isfinite(perplexity):
+            raise NotFiniteError(f"{self.where}: the perplexity of the answer is {perplexity}")
+        return ScoredAnswer(perplexity, len(ids), self.stored - before)
+
+    def _check(self, sound: Tensor) -> None:
+        """Raise if a flag on the device says that logits were not numbers."""
+        if not bool(sound):
+            raise NotFiniteError(self.loaded.no_answer(self.where))
 
     def answer(self, max_new_tokens: int) -> list[int]:
-        """Greedy decoding until the end of sequence or `max_new_tokens`; the end itself is neither returned nor fed."""
+        """Greedy decoding until the end of sequence or `max_new_tokens`; the end itself is neither returned nor fed.
+
+        Raises:
+            NotFiniteError: a logit is not a number.
+        """
         if self.logits is None:
             raise RuntimeError("feed the prompt before asking for an answer")
         ids: list[int] = []
         while len(ids) < max_new_tokens:
+            self._check(are_sound(self.logits))
             token = int(self.logits.argmax())
             if token == self.loaded.tokenizer.eos_token_id:
                 break

@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
 from llava.data.images import Picture
-from llava.errors import BadSampleError
+from llava.errors import BadSampleError, NotFiniteError
 from llava.eval.answers import Task
 from llava.eval.generation import GenerationOptions
 from llava.eval.loading import LoadedModel
 from llava.eval.prompts import add_image_markers, new_conversation, prompt_ids
 from llava.eval.runner import OpenImage, image_arguments, load_pictures
+from llava.model.finite_logits import LogitsWatch
 from llava.serve.streaming import TokenDecoder, until_stop
 
 
@@ -121,6 +122,7 @@ class Chat:
         Raises:
             BadSampleError: the markers in the message do not fit the waiting images, or the conversation has become
                 longer than the model takes; the conversation is as before then.
+            NotFiniteError: while the answer comes: the logits are not numbers; the conversation is as before then.
         """
         wrap = bool(getattr(self.loaded.model.config, "mm_use_im_start_end", False))
         text = add_image_markers(message, len(self.waiting), mm_use_im_start_end=wrap, where="message")
@@ -132,12 +134,16 @@ class Chat:
         return self._answer(ids, conversation, pictures)
 
     def _answer(self, ids: Tensor, conversation: Conversation, pictures: list[Picture]) -> Iterator[str]:
+        before = self.conversation, self.pictures, self.waiting
         self.conversation, self.pictures, self.waiting = conversation, pictures, []
         answer: list[str] = []
         try:
             for piece in self._generate(ids):
                 answer.append(piece)
                 yield piece
+        except NotFiniteError:
+            self.conversation, self.pictures, self.waiting = before
+            raise
         finally:
             conversation.messages[-1][1] = "".join(answer).strip()
 
@@ -158,7 +164,7 @@ class Chat:
         stops, interruption = stop_strings(self.conversation, tokenizer), Interruption()
         streamer = TokenQueue(tokenizer)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        arguments = {
+        arguments: dict[str, Any] = {
             **image_arguments([self.pictures], self.loaded),
             **self.options.arguments([str(len(self.conversation.messages))]),
             "attention_mask": torch.ones(1, len(ids), dtype=torch.bool, device=model.device),
@@ -166,6 +172,8 @@ class Chat:
             "streamer": streamer,
             "pad_token_id": pad,
         }
+        watch = LogitsWatch(at_once=True, dtype=model.dtype, where="your message")
+        arguments["logits_processor"] = LogitsProcessorList([watch, *arguments.get("logits_processor", [])])
         if stops:
             arguments |= {"stop_strings": stops, "tokenizer": tokenizer}
         failures: list[BaseException] = []

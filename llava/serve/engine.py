@@ -25,6 +25,7 @@ from llava.errors import LlavaError
 from llava.eval.generation import GenerationOptions, RowSampler
 from llava.eval.loading import LoadedModel
 from llava.eval.runner import image_arguments, pad_left
+from llava.model.finite_logits import LogitsWatch
 from llava.serve.streaming import StopFilter, TokenDecoder
 
 logger = logging.getLogger(__name__)
@@ -121,16 +122,30 @@ class Row:
 
 
 class _Streams(BaseStreamer):
-    """Hands the tokens of each step to their rows."""
+    """Hands the tokens of each step to their rows, and ends those whose logits are not numbers.
 
-    def __init__(self, rows: Sequence[Row], tokenizer: Any) -> None:
-        self.rows, self.tokenizer = rows, tokenizer
+    Args:
+        rows: of the batch.
+        loaded: model and tokenizer.
+        watch: of the same `generate`.
+    """
+
+    def __init__(self, rows: Sequence[Row], loaded: LoadedModel, watch: LogitsWatch) -> None:
+        self.rows, self.loaded, self.watch = rows, loaded, watch
+        self._step = 0
 
     def put(self, value: Tensor) -> None:
         """Tokens (B,) of a step; before them comes the prompt (B, 0), which enters as embeddings."""
-        if value.ndim == 1:
-            for row, token in zip(self.rows, value.tolist(), strict=True):
-                row.take(token, self.tokenizer)
+        if value.ndim != 1:
+            return
+        # The tokens are on the host already, so that the flags cost no wait of their own.
+        for row, token, broken in zip(self.rows, value.tolist(), self.watch.first(), strict=True):
+            if broken > self._step:
+                row.take(token, self.loaded.tokenizer)
+            elif not row.ended:
+                logger.error("%s", self.loaded.no_answer("a request"))
+                row.end(EngineError(self.loaded.no_answer("this request")))
+        self._step += 1
 
     def end(self) -> None:
         """Nothing: rows end one by one."""
@@ -279,6 +294,7 @@ class Engine:
         tokenizer, model = self.loaded.tokenizer, self.loaded.model
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         input_ids, attention_mask = pad_left([row.job.input_ids for row in rows], pad)
+        watch = LogitsWatch()
         with torch.no_grad():
             model.generate(
                 input_ids.to(model.device),
@@ -286,9 +302,9 @@ class Engine:
                 **image_arguments([row.job.pictures for row in rows], self.loaded),
                 do_sample=False,
                 max_new_tokens=max(row.job.options.max_new_tokens for row in rows),
-                logits_processor=LogitsProcessorList([_Samplers(rows)]),
+                logits_processor=LogitsProcessorList([watch, _Samplers(rows)]),
                 stopping_criteria=StoppingCriteriaList([_Ends(rows)]),
-                streamer=_Streams(rows, tokenizer),
+                streamer=_Streams(rows, self.loaded, watch),
                 use_cache=True,
                 pad_token_id=pad,
             )

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llava.cache_name import cache_argument, cache_keyword, cache_of, takes_cache
 from llava.extension import ExtensionSet, MultimodalInputs, Segments
 from llava.model import decoding
+from llava.model.finite_logits import WatchedGeneration
 from llava.model.language_model.decoder import LlavaDecoder
 from llava.model.llava_arch import Images, LlavaMetaForCausalLM
 from llava.model.loss import LossReduction, language_model_loss
@@ -174,6 +175,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         Raises:
             ValueError: `inputs_embeds` is given: the prompt enters as ids.
             FlagError: the options ask for a search that a prompt with pictures cannot follow, or contradict each other.
+            NotFiniteError: logits of a row are NaN or infinite; holds the rows, and the ids of all.
         """
         if "inputs_embeds" in kwargs:
             raise ValueError("generate() builds inputs_embeds from ids and images; pass `inputs` and `images`")
@@ -198,12 +200,14 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             cache = offered
         if cache is not None:
             kwargs |= cache_argument(GenerationMixin.prepare_inputs_for_generation, cache)
-        return super().generate(
+        watched = WatchedGeneration(self, kwargs, rows=len(spliced.inputs_embeds))
+        output = super().generate(
             inputs_embeds=spliced.inputs_embeds,
             attention_mask=spliced.attention_mask.long(),
             segments=segments,
             **kwargs,
         )
+        return watched.checked(output)
 
     def prepare_inputs_for_generation(
         self,

@@ -16,9 +16,10 @@ from hydralora import HydraLoraConfig
 from hydralora.evaluate import main, register
 from hydralora.tuner.loading import load_adapter
 from llava.cache_name import cache_argument, cache_of
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, NotFiniteError
 from llava.tokenizer import load_tokenizer
 from tests.hydralora.text.test_finetune import save_base, save_start
+from tests.reliability.overflowing import overflow_in_float16
 
 pytest.importorskip("lm_eval", reason="the extra 'harness' is not installed")
 
@@ -173,3 +174,24 @@ def test_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_folder_that_is_no_adapter(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is no adapter"):
         register()(pretrained=str(folder / "base"), peft=str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_logits_that_are_not_numbers_are_not_scored(task: str, folder: Path, tmp_path: Path) -> None:
+    """A base that overflows in float16; in float32 the same task is scored."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    register()
+    base = overflow_in_float16(folder / "base", tmp_path / "base")
+    tasks = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
+
+    def score(dtype: str) -> Any:
+        arguments = {"pretrained": str(base), "dtype": dtype}
+        return lm_eval.simple_evaluate(
+            "hydralora", arguments, tasks=[task], task_manager=tasks, batch_size=4, device="cpu"
+        )
+
+    with pytest.raises(NotFiniteError, match=r"questions in a batch .*float16.*dtype=bfloat16 in --model_args"):
+        score("float16")
+    assert score("float32")["results"][task]
