@@ -19,11 +19,11 @@ from benchmarks.sparse_models import Prompt, Size
 from llava.constants import IGNORE_INDEX
 from llava.extension import Segments, Span
 from mma.config import MmaConfig
+from mma.decoder_layer import FIRST_POSITION, ROUTING
 from mma.extension import MmaExtension
 from mma.layer import RepAdapter
 from mma.merge import merge
 from mma.modality import start
-from mma.model import ROUTING
 
 LORA_TARGETS = ("q_proj", "v_proj")
 
@@ -102,12 +102,12 @@ class InSequence(Step):
         visible[1:, 0] = False
         rotary = decoder.rotary_emb(hidden, position_ids=positions)
         for layer in decoder.layers:
-            hidden = layer(
+            hidden, _ = layer(
                 hidden,
                 attention_mask=visible.expand(batch, 1, -1, -1),
                 position_ids=positions,
                 position_embeddings=rotary,
-                **{ROUTING: []},
+                **{ROUTING: FIRST_POSITION},
             )
         logits = model.lm_head(decoder.norm(hidden))[:, 1:-1]  # (B, L - 1, V) of the embeddings' own positions
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), self.labels[:, 1:].flatten())

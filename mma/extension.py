@@ -21,6 +21,7 @@ from llava.extension import Config, DecoderState, Extension, MultimodalInputs
 from mma import cache, modality
 from mma import model as adapted_model
 from mma.config import VISUAL_INPUTS, MmaConfig, MmaOptions
+from mma.decoder_layer import ROUTING
 from mma.modality import Routing, Table, Witness
 
 if TYPE_CHECKING:
@@ -105,8 +106,8 @@ class MmaExtension(Extension):
         if config.get("adapter_type", MmaConfig.adapter_type) == "none":
             return state
         decoder: Any = model.get_decoder()  # type: ignore[operator]
-        routing = self._begin(model, config, state) if index == 0 else state.layer_kwargs[adapted_model.ROUTING]
-        state.layer_kwargs[adapted_model.ROUTING] = routing.at(decoder, index)
+        routing = self._begin(model, config, state) if index == 0 else state.carried[self.name]
+        state.carried[self.name], state.layer_kwargs[ROUTING] = routing.at(decoder, index)
         return state
 
     def _begin(self, model: nn.Module, config: Config, state: DecoderState) -> Routing:

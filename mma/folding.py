@@ -88,20 +88,21 @@ class Fold:
     """One adapter, and where it goes.
 
     Attributes:
-        norm: that it stands behind.
+        layer: decoder layer or block of a tower that has it.
+        norm: the norm of that layer that it is a child of.
         routing: weights (2) of a routed one; None for a plain one.
         linears: the layers that read its output.
     """
 
+    layer: nn.Module
     norm: nn.Module
     routing: Tensor | None
     linears: list[nn.Linear]
 
     def carry_out(self) -> None:
-        """Change the linear layers, and take the adapter away."""
+        """Change the linear layers; the adapter stays."""
         adapter: Any = self.norm.adapter
         fold_into(self.linears, *affine(adapter, self.routing))
-        detach(self.norm)
 
 
 def plan_decoder(decoder: Any, modality: str, dtype: torch.dtype) -> list[Fold]:
@@ -120,7 +121,7 @@ def plan_decoder(decoder: Any, modality: str, dtype: torch.dtype) -> list[Fold]:
     folds = []
     for index, layer in enumerate(decoder.layers):
         readers_of = [readers(layer, names, f"decoder layer {index}") for names in (ATTENTION, MLP)[: table.shape[1]]]
-        folds += map(Fold, norms(layer), table[index], readers_of)
+        folds += map(Fold, (layer, layer), norms(layer), table[index], readers_of)
     return folds
 
 
@@ -135,14 +136,16 @@ def plan_blocks(blocks: Sequence[nn.Module]) -> list[Fold]:
         for norm, adapter in zip(norms(block), adapters(block), strict=False):
             if isinstance(adapter, RoutedRepAdapter):
                 raise ValueError("routed adapters of a vision tower depend on every token and cannot be folded")
-            folds.append(Fold(norm, None, readers(block, ATTENTION, f"block {index} of the tower")))
+            folds.append(Fold(block, norm, None, readers(block, ATTENTION, f"block {index} of the tower")))
     return folds
 
 
 def carry_out(folds: Sequence[Fold], decoder: nn.Module) -> None:
-    """Fold, and take the modality embedding of the decoder away."""
+    """Fold, and take the adapters and the modality embedding of the decoder away."""
     for fold in folds:
         fold.carry_out()
+    for layer in dict.fromkeys(fold.layer for fold in folds):
+        detach(layer)
     delattr(decoder, EMBEDDING)
 
 

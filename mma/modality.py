@@ -19,7 +19,8 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
-from mma.model import EMBEDDING, MODALITIES, ROUTING, WayUp, adapters
+from mma.decoder_layer import FIRST_POSITION, ROUTING, LayerRouting
+from mma.model import EMBEDDING, MODALITIES, adapters
 
 
 @dataclass(frozen=True)
@@ -38,43 +39,35 @@ class Table:
 
 @dataclass(frozen=True)
 class Routing:
-    """What goes with a batch from layer to layer; never changed in place, since a recomputed layer reads it again.
+    """What goes with a batch from layer to layer; never changed in place.
 
     Attributes:
         modalities: (B,) int64, row of the modality embedding for each sample.
         alike: the row of all samples, or None if they differ.
         table: if it is known for all layers.
         tokens: (M, 1, D), the modality tokens as they enter the next layer, where there is no table.
-        weights: (B, A, 2) for the present layer, or None.
-        ups: of the adapters of the present layer, each (D, h + 1) or (B, D, h + 1), or empty.
     """
 
     modalities: Tensor
     alike: int | None
     table: Table | None = None
     tokens: Tensor | None = None
-    weights: Tensor | None = None
-    ups: tuple[Tensor, ...] = ()
 
-    def at(self, decoder: nn.Module, index: int) -> Routing:
-        """The same for decoder layer `index`; without a table the modality tokens go through that layer."""
+    def at(self, decoder: nn.Module, index: int) -> tuple[Routing, LayerRouting]:
+        """The routing behind decoder layer `index`, and what that layer itself is to be called with.
+
+        Without a table the modality tokens go through the layer.
+        """
         table, tokens = self.table, self.tokens
         if table is not None and table.ups:
             rows = self.modalities if self.alike is None else self.alike
-            return replace(self, ups=tuple(up[rows] for up in table.ups[index]))
+            return self, tuple(up[rows] for up in table.ups[index])
         if table is not None:
             own = table.weights[index]  # (M, A, 2)
         else:
             assert tokens is not None  # noqa: S101  # one of the two is there
             tokens, own = advance(decoder, index, tokens)
-        return replace(self, tokens=tokens, weights=own[self.modalities.to(own.device)])
-
-    def of(self, number: int) -> Tensor | WayUp:
-        """What an adapter of the present layer is told."""
-        if self.ups:
-            return WayUp(self.ups[number])
-        assert self.weights is not None  # noqa: S101  # one of the two is there
-        return self.weights[:, number]
+        return replace(self, tokens=tokens), own[self.modalities.to(own.device)]
 
 
 def start(decoder: Any, dtype: torch.dtype) -> Tensor:
@@ -86,37 +79,29 @@ def start(decoder: Any, dtype: torch.dtype) -> Tensor:
 def advance(decoder: Any, index: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Take the modality tokens through one layer.
 
-    A token that sees only itself needs neither mask nor cache, and has the same output at every position. The layer is
-    not checkpointed for it: two tokens cost nothing to remember.
+    A token that sees only itself needs neither mask nor cache, and has the same output at every position.
 
     Args:
-        decoder: of transformers' shape.
+        decoder: of transformers' shape; in transformers 4 its layers make the rotary embeddings themselves.
         index: of the layer.
         tokens: (M, 1, D).
 
     Returns:
         The tokens behind the layer (M, 1, D), and the weights of the layer's adapters (M, A, 2).
     """
-    noted: list[Tensor] = []
-    positions = torch.zeros(1, 1, dtype=torch.long, device=tokens.device)
-    tokens = nn.Module.__call__(
-        decoder.layers[index],
-        tokens,
-        attention_mask=None,
-        position_ids=positions,
-        position_embeddings=decoder.rotary_emb(tokens, position_ids=positions),
-        past_key_values=None,
-        use_cache=False,
-        **{ROUTING: noted},
-    )
-    return tokens, _Anchored.apply(torch.stack(noted, dim=1), tokens)
+    arguments: dict[str, Any] = {"position_ids": torch.zeros(1, 1, dtype=torch.long, device=tokens.device)}
+    if hasattr(decoder, "rotary_emb"):
+        arguments["position_embeddings"] = decoder.rotary_emb(tokens, **arguments)
+    arguments[ROUTING] = FIRST_POSITION
+    tokens, weights = decoder.layers[index](tokens, attention_mask=None, use_cache=False, **arguments)
+    return tokens, _Anchored.apply(weights, tokens)
 
 
 class _Anchored(torch.autograd.Function):
     """The weights as they are; in the backward pass the tokens behind their layer get a gradient too, of zeros.
 
-    The weights leave the layer by its side. Behind the last layer nobody needs the tokens, and without their gradient
-    the backward pass would enter that layer in its middle, where ZeRO-3 has not made its parameters whole.
+    Behind the last layer nobody needs the tokens, and without their gradient the backward pass would enter that layer
+    in its middle, where ZeRO-3 has not made its parameters whole.
     """
 
     @staticmethod

@@ -183,7 +183,11 @@ EXTENSIONS = {
         Extension(
             "mma",
             "--mma True --visual_input llava",
-            ("moe_patch.payload.mma_glue", *(f"mma.{name}" for name in ("config", "layer", "modality", "model"))),
+            (
+                "moe_patch.payload.mma_glue",
+                "moe_patch.payload.modalities",
+                *(f"mma.{name}" for name in ("config", "decoder_layer", "layer", "modality", "model")),
+            ),
             (*COMMON, *BESIDE_TOWER),
         ),
     )

@@ -1,35 +1,26 @@
 """Mixture-of-Modality Adaptation in a patched checkout: flags, adapters, and the routing of each pass.
 
 Adapters and projector are trained on a frozen model, on the pictures as LLaVA feeds them (`--visual_input llava`). A
-sample's modality is read off its token ids: an image token makes it `image`. The folder written is that of
-llava-extensions, since the original's file has no place for LLaVA's projector.
+sample's modality is read off its token ids, see `modalities.py`. The folder written is that of llava-extensions, since
+the original's file has no place for LLaVA's projector.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import re
 import types
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mma import modality
 from mma.config import MmaConfig, MmaOptions
-from mma.modality import Routing, Table, Witness
-from mma.model import EMBEDDING, ROUTING, added_parameters, attach
+from mma.model import added_parameters
 from moe_patch.payload.extension import Extension, State
 from moe_patch.payload.gradients import keep_the_graph
-
-ATTRIBUTE = "mma_modalities"
-"""Where a model keeps its `Modalities`."""
-
-IMAGE_TOKEN_INDEX = -200
-"""Upstream's token id of an image."""
+from moe_patch.payload.modalities import ATTRIBUTE, Modalities, check_torch
 
 OUR_BLOCKS = "model.vision_tower.vision_tower.encoder.layers."
 """Beginning of the names of the tower's blocks in llava-extensions; upstream's older CLIP has one more level."""
@@ -60,7 +51,7 @@ class Mma(Extension):
         if model_args.tune_mm_mlp_adapter:
             raise ValueError("--tune_mm_mlp_adapter True freezes all but the projector, the adapters of --mma too")
         _config(training_args)
-        _check_torch()
+        check_torch()
         model_args.freeze_backbone = True
         if training_args.gradient_checkpointing:
             keep_the_graph(training_args, "the loss does not reach the routers of --mma")
@@ -130,115 +121,9 @@ class Mma(Extension):
         return OUR_BLOCKS + found[1] if found and "vision_tower" in name.split(".") else name
 
 
-class Modalities:
-    """Puts adapters into a model, and tells every pass of which modality its samples are.
-
-    Contract: a backward pass follows its forward pass before the next one begins, as in a Trainer; a checkpointed layer
-    that is recomputed reads the routing of the last forward pass.
-
-    Args:
-        model: bare model of upstream's class, the tower loaded if it gets adapters.
-        config: of the adapters.
-    """
-
-    def __init__(self, model: Any, config: MmaConfig) -> None:
-        _check_torch()
-        self.config = config
-        self._rows: Tensor | None = None
-        self._routing: Routing | None = None
-        self._kept: tuple[Table, Witness] | None = None
-        tower = model.get_vision_tower()
-        blocks, width = (_blocks(tower), tower.hidden_size) if config.adapters_per_block else ([], 0)
-        attach(model, blocks, width, config)
-        if not config.adapters_per_layer:
-            return
-        for name in ("generate", "prepare_inputs_labels_for_multimodal"):
-            setattr(model, name, self._noting(getattr(model, name)))
-        decoder = model.get_decoder()
-        decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
-        for index, layer in enumerate(decoder.layers):
-            # In front of the hook that takes the routing out of the arguments.
-            layer.register_forward_pre_hook(
-                functools.partial(self._give, decoder, index), with_kwargs=True, prepend=True
-            )
-
-    def _noting(self, inner: Any) -> Any:
-        """A method whose first argument are token ids, with a look at them; one token alone is a step of generation."""
-
-        @functools.wraps(inner)
-        def noting(*args: Any, **kwargs: Any) -> Any:
-            given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids"))]
-            ids = next((value for value in given if isinstance(value, Tensor)), None)
-            if ids is not None and ids.shape[1] > 1:
-                self._rows = (ids == IMAGE_TOKEN_INDEX).any(dim=1).long()
-            return inner(*args, **kwargs)
-
-        return noting
-
-    def _begin(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The weights of all adapters for the samples of this pass."""
-        given = kwargs.get("inputs_embeds")
-        given = kwargs.get("input_ids", *args[:1]) if given is None else given
-        batch = len(given)
-        if self._rows is None or batch % len(self._rows):
-            noted = 0 if self._rows is None else len(self._rows)
-            raise ValueError(
-                f"the modality of {batch} sequences is unknown ({noted} noted): call model or generate with token ids"
-            )
-        rows = self._rows.repeat_interleave(batch // len(self._rows))  # beams of a sample have its modality
-        routing = modality.routing_of(rows.tolist(), rows.device)
-        self._routing = dataclasses.replace(routing, table=self._table(decoder))
-
-    def _give(self, decoder: Any, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Tell a layer the weights of its adapters, unless it was called for the table itself."""
-        if ROUTING in kwargs or self._routing is None:
-            return None
-        return args, {**kwargs, ROUTING: self._routing.at(decoder, index)}
-
-    def _table(self, decoder: Any) -> Table:
-        """The weights of all layers: with gradient in training, otherwise kept while they hold."""
-        dtype = decoder.embed_tokens.weight.dtype
-        roots = [*decoder.layers, getattr(decoder, EMBEDDING)]
-        if torch.is_grad_enabled() or not modality.can_be_witnessed(roots):
-            self._kept = None
-            return Table(_routing_table(decoder, dtype))
-        circumstances = (dtype, torch.is_autocast_enabled())
-        if self._kept is None or not self._kept[1].still_holds(roots, *circumstances):
-            table = Table(_routing_table(decoder, dtype))
-            self._kept = table, Witness(roots, *circumstances)
-        return self._kept[0]
-
-
 def _config(training_args: Any) -> MmaConfig:
     """The configuration of the adapters that the flags ask for."""
     return MmaOptions(**{f.name: getattr(training_args, f.name) for f in dataclasses.fields(MmaOptions)}).config()
-
-
-def _check_torch() -> None:
-    """Raise `ValueError` if torch has no hooks that run after an error too; `mma/model.py` registers one."""
-    if "always_call" not in inspect.signature(nn.Module.register_forward_hook).parameters:
-        raise ValueError(f"--mma and its checkpoints need torch 2.1 or later; installed is {torch.__version__}")
-
-
-def _routing_table(decoder: Any, dtype: torch.dtype) -> Tensor:
-    """`mma.modality.routing_table`, also for transformers 4, whose layers make rotary embeddings themselves."""
-    if hasattr(decoder, "rotary_emb"):
-        return modality.routing_table(decoder, dtype)
-    tokens, rows = modality.start(decoder, dtype), []
-    positions = torch.zeros(1, 1, dtype=torch.long, device=tokens.device)
-    for layer in decoder.layers:
-        noted: list[Tensor] = []
-        tokens = layer(tokens, attention_mask=None, position_ids=positions, use_cache=False, **{ROUTING: noted})[0]
-        rows.append(torch.stack(noted, dim=1))  # (M, A, 2)
-    return torch.stack(rows)
-
-
-def _blocks(tower: Any) -> list[nn.Module]:
-    """The blocks of upstream's CLIP tower that run before the selected hidden state."""
-    network = tower.vision_tower
-    layers = getattr(network, "vision_model", network).encoder.layers
-    last = tower.select_layer if tower.select_layer >= 0 else len(layers) + 1 + tower.select_layer
-    return list(layers[:last])
 
 
 def _let_gradients_through(tower: Any) -> None:

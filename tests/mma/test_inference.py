@@ -264,7 +264,6 @@ def test_a_layer_cannot_be_called_past_the_seam(model: Any) -> None:
     positions = model.get_decoder().rotary_emb(hidden, position_ids=torch.arange(3)[None])
     with pytest.raises(RuntimeError, match="was called without 'modality_routing'"):
         layer(hidden, position_embeddings=positions)
-    assert all(adapter.source is None for adapter in adapters(layer)), "nothing is left behind by an error"
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2, window", "qwen2, tied", "qwen3"])

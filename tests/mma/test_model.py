@@ -16,9 +16,10 @@ from llava.errors import CheckpointError
 from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from mma.config import MmaConfig
+from mma.decoder_layer import drop_path
 from mma.extension import MmaExtension
 from mma.layer import RepAdapter
-from mma.model import _drop_path, adapters, attach, norms
+from mma.model import adapters, attach, norms
 from tests.dynamic.test_inference import plain_flash_attention
 from tests.golden import golden_dir
 from tests.mma.adapted_models import BASE, BLOCK, CLOSE, adapted_llava, shake
@@ -95,14 +96,13 @@ def test_a_copy_is_a_model_of_its_own() -> None:
 def test_stochastic_depth() -> None:
     """In training a branch is dropped for whole samples and enlarged for others, so that the mean stays."""
     x = torch.ones(4000, 3, 2)
-    branch = nn.Identity().train()
-    output = _drop_path(branch, (x,), (x, None), probability=0.25)
-    assert output[1] is None
-    per_sample = output[0].flatten(1)
+    output = drop_path(x, 0.25, training=True)
+    per_sample = output.flatten(1)
     assert bool((per_sample == per_sample[:, :1]).all())
     assert {round(value, 4) for value in per_sample[:, 0].unique().tolist()} == {0.0, 1.3333}
-    assert output[0].mean().item() == pytest.approx(1, abs=0.04)
-    assert _drop_path(branch.eval(), (x,), x, probability=0.25) is x
+    assert output.mean().item() == pytest.approx(1, abs=0.04)
+    assert drop_path(x, 0.25, training=False) is x
+    assert drop_path(x, 0.0, training=True) is x
     model = adapted_llava(MmaConfig(drop_path=0.5, adapter_dropout=0.0))
     expected = logits_of(model)
     torch.testing.assert_close(logits_of(adapted_llava(MmaConfig())), expected, rtol=0, atol=1e-6)

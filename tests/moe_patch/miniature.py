@@ -122,6 +122,7 @@ def load_pretrained_model(model_path, model_base, model_name, device="cuda", **k
 
 LLAMA = '''\
 """The model."""
+import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -154,6 +155,12 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         if inputs_embeds is None:
             inputs_embeds, labels = self.prepare_inputs_labels_for_multimodal(input_ids, labels, images)
         return super().forward(inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels, **kwargs)
+
+    @torch.no_grad()
+    def generate(self, inputs=None, images=None, **kwargs):
+        if inputs is not None:
+            kwargs["inputs_embeds"], _ = self.prepare_inputs_labels_for_multimodal(inputs, None, images)
+        return super().generate(**kwargs)
 
 
 AutoConfig.register("llava_llama", LlavaConfig)

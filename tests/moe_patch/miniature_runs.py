@@ -53,8 +53,11 @@ def logits(folder: Path, base: Path, **inputs: torch.Tensor) -> tuple[torch.Tens
         return model(**(inputs or {"input_ids": IDS})).logits, model
 
 
-def gradients(base: Path, ours: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of adapters and projector, as in a run with checkpointing, for a batch with pictures and one without."""
+def gradients(base: Path, ours: Path, images: torch.Tensor, waiting: bool) -> dict[str, torch.Tensor]:
+    """Of adapters and projector, as in a run with checkpointing, for a batch with pictures and one without.
+
+    With `waiting` the first backward pass begins after both forward passes.
+    """
     model = LlavaLlamaForCausalLM.from_pretrained(base)
     model.get_vision_tower().load_model()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -74,8 +77,9 @@ def gradients(base: Path, ours: Path, images: torch.Tensor) -> dict[str, torch.T
         for name, parameter in named.items():
             parameter.copy_(tensors[name])
     model.train()
-    for ids in (WITH_IMAGE, IDS):
-        model(input_ids=ids, images=images, labels=ids.where(ids >= 0, -100)).loss.backward()
+    losses = (model(input_ids=ids, images=images, labels=ids.where(ids >= 0, -100)).loss for ids in (WITH_IMAGE, IDS))
+    for loss in list(losses) if waiting else losses:
+        loss.backward()
     return {name: parameter.grad for name, parameter in named.items()}
 
 
@@ -86,6 +90,24 @@ def refusal(base: Path, output: Path, *flags: str, method: list[str] = LORA) -> 
     except (ValueError, SystemExit) as error:
         return str(error)
     return "not refused"
+
+
+def unknown_modality(folder: Path, base: Path) -> dict[str, str]:
+    """The messages where nothing says the modality of the sequences."""
+    _, model, _, _ = load_pretrained_model(str(folder), str(base), folder.name, device="cpu")
+    embeddings = model.get_model().embed_tokens(IDS)
+    found = {}
+    for name, call in {
+        "rows": lambda: model(inputs_embeds=embeddings),
+        "rows-generate": lambda: model.generate(inputs_embeds=embeddings, max_new_tokens=2),
+        "rows-number": lambda: model(inputs_embeds=embeddings, modality_rows=torch.ones(3).long()),
+        "rows-layer": lambda: model.get_model()(inputs_embeds=embeddings),
+    }.items():
+        try:
+            call()
+        except (ValueError, RuntimeError) as error:
+            found[name] = str(error)
+    return found
 
 
 def main() -> None:
@@ -105,10 +127,17 @@ def main() -> None:
         found[f"{folder.name}.image"], model = logits(folder, base, input_ids=WITH_IMAGE, images=images)
     with torch.no_grad():  # step by step, as in generation
         first = model(input_ids=WITH_IMAGE[:, :-2], images=images, use_cache=True)
-        cache = {"past_key_values": first.past_key_values, "use_cache": True}
+        cache = {"past_key_values": first.past_key_values, "use_cache": True, "modality_rows": torch.ones(2).long()}
         steps = [model(input_ids=WITH_IMAGE[:, place : place + 1], **cache).logits for place in (-2,)]
         steps.append(model(input_ids=WITH_IMAGE[:, -1:], **cache).logits)
-    found |= {f"gradient.{name}": g for name, g in gradients(base, ours.with_name("ours-mma"), images).items()}
+        for beams in (1, 2):
+            prompts = torch.cat([WITH_IMAGE[:1], WITH_IMAGE[:1]]) if beams > 1 else WITH_IMAGE
+            options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": beams}
+            found[f"generated.{beams}"] = model.generate(prompts, images=images, **options)
+    for waiting in (False, True):
+        name = "waiting" if waiting else "gradient"
+        values = gradients(base, ours.with_name("ours-mma"), images, waiting)
+        found |= {f"{name}.{key}": gradient for key, gradient in values.items()}
     found["steps"], found["images"] = torch.cat([first.logits, *steps], dim=1), images
     for name, folder in {
         **{name: work / name for name in ("whole", "again")},
@@ -136,6 +165,7 @@ def main() -> None:
         "mma-values": [*MMA, "--vision_tower", str(tower), "--adapter_type", "everywhere"],
     }
     messages |= {name: refusal(base, work / "refused", method=flags) for name, flags in alone.items()}
+    messages |= unknown_modality(ours.with_name("ours-mma"), base)
     try:
         load_pretrained_model(str(work / "whole"), None, "anything")
     except ValueError as error:

@@ -202,7 +202,9 @@ class TestModalities:
         assert len(routers) == 3 + 2  # layers of the decoder, and blocks of the tower before the selected one
         assert all(tensor.abs().max() > 0 for tensor in routers)  # they start as zero
 
-    def test_gradients_are_those_of_ours(self, runs: Runs) -> None:
+    @pytest.mark.parametrize("name", ["gradient", "waiting"])
+    def test_gradients_are_those_of_ours(self, runs: Runs, name: str) -> None:
+        """Layers are checkpointed there; with `waiting` they are recomputed after a pass of the other modality."""
         _, model, _, _ = load_pretrained_model(str(runs.work / "ours-mma"), str(BASE), device="cpu")
         projector = model.get_model().mm_projector
         parameters = dict(MmaExtension().named_parameters(model, {}))
@@ -213,12 +215,28 @@ class TestModalities:
         model.train()
         for ids, inputs in ((WITH_IMAGE, {"images": runs.logits["images"]}), (IDS, {})):
             model(input_ids=ids, labels=ids.where(ids >= 0, -100), **inputs).loss.backward()
-        theirs = {name[9:]: tensor for name, tensor in runs.logits.items() if name.startswith("gradient.")}
+        theirs = {key[len(name) + 1 :]: t for key, t in runs.logits.items() if key.startswith(f"{name}.")}
         assert theirs.keys() == parameters.keys()
-        for name, parameter in parameters.items():
-            apart = (theirs[name] - parameter.grad).abs().max()
-            assert apart <= 1e-6 + 1e-4 * parameter.grad.abs().max(), name
-        assert min(tensor.abs().max() for name, tensor in theirs.items() if "expert_weights" in name) > 1e-6
+        for key, parameter in parameters.items():
+            apart = (theirs[key] - parameter.grad).abs().max()
+            assert apart <= 1e-6 + 1e-4 * parameter.grad.abs().max(), key
+        assert min(tensor.abs().max() for key, tensor in theirs.items() if "expert_weights" in key) > 1e-6
 
     def test_a_step_of_generation_has_the_modality_of_its_prompt(self, runs: Runs) -> None:
         torch.testing.assert_close(runs.logits["steps"], runs.logits["ours-mma.image"], **LOGITS)
+
+    @pytest.mark.parametrize("beams", [1, 2])
+    def test_generation_is_that_of_ours(self, runs: Runs, beams: int) -> None:
+        _, model, _, _ = load_pretrained_model(str(runs.work / "ours-mma"), str(BASE), device="cpu")
+        prompts = torch.cat([WITH_IMAGE[:1], WITH_IMAGE[:1]]) if beams > 1 else WITH_IMAGE
+        options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": beams}
+        ours = model.generate(prompts, images=runs.logits["images"], **options)
+        theirs = runs.logits[f"generated.{beams}"]
+        assert torch.equal(theirs[:, -5:], ours[:, -5:])
+
+    @pytest.mark.parametrize("case", ["rows", "rows-generate", "rows-number"])
+    def test_a_modality_that_nothing_says_is_refused(self, runs: Runs, case: str) -> None:
+        assert "the modality of 2 sequences is unknown" in runs.messages[case]
+
+    def test_a_pass_around_the_model_is_refused(self, runs: Runs) -> None:
+        assert "was called without 'modality_routing'" in runs.messages["rows-layer"]
