@@ -1,12 +1,14 @@
 """Lines of dependencies that nobody who starts a program can use, dropped by the loggers that write them.
 
-Each entry names one logger and the beginning of one message; everything else of that logger stays. `llava/__init__.py`
-calls `drop_foreign_lines` before anything that would import the dependency.
+Each entry names one logger, or one module that warns, and the beginning of one message; everything else stays.
+`llava/__init__.py` calls `drop_foreign_lines` before anything that would import the dependency.
 """
 
 from __future__ import annotations
 
 import logging
+import re
+import warnings
 
 FOREIGN_LINES = {
     # On every CPU with AVX512-BF16, whether or not anything is quantised: an optional kernel is fetched from the hub.
@@ -14,6 +16,14 @@ FOREIGN_LINES = {
     # In runs without DeepSpeed too: accelerate imports it wherever it is installed.
     "DeepSpeed": "Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.",
 }
+
+FOREIGN_WARNINGS = {
+    # PEFT reads the old name whenever it wraps a model; nothing here does.
+    "transformers.modeling_utils": (FutureWarning, "`is_gradient_checkpointing` is deprecated"),
+    # --gradient_checkpointing is the flag of every published command line, and the one that all versions know.
+    "transformers.training_args": (FutureWarning, "`gradient_checkpointing` is deprecated"),
+}
+"""By module: the category and how the message begins."""
 
 
 class ForeignLine(logging.Filter):
@@ -29,8 +39,10 @@ class ForeignLine(logging.Filter):
 
 
 def drop_foreign_lines() -> None:
-    """Hold back `FOREIGN_LINES`; once, however often it is called."""
+    """Hold back `FOREIGN_LINES` and `FOREIGN_WARNINGS`; once, however often it is called."""
     for name, start in FOREIGN_LINES.items():
         logger = logging.getLogger(name)
         if not any(isinstance(one, ForeignLine) and one.start == start for one in logger.filters):
             logger.addFilter(ForeignLine(start))
+    for module, (category, start) in FOREIGN_WARNINGS.items():
+        warnings.filterwarnings("ignore", re.escape(start), category, rf"{re.escape(module)}\Z")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -22,6 +23,10 @@ DOCUMENTS = frozenset({".md"})
 
 # Not passed on: they would let programs see more than the environment.
 HIDDEN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE")
+
+
+SECONDS = 900
+"""What one program may take on a busy machine; each takes a few seconds on an idle one."""
 
 
 class WheelError(Exception):
@@ -54,24 +59,27 @@ class Environment:
         """Run a program in `work`; its output.
 
         Raises:
-            WheelError: it ends with another status than 0.
+            WheelError: it ends with another status than 0, or not within `SECONDS`.
         """
-        done = subprocess.run(
+        command, pipe = " ".join(map(str, words)), subprocess.PIPE
+        with subprocess.Popen(
             [str(word) for word in words],
             cwd=self.work,
             env=self.variables(more),
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=pipe,
+            stderr=pipe,
             text=True,
-            timeout=600,
-            check=False,
-        )
-        if done.returncode != 0:
-            command = " ".join(map(str, words))
-            raise WheelError(
-                f"{command} ended with status {done.returncode}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
-            )
-        return done.stdout
+            start_new_session=True,
+        ) as process:
+            try:
+                out, err = process.communicate(timeout=SECONDS)
+            except subprocess.TimeoutExpired as error:
+                os.killpg(process.pid, signal.SIGKILL)  # with what a script has started
+                raise WheelError(f"{command} takes longer than {SECONDS} s") from error
+        if process.returncode != 0:
+            raise WheelError(f"{command} ended with status {process.returncode}:\n{out[-4000:]}{err[-4000:]}")
+        return out
 
     def code(self, text: str, more: Mapping[str, str] | None = None) -> str:
         """Run a piece of Python; its output."""

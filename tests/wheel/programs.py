@@ -17,7 +17,7 @@ from tests.moe_patch import miniature
 from tests.wheel.environment import Environment, WheelError
 
 QUESTION = "What is shown in the picture?"
-TINY = "--use_cpu True --tf32 False --max_steps 2 --model_max_length 512 --report_to none"
+TINY = "--use_cpu True --tf32 False --max_steps 2 --model_max_length 512 --report_to none --dataloader_num_workers 0"
 SERVER_SECONDS = 180
 
 
