@@ -113,7 +113,8 @@ def test_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlashAttention's kernels are replaced by plain torch; it gets no mask that it could not express."""
     model = adapted_llava()
     expected = logits_of(model)
-    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", plain_flash_attention)
+    plain = plain_flash_attention()
+    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda *args, **kwargs: plain)
     monkeypatch.setattr(model.config, "_attn_implementation", "flash_attention_2")
     for item in model.extensions:
         item.extension._tables.clear()
