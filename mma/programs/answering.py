@@ -28,7 +28,7 @@ from mma.convert import SETTINGS, is_bottleneck
 from mma.data.tokens import prompt_ids
 from mma.original import ready_folder
 from mma.programs.eval_options import ADAPTER_OPTIONS, BITS, check_adapters
-from mma.weights.base import BaseWeights, base_folder
+from mma.weights.base import AUTO, BaseWeights, base_folder
 
 CONV_MODE = "lavin"
 """In the settings of an answers file, in place of a conversation template."""
@@ -85,8 +85,16 @@ def find_folders(args: argparse.Namespace, given: dict[str, Any], processes: Pro
         raise FlagError(
             f"--vision_tower {args.vision_tower}: is for a .pth file; the config.json of {adapters} has its own"
         )
+    if args.vicuna_weights != AUTO and not args.use_vicuna:
+        raise FlagError(f"--vicuna_weights {args.vicuna_weights}: needs --use_vicuna")
+    wanted = BaseWeights(args.ckpt_dir, args.llm_model, args.use_vicuna, args.vicuna_weights)
+    if adapters.is_file() and wanted.use_vicuna and not wanted.adds_as_original and processes.is_first:
+        print(
+            f"{adapters}: if LaVIN's own code trained these adapters on Vicuna, as the published ones, they need its "
+            "sum of LLaMA and the difference: pass --vicuna_weights original (see docs/lavin.md)"
+        )
     with processes.first_alone():
-        base = base_folder(BaseWeights(args.ckpt_dir, args.llm_model, args.use_vicuna))
+        base = base_folder(wanted)
         if adapters.is_file():
             settings = {name: given[name] for name in SETTINGS if name in given}
             defaults = {name: getattr(args, name) for name in SETTINGS}
@@ -232,6 +240,7 @@ def answer_settings(args: argparse.Namespace, options: GenerationOptions, proces
         "ckpt_dir": args.ckpt_dir,
         "llm_model": args.llm_model,
         "use_vicuna": args.use_vicuna,
+        "vicuna_weights": None if args.vicuna_weights == AUTO else args.vicuna_weights,
         "bits": BITS[args.bits],
         "max_seq_len": args.max_seq_len,
         "shifted_decoding": args.shifted_decoding,

@@ -12,6 +12,7 @@ from typing import Any
 from llava.errors import FlagError
 from mma.data.prompts import OPTIONS
 from mma.programs.train_options import BITS as TRAINING_BITS
+from mma.weights.base import AUTO, VICUNA_CHOICES, VICUNA_HELP
 
 BITS = {"16bits": 16, **TRAINING_BITS}
 """The original's evaluation has another word for the full precision than its training."""
@@ -41,6 +42,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--tokenizer_path", type=str, default=None, help="without effect: the tokenizer lies with the weights")
     add("--use_vicuna", type=boolean, nargs="?", const=True, default=False, help="the base is vicuna_<llm_model>")
+    add("--vicuna_weights", choices=VICUNA_CHOICES, default=AUTO, help=VICUNA_HELP)
     add("--bits", type=str, default="16bits", choices=list(BITS), help="precision of the language model")
     add("--cpu_load", type=boolean, nargs="?", const=True, default=False, help="without effect: files are mapped")
     add("--adapter_type", type=str, default="repattn", help="attn (also called repattn) or block")

@@ -25,7 +25,7 @@ from mma.data.instructions import MIXTURE_FILE
 from mma.data.scienceqa import IMAGES_FOLDER, PROBLEMS_FILE, SPLITS_FILE
 from mma.programs.train_options import BITS, build_parser, given
 from mma.schedule import Schedule, absolute_learning_rate
-from mma.weights.base import BaseWeights
+from mma.weights.base import AUTO, BaseWeights
 
 INSTEAD = {
     "model_name_or_path": "--llama_model_path and --llm_model",
@@ -83,6 +83,8 @@ def _problems(own: argparse.Namespace, rest: Sequence[str]) -> list[str]:
         problems.append(
             f"--start_epoch {own.start_epoch}: a resumed run goes on at the update of its checkpoint; leave it out"
         )
+    if own.vicuna_weights != AUTO and not own.use_vicuna:
+        problems.append(f"--vicuna_weights {own.vicuna_weights}: needs --use_vicuna")
     if own.resume and not Path(own.resume).is_dir():
         problems.append(
             f"--resume {own.resume}: is no folder of a checkpoint; the original's .pth files hold no state that could "
@@ -211,5 +213,5 @@ def parse_args(argv: Sequence[str] | None = None) -> LavinArguments:
     run = parse_llava(rest, defaults=values, given=names)
     if run.model.mm_use_im_start_end:
         raise FlagError("--mm_use_im_start_end True: LaVIN's prompt has no such tokens; leave it out")
-    base = BaseWeights(own.llama_model_path, own.llm_model, own.use_vicuna)
+    base = BaseWeights(own.llama_model_path, own.llm_model, own.use_vicuna, own.vicuna_weights)
     return LavinArguments(own, run, base, Schedule(rate, own.epochs, own.warmup_epochs, own.min_lr))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from mma.config import TOWER
 from mma.data.prompts import FORMATS, OPTIONS
+from mma.weights.base import AUTO, VICUNA_CHOICES, VICUNA_HELP
 
 BITS = {"4bit": 4, "8bit": 8, "16bit": 16}
 
@@ -48,6 +49,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     add("--llm_model", type=str, default="7B", help="name of the folder of the LLaMA weights")
     add("--use_vicuna", action="store_true", help="start from vicuna_<llm_model>, full weights or the difference")
+    add("--vicuna_weights", choices=VICUNA_CHOICES, default=AUTO, help=VICUNA_HELP)
     add("--adapter_type", type=str, default="attn", choices=["block", "attn"], help="adapters of the decoder layers")
     add(
         "--visual_adapter_type",

@@ -12,9 +12,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.errors import FlagError
 from llava.utils import run_program
-from mma.weights.base import AUTO, BaseWeights, convert, ready_folder
-from mma.weights.vicuna import VicunaKind
+from mma.weights.base import AUTO, VICUNA_CHOICES, VICUNA_HELP, BaseWeights, convert, ready_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,12 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--llama_model_path", type=str, default="./llama", help="folder with 7B/, vicuna_7B/, ...")
     parser.add_argument("--llm_model", type=str, default="7B", help="name of the folder of the LLaMA weights")
     parser.add_argument("--use_vicuna", action="store_true", help="write Vicuna, from vicuna_<llm_model>")
-    parser.add_argument(
-        "--vicuna_weights",
-        choices=(AUTO, *VicunaKind),
-        default=AUTO,
-        help="what that folder holds; auto: found from the weights",
-    )
+    parser.add_argument("--vicuna_weights", choices=VICUNA_CHOICES, default=AUTO, help=VICUNA_HELP)
     parser.add_argument("--out", type=Path, default=None, help="folder to write; default: <name>-hf beside the files")
     parser.add_argument("--max_shard_size", type=str, default="5GB", help="largest file of weights")
     return parser
@@ -44,8 +39,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     Raises:
         CheckpointError: see `mma.weights.base.convert`.
+        FlagError: `--vicuna_weights` without `--use_vicuna`.
     """
     args = build_parser().parse_args(argv)
+    if args.vicuna_weights != AUTO and not args.use_vicuna:
+        raise FlagError(f"--vicuna_weights {args.vicuna_weights}: needs --use_vicuna")
     wanted = BaseWeights(args.llama_model_path, args.llm_model, args.use_vicuna, args.vicuna_weights, args.out)
     ready = ready_folder(wanted)
     if ready is None:

@@ -19,10 +19,19 @@ from llava.output import new_path
 from llava.tokenizer import LlamaTokenizer
 from mma.weights.meta import PARAMS_FILE, open_meta
 from mma.weights.tensors import Weights, open_folder, write_folder
-from mma.weights.vicuna import VicunaKind, add_delta, kind_of
+from mma.weights.vicuna import VicunaKind, add_delta, kind_by_itself, kind_of, original_sum
 
 TOKENIZER = "tokenizer.model"
 AUTO = "auto"
+
+VICUNA_CHOICES = (AUTO, *VicunaKind)
+"""Values of `--vicuna_weights`."""
+
+VICUNA_HELP = (
+    "what vicuna_<llm_model> holds: full weights or the difference to LLaMA; auto: found from the weights; original: "
+    "the difference, added as LaVIN's own code adds it, for adapters that it trained on Vicuna"
+)
+"""The same for every program that has the option."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +43,8 @@ class BaseWeights:
             transformers, which is taken as it is.
         llm_model: name of the folder of the LLaMA.
         use_vicuna: start from `vicuna_<llm_model>`.
-        vicuna_weights: `full`, `delta`, or `auto`: found from the weights.
-        output: where converted weights go; None: beside the files, as `<name>-hf`.
+        vicuna_weights: `full`, `delta`, `original` (see `original_sum`), or `auto`: found from the weights.
+        output: where converted weights go; None: next to the files, as `<name>-hf` or `<name>-original-hf`.
     """
 
     root: str
@@ -60,7 +69,13 @@ class BaseWeights:
         if self.output is not None:
             return self.output
         source = self.vicuna if self.use_vicuna else self.llama
-        return source.with_name(f"{source.name}-hf")
+        mark = "-original" if self.adds_as_original else ""  # another model than `<name>-hf`
+        return source.with_name(f"{source.name}{mark}-hf")
+
+    @property
+    def adds_as_original(self) -> bool:
+        """The difference is added as LaVIN's own code adds it."""
+        return self.use_vicuna and self.vicuna_weights == VicunaKind.ORIGINAL
 
 
 def _is_hf(folder: Path) -> bool:
@@ -75,10 +90,15 @@ def ready_folder(wanted: BaseWeights) -> Path | None:
     """
     root = Path(wanted.root)
     if not wanted.llama.is_dir() and not wanted.vicuna.is_dir() and (_is_hf(root) or is_hub_id(wanted.root)):
+        if wanted.adds_as_original:
+            raise CheckpointError(
+                f"{wanted.root}: holds one set of weights, but --vicuna_weights original needs a folder with "
+                f"{wanted.llm_model} (LLaMA) and vicuna_{wanted.llm_model} (the published difference)"
+            )
         if wanted.use_vicuna:
             print(f"--use_vicuna: {wanted.root} holds one set of weights, which is taken as it is")
         return local_folder(wanted.root)
-    if _is_hf(wanted.converted):
+    if _is_hf(wanted.converted) and not (wanted.use_vicuna and wanted.vicuna_weights == VicunaKind.FULL):
         return wanted.converted
     if not wanted.use_vicuna:
         _check_there(wanted.llama)
@@ -104,12 +124,17 @@ def vicuna_kind(wanted: BaseWeights) -> VicunaKind:
     """
     if wanted.vicuna_weights != AUTO:
         return VicunaKind(wanted.vicuna_weights)
-    if not wanted.llama.is_dir():
+    vicuna = open_folder(wanted.vicuna)
+    if wanted.llama.is_dir():
+        return kind_of(vicuna, _open_llama(wanted.llama)[0], wanted.vicuna)
+    kind = kind_by_itself(vicuna)
+    if kind is not VicunaKind.FULL:
+        seen = "is the difference to LLaMA" if kind else "does not say what it is"
         raise CheckpointError(
-            f"{wanted.vicuna}: whether these are full weights or a difference is seen beside the LLaMA, but no "
-            f"{wanted.llama} is there; pass --vicuna_weights full if they are full weights"
+            f"{wanted.vicuna}: by its norms it {seen}, and there is no {wanted.llama} to add it to; put LLaMA's "
+            "weights there, or pass --vicuna_weights full if these are full weights"
         )
-    return kind_of(open_folder(wanted.vicuna), _open_llama(wanted.llama)[0], wanted.vicuna)
+    return kind
 
 
 def _open_llama(folder: Path) -> tuple[Weights, LlamaConfig]:
@@ -145,7 +170,11 @@ def convert(wanted: BaseWeights, max_shard_size: str = "5GB") -> Path:
     weights, config = _open_llama(wanted.llama)
     folders = [wanted.llama, Path(wanted.root)]
     if wanted.use_vicuna:
-        weights = add_delta(weights, open_folder(wanted.vicuna), wanted.vicuna)
+        delta = open_folder(wanted.vicuna)
+        if wanted.adds_as_original:
+            weights = original_sum(weights, delta, config, wanted.vicuna)
+        else:
+            weights = add_delta(weights, delta, wanted.vicuna)
         config.vocab_size = weights["model.embed_tokens.weight"].shape[0]
         folders.insert(0, wanted.vicuna)
     tokenizer = _tokenizer(folders, config)
