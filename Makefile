@@ -1,18 +1,24 @@
 # Everything from a fresh clone, on a machine that has Python 3.11 or 3.12 and make. `make` alone lists the targets.
 
-EXTRAS ?= dev,train,quant,openclip,serve,eval,harness,analysis
+COMMA := ,
+SPACE := $(subst ,, )
+RUN_EXTRAS := train quant openclip serve eval harness analysis
+EXTRAS ?= dev,$(subst $(SPACE),$(COMMA),$(RUN_EXTRAS))
 WORKERS ?= 2
 ARGS ?=
 
 VENV := .venv
 CORE := .venv-core
-LOWEST := .peft-lowest
+LOWEST := .venv-lowest
+SERVING := .venv-serving
+LATEST := .venv-latest
 UPSTREAM := .venv-upstream
 LMMS := .lmms
 WHEEL := .venv-wheel
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 PINNED := --constraint constraints.txt --build-constraint constraints.txt
+COMPILE = $(UV) pip compile --quiet --python $(BIN)/python --no-annotate --no-header
 OFFLINE := HF_HUB_OFFLINE=1
 # One thread per test process: the tiny models are too small to gain from more, and two workers share two cores.
 # Bytecode is written even where the machine says otherwise: without it every process of a test compiles torch anew.
@@ -24,35 +30,40 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3 python; do \
 	"$$name" -c '$(VERSION_CHECK)' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-core test-peft test-lmms test-wheel test-upstream lint types format check constraints clean
+.PHONY: help install demo test test-core test-lowest test-serving-versions test-latest test-lmms \
+	test-wheel test-upstream lint types format check constraints constraints-lowest clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-22s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed ## Install the package, its extras and the tools into .venv
 
 demo: install ## Train, evaluate and reload a tiny model on the CPU; writes playground/out
 	$(OFFLINE) $(BIN)/python -m playground.demo $(ARGS)
 
-# A selection leaves the lowest PEFT out.
-test: install test-core $(LMMS)/.installed $(if $(ARGS),,test-peft) ## Run all tests (ARGS="tests/data -x" selects)
+test: install test-core $(LMMS)/.installed ## Run all tests on constraints.txt (ARGS="tests/data -x" selects)
 	PYTHONPATH=$(CURDIR)/$(LMMS) $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not network" $(ARGS)
 
 test-core: install $(CORE)/.installed ## Import every module with the core dependencies only
 	$(OFFLINE) $(CORE)/bin/python -P tests/import_everything.py
 
-# What pip calls the installed version; a folder in front of the others on the path hides theirs.
-PEFT_VERSION := import importlib.metadata as m; print(m.version("peft"))
+test-lowest: install $(LOWEST)/.installed ## Run the tests marked `versions` on the lowest versions admitted
+	$(TEST_ENV) $(LOWEST)/bin/python -m pytest -n $(WORKERS) -m "versions and not network" $(ARGS)
 
-test-peft: install $(LOWEST)/.installed ## Test the PEFT method on the lowest PEFT that pyproject.toml admits
-	@tested=$$($(BIN)/python -c '$(PEFT_VERSION)'); \
-	lowest=$$(PYTHONPATH=$(LOWEST) $(BIN)/python -c '$(PEFT_VERSION)'); \
-	if [ "$$lowest" = "$$tested" ]; then \
-		echo "PEFT $$tested is the lowest version that pyproject.toml admits; the other tests run on it"; \
-	else \
-		echo "PEFT $$lowest, the lowest that pyproject.toml admits; the other tests run on $$tested"; \
-		PYTHONPATH=$(LOWEST) $(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) tests/hydralora/tuner; \
-	fi
+# Versions of transformers that serving engines ask for; everything else as in the lowest set.
+SERVING_VERSIONS := 5.19 5.20
+SERVING_TESTS := tests/model/test_decoding.py tests/model/test_generation.py tests/model/test_backbones.py \
+	tests/model/test_convert_hf.py tests/dynamic/test_inference.py tests/mma/test_inference.py
+
+test-serving-versions: install $(SERVING_VERSIONS:%=$(SERVING)-%/.installed) ## Test generation and conversion on transformers 5.19 and 5.20
+	for version in $(SERVING_VERSIONS); do \
+		$(TEST_ENV) $(SERVING)-$$version/bin/python -m pytest -n $(WORKERS) -m "not network" $(ARGS) $(SERVING_TESTS) || exit 1; \
+	done
+
+test-latest: install ## Run all tests on what pip resolves today; never part of .ci/run
+	$(UV) venv --quiet --clear --python $(BIN)/python $(LATEST)
+	$(UV) pip install --quiet --python $(LATEST) --editable ".[$(EXTRAS)]"
+	$(TEST_ENV) $(LATEST)/bin/python -m pytest -n $(WORKERS) -m "not network" $(ARGS)
 
 test-lmms: install $(LMMS)/.installed ## Test our model in lmms-eval itself
 	PYTHONPATH=$(CURDIR)/$(LMMS) $(TEST_ENV) $(BIN)/python -m pytest -q tests/eval/test_lmms.py $(ARGS)
@@ -85,16 +96,25 @@ format: install ## Format the code and mend what ruff can mend
 
 check: lint test ## lint, types and test
 
-constraints: install ## Write constraints.txt anew from the newest versions that pyproject.toml allows
+constraints: install ## Rewrite constraints.txt: the newest versions that pyproject.toml admits
 	$(UV) venv --quiet --clear --seed --python $(BIN)/python .venv-constraints
-	$(UV) pip install --quiet --python .venv-constraints ".[dev,train,quant,openclip,serve,eval,harness,analysis]"
+	$(UV) pip install --quiet --python .venv-constraints ".[$(EXTRAS)]"
 	grep '^#' constraints.txt > .venv-constraints/pins
 	$(UV) pip freeze --python .venv-constraints | grep -vE '^(llava-extensions|pip)\b' >> .venv-constraints/pins
 	mv .venv-constraints/pins constraints.txt
 	rm -rf .venv-constraints
 
+# Test tools are not lowered: what runs under them is tested, not they.
+constraints-lowest: install ## Rewrite constraints-lowest.txt: the lowest version of each direct dependency
+	mkdir -p .venv-constraints
+	$(COMPILE) --resolution lowest-direct $(RUN_EXTRAS:%=--extra %) pyproject.toml --output-file .venv-constraints/lowest.txt
+	grep '^#' constraints-lowest.txt > .venv-constraints/pins
+	$(COMPILE) --constraint .venv-constraints/lowest.txt $(RUN_EXTRAS:%=--extra %) --extra dev pyproject.toml >> .venv-constraints/pins
+	mv .venv-constraints/pins constraints-lowest.txt
+	rm -rf .venv-constraints
+
 clean: ## Remove the environments and everything that tools have cached
-	rm -rf $(VENV) $(CORE) $(LOWEST) $(UPSTREAM) $(LMMS) $(WHEEL) .venv-constraints build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(CORE) $(LOWEST) $(SERVING)-* $(LATEST) $(UPSTREAM) $(LMMS) $(WHEEL) .venv-constraints build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@"$(PYTHON)" -c '$(VERSION_CHECK)' 2>/dev/null || { \
@@ -112,10 +132,17 @@ $(CORE)/.installed: $(VENV)/.installed
 	$(UV) pip install --quiet --python $(CORE) $(PINNED) --editable .
 	@touch $@
 
-$(LOWEST)/.installed: $(VENV)/.installed tests/requirement.py
-	rm -rf $(LOWEST)
-	$(UV) pip install --quiet --python $(VENV) --target $(LOWEST) --no-deps --resolution lowest \
-		"$$($(BIN)/python tests/requirement.py peft)"
+$(LOWEST)/.installed: $(VENV)/.installed constraints-lowest.txt
+	$(UV) venv --quiet --clear --python $(BIN)/python $(LOWEST)
+	$(UV) pip install --quiet --python $(LOWEST) --constraint constraints-lowest.txt \
+		--build-constraint constraints-lowest.txt --editable ".[$(EXTRAS)]"
+	@touch $@
+
+$(SERVING)-%/.installed: $(VENV)/.installed constraints-lowest.txt
+	$(UV) venv --quiet --clear --python $(BIN)/python $(SERVING)-$*
+	grep -vE '^(transformers|tokenizers|huggingface-hub)==' constraints-lowest.txt > $(SERVING)-$*/constraints.txt
+	$(UV) pip install --quiet --python $(SERVING)-$* --constraint $(SERVING)-$*/constraints.txt \
+		--build-constraint $(SERVING)-$*/constraints.txt --editable ".[$(EXTRAS)]" "transformers==$*.*"
 	@touch $@
 
 # A folder beside the environment: all that lmms-eval asks for would change versions that are tested here.

@@ -35,6 +35,8 @@ from tests.dynamic.sparse_models import (
 from tests.model import backbones
 from tests.model.test_generation import prompts
 
+pytestmark = pytest.mark.versions
+
 
 class Precision(NamedTuple):
     """How the base is loaded, and how far logits may move in a batch (relative; twice what was measured)."""

@@ -23,6 +23,8 @@ from llava.train.train import Run, build_run, main, parse_args
 from llava.train.train_sparse import DEFAULTS
 from tests.train.test_training import HYDRA, LLAVA, command_line, logits, losses
 
+pytestmark = pytest.mark.versions
+
 SPARSE: dict[str, Any] = {
     "sparse_layer": 1, "d_model": 16, "nhead": 2, "dim_feedforward": 32, "num_layers": 1,
     "output_text_len_for_training": 3, "instruct_len_for_training": 3, "predictor_lr": 5e-3, "mask_loss_weight": 2.0,

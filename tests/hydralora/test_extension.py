@@ -26,6 +26,8 @@ from llava.train.arguments import TrainingArguments
 from llava.train.lora import add_lora
 from tests.golden import golden_dir, load_case
 
+pytestmark = pytest.mark.versions
+
 BASE = golden_dir("llava") / "tiny-llava-v1.5"
 CHECKPOINT = golden_dir("mllm_hydralora") / "tiny-llava-v1.5-lora-mohle"
 LOSS_CASES = ["loss_dense_e3", "loss_sparse_e3"]

@@ -24,6 +24,8 @@ from tests.mma.adapted_models import BASE, BLOCK, CLOSE, adapted_llava, attach_a
 from tests.model import backbones
 from tests.model.test_generation import prompts
 
+pytestmark = pytest.mark.versions
+
 LIMITS = {torch.bfloat16: 0.05, torch.float16: 0.0125}
 """Relative distance of logits from fp32; measured: 0.046 and 0.0063."""
 

@@ -24,6 +24,8 @@ from tests.mma.golden_model import write_tower
 from tests.model.test_generation import prompts
 from tests.train.test_training import BASE, HYDRA, LLAVA, command_line, logits, losses
 
+pytestmark = pytest.mark.versions
+
 MMA: dict[str, Any] = {"mma": True, "visual_input": "llava", "visual_adapter_type": "router"}
 SPARSE: dict[str, Any] = {
     "dynamic": True, "sparse_layer": 1, "d_model": 16, "nhead": 2, "dim_feedforward": 32, "num_layers": 1,

@@ -25,6 +25,8 @@ from llava.train.train import build_run, parse_args
 from tests.model import backbones
 from tests.train.test_training import LLAVA, command_line
 
+pytestmark = pytest.mark.versions
+
 NAMES = {
     "llama": ("LlavaLlamaForCausalLM", "llava_llama"),
     "mistral": ("LlavaMistralForCausalLM", "llava_mistral"),

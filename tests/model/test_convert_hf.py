@@ -33,6 +33,8 @@ from tests.golden import golden_dir, load_case
 from tests.model import backbones, towers
 from tests.train.test_training import BASE, LLAVA, command_line
 
+pytestmark = pytest.mark.versions
+
 VICUNA = LLAVA / "tiny-vicuna"
 CLIP = LLAVA / "tiny-clip"
 PROMPT = conv_templates["vicuna_v1"].system + " USER: <image>\nWhat is shown? ASSISTANT:"

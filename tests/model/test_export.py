@@ -15,6 +15,8 @@ from llava.utils import read_json
 from tests.golden import golden_dir
 from tests.train.test_training import BASE, HYDRA, RECIPES, command_line, logits
 
+pytestmark = pytest.mark.versions
+
 ORIGINAL = golden_dir("mllm_hydralora") / "tiny-llava-v1.5-lora-mohle"
 
 

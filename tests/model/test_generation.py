@@ -16,6 +16,8 @@ from torch import Tensor
 from llava.model.builder import load_pretrained_model
 from tests.golden import golden_dir, load_case
 
+pytestmark = pytest.mark.versions
+
 BASE = golden_dir("llava") / "tiny-llava-v1.5"
 ROUTED = golden_dir("mllm_hydralora") / "tiny-llava-v1.5-lora-mohle"
 FOLDERS = {"llava": BASE, "hydralora": ROUTED}

@@ -17,6 +17,8 @@ from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from tests.golden import golden_dir, load_case
 
+pytestmark = pytest.mark.versions
+
 LLAVA = golden_dir("llava")
 CASE, TENSORS = load_case("llava", "arch_generate")
 NEW = 10

@@ -32,6 +32,8 @@ from llava.serve.engine import Engine
 from llava.serve.image_urls import ImagePolicy
 from tests.golden import golden_dir
 
+pytestmark = pytest.mark.versions
+
 openai = pytest.importorskip("openai", reason="the extra 'dev' is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
 

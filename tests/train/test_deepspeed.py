@@ -135,6 +135,7 @@ def norms(folder: Path) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.versions
 @pytest.mark.parametrize("name", EQUAL)
 def test_equals_one_plain_process(name: str, two_processes: Path, data: Path) -> None:
     """Same losses, gradient norms and weights; only the order of sums differs."""
@@ -153,6 +154,7 @@ def test_equals_one_plain_process(name: str, two_processes: Path, data: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.versions
 @pytest.mark.parametrize("name", RESUMED)
 @pytest.mark.parametrize("stage", STAGES)
 def test_resume_is_exact(stage: str, name: str, two_processes: Path) -> None:

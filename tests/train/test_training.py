@@ -18,6 +18,8 @@ from llava.model.components import Component, components
 from llava.train.train import build_run, main, parse_args
 from tests.golden import golden_dir
 
+pytestmark = pytest.mark.versions
+
 LLAVA = golden_dir("llava")
 BASE = LLAVA / "tiny-llava-v1.5"
 HYDRA = {"use_lora": True, "lora_rank": 4, "lora_alpha": 8, "mm_projector_lr": 1e-3}

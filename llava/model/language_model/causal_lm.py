@@ -23,6 +23,7 @@ from llava.model.finite_logits import WatchedGeneration
 from llava.model.language_model.decoder import LlavaDecoder
 from llava.model.llava_arch import Images, LlavaMetaForCausalLM
 from llava.model.loss import LossReduction, language_model_loss
+from llava.versions import warn_once
 
 
 @dataclass
@@ -54,6 +55,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
     _keys_to_ignore_on_load_unexpected = [r"model\.vision_tower\."]  # noqa: RUF012 (transformers' own way to declare it)
 
     def __init__(self, config: Any) -> None:
+        warn_once()
         PreTrainedModel.__init__(self, config)  # not the backbone's own, which would build its decoder without vision
         self.model = self.decoder_class(config)
         self.vocab_size = config.vocab_size

@@ -34,6 +34,8 @@ from llava.train.retired_flags import MEANINGLESS, RENAMED, TRANSLATED
 from tests.golden import golden_dir, load_case
 from tests.train.test_interruptions import child, kill_me
 
+pytestmark = pytest.mark.versions
+
 CASE, TENSORS = load_case("hydralora", "finetune_run")
 FLAGS = load_case("hydralora", "cli_flags")[0]
 PREFIX = "base_model.model."

@@ -23,6 +23,8 @@ from hydralora.tuner.original import config_to_original, from_original, to_origi
 from hydralora.tuner.passes import Passes
 from tests.golden import load_case
 
+pytestmark = pytest.mark.versions
+
 LAYERS = ["linear_n1", "linear_n3", "linear_n4", "linear_n3_bias_r2", "linear_n4_bf16"]
 MODELS = ["llama_n1", "llama_n3"]
 

@@ -9,6 +9,8 @@ from hydralora import HydraLoraConfig
 from hydralora.tuner import hydralora_layers
 from tests.hydralora.tuner.models import IDS, MASK, adapted, logits, tiny_opt
 
+pytestmark = pytest.mark.versions
+
 INPUTS = [{"input_ids": IDS, "attention_mask": MASK}, {"input_ids": IDS[:1], "attention_mask": MASK[:1]}]
 
 

@@ -26,6 +26,8 @@ from hydralora.tuner import hydralora_layers
 from hydralora.tuner.registration import register
 from tests.hydralora.tuner.models import IDS, MASK, TARGETS, adapted, logits, tiny_llama
 
+pytestmark = pytest.mark.versions
+
 CASES: dict[str, dict[str, Any]] = {
     "several layers": {},
     "one expert": {"lora_nums": 1},

@@ -16,6 +16,8 @@ from hydralora.tuner.batch import prompt_tokens
 from llava.cache_name import cache_argument, cache_of
 from tests.hydralora.tuner.models import IDS, MASK, TARGETS, adapted, logits, tiny_opt
 
+pytestmark = pytest.mark.versions
+
 LABELS = torch.tensor([[-100, -100, -100, 7, 60, 2], [-100, -100, 44, 12, -100, -100], [1, 22, 70, -100, -100, -100]])
 
 
