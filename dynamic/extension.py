@@ -23,6 +23,7 @@ from dynamic.training import MaskedPass, TemperatureSchedule
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, DecoderState, Extension, ImportedState, MultimodalInputs, ParameterGroup
 from llava.model.language_model.decoder import layer_kinds
+from llava.train import checkpointing
 
 if TYPE_CHECKING:
     from transformers import Cache, TrainerCallback
@@ -52,7 +53,7 @@ class DynamicExtension(Extension):
         if not options.dynamic:
             _refuse_idle_options(options)
             return None
-        if (args.training.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        if checkpointing.asks_for_reentrant(args.training):
             raise FlagError(
                 "--gradient_checkpointing_kwargs asks for use_reentrant, under which the loss does not reach the "
                 'predictors of --dynamic through attention; pass {"use_reentrant": false} or leave the flag out'

@@ -31,6 +31,7 @@ from hydralora.text.training import (
     load_tokenizer,
 )
 from llava.errors import FlagError
+from llava.train import checkpointing
 from llava.train.saving import prepare_folder
 from llava.train.zero import join_processes, prepare_resume, set_precision
 from llava.utils import package_versions, run_program
@@ -102,7 +103,7 @@ def check_checkpointing(training: TrainingArguments, balance_weight: float) -> N
     Raises:
         FlagError: the balance loss would train nothing.
     """
-    if balance_weight and training.gradient_checkpointing_kwargs["use_reentrant"]:
+    if balance_weight and checkpointing.asks_for_reentrant(training):
         raise FlagError(
             f"--gradient_checkpointing_kwargs asks for use_reentrant, under which a balance loss (weight "
             f'{balance_weight}) trains nothing; pass {{"use_reentrant": false}}, leave the flag out, or pass '
@@ -117,18 +118,15 @@ def build_run(args: RunArguments) -> Run:
         prepare_folder(Path(training.output_dir))
         write_run_record(args)
     set_seed(training.seed)
-    if training.gradient_checkpointing:  # torch takes silence for the reentrant kind
-        training.gradient_checkpointing_kwargs = {"use_reentrant": False} | (
-            training.gradient_checkpointing_kwargs or {}
-        )
+    checkpointing.keep_the_graph(training)
     tokenizer = load_tokenizer(args)
     train, evaluation = load_data(args, tokenizer)
     model = add_adapter(load_base(args), args)
-    if training.gradient_checkpointing:
+    if checkpointing.is_checkpointed(training):
         check_checkpointing(training, model.active_peft_config.balance_weight)
     if training.deepspeed:
         set_precision(model, training)
-    if training.gradient_checkpointing:
+    if checkpointing.is_checkpointed(training):
         model.enable_input_require_grads()
     if training.should_log:
         model.print_trainable_parameters()

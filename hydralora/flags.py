@@ -12,6 +12,7 @@ from typing import Any
 from hydralora.config import PARTS, HydraLoraOptions, HydraLoraSettings, RoutedLinearConfig, RoutedMLPConfig
 from hydralora.linears import INPUTS, OUTPUTS
 from llava.errors import FlagError
+from llava.train import checkpointing
 
 MLP_PROJECTIONS = frozenset({"gate_proj", "up_proj", "down_proj"})
 
@@ -41,7 +42,7 @@ def settings_from_flags(options: HydraLoraOptions, args: Any) -> HydraLoraSettin
     _switch_lora_on(options, args, linear)
     if not (options.llm_moe or linear):
         return None
-    if (args.training.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    if checkpointing.asks_for_reentrant(args.training):
         raise FlagError(
             "--gradient_checkpointing_kwargs asks for use_reentrant, under which the expert-balance loss of --llm_moe "
             "and the first block of --hydralora_modules vision get no gradient; pass "

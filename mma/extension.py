@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, DecoderState, Extension, MultimodalInputs
+from llava.train import checkpointing
 from mma import cache, modality
 from mma import model as adapted_model
 from mma.config import VISUAL_INPUTS, MmaConfig, MmaOptions
@@ -48,7 +49,7 @@ class MmaExtension(Extension):
         if not options.mma:
             _refuse_idle_options(options)
             return None
-        if (args.training.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        if checkpointing.asks_for_reentrant(args.training):
             raise FlagError(
                 "--gradient_checkpointing_kwargs asks for use_reentrant, under which the loss does not reach the "
                 'routers of --mma; pass {"use_reentrant": false} or leave the flag out'

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests import deprecations
+
 if TYPE_CHECKING:
     from playground.tiny import TinyFolders
 
@@ -25,9 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SEED = 0
 
 
-def pytest_configure() -> None:
-    """One thread per process: the tensors are tiny, and two workers share two cores."""
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread per process, since the tensors are tiny and two workers share two cores; deprecations are errors."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    for line in deprecations.warning_filters():
+        config.addinivalue_line("filterwarnings", line)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,6 +52,14 @@ def _fixed_seeds_and_clean_state() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(autouse=True)
+def _no_announced_removals() -> Iterator[None]:
+    """Nothing that a test does is announced as deprecated in the log of a library."""
+    for messages in deprecations.announcements():
+        yield
+        assert not messages, f"deprecated, not listed in tests/deprecations.py: {messages}"
 
 
 @pytest.fixture(scope="session")

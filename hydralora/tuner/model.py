@@ -16,6 +16,7 @@ from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.linear import BASE, HydraLoraLayer, Linear
 from hydralora.tuner.passes import Passes
 from hydralora.tuner.registration import PREFIX
+from llava.versions import warn_once
 
 
 def hydralora_layers(model: nn.Module) -> dict[str, HydraLoraLayer]:
@@ -31,6 +32,7 @@ class HydraLoraModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's name; no model has a default here)
 
     def _pre_injection_hook(self, model: nn.Module, config: HydraLoraConfig, adapter_name: str) -> None:
+        warn_once()
         if "hydralora_passes" not in self.__dict__:
             self.hydralora_passes = Passes()
 

@@ -9,8 +9,9 @@ import os
 from collections.abc import Callable
 
 from llava.errors import FlagError
+from llava.train import checkpointing
 
-RENAMED = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu"}
+RENAMED = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu", **checkpointing.FLAGS}
 """Same values under another name."""
 
 MEANINGLESS = {

@@ -41,6 +41,7 @@ from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.model.loss import LossReduction
 from llava.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer
+from llava.train import checkpointing
 from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments, parse_args
 from llava.train.continued import check_recorded, recorded_extensions, train_on
 from llava.train.freeze import freeze, print_trainable, trained_components
@@ -268,10 +269,7 @@ def build_run(args: RunArguments, attn_implementation: str | None = None, parts:
         write_run_record(args)
     set_seed(training.seed)
     tokenizer = load_tokenizer(args.model.model_name_or_path, model_max_length=training.model_max_length)
-    if training.gradient_checkpointing:  # torch takes silence for the reentrant kind
-        training.gradient_checkpointing_kwargs = {"use_reentrant": False} | (
-            training.gradient_checkpointing_kwargs or {}
-        )
+    checkpointing.keep_the_graph(training)
     model = build_model(args, tokenizer, attn_implementation)
     llava = model.get_base_model() if training.lora_enable else model
     dataset = parts.dataset(args, tokenizer, llava)

@@ -22,6 +22,7 @@ from hydralora.config import (
 )
 from hydralora.extension import HydraLoraExtension
 from llava.errors import FlagError
+from llava.train import checkpointing
 from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments
 from tests.golden import golden_dir
 
@@ -128,7 +129,7 @@ class TestConfigure:
             ({}, {"vit_trainable": "all"}, ["--vit_trainable", "--unfreeze_mm_vision_tower"]),
             ({}, {"lora_rank": 8, "dense_moe": False}, ["--lora_rank 8", "--dense_moe False", "--use_lora True"]),
             (
-                {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+                {checkpointing.SWITCH: True, checkpointing.OPTIONS: {"use_reentrant": True}},
                 {"use_lora": True},
                 ["--gradient_checkpointing_kwargs", "use_reentrant"],
             ),
@@ -205,7 +206,7 @@ class TestConfigure:
         assert all(flag in printed for flag in ("--dense_moe False", "--moe_balance_w")) == said
 
     def test_reentrant_checkpointing_is_fine_without_blocks(self, tmp_path: Path) -> None:
-        training = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+        training = {checkpointing.SWITCH: True, checkpointing.OPTIONS: {"use_reentrant": True}}
         assert HydraLoraExtension().configure(make_args(tmp_path, training, use_lora=True, llm_moe=False)) is None
 
 

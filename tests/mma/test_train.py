@@ -18,6 +18,7 @@ from llava.errors import FlagError
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.tokenizer import load_tokenizer
+from llava.train import checkpointing
 from llava.train.train import Parts, build_run
 from mma import demo
 from mma import eval as mma_eval
@@ -90,7 +91,7 @@ def test_what_the_options_become(
     assert training.max_grad_norm == 0
     assert training.model_max_length == 511
     assert training.bits == int(given.get("--bits", "16bit").removesuffix("bit"))
-    assert training.gradient_checkpointing is ("--gradient_checkpointing" in given)
+    assert checkpointing.is_checkpointed(training) is ("--gradient_checkpointing" in given)
     assert args.run.model.freeze_backbone
     assert (mma["adapter_type"], mma["visual_adapter_type"], mma["adapter_dim"]) == ("attn", "router", 8)
     assert mma["temperature"] == float(given["--temperature"])

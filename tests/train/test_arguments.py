@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from llava.errors import FlagError
 from llava.extension import Extension, installed_extensions
+from llava.train import checkpointing
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, build_parser, parse_args
 from llava.train.retired_flags import translate_retired_flags
 from tests.golden import golden_dir
@@ -138,3 +140,20 @@ class _Clashing(Extension):
 def test_one_definition_per_option() -> None:
     with pytest.raises(FlagError, match="--lora_alpha"):
         build_parser({"clashing": _Clashing()})
+
+
+@pytest.mark.parametrize("spelling", checkpointing.SPELLINGS)
+def test_checkpointing_under_both_names(spelling: str, required: list[str]) -> None:
+    """Published scripts have the older flags, transformers 5.24 the newer ones; neither brings a warning."""
+    words = [*required, f"--{spelling}", "True", f"--{spelling}_kwargs"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        training = parse_args([*words, '{"preserve_rng_state": true}']).training
+    checkpointing.keep_the_graph(training)
+    assert checkpointing.is_checkpointed(training)
+    options = {"use_reentrant": False, "preserve_rng_state": True}
+    assert {name: getattr(training, f"{name}_kwargs", options) for name in checkpointing.SPELLINGS} == dict.fromkeys(
+        checkpointing.SPELLINGS, options
+    )
+    assert checkpointing.asks_for_reentrant(parse_args([*words, '{"use_reentrant": true}']).training)
+    assert not checkpointing.is_checkpointed(parse_args(required).training)

@@ -15,6 +15,7 @@ from llava.errors import BadSampleError, CheckpointError, FlagError
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import bare_model
 from llava.model.components import Component, components
+from llava.train import checkpointing
 from llava.train.train import build_run, main, parse_args
 from tests.golden import golden_dir
 
@@ -194,7 +195,7 @@ def test_gradient_checkpointing_changes_nothing(recipe: str, tmp_path: Path) -> 
 def test_other_settings_of_gradient_checkpointing_do_not_make_it_reentrant(tmp_path: Path) -> None:
     settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": '{"preserve_rng_state": true}'}
     run = build_run(parse_args(command_line(tmp_path, **HYDRA | settings)))
-    assert run.trainer.args.gradient_checkpointing_kwargs == {"use_reentrant": False, "preserve_rng_state": True}
+    assert getattr(run.trainer.args, checkpointing.OPTIONS) == {"use_reentrant": False, "preserve_rng_state": True}
 
 
 def test_half_precision_keeps_trained_weights_in_fp32(tmp_path: Path) -> None:

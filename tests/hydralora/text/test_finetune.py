@@ -30,6 +30,7 @@ from hydralora.text.arguments import build_parser, number_of_experts
 from hydralora.text.training import link_adapter
 from hydralora.tuner.original import to_original
 from llava.errors import FlagError
+from llava.train import checkpointing
 from llava.train.retired_flags import MEANINGLESS, RENAMED, TRANSLATED
 from tests.golden import golden_dir, load_case
 from tests.train.test_interruptions import child, kill_me
@@ -411,7 +412,7 @@ def test_gradient_checkpointing_is_not_reentrant(folder: Path, tmp_path: Path) -
     """Unless it is asked for, and then a balance loss, which would train nothing, is refused."""
     asked = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": '{"preserve_rng_state": true}'}
     run = build_run(parse_args(command_line(folder, tmp_path, **asked)))
-    assert run.trainer.args.gradient_checkpointing_kwargs == {"use_reentrant": False, "preserve_rng_state": True}
+    assert getattr(run.trainer.args, checkpointing.OPTIONS) == {"use_reentrant": False, "preserve_rng_state": True}
     asked["gradient_checkpointing_kwargs"] = '{"use_reentrant": true}'
     assert build_run(parse_args(command_line(folder, tmp_path, **asked))).trainer
     with pytest.raises(FlagError, match="asks for use_reentrant"):
