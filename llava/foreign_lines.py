@@ -20,8 +20,6 @@ FOREIGN_LINES = {
 FOREIGN_WARNINGS = {
     # PEFT reads the old name whenever it wraps a model; nothing here does.
     "transformers.modeling_utils": (FutureWarning, "`is_gradient_checkpointing` is deprecated"),
-    # --gradient_checkpointing is the flag of every published command line, and the one that all versions know.
-    "transformers.training_args": (FutureWarning, "`gradient_checkpointing` is deprecated"),
 }
 """By module: the category and how the message begins."""
 

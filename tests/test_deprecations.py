@@ -6,7 +6,6 @@ import logging
 import warnings
 
 import pytest
-from transformers.utils import logging as transformers_logging
 
 from tests import deprecations
 
@@ -22,15 +21,29 @@ def test_warnings_are_errors_whoever_raises_them(category: type[Warning]) -> Non
         warnings.warn_explicit(f"{known.message} and so on", category, "somewhere.py", 1, module="some.library")
 
 
+@pytest.mark.parametrize(
+    ("message", "kept"),
+    [
+        ("`x` is deprecated, use `y`", True),
+        ("Deprecated: `x`", True),
+        ("no news", False),
+        *((f"{known.message} and so on", False) for known in deprecations.KNOWN),
+    ],
+)
+def test_announcements_in_a_log(message: str, kept: bool) -> None:
+    handler = deprecations.Announcements()
+    handler.handle(logging.LogRecord("transformers.x", logging.WARNING, __file__, 1, message, None, None))
+    assert handler.messages == ([f"transformers.x: {message}"] if kept else [])
+
+
 @needs_newest
-def test_announcements_in_a_log() -> None:
+def test_the_libraries_are_listened_to() -> None:
+    """Even below a logger that does not hand its records on, as that of transformers."""
+    before = {name: list(logging.getLogger(name).handlers) for name in deprecations.LOGGERS}
     for messages in deprecations.announcements():
-        transformers_logging.get_logger("transformers.anything").warning("`x` is deprecated, use `y`")
-        transformers_logging.get_logger("transformers.anything").warning("no news")
-        logging.getLogger("somewhere.else").warning("`z` is deprecated")
-        logging.getLogger("transformers").warning(deprecations.KNOWN[0].message)
-        assert messages == ["transformers.anything: `x` is deprecated, use `y`"]
-        messages.clear()
+        assert all(len(logging.getLogger(name).handlers) > len(before[name]) for name in before)
+        assert messages == []
+    assert before == {name: list(logging.getLogger(name).handlers) for name in before}
 
 
 def test_every_reason_is_a_sentence() -> None:

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralModel
 from dynamic.attention import policy_attention
 from dynamic.attention.interface import NAME, policy_attention_forward, register
 from llava.cache_name import cache_argument, cache_of
+from tests.checkpointed import checkpoint_layers
 
 B, L = 2, 10
 SIZES: dict[str, Any] = {
@@ -74,7 +75,7 @@ def test_the_policy_reaches_every_layer_and_gets_its_gradient(checkpointing: boo
     embeddings, _, policy = inputs()
     model = make(NAME).train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model)
     hidden = model(inputs_embeds=embeddings, policy=policy, use_cache=False).last_hidden_state
     with torch.no_grad():
         dense = model(inputs_embeds=embeddings, use_cache=False).last_hidden_state

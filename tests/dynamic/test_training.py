@@ -14,6 +14,7 @@ import dynamic.training
 from dynamic.extension import DynamicExtension
 from dynamic.layer import gumbel_noise, kept_count
 from llava.extension import MultimodalInputs, Segments, Span
+from tests.checkpointed import keep_activations
 from tests.dynamic.golden_model import arch, golden_model
 from tests.dynamic.test_training_golden import LIKE_ORIGINAL, Recorded, golden_pass
 from tests.golden import load_case
@@ -79,7 +80,7 @@ def host(built: tuple[Any, DynamicExtension]) -> Any:
     model.zero_grad(set_to_none=True)
     extension._schedule(model).tau = 0.7
     yield model.train()
-    model.gradient_checkpointing_disable()
+    keep_activations(model)
 
 
 def run(host: Any, inputs: MultimodalInputs, **attention: Any) -> Recorded:

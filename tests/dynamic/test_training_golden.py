@@ -14,6 +14,7 @@ import dynamic.training
 from dynamic.extension import DynamicExtension
 from llava.extension import MultimodalInputs
 from llava.model.language_model.causal_lm import LlavaOutput
+from tests.checkpointed import checkpoint_layers
 from tests.dynamic.golden_model import golden_model, inputs_of
 from tests.golden import load_case
 
@@ -71,7 +72,7 @@ def golden_pass(
     model, extension = golden_model(tower, case["sparse_config"])
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model)
     extension._schedule(model).tau = case["hp"]["tau"]
     use_noise(monkeypatch, stored_noise(tensors))
     if case["hp"]["input_embeds_indices"] is None:

@@ -24,6 +24,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.loss import LossReduction
 from llava.train.arguments import TrainingArguments
 from llava.train.lora import add_lora
+from tests.checkpointed import checkpoint_layers
 from tests.golden import golden_dir, load_case
 
 pytestmark = pytest.mark.versions
@@ -76,7 +77,7 @@ class GoldenRun:
             parameter.requires_grad_("lora_" in name_ or name_ in self.added or "mm_projector" in name_)
         self.model.train()
         if checkpointing:
-            self.llava.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(self.llava)
             self.llava.enable_input_require_grads()
 
     @property

@@ -18,6 +18,7 @@ from llava.model.checkpoint import bare_model
 from llava.model.components import Component, components
 from llava.model.export import export_original
 from llava.train.train import build_run, main, parse_args
+from tests.checkpointed import checkpoint_layers
 from tests.train.test_training import HYDRA, LLAVA, command_line, logits, losses
 
 ALL = HYDRA | {"hydralora_modules": "attention,vision"}
@@ -174,7 +175,7 @@ def test_resume_is_exact(options: dict[str, Any], tmp_path: Path) -> None:
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     model = build_run(parse_args(command_line(tmp_path, **ALL, lora_dropout=0.0, hydralora_balance_w=0.5))).model
     plain = {name: value.clone() for name, value in gradients(model).items()}
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model)
     checkpointed = gradients(model)
     assert plain.keys() == checkpointed.keys()
     for name, value in plain.items():

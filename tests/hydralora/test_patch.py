@@ -16,6 +16,7 @@ from hydralora.config import RoutedMLPConfig
 from hydralora.layer import expert_balance_loss
 from hydralora.model import RoutingRecorder
 from hydralora.patch import ATTRIBUTE, with_losses
+from tests.checkpointed import checkpoint_layers
 
 CONFIG = RoutedMLPConfig(experts=3, rank=2, alpha=4, dropout=0.0, balance_weight=0.5)
 IDS = torch.arange(1, 13).reshape(2, 6)
@@ -84,7 +85,7 @@ class TestLosses:
         expected = {name: parameter.grad.clone() for name, parameter in patch.parameters()}
         model.zero_grad()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(model)
             model.enable_input_require_grads()
             model.train()
         model(**BATCH).loss.backward()
@@ -110,7 +111,7 @@ class TestLosses:
 
     def test_reentrant_checkpointing_is_refused(self, cls: type) -> None:
         model, _ = patched(cls)
-        model.gradient_checkpointing_enable({"use_reentrant": True})
+        checkpoint_layers(model, {"use_reentrant": True})
         model.enable_input_require_grads()
         with pytest.raises(ValueError, match="re-entrant"):
             model.train()(**BATCH)

@@ -21,6 +21,7 @@ from mma.config import MmaConfig
 from mma.decoder_layer import FIRST_POSITION, ROUTING, AdaptedLayer, adapt, problem
 from mma.layer import RoutedRepAdapter
 from mma.model import adapters, attach, detach
+from tests.checkpointed import checkpoint_layers
 from tests.mma.adapted_models import attach_adapters, shake
 from tests.model import backbones
 
@@ -122,7 +123,7 @@ def test_fresh_adapters_change_nothing_and_detached_ones_leave_nothing(base: Cal
 @pytest.mark.parametrize("config", [CONFIG, PLAIN, RANDOM], ids=["block", "attn", "dropout"])
 def test_checkpointing_changes_neither_losses_nor_gradients(base: Callable[[], Any], config: MmaConfig) -> None:
     plain, checkpointed = (attach_adapters(base(), config) for _ in range(2))
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(checkpointed)
     ran: list[int] = []
     for module in (m for m in checkpointed.modules() if isinstance(m, RoutedRepAdapter)):
         module.conv_A.register_forward_hook(lambda *_: ran.append(1))
@@ -142,7 +143,7 @@ def test_each_pass_is_recomputed_with_its_own_routing(base: Callable[[], Any]) -
         model(**batch(model, modalities)).loss.backward()
     expected = {name: parameter.grad for name, parameter in parameters.items()}
     other = attach_adapters(base(), CONFIG).train()
-    other.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(other)
     parameters = trained(other)
     losses = [other(**batch(other, modalities)).loss for modalities in kinds]
     for loss in losses:
@@ -198,7 +199,7 @@ def test_a_compiled_layer(llama: Callable[[], Any], kind: str) -> None:
 def test_a_model_with_compiled_layers_trains_as_before(llama: Callable[[], Any], checkpointing: bool) -> None:
     model, compiled = llama(), llama()
     if checkpointing:
-        compiled.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(compiled)
     for layer in compiled.get_decoder().layers:
         layer.compile(backend="eager", fullgraph=not checkpointing)
     (loss, gradients), (ours, same) = step(model), step(compiled)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mma.convert import original_names
 from mma.extension import MmaExtension
+from tests.checkpointed import checkpoint_layers
 from tests.mma.golden_model import golden_model, spliced_rows
 
 CASES = ["train_attn_mixed", "train_block", "train_attn_visual_normal"]
@@ -40,7 +41,7 @@ def test_a_batch(name: str, checkpointing: bool, tmp_path: Path) -> None:
     model.get_vision_tower().trainable = True
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model)
     out = run(model, case, tensors)
     torch.testing.assert_close(out.hidden_states[0], tensors["out/h0"][:, 1:], **FORWARD)
     torch.testing.assert_close(out.logits[:, :-1], tensors["out/logits"][:, 1:], **FORWARD)

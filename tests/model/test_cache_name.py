@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import tokenize
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +29,8 @@ from llava.cache_name import (
 )
 
 pytestmark = pytest.mark.versions
+
+PACKAGES = ("llava", "hydralora", "dynamic", "mma", "playground", "benchmarks", "scripts")
 
 
 def old(ids: Any, past_key_values: Any = None) -> Any:
@@ -80,3 +85,20 @@ def test_both_names_reach_a_function_of_ours() -> None:
     for kwargs in ({"past": cache}, {"cache": 5}, {"cache": cache, "past_key_values": cache}):
         with pytest.raises(TypeError, match="cache"):
             Host().run(1, **kwargs)
+
+
+def names_in(source: str) -> set[str]:
+    """Names and strings of a program, comments and docstrings left out."""
+    found: set[str] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.NAME:
+            found.add(token.string)
+        elif token.type == tokenize.STRING and not token.string.startswith(('"""', 'r"""')):
+            found.add(token.string.strip("\"'"))
+    return found
+
+
+def test_no_other_module_knows_the_old_name(repository: Path) -> None:
+    here = {path for package in PACKAGES for path in (repository / package).rglob("*.py")}
+    knowing = {str(path.relative_to(repository)) for path in here if "past_key_values" in names_in(path.read_text())}
+    assert knowing == {"llava/cache_name.py"}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hydralora.tuner.passes import BoundCheckpoint
+from tests.checkpointed import checkpoint_layers
 from tests.hydralora.tuner.models import IDS, MASK, TARGETS, adapted, logits, tiny_llama, tiny_opt
 
 LABELS = torch.tensor([[-100] * 3 + [7, 60, 2], [-100, -100, 44, 12, -100, -100], [-100, 22, 70] + [-100] * 3])
@@ -26,7 +27,7 @@ ROUTINGS = pytest.mark.parametrize("routing", ["token", "sequence"])
 
 
 def checkpointed(model: PeftModel, use_reentrant: bool) -> PeftModel:
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_layers(model, {"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     return model
 

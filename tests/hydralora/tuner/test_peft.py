@@ -24,6 +24,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from hydralora import HydraLoraConfig, HydraLoraModel
 from hydralora.tuner import hydralora_layers
 from hydralora.tuner.registration import register
+from tests.checkpointed import checkpoint_layers
 from tests.hydralora.tuner.models import IDS, MASK, TARGETS, adapted, logits, tiny_llama
 
 pytestmark = pytest.mark.versions
@@ -284,7 +285,7 @@ def test_gradient_checkpointing_keeps_the_gradients(routing: str) -> None:
     for checkpointing in (False, True):
         model = adapted(routing=routing).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(model)
             model.enable_input_require_grads()
         model(input_ids=IDS, attention_mask=MASK, labels=IDS).loss.backward()
         gradients[checkpointing] = {n: w.grad for n, w in model.named_parameters() if w.grad is not None}
