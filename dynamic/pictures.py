@@ -145,6 +145,10 @@ def _wrapped(passage: Passage, font: ImageFont.FreeTypeFont | ImageFont.ImageFon
     return [*lines, []]
 
 
+GENERATOR = '<meta name="generator" content="Dynamic-LLaVA: kept tokens">'
+"""By which an earlier page is known, whatever its title."""
+
+
 def page(title: str, pictures: Sequence[KeptImage], passages: Sequence[Passage]) -> str:
     """An HTML page with everything inside, to be opened without a network."""
     parts = [f"<h1>{escape(title)}</h1>"]
@@ -159,7 +163,7 @@ def page(title: str, pictures: Sequence[KeptImage], passages: Sequence[Passage])
         parts.append(f'<h2>{escape(passage.caption)}</h2><p class="words">{words.replace(chr(10), "<br>")}</p>')
     body = "\n".join(parts)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{GENERATOR}<title>{escape(title)}</title>'
         f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
 

@@ -23,6 +23,8 @@ from hydralora.analysis.features import embeddings, tf_idf, typical_words
 from hydralora.analysis.figures import plot_distances, plot_scores
 from hydralora.text.records import read_records
 from llava.errors import FlagError
+from llava.output import replace_text
+from llava.places import Input, refuse_file
 from llava.utils import run_program
 
 RESULT_FILE = "components.json"
@@ -114,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         LlavaError: data or options are wrong.
     """
     args = build_parser().parse_args(argv)
+    refuse_file("--output_dir", args.output_dir / RESULT_FILE, [Input("DATA", path) for path in args.data])
     texts = read_texts(args.data)
     features = tf_idf(texts, args.seed) if args.model is None else embeddings(texts, args.model)
     if args.method == "kmeans":
@@ -121,7 +124,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
     else:
         clustering = dbscan(features, args.eps, args.min_samples)
     clusters = describe(texts, clustering)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     plot = plot_scores if clustering.scores else plot_distances
     plot(clustering, args.output_dir / "components")
     record = {
@@ -136,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "data": {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in args.data},
     }
     result = args.output_dir / RESULT_FILE
-    result.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_text(result, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     print_result(clustering, clusters, result)
     return result
 

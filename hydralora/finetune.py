@@ -21,7 +21,7 @@ from torch import nn
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from hydralora.text.arguments import RunArguments, TrainingArguments, build_parser, parse_args
+from hydralora.text.arguments import RunArguments, TrainingArguments, build_parser, inputs_of, parse_args
 from hydralora.text.dataset import InstructionCollator, InstructionDataset, load_examples, training_files
 from hydralora.text.training import (
     ADAPTER_FOLDER,
@@ -31,6 +31,7 @@ from hydralora.text.training import (
     load_tokenizer,
 )
 from llava.errors import FlagError
+from llava.output import replace_text
 from llava.train import checkpointing
 from llava.train.saving import prepare_folder
 from llava.train.zero import join_processes, prepare_resume, set_precision
@@ -94,7 +95,7 @@ def write_run_record(args: RunArguments) -> None:
         "experts": args.experts,
         "versions": package_versions(),
     }
-    (folder / RUN_FILE).write_text(json.dumps(record, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    replace_text(folder / RUN_FILE, json.dumps(record, indent=2, sort_keys=True, default=str) + "\n")
 
 
 def check_checkpointing(training: TrainingArguments, balance_weight: float) -> None:
@@ -115,7 +116,7 @@ def build_run(args: RunArguments) -> Run:
     """Everything up to the first step."""
     training = args.training
     if training.should_save:
-        prepare_folder(Path(training.output_dir))
+        prepare_folder(Path(training.output_dir), inputs_of(args))
         write_run_record(args)
     set_seed(training.seed)
     checkpointing.keep_the_graph(training)

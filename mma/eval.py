@@ -19,6 +19,7 @@ from llava.errors import FlagError
 from llava.eval.answers import Task
 from llava.eval.processes import joined
 from llava.output import replace_text
+from llava.places import Input
 from llava.utils import run_program
 from mma.data.scienceqa import ScienceQA, check_prompt_format, read_split
 from mma.programs.answering import answer_all, generation_options, given_options, output_folder
@@ -83,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> ScienceQAScore:
         raise FlagError("--use_caption: say where the captions are by --caption_file")
     data = read_split(args.data_root, args.split, args.caption_file if args.use_caption else None)
     tasks = tasks_of(data, args.prompt_format, args.options)[: args.limit]
-    folder = output_folder(args, f"scienceqa-{args.split}")
+    images, root = Input("the images", data.image_folder, is_linked=True), Input("--data_root", args.data_root)
+    folder = output_folder(args, f"scienceqa-{args.split}", [images], [root])
     options = generation_options(args, args.max_new_tokens)
     with joined() as processes:
         answers = answer_all(args, given, tasks, data.image_folder, folder, options, processes)

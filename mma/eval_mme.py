@@ -17,6 +17,7 @@ from llava.eval.answers import Task
 from llava.eval.eval_mme import TaskScore, score_task, table, totals
 from llava.eval.processes import joined
 from llava.output import replace_text
+from llava.places import Input
 from llava.utils import run_program
 from mma.data.prompts import instruction_prompt
 from mma.programs.answering import answer_all, generation_options, given_options, output_folder
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, TaskScore]:
     if others:
         print(f"{args.root_dir_}: not a subset, left out: {', '.join(others)}")
     questions = questions[: args.limit and args.limit + args.limit % 2]  # both questions about an image
-    folder = output_folder(args, "mme")
+    folder = output_folder(args, "mme", [Input("--root_dir_", args.root_dir_, is_linked=True)])
     options = generation_options(args, args.max_new_tokens)
     with joined() as processes:
         answers = answer_all(args, given, tasks_of(questions), args.root_dir_, folder, options, processes)

@@ -23,7 +23,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import save_checkpoint
 from llava.model.components import Component, components
 from llava.model.formats import inspect_checkpoint
-from llava.output import new_path
+from llava.output import check_new, new_path
 from llava.utils import run_program
 from mma import folding
 from mma.config import MmaConfig
@@ -154,8 +154,9 @@ def merge_checkpoint(
     Raises:
         CheckpointError: see `merge` and `declare_biases`; or `output` exists.
     """
+    check_new(output, [checkpoint, model_base])
     contents = inspect_checkpoint(checkpoint)
-    with new_path(output) as folder:
+    with new_path(output, [checkpoint, model_base]) as folder:
         tokenizer, model, _, _ = load_pretrained_model(
             str(checkpoint), model_base, device="cpu", torch_dtype=torch.float32
         )

@@ -25,7 +25,7 @@ from llava.model.checkpoint import copy_tensors, read_extensions, save_checkpoin
 from llava.model.components import Component, components
 from llava.model.formats import inspect_checkpoint, read_json, read_projector
 from llava.model.language_model.backbones import backbone_class, load_config
-from llava.output import new_path
+from llava.output import check_new, new_path
 from llava.tokenizer import load_tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments
 from llava.train.run_record import RUN_FILE
@@ -117,6 +117,7 @@ def import_file(
     Raises:
         CheckpointError: the file is damaged, or does not fit base and tower; or `output` exists.
     """
+    check_new(output, [file, base, vision_tower])
     file, base = Path(file), str(local_folder(str(base)))
     try:
         original = convert.read(file)
@@ -140,7 +141,7 @@ def import_file(
     parameters = dict(model.named_parameters())
     copy_tensors({name: parameters[name] for name in tensors}, tensors, file)
     model.requires_grad_(False)
-    with new_path(output) as folder:
+    with new_path(output, [file, base, vision_tower]) as folder:
         save_checkpoint(model, folder, tokenizer)
         record = {
             "arguments": {"model": {"model_name_or_path": base, "vision_tower": tower}},
@@ -219,6 +220,7 @@ def export_file(checkpoint: str | Path, output: str | Path) -> Path:
     Raises:
         CheckpointError: the folder holds more or other things than the original knows; or `output` exists.
     """
+    check_new(output, [checkpoint], file=True)
     contents = inspect_checkpoint(checkpoint)
     trained_with = read_extensions(contents)
     others = sorted(set(trained_with) - {MmaExtension.name})
@@ -245,7 +247,7 @@ def export_file(checkpoint: str | Path, output: str | Path) -> Path:
     content = convert.to_original(model, dict(model.named_parameters())) | {
         convert.RUN: argparse.Namespace(**{name: getattr(config, name) for name in convert.SETTINGS})
     }
-    with new_path(output) as path:
+    with new_path(output, [checkpoint], file=True) as path:
         torch.save(content, path)
     return Path(output)
 

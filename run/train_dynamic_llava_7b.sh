@@ -16,7 +16,7 @@ MODEL="${MODEL:-./checkpoints/llava-v1.5-7b}"
 VISION_TOWER="${VISION_TOWER:-openai/clip-vit-large-patch14-336}"
 DATA="${DATA:-./playground/data/llava_v1_5_mix665k.json}"
 IMAGES="${IMAGES:-./playground/data}"
-OUTPUT="${OUTPUT:-./results/dynamic-llava-7b}"
+OUTPUT="${OUTPUT-./results/dynamic-llava-7b}"
 ZERO="${ZERO-$SCRIPTS/zero3.json}"
 TRAIN_PROGRAM=llava.train.train_sparse
 

@@ -13,7 +13,8 @@ VISION_TOWER="${VISION_TOWER:-./checkpoints/clip-vit-large-patch14-336}"
 PROJECTOR="${PROJECTOR:-$MODEL/mm_projector.bin}"
 DATA="${DATA:-./playground/data/llava_v1_5_mix665k.json}"
 IMAGES="${IMAGES:-./playground/data}"
-OUTPUT="${OUTPUT:-./checkpoints/llava-v1.5-7b-lora-mohle}"
+OUTPUT="${OUTPUT-./checkpoints/llava-v1.5-7b-lora-mohle}"
+: "${OUTPUT:?is set and empty: name a folder, or unset it to have the folder of the script}"
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-0}"
 
 "${PYTHON:-python}" -m llava.train.train_mem \

@@ -11,7 +11,8 @@ MODEL="${MODEL:-checkpoints/llava-v1.5-7b}"
 CHECKPOINT="${CHECKPOINT:-checkpoints/llava-v1.5-7b-lora-mohle}"
 QUESTIONS="${QUESTIONS:-./playground/data/eval/textvqa/llava_textvqa_val_v051_ocr.jsonl}"
 IMAGES="${IMAGES:-./playground/data/eval/textvqa/train_images}"
-ANSWERS="${ANSWERS:-./eval-output/textvqa/llava-mohle-7b.jsonl}"
+ANSWERS="${ANSWERS-./eval-output/textvqa/llava-mohle-7b.jsonl}"
+: "${ANSWERS:?is set and empty: name a file, or unset it to have the file of the script}"
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-0}"
 
 "${PYTHON:-python}" -m llava.eval.model_vqa_loader \

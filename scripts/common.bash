@@ -15,6 +15,7 @@ SCRIPTS="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)"
 
 launch_training() {
     local launcher word module=-m zero=()
+    : "${OUTPUT:?is set and empty: name a folder, or unset it to have the folder of the script}"
     read -ra launcher <<<"${LAUNCHER:-deepspeed}"
     # What python, torchrun and accelerate call -m, the launcher of DeepSpeed calls --module.
     for word in "${launcher[@]}"; do
@@ -86,6 +87,7 @@ answer_in_chunks() {
     if [[ -n "${MODEL_BASE-}" ]]; then base=(--model-base "$MODEL_BASE"); fi
     folder="${merged%.jsonl}"
     if [[ "${merged##*/}" == merge.jsonl ]]; then folder="$(dirname "$merged")"; fi
+    "$PYTHON" -m llava.eval.merge --output "$merged" # nothing but earlier answers may be there
     mkdir -p "$folder"
     for ((chunk = 0; chunk < total; chunk++)); do parts+=("$folder/${total}_$chunk.jsonl"); done
     # Processes in the background do not hear an interrupt from the keyboard.
@@ -121,7 +123,6 @@ answer_in_chunks() {
         echo "machine $node of $nodes is done; chunks ${missing[*]} of $total are not, the last machine goes on from here"
         exit 0
     fi
-    cat "${parts[@]}" >"$merged.partial-$node"
-    mv "$merged.partial-$node" "$merged"
+    "$PYTHON" -m llava.eval.merge --output "$merged" "${parts[@]}"
     echo "$merged: $(wc -l <"$merged") answers"
 }

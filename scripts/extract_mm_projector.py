@@ -23,7 +23,7 @@ from llava.model.formats import (
     strip_peft_prefix,
     weight_files,
 )
-from llava.output import new_path
+from llava.output import check_new, new_path
 from llava.utils import run_program
 
 PREFIX = "model.mm_projector."
@@ -66,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if Path(args.output).suffix not in FORMATS:
         raise FlagError(f"--output {args.output}: the name must end in one of {FORMATS}")
+    check_new(args.output, [args.model_path], file=True)
     tensors = projector_of(args.model_path)
-    with new_path(args.output) as path:
+    with new_path(args.output, [args.model_path], file=True) as path:
         if Path(args.output).suffix == ".bin":
             torch.save(tensors, path)
         else:

@@ -11,7 +11,7 @@ VISION_TOWER="${VISION_TOWER:-openai/clip-vit-large-patch14}"
 PROJECTOR="${PROJECTOR:-./checkpoints/llava-$MODEL_VERSION-pretrain/mm_projector.bin}"
 DATA="${DATA:-./playground/data/llava_instruct_80k.json}"
 IMAGES="${IMAGES:-/path/to/coco/train2017}"
-OUTPUT="${OUTPUT:-./checkpoints/llava-$MODEL_VERSION-finetune_lora}"
+OUTPUT="${OUTPUT-./checkpoints/llava-$MODEL_VERSION-finetune_lora}"
 ZERO="${ZERO-$SCRIPTS/zero2.json}"
 
 launch_training \

@@ -9,7 +9,7 @@ VISION_TOWER="${VISION_TOWER:-openai/clip-vit-large-patch14}"
 PROJECTOR="${PROJECTOR:-./checkpoints/huggingface/liuhaotian/llava-pretrain-vicuna-13b-v1.3/mm_projector.bin}"
 DATA="${DATA:-/Data/ScienceQA/data/scienceqa/llava_train_QCM-LEA.json}"
 IMAGES="${IMAGES:-/Data/ScienceQA/data/scienceqa/images/train}"
-OUTPUT="${OUTPUT:-./checkpoints/llava-vicuna-13b-v1.3-pretrain_lcs558k_plain-ScienceQA_QCM_LEA-12e}"
+OUTPUT="${OUTPUT-./checkpoints/llava-vicuna-13b-v1.3-pretrain_lcs558k_plain-ScienceQA_QCM_LEA-12e}"
 ZERO="${ZERO-$SCRIPTS/zero2.json}"
 
 launch_training \

@@ -6,7 +6,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lavin.bash"
 
-OUTPUT="${OUTPUT:-./LaVIN-13B/}"
+OUTPUT="${OUTPUT-./LaVIN-13B/}"
 MODEL=(--llm_model 13B --temperature 5.)
 
 train_lavin "torchrun --nproc_per_node 8 --master_port 12345" "${MODEL[@]}" \

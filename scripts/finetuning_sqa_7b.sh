@@ -7,7 +7,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lavin.bash"
 
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-0,1}"
-OUTPUT="${OUTPUT:-./LaVIN-7B/}"
+OUTPUT="${OUTPUT-./LaVIN-7B/}"
 MODEL=(--llm_model 7B --temperature 10.)
 
 train_lavin "torchrun --nproc_per_node 2 --master_port 11111" "${MODEL[@]}" \

@@ -7,7 +7,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lavin.bash"
 
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-0}"
-OUTPUT="${OUTPUT:-./LaVIN-Vicuna-13B-lite/}"
+OUTPUT="${OUTPUT-./LaVIN-Vicuna-13B-lite/}"
 MODEL=(--llm_model 13B --use_vicuna --temperature 5.)
 
 train_lavin "torchrun --nproc_per_node 1" "${MODEL[@]}" \

@@ -6,7 +6,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lavin.bash"
 
-OUTPUT="${OUTPUT:-./LaVIN-Vicuna-7B/}"
+OUTPUT="${OUTPUT-./LaVIN-Vicuna-7B/}"
 MODEL=(--llm_model 7B --use_vicuna --temperature 10.)
 
 train_lavin "torchrun --nproc_per_node 2 --master_port 12345" "${MODEL[@]}" \

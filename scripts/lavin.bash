@@ -30,6 +30,7 @@ LAVIN=(
 # train_lavin DEFAULT_LAUNCHER FLAGS...
 train_lavin() {
     local launcher tower=()
+    : "${OUTPUT:?is set and empty: name a folder, or unset it to have the folder of the script}"
     read -ra launcher <<<"${LAUNCHER:-$1}"
     shift
     if [[ -n "${VISION_TOWER-}" ]]; then tower=(--vision_tower "$VISION_TOWER"); fi

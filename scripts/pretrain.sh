@@ -9,7 +9,7 @@ MODEL="${MODEL:-./checkpoints/$MODEL_VERSION}"
 VISION_TOWER="${VISION_TOWER:-openai/clip-vit-large-patch14}"
 DATA="${DATA:-/path/to/pretrain_data.json}"
 IMAGES="${IMAGES:-/path/to/images}"
-OUTPUT="${OUTPUT:-./checkpoints/llava-$MODEL_VERSION-pretrain}"
+OUTPUT="${OUTPUT-./checkpoints/llava-$MODEL_VERSION-pretrain}"
 ZERO="${ZERO-$SCRIPTS/zero2.json}"
 
 launch_training \

@@ -6,7 +6,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lavin.bash"
 
-OUTPUT="${OUTPUT:-./LaVIN-Vicuna-13B-VLIT/}"
+OUTPUT="${OUTPUT-./LaVIN-Vicuna-13B-VLIT/}"
 
 train_lavin "torchrun --nproc_per_node 8 --master_port 12345" --llm_model 13B --use_vicuna --temperature 5. \
     --batch_size 4 --accum_iter 1 --epochs 15 --warmup_epochs 0.2 --do_pretrain "$@"

@@ -19,6 +19,7 @@ from hydralora.analysis.adapters import AdaptedLayer, read_adapter
 from hydralora.analysis.figures import plot_matrices
 from hydralora.analysis.similarity import between_adapters, between_experts, mean_of
 from llava.errors import FlagError
+from llava.output import replace_text
 from llava.utils import run_program
 
 RESULT_FILE = "similarity.json"
@@ -92,9 +93,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         rows = between_experts(layers)
         if rows:
             record[f"experts of {name}"] = {"mean": mean_of(rows), "layers": rows}
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    result = args.output_dir / RESULT_FILE
-    result.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    result = replace_text(args.output_dir / RESULT_FILE, json.dumps(record, indent=2) + "\n")
     figures = []
     if args.method != NO_FIGURES:
         figures = plot_matrices(adapters, args.method, args.seed, args.output_dir / f"matrices-{args.method}")

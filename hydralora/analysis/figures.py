@@ -15,9 +15,13 @@ from hydralora.analysis.adapters import AdaptedLayer
 from hydralora.analysis.clusters import Clustering
 from hydralora.analysis.features import scikit_learn
 from llava.errors import FlagError
+from llava.output import replacing
+from llava.recognize import refuse_foreign_bytes
 
 MARKERS = "osD^vP*X"
 MATRICES = ("A", "B")
+MAGIC = {".png": b"\x89PNG", ".pdf": b"%PDF"}
+"""First bytes of a figure: only a figure is replaced by one."""
 
 
 def _pyplot() -> Any:
@@ -37,7 +41,9 @@ def _save(figure: Any, path: Path) -> list[Path]:
     for each in written:
         # Without a date in it, equal runs write equal files.
         metadata = {"CreationDate": None} if each.suffix == ".pdf" else None
-        figure.savefig(each, bbox_inches="tight", dpi=150, metadata=metadata)
+        refuse_foreign_bytes(each, MAGIC[each.suffix])
+        with replacing(each) as partial:
+            figure.savefig(partial, bbox_inches="tight", dpi=150, metadata=metadata)
     _pyplot().close(figure)
     return written
 

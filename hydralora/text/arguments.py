@@ -19,6 +19,7 @@ import transformers
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.loading import read_config
 from llava.errors import FlagError
+from llava.places import Input, folder_problems
 from llava.train.retired_flags import translate_retired_flags
 from llava.train.zero import zero_settings, zero_stage
 
@@ -202,6 +203,19 @@ def parse_args(argv: Sequence[str] | None = None) -> RunArguments:
     return args
 
 
+def inputs_of(args: RunArguments) -> list[Input]:
+    """What the run reads, which its output folder must not fall on."""
+    model, data, training = args.model, args.data, args.training
+    return [
+        Input("--model_name_or_path", model.model_name_or_path),
+        Input("--tokenizer_name_or_path", args.tokenizer_name),
+        Input("--peft_path", training.peft_path),
+        Input("--dataset_dir", data.dataset_dir),
+        Input("--train_file", data.train_file),
+        Input("--validation_file", data.validation_file),
+    ]
+
+
 def _problems(args: RunArguments) -> list[str]:
     model, data, training = args.model, args.data, args.training
     problems = []
@@ -220,6 +234,7 @@ def _problems(args: RunArguments) -> list[str]:
         path = getattr(data, name)
         if path and not Path(path).exists():
             problems.append(f"--{name} {path}: does not exist")
+    problems += dict.fromkeys(folder_problems("--output_dir", training.output_dir, inputs_of(args)))
     if training.load_in_kbits not in (4, 8, 16):
         problems.append(f"--load_in_kbits {training.load_in_kbits}: known values are 4, 8 and 16")
     elif training.load_in_kbits != 16 and zero_stage(training) == 3:

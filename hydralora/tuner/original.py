@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from hydralora.original import read_weights
 from hydralora.tuner.config import HydraLoraConfig
+from llava.output import check_new, new_path
 from llava.utils import read_json
 
 CONFIG_FILE = "adapter_config.json"
@@ -146,10 +146,11 @@ def import_adapter(source: Path, target: Path) -> HydraLoraConfig:
     Raises:
         ValueError: `source` is no such folder, or `target` exists.
     """
+    check_new(target, [source])
     config = read_original_config(source)
     path = source / ORIGINAL_WEIGHTS
     tensors = from_original(read_weights(path), path)
-    with _new_folder(target) as folder:
+    with _new_folder(target, source) as folder:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / OUR_WEIGHTS)
         config.save_pretrained(str(folder))
     return config
@@ -162,11 +163,12 @@ def export_adapter(source: Path, target: Path) -> None:
         ValueError: `source` is no such folder, it holds something that the original has no place for, or `target`
             exists.
     """
+    check_new(target, [source])
     if _read_config(source).get("peft_type") != "HYDRALORA":
         raise ValueError(f"{source / CONFIG_FILE}: is no HydraLoRA adapter (peft_type HYDRALORA)")
     values = config_to_original(HydraLoraConfig.from_pretrained(str(source)))
     tensors = to_original(read_our_weights(source / OUR_WEIGHTS))
-    with _new_folder(target) as folder:
+    with _new_folder(target, source) as folder:
         torch.save(tensors, folder / ORIGINAL_WEIGHTS)
         (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -193,13 +195,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder that appears under the name `target` when the block ends well, and not at all otherwise."""
-    if target.exists():
-        raise ValueError(f"{target}: exists already; give another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as partial:
-        folder = Path(partial) / target.name
+def _new_folder(target: Path, source: Path) -> Iterator[Path]:
+    """A folder that appears under the name `target` when the block ends well, and not at all otherwise.
+
+    Raises:
+        ValueError: `target` exists, or falls on `source`.
+    """
+    with new_path(target, [source]) as folder:
         folder.mkdir()
         yield folder
-        folder.rename(target)

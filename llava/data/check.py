@@ -28,16 +28,27 @@ from transformers.hf_argparser import string_to_bool
 from llava.anyres import MERGE_TYPES, ImageLength, check_grid_pinpoints
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 from llava.conversation import select_template
-from llava.data.check_page import write_page
+from llava.data.check_page import PAGE_HEAD, write_page
 from llava.data.inspection import EXPLANATIONS, TRAINABLE, Kind, RowReport, RowReports, Settings, mark_duplicates
 from llava.data.records import open_records
 from llava.data.statistics import PERCENTILES, DataSummary, summarise
 from llava.errors import FlagError
 from llava.image_bounds import check_made
+from llava.output import replace_text
+from llava.places import Input, refuse_file, same_place
+from llava.recognize import refuse_foreign
 from llava.tokenizer import load_tokenizer
 from llava.utils import run_program
 
 ROWS_PER_STEP = 16
+
+REPORT = dict.fromkeys(
+    (
+        *("options", "files", "rows", "rows_with_image", "rows_with_problems", "problems", "statistics"),
+        *("trained_share", "trained_tokens_cut_off", "list"),
+    )
+)
+"""The keys of `--json`, by which an earlier report is known."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -85,6 +96,25 @@ def build_parser() -> argparse.ArgumentParser:
     add("--json", type=Path, help="write everything as JSON")
     add("--num_workers", type=int, default=4, help="processes that read rows and images; 0: none beside this one")
     return parser
+
+
+def refuse_inputs(args: argparse.Namespace) -> None:
+    """Refuse reports that would fall on what is checked, or on somebody else's file, before anything is read.
+
+    Raises:
+        FlagError: one would; the message names both options.
+    """
+    inputs = [
+        *(Input("DATA", path) for path in args.data),
+        Input("--image_folder", args.image_folder),
+        Input("--model_name_or_path", args.model_name_or_path),
+    ]
+    for flag, path, like in (("--json", args.json, json.dumps(REPORT)), ("--html", args.html, PAGE_HEAD)):
+        if path is not None:
+            refuse_file(flag, path, inputs)
+            refuse_foreign(path, like)
+    if args.json is not None and args.html is not None and same_place(args.json, args.html):
+        raise FlagError(f"--html {args.html}: is also --json {args.json}; name another file")
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -237,6 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         LlavaError: an option or a whole file is wrong; the message says what to do.
     """
     args = build_parser().parse_args(argv)
+    refuse_inputs(args)
     rows = RowReports(open_records(args.data), settings_of(args))
     reports = check_rows(rows, args.num_workers)
     summary = summarise(reports)
@@ -244,11 +275,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_problems(console, reports, summary, args.show)
     print_statistics(console, summary)
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(to_json(reports, summary, args), indent=2, ensure_ascii=False, default=str)
-        args.json.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        replace_text(args.json, text + "\n", errors="backslashreplace")
     if args.html is not None:
-        args.html.parent.mkdir(parents=True, exist_ok=True)
         write_page(args.html, rows, reports, summary, args.samples)
     print_summary(console, summary, args)
     return int(any(kind not in args.allow for kind in summary.problems))

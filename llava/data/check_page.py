@@ -18,6 +18,8 @@ from llava.data.inspection import EXPLANATIONS, RowReport, RowReports, Settings,
 from llava.data.records import Row
 from llava.data.statistics import PERCENTILES, DataSummary
 from llava.errors import BadSampleError
+from llava.output import replacing
+from llava.recognize import refuse_foreign
 
 THUMBNAIL_SIDE = 160  # pixels
 ROWS_PER_KIND = 100
@@ -37,27 +39,29 @@ figure { display: inline-block; margin: 4px; font-size: 12px; } h3 { margin-bott
 """
 
 
+PAGE_HEAD = '<!doctype html><html lang="en"><meta charset="utf-8"><title>Data check</title>'
+"""The beginning of every page, by which an earlier one is known."""
+
+
 def write_page(
     path: str | os.PathLike[str], rows: RowReports, reports: Sequence[RowReport], summary: DataSummary, samples: int
 ) -> None:
     """Write the page, whole or not at all.
 
     Args:
-        path: file to write; its folder exists.
+        path: file to write.
         rows: the rows and how they would be trained on.
         reports: the report of each row.
         summary: see `summarise`.
         samples: number of sample prompts.
     """
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    refuse_foreign(Path(path), PAGE_HEAD)
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(_page(rows, reports, summary, samples))
-    os.replace(partial, target)
 
 
 def _page(rows: RowReports, reports: Sequence[RowReport], summary: DataSummary, samples: int) -> Iterator[str]:
-    yield '<!doctype html><html lang="en"><meta charset="utf-8"><title>Data check</title>'
+    yield PAGE_HEAD
     yield f"<style>{STYLE}</style><body>\n"
     files = ", ".join(f"{escape(path)} ({count:,} rows)" for path, count in summary.rows.items())
     yield f"<h1>Data check</h1><p>{files}; {summary.rows_with_problems:,} rows with problems; template "

@@ -7,6 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from llava.recognize import refuse_foreign
+
+ENTRY = ("file", "row", "id", "reason")
+
 
 def append_skipped(path: str | os.PathLike[str], source: tuple[Path, int], sample_id: Any, reason: str) -> None:
     """Add a row, given by its data file and its number there.
@@ -14,7 +18,7 @@ def append_skipped(path: str | os.PathLike[str], source: tuple[Path, int], sampl
     One system call, so that lines of different data-loader workers do not mix.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    entry = {"file": str(source[0]), "row": source[1], "id": sample_id, "reason": reason}
+    entry = dict(zip(ENTRY, (str(source[0]), source[1], sample_id, reason), strict=True))
     line = json.dumps(entry, ensure_ascii=False, default=str) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
@@ -33,6 +37,17 @@ def read_skipped(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     skipped = {(entry["file"], entry["row"]): entry for entry in reversed([json.loads(line) for line in lines])}
     return [skipped[row] for row in sorted(skipped)]
+
+
+def remove_skipped(path: str | os.PathLike[str]) -> None:
+    """Delete the list of an earlier run.
+
+    Raises:
+        FlagError: a file of that name holds something else; it is left as it is.
+    """
+    if os.path.lexists(path):
+        refuse_foreign(Path(path), json.dumps(dict.fromkeys(ENTRY)) + "\n")
+        Path(path).unlink()
 
 
 def count_skipped(path: str | os.PathLike[str]) -> int:

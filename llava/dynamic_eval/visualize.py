@@ -28,6 +28,9 @@ from llava.eval.generation import GenerationOptions
 from llava.eval.loading import LoadedModel, load_model
 from llava.eval.runner import image_arguments, load_pictures, make_prompt
 from llava.mm_utils import get_model_name_from_path
+from llava.output import replace_text, replacing
+from llava.places import Input, folder_problem, refuse_file
+from llava.recognize import refuse_foreign, refuse_foreign_bytes
 from llava.utils import run_program
 
 
@@ -104,6 +107,22 @@ def words(ids: Sequence[int], kept: Sequence[bool], tokenizer: Any) -> list[Word
     return found
 
 
+def refuse_outputs(args: argparse.Namespace, images: Sequence[str]) -> None:
+    """Refuse to replace an image that is shown, or files of somebody else.
+
+    Raises:
+        FlagError: one of the two output files is such a file.
+    """
+    folder = Path(args.output_dir)
+    problem = folder_problem(folder) if not str(args.output_dir).strip() else None
+    if problem is not None:
+        raise FlagError(f"--output-dir '': {problem}")
+    for name in ("kept.png", "kept.html"):
+        refuse_file("--output-dir", folder / name, [Input("--image-file", image) for image in images])
+    refuse_foreign_bytes(folder / "kept.png", b"\x89PNG")
+    refuse_foreign(folder / "kept.html", page(args.query, [], []))
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run the program.
 
@@ -120,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     options = GenerationOptions(args.temperature, args.top_p, 1, args.max_new_tokens, args.seed)
     names = tuple(name.strip() for name in args.image_file.split(args.sep))
     task = Task(0, args.query, args.query, names, where="--query")
+    refuse_outputs(args, names)
     loaded = load_model(args.model_path, args.model_base, device=args.device, torch_dtype=args.torch_dtype)
     if "dynamic" not in loaded.model.extensions.configs:
         raise CheckpointError(f"{args.model_path}: a dense model, which keeps everything; name a sparse one")
@@ -139,9 +159,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         instruction_passage(log, prompt.input_ids, loaded.tokenizer),
         answer_passage(log, output_ids, loaded.tokenizer),
     ]
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    draw_sheet(images, passages).save(args.output_dir / "kept.png")
-    (args.output_dir / "kept.html").write_text(page(args.query, images, passages), encoding="utf-8")
+    with replacing(args.output_dir / "kept.png") as partial:
+        draw_sheet(images, passages).save(partial)
+    replace_text(args.output_dir / "kept.html", page(args.query, images, passages), check=False)
     print(loaded.tokenizer.decode(output_ids, skip_special_tokens=True).strip())
     for part in (*images, *passages):
         print(part.caption)

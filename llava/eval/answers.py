@@ -7,17 +7,24 @@ decide the answers, so that answers of another model or other options are never 
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llava.errors import BadSampleError, FlagError
-from llava.eval.questions import read_jsonl
+from llava.eval.recognition import (
+    ANSWER_SHAPES,
+    Shape,
+    check_writable,
+    recognize_rows,
+    refuse_unless_rows,
+    repair,
+)
 from llava.output import replace_text
+from llava.recognize import describe, is_plain_file
 from llava.utils import package_versions
 
 Row = dict[str, Any]
@@ -81,28 +88,19 @@ def row_keys(rows: Iterable[Row]) -> list[str]:
     return keys
 
 
-def repair_torn_line(path: Path) -> int:
-    """Cut off a last line that a killed program left unfinished; give a complete one its missing line feed.
+def shapes_of(tasks: Iterable[Task], to_row: ToRow) -> tuple[Shape, ...]:
+    """The rows that a program writes, which it may find in its answers file and continue."""
+    return tuple(dict.fromkeys(tuple(to_row(task, "", "")) for task in tasks)) or ANSWER_SHAPES
 
-    Returns:
-        the number of bytes cut off.
+
+def refuse_foreign_answers(path: Path, shapes: Collection[Shape] | None = None) -> None:
+    """Raise if an answers file that is going to be replaced, or its settings, are something else; nothing is changed.
+
+    Raises:
+        FlagError: see `recognize_rows` and `stored_settings`.
     """
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    tail = content[end:]
-    if not tail:
-        return 0
-    try:
-        complete = isinstance(json.loads(tail), dict)
-    except ValueError:
-        complete = False
-    with path.open("r+b") as file:
-        if complete:
-            file.seek(0, os.SEEK_END)
-            file.write(b"\n")
-            return 0
-        file.truncate(end)
-    return len(tail)
+    refuse_unless_rows(path, ANSWER_SHAPES if shapes is None else shapes)
+    stored_settings(path)
 
 
 def settings_path(path: Path) -> Path:
@@ -110,16 +108,43 @@ def settings_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.run.json")
 
 
-def refuse_other_settings(path: Path, settings: Row) -> None:
-    """Compare the settings beside an answers file, if there are any, with those of this run.
+def stored_settings(path: Path) -> Row | None:
+    """The settings next to an answers file; None if there are none.
 
     Raises:
-        FlagError: they differ.
+        FlagError: the file of that name holds something else.
     """
-    if not path.exists() or not path.stat().st_size or not settings_path(path).exists():
+    file = settings_path(path)
+    if not file.exists():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8")) if is_plain_file(file) else None
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise FlagError(
+            f"{file}: does not hold the settings of a run: it looks like {describe(file)}, and this is where the "
+            f"settings of {path.name} are kept. It is left as it is; name another --answers-file, or move it away"
+        )
+    return dict(record["settings"])
+
+
+def refuse_other_settings(path: Path, settings: Row, shapes: Collection[Shape] | None = None) -> None:
+    """Compare the settings next to an answers file, if there are any, with those of this run.
+
+    Args:
+        path: the answers file.
+        settings: of this run.
+        shapes: rows that the file may hold; None: those of any program.
+
+    Raises:
+        FlagError: they differ, or one of the two files holds something else.
+    """
+    refuse_foreign_answers(path, shapes)
+    before = stored_settings(path)
+    if before is None or not path.exists() or not path.stat().st_size:
         return
     settings = json.loads(json.dumps(settings))
-    before = json.loads(settings_path(path).read_text(encoding="utf-8"))["settings"]
     changed = sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
     if changed:
         differences = ", ".join(f"{name}: {before.get(name)} then, {settings.get(name)} now" for name in changed)
@@ -165,13 +190,16 @@ class AnswersFile:
         self.keys = dict(zip(row_keys(to_row(task, "", model_id) for task in tasks), tasks, strict=True))
         self.rows: dict[str, Row] = {}
         _refuse_ambiguous(self.keys)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists() and self.path.stat().st_size and not restart:
-            self._resume()
-        else:
+        self.shapes = shapes_of(tasks, to_row)
+        check_writable(self.path)
+        if restart:  # of whatever model and settings the answers there are, they must be answers
+            refuse_foreign_answers(self.path, (*ANSWER_SHAPES, *self.shapes))
             self.path.write_bytes(b"")
+        else:
+            self._resume()
+            self.path.touch()
         record = {"settings": self.settings, "arguments": arguments or {}, "versions": package_versions()}
-        replace_text(self.settings_path, json.dumps(record, indent=2) + "\n")
+        replace_text(self.settings_path, json.dumps(record, indent=2) + "\n", check=False)
 
     @property
     def settings_path(self) -> Path:
@@ -198,14 +226,13 @@ class AnswersFile:
         """
         if self.pending:
             raise RuntimeError(f"{self.path}: {len(self.pending)} of {len(self.keys)} questions have no answer yet")
-        replace_text(self.path, _lines(self.rows[key] for key in self.keys))
+        replace_text(self.path, _lines(self.rows[key] for key in self.keys), check=False)
 
     def _resume(self) -> None:
-        refuse_other_settings(self.path, self.settings)
-        cut = repair_torn_line(self.path)
-        if cut:
-            print(f"{self.path}: cut off an unfinished last line of {cut} bytes")
-        rows = read_jsonl(self.path)
+        """Take over the answers that are there; nothing is repaired before all of them were found to belong here."""
+        refuse_other_settings(self.path, self.settings, self.shapes)
+        found = recognize_rows(self.path, self.shapes)
+        rows = found.rows
         for (where, row), key in zip(rows, row_keys(row for _, row in rows), strict=True):
             if row.get("model_id", self.model_id) != self.model_id:
                 raise FlagError(
@@ -219,6 +246,7 @@ class AnswersFile:
                     f"or replace this one with --restart"
                 )
             self.rows[key] = row
+        repair(self.path, found)
 
 
 def _refuse_ambiguous(tasks: dict[str, Task]) -> None:

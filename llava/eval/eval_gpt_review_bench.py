@@ -21,8 +21,9 @@ from typing import Any
 from tqdm import tqdm
 
 from llava.errors import BadSampleError, FlagError
-from llava.eval.answers import repair_torn_line
 from llava.eval.questions import field, read_json, read_jsonl
+from llava.eval.recognition import REVIEW_SHAPE, check_writable, recognize_rows, repair
+from llava.places import Input, refuse_file
 from llava.utils import run_program
 
 BASE_URL = "https://api.openai.com/v1"
@@ -130,12 +131,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
         FlagError, BadSampleError: see `read_requests`, `ask` and `parse_scores`.
     """
     args = build_parser().parse_args(argv)
+    inputs = [Input("--question", args.question), Input("--context", args.context), Input("--rule", args.rule)]
+    refuse_file("--output", args.output, [*inputs, *(Input("--answer-list", path) for path in args.answer_list)])
     requests, output = read_requests(args), Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    done = set()
-    if output.exists():
-        repair_torn_line(output)
-        done = {row["question_id"] for _, row in read_jsonl(output)}
+    check_writable(output, "--output")
+    found = recognize_rows(output, [REVIEW_SHAPE], what="reviews")
+    repair(output, found)
+    done = {row["question_id"] for _, row in found.rows}
     for known, text in tqdm([one for one in requests if one[0]["question_id"] not in done], unit="review"):
         review = ask(text, model=args.model, max_tokens=args.max_tokens)
         line = json.dumps(known | {"content": review, "tuple": parse_scores(review)}) + "\n"

@@ -20,6 +20,7 @@ from typing import Any
 from llava.errors import BadSampleError
 from llava.eval.questions import read_json
 from llava.output import replace_text
+from llava.places import Input, refuse_file
 from llava.utils import run_program
 
 OPEN = "query"
@@ -130,6 +131,10 @@ def main(argv: Sequence[str] | None = None) -> GQAScore:
         BadSampleError: see `evaluate`.
     """
     args = build_parser().parse_args(argv)
+    if args.output:
+        refuse_file(
+            "--output", args.output, [Input("--questions", args.questions), Input("--predictions", args.predictions)]
+        )
     score = evaluate(args.questions, args.predictions)
     print(score)
     if args.output is not None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from llava.errors import BadSampleError
 from llava.output import replace_text
+from llava.places import Input, refuse_file
 from llava.utils import run_program
 
 PERCEPTION = (
@@ -152,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, TaskScore]:
         BadSampleError: see `evaluate`.
     """
     args = build_parser().parse_args(argv)
+    if args.output:
+        refuse_file("--output", args.output, [Input("--results_dir", args.results_dir)])
     scores = evaluate(args.results_dir)
     print(table(scores))
     if args.output is not None:

@@ -19,6 +19,7 @@ from typing import Any
 from llava.errors import BadSampleError
 from llava.eval.questions import field, read_json, read_jsonl
 from llava.output import replace_text
+from llava.places import Input, refuse_file
 from llava.utils import run_program
 
 FAILED = "FAILED"
@@ -141,6 +142,10 @@ def main(argv: Sequence[str] | None = None) -> ScienceQAScore:
         BadSampleError: see `evaluate`.
     """
     args = build_parser().parse_args(argv)
+    inputs = [Input("--base-dir", args.base_dir), Input("--result-file", args.result_file)]
+    for flag, path in (("--output-file", args.output_file), ("--output-result", args.output_result)):
+        refuse_file(flag, path, inputs)
+    refuse_file("--output-result", args.output_result, [Input("--output-file", args.output_file)])
     score = evaluate(args.base_dir, args.result_file, args.split, args.options)
     print(score)
     replace_text(args.output_file, json.dumps(score.output, indent=2))

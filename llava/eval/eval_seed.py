@@ -10,6 +10,7 @@ from typing import Any
 from llava.errors import BadSampleError
 from llava.eval.questions import field, read_json, read_jsonl
 from llava.output import replace_text
+from llava.places import Input, refuse_file
 
 KINDS = ("image", "video")
 
@@ -89,6 +90,9 @@ def evaluate(annotation_file: str | Path, result_file: str | Path, upload_file: 
     Raises:
         BadSampleError: a file is missing or broken, or answers are missing.
     """
+    refuse_file(
+        "the output", upload_file, [Input("the annotation", annotation_file), Input("the answers", result_file)]
+    )
     annotation = read_json(annotation_file, dict)
     answers = read_answers(annotation, result_file)
     result = score(annotation, answers)

@@ -19,7 +19,7 @@ from llava.data.images import load_image
 from llava.eval.answers import AnswersFile, Row, Task
 from llava.eval.loading import LoadedModel, choose_device, choose_dtype, load_model
 from llava.eval.meteor import find_wordnet, meteor
-from llava.eval.program import add_model_options
+from llava.eval.program import add_model_options, refuse_input_as_answers
 from llava.eval.prompts import check_conv_mode
 from llava.eval.questions import get_chunk
 from llava.eval.record import weights_fingerprint
@@ -122,6 +122,7 @@ def main(
         LlavaError: a flag, a row, an image or the checkpoint is wrong; the message says what to do.
     """
     check_conv_mode(args.conv_mode)
+    refuse_input_as_answers(args, args.answers_file)
     measure = measure_perplexity if metric == "ppl" else measure_meteor(args.max_new_tokens, find_wordnet())
     rows = get_chunk(read_conversations(args.question_file), args.num_chunks, args.chunk_idx)
     results = _results_file(args, rows, metric, multi_round)
@@ -184,4 +185,4 @@ def _results_file(
 def _result_row(task: Task, text: str, model_id: str) -> Row:
     """`text` is the JSON of the values."""
     row = {"question_id": task.question_id, "prompt": task.prompt, "model_id": model_id}
-    return row | (json.loads(text) if text else {})
+    return row | (json.loads(text) if text else {"turns": [], "positions": 0})

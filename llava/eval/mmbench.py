@@ -21,8 +21,13 @@ from llava.data.images import read_rgb
 from llava.errors import BadImageError, BadSampleError, FlagError
 from llava.eval.answers import Row, Task, answer_row
 from llava.eval.questions import read_jsonl
+from llava.output import replacing
+from llava.places import Input, refuse_file
+from llava.recognize import refuse_foreign_bytes
 
 LETTERS = "ABCD"
+SPREADSHEET = b"PK\x03\x04"
+"""The first bytes of an .xlsx file."""
 TEXT_COLUMNS = ("question", "hint", *LETTERS)
 NOT_FOR_UPLOAD = ("hint", "category", "source", "image", "comment", "l2-category")
 PREDICTION_COLUMN = 6
@@ -156,19 +161,16 @@ def write_spreadsheet(annotation_file: str | Path, answers_file: str | Path, out
         BadSampleError: a file is missing or broken.
         FlagError: pandas or openpyxl is missing.
     """
+    refuse_file("the output", output, [Input("the questions", annotation_file), Input("the answers", answers_file)])
     table = read_table(annotation_file)
     table = table.drop(columns=[name for name in NOT_FOR_UPLOAD if name in table.columns])
     # A spreadsheet cannot hold control characters, which a model may well say.
     texts = {row["question_id"]: CONTROL.sub("", row["text"]) for _, row in read_jsonl(answers_file)}
     table.insert(PREDICTION_COLUMN, "prediction", table["index"].map(texts.get))
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".partial-{output.name}")
+    refuse_foreign_bytes(Path(output), SPREADSHEET)
     try:
-        table.to_excel(partial, index=False, engine="openpyxl")
-        partial.replace(output)
+        with replacing(output) as partial:
+            table.to_excel(partial, index=False, engine="openpyxl")
     except ModuleNotFoundError as error:
         raise FlagError("the spreadsheet needs openpyxl: pip install 'llava-extensions[eval]'") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return output
+    return Path(output)

@@ -28,6 +28,7 @@ from llava.eval.answers import Row, Task
 from llava.eval.m4c_evaluator import TextVQAAccuracyEvaluator
 from llava.eval.questions import read_json, read_questions
 from llava.output import replace_text
+from llava.recognize import refuse_foreign
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,10 @@ def _pope_samples(run: Run) -> list[dict[str, Any]]:
 def mme(run: Run) -> Outcome:
     """Points of perception and cognition, and of each task."""
     folder = run.data / "eval_tool" / "answers" / run.model
-    for old in folder.glob("*.txt"):
+    earlier = sorted(folder.glob("*.txt"))
+    for old in earlier:  # one that this did not write is reported before any is deleted
+        refuse_foreign(old, "image\tquestion\ttruth\tresponse\n")
+    for old in earlier:
         old.unlink()
     submission.mme(run.data / "MME_Benchmark_release_version", run.answers, folder)
     scores = eval_mme.evaluate(folder)

@@ -20,8 +20,10 @@ import torch
 import torch.distributed as dist
 
 from llava.errors import FlagError
-from llava.eval.answers import Task, ToRow, settings_path
+from llava.eval.answers import Task, ToRow, refuse_foreign_answers, settings_path
 from llava.eval.program import answer_and_measure
+from llava.eval.questions import read_jsonl
+from llava.eval.recognition import ANSWER_SHAPES
 from llava.eval.runner import OpenImage
 from llava.output import replace_text
 
@@ -105,7 +107,8 @@ def put_together(processes: Processes, path: Path) -> None:
         path: the answers file; it is there in every process when this returns.
 
     Raises:
-        FlagError: a part is not there, because the processes do not share a folder.
+        FlagError: a part is not there, because the processes do not share a folder; or `path` holds something else
+            than answers.
     """
     parts = [part_of(path, rank, processes.count) for rank in range(processes.count)]
     processes.wait()
@@ -113,10 +116,11 @@ def put_together(processes: Processes, path: Path) -> None:
     if lacking:
         raise FlagError(f"{path.parent}: has no {lacking}; several machines need a folder that all of them see")
     if processes.is_first:
+        refuse_foreign_answers(path, (*ANSWER_SHAPES, *{tuple(row) for part in parts for _, row in read_jsonl(part)}))
         text = "".join(part.read_text(encoding="utf-8") for part in parts)
-        path.unlink(missing_ok=True)  # at no moment answers of one run beside the settings of another
-        replace_text(settings_path(path), settings_path(parts[0]).read_text(encoding="utf-8"))
-        replace_text(path, text)
+        path.unlink(missing_ok=True)  # at no moment answers of one run next to the settings of another
+        replace_text(settings_path(path), settings_path(parts[0]).read_text(encoding="utf-8"), check=False)
+        replace_text(path, text, check=False)
     processes.wait()
 
 

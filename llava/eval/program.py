@@ -9,7 +9,16 @@ from typing import Any
 
 from llava.data.images import load_image
 from llava.errors import FlagError
-from llava.eval.answers import AnswersFile, Task, ToRow, answer_row, refuse_other_settings
+from llava.eval.answers import (
+    AnswersFile,
+    Task,
+    ToRow,
+    answer_row,
+    refuse_foreign_answers,
+    refuse_other_settings,
+    settings_path,
+    shapes_of,
+)
 from llava.eval.generation import GenerationOptions
 from llava.eval.loading import DTYPES, choose_device, choose_dtype, load_model
 from llava.eval.prompts import check_conv_mode, plain_conv_mode
@@ -17,6 +26,7 @@ from llava.eval.questions import MissingChunkError, Question, get_chunk, read_qu
 from llava.eval.record import weights_fingerprint
 from llava.eval.runner import OpenImage, Speed, answer_tasks
 from llava.mm_utils import get_model_name_from_path
+from llava.places import Input, refuse_file
 
 
 def batch_size(text: str) -> int | None:
@@ -112,6 +122,28 @@ def answer_question_file(args: argparse.Namespace, to_task: Callable[[Question],
     return answer_questions(args, tasks, lambda name, where: load_image(args.image_folder, name, row=where))
 
 
+RESULT_ENDINGS = (".result.json", ".samples.jsonl")
+"""Of the files that `llava.eval` writes next to the answers."""
+
+
+def refuse_input_as_answers(args: argparse.Namespace, path: str | Path, flag: str = "--answers-file") -> None:
+    """Raise if answers, or what is written next to them, would fall on something that the program reads.
+
+    Args:
+        args: options of a program; those that name inputs are found by their names.
+        path: the answers file.
+        flag: option that names it.
+
+    Raises:
+        FlagError: it does; or the path is empty or a directory.
+    """
+    names = ("question_file", "image_folder", "model_path", "model_base", "data_dir")
+    inputs = [Input(f"--{name.replace('_', '-')}", getattr(args, name, None)) for name in names]
+    answers = Path(path)
+    also = [settings_path(answers), *(answers.with_name(f"{answers.stem}{ending}") for ending in RESULT_ENDINGS)]
+    refuse_file(flag, path, inputs, also=also if answers.name else ())
+
+
 def chosen(tasks: Sequence[Task], args: argparse.Namespace) -> Sequence[Task]:
     """The tasks of this run: the first `--limit`, of these the chunk that is asked for.
 
@@ -174,6 +206,7 @@ def answer_and_measure(
         the finished answers file, and how fast it went; None if there was nothing left to ask.
     """
     speed = None
+    refuse_input_as_answers(args, args.answers_file if whole is None else whole)
     options = sampling_options(args)
     options.check_batch_size(args.batch_size)
     name = get_model_name_from_path(args.model_path)
@@ -182,8 +215,10 @@ def answer_and_measure(
         print(f"'{name}' looks like a model after stage 1 only: using the template '{conv_mode}'")
     check_conv_mode(conv_mode)
     settings = answer_settings(args, options, conv_mode)
-    if whole is not None and not args.restart:
-        refuse_other_settings(whole, settings)
+    if whole is not None:
+        refuse_foreign_answers(whole)
+        if not args.restart:
+            refuse_other_settings(whole, settings, shapes_of(tasks, to_row))
     answers = AnswersFile(
         args.answers_file,
         tasks,

@@ -17,6 +17,7 @@ from llava.errors import FlagError
 from llava.eval.comparison import Group, difference, group_runs, mean_scores, read_run
 from llava.eval.report_page import page
 from llava.output import replace_text
+from llava.places import Input, refuse_file
 from llava.utils import run_program
 
 
@@ -78,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         FlagError: a file is no result, is given twice, or its questions are not where they were.
     """
     args = build_parser().parse_args(argv)
+    inputs = [Input("RESULT", path) for path in args.results]
+    for name in ("report.md", "report.html"):
+        refuse_file("--output", args.output / name, inputs)
     if len({path.resolve() for path in args.results}) < len(args.results):
         raise FlagError("a result is given twice; give each one once")
     if args.samples < 0:

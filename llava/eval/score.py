@@ -23,6 +23,8 @@ from rich.table import Table
 
 from llava.errors import BadSampleError
 from llava.eval.questions import Question, field, read_jsonl, read_questions
+from llava.output import replace_text
+from llava.places import Input, refuse_file
 from llava.utils import package_versions, run_program
 
 Z_95 = 1.959963984540054
@@ -202,6 +204,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         BadSampleError: see `report`.
     """
     args = build_parser().parse_args(argv)
+    if args.output is not None:
+        inputs = [Input("--question-file", args.question_file), Input("--answers-file", args.answers_file)]
+        refuse_file("--output", args.output, inputs)
     result = report(args.question_file, args.answers_file)
     scores = {category: Score(**values) for category, values in result["scores"].items()}
     Console().print(table(scores, title=", ".join(result["model_ids"]) or str(args.answers_file)))
@@ -209,8 +214,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.output is None:
         print(text)
     else:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n", encoding="utf-8")
+        replace_text(args.output, text + "\n")
         print(f"written to {args.output}")
     return result
 

@@ -15,6 +15,7 @@ from llava.errors import BadSampleError
 from llava.eval.m4c_evaluator import EvalAIAnswerProcessor
 from llava.eval.questions import field, read_jsonl
 from llava.output import replace_text
+from llava.places import Input, refuse_file, refuse_folder
 
 VQAV2_QUESTIONS = "llava_vqav2_mscoco_test2015.jsonl"
 """All questions of the test split; the server wants an entry for each, also where only test-dev was answered."""
@@ -72,6 +73,7 @@ def vqav2(questions: str | Path, answers: str | Path, output: str | Path) -> Pat
     Raises:
         BadSampleError: a file is missing or broken.
     """
+    refuse_file("the output", output, [Input("the questions", questions), Input("the answers", answers)])
 
     def entry(where: str, row: dict[str, Any], answer: str | None) -> dict[str, Any]:
         return {"question_id": row["question_id"], "answer": answer or ""}
@@ -88,6 +90,7 @@ def vizwiz(questions: str | Path, answers: str | Path, output: str | Path) -> Pa
     Raises:
         BadSampleError: a file is missing or broken, or a question has no answer.
     """
+    refuse_file("the output", output, [Input("the questions", questions), Input("the answers", answers)])
 
     def entry(where: str, row: dict[str, Any], answer: str | None) -> dict[str, Any]:
         if answer is None:
@@ -103,6 +106,7 @@ def gqa(answers: str | Path, output: str | Path) -> Path:
     Raises:
         BadSampleError: the file is missing or broken.
     """
+    refuse_file("the output", output, [Input("the answers", answers)])
     predictions = [
         {
             "questionId": field(row, "question_id", (str, int), where),
@@ -119,6 +123,7 @@ def mmvet(answers: str | Path, output: str | Path) -> Path:
     Raises:
         BadSampleError: the file is missing or broken.
     """
+    refuse_file("the output", output, [Input("the answers", answers)])
     texts = {
         f"v1_{field(row, 'question_id', (str, int), where)}": field(row, "text", (str,), where)
         for where, row in read_jsonl(answers)
@@ -138,6 +143,9 @@ def mme(data_dir: str | Path, answers: str | Path, output_dir: str | Path) -> Pa
     Raises:
         BadSampleError: a file is broken, or an answer's question is not among the ground truths.
     """
+    refuse_folder(
+        "the output folder", output_dir, [Input("the ground truths", data_dir), Input("the answers", answers)]
+    )
     truths = _mme_truths(Path(data_dir))
     tasks: dict[str, list[str]] = {}
     for where, row in read_jsonl(answers):

@@ -7,7 +7,6 @@ Usage: `python -m llava.model.convert_hf to-hf CHECKPOINT OUTPUT [--model-base B
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from llava.model.hf_processor import chat_template, hf_image_processor, hf_token
 from llava.model.language_model.backbones import CLASSES
 from llava.model.multimodal_encoder.builder import KINDS
 from llava.model.multimodal_encoder.transformers_tower import TransformersTower
+from llava.output import check_new, new_path
 from llava.tokenizer import LlamaTokenizer
 from llava.utils import errors_only, read_json, run_program
 
@@ -86,6 +86,7 @@ def to_hf(
     """
     if conv_mode not in conv_templates:
         raise FlagError(f"--conv-mode {conv_mode}: no such template; there are {sorted(conv_templates)}")
+    check_new(output, [checkpoint, model_base])
     contents = inspect_checkpoint(local_folder(checkpoint))
     refuse_extensions(sorted(contents.extensions))
     base = base_folder(contents, model_base)
@@ -96,7 +97,8 @@ def to_hf(
         str(contents.folder), base, device="cpu", torch_dtype=loaded_in
     )
     check_convertible(model)
-    with _Output(output) as folder:
+    with new_path(output, [checkpoint, base]) as folder:
+        folder.mkdir()
         tokens = hf_tokenizer(tokenizer, folder)
         image_token = tokens.convert_tokens_to_ids("<image>")
         record = {"tokenizer": _tokenizer_record(tokenizer), "image_processor": image_processor.to_dict()}
@@ -133,6 +135,7 @@ def from_hf(checkpoint: str | Path, output: str | Path, image_aspect_ratio: str 
     Raises:
         CheckpointError: it is no LLaVA of transformers, or has parts that we do not have; or `output` exists already.
     """
+    check_new(output, [checkpoint])
     checkpoint = local_folder(checkpoint)
     if not (checkpoint / "config.json").is_file():
         raise CheckpointError(f"{checkpoint}: holds no config.json, so it is no checkpoint")
@@ -156,32 +159,12 @@ def from_hf(checkpoint: str | Path, output: str | Path, image_aspect_ratio: str 
         )
     if report["missing_keys"]:
         raise CheckpointError(f"{checkpoint}: lacks the weights {sorted(report['missing_keys'])[:3]}")
-    with _Output(output) as folder:
+    with new_path(output, [checkpoint]) as folder:
+        folder.mkdir()
         _save_tower(model, tower_class, record.get("image_processor") or settings, folder / TOWER_FOLDER)
         _save_language_model(model, ours, vocab_size, folder)
         _our_tokenizer(checkpoint, record.get("tokenizer"), folder)
     return Path(output)
-
-
-class _Output:
-    """A folder that appears under its name only when everything is written."""
-
-    def __init__(self, output: str | Path) -> None:
-        self.output = Path(output)
-        if self.output.exists():
-            raise CheckpointError(f"{output}: exists already; choose a folder that does not")
-        self.partial = self.output.with_name(self.output.name + ".partial")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
-        return self.partial
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is None:
-            self.partial.rename(self.output)
-        else:
-            shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def _stored_dtype(contents: CheckpointContents, base: str | None) -> torch.dtype:

@@ -51,7 +51,7 @@ def combine(base: Path, other: Path, output: Path, operation: Combine) -> Path:
     Raises:
         CheckpointError: the two do not belong together, or `output` exists already.
     """
-    with new_path(output) as folder:
+    with new_path(output, [base, other]) as folder:
         ours, theirs = _weights(other), _weights(base)
         _check(ours, theirs, base, other)
         result = {name: tensor.clone() for name, tensor in ours.items()}

@@ -29,6 +29,7 @@ from llava.model.formats import (
     weight_files,
 )
 from llava.model.language_model.backbones import backbone_class, load_config
+from llava.output import check_new, new_path
 from llava.utils import read_json, run_program
 
 PEFT_PREFIX = "base_model.model."
@@ -134,25 +135,22 @@ def export_original(checkpoint: str | Path, output: str | Path, model_base: str 
         CheckpointError: upstream's layout has no place for what the folder holds, or `output` exists already.
         FlagError: an extension has no original layout for what it does in this checkpoint.
     """
-    contents, output = inspect_checkpoint(checkpoint), Path(output)
+    check_new(output, [checkpoint, model_base])
+    contents = inspect_checkpoint(checkpoint)
     _refuse(contents)
-    if output.exists():
-        raise CheckpointError(f"{output}: exists already; choose a folder that does not")
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    config = read_json(contents.folder / "config.json")
-    config.pop("extensions", None)
-    (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if contents.adapter is not None:
-        _export_adapter_folder(contents, partial)
-    else:
-        _export_full_weights(contents, partial)
-    if contents.extensions:
-        base = base_folder(contents, model_base) if contents.needs_base else str(contents.folder)
-        _export_extensions(contents, str(base), partial)
-    partial.rename(output)
-    return output
+    with new_path(output, [checkpoint, model_base]) as folder:
+        folder.mkdir()
+        config = read_json(contents.folder / "config.json")
+        config.pop("extensions", None)
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if contents.adapter is not None:
+            _export_adapter_folder(contents, folder)
+        else:
+            _export_full_weights(contents, folder)
+        if contents.extensions:
+            base = base_folder(contents, model_base) if contents.needs_base else str(contents.folder)
+            _export_extensions(contents, str(base), folder)
+    return Path(output)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from llava.model.builder import base_folder, load_pretrained_model
 from llava.model.components import Component, components
 from llava.model.formats import TOWER_FOLDER, inspect_checkpoint
 from llava.model.generation_defaults import mend_generation_config
-from llava.output import new_path
+from llava.output import check_new, new_path
 from llava.utils import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,6 +35,7 @@ def write_full_weights(checkpoint: str | Path, output: str | Path, model_base: s
         CheckpointError: the checkpoint cannot be read, or `output` exists already.
         FlagError: the checkpoint holds extensions, which no plain weights can express.
     """
+    check_new(output, [checkpoint, model_base])
     contents = inspect_checkpoint(checkpoint)
     if contents.extensions:
         raise FlagError(
@@ -43,7 +44,7 @@ def write_full_weights(checkpoint: str | Path, output: str | Path, model_base: s
         )
     base = base_folder(contents, model_base)
     dtype = _stored_dtype(Path(base or contents.folder))
-    with new_path(output) as folder:
+    with new_path(output, [checkpoint, base]) as folder:
         tokenizer, model, _, _ = load_pretrained_model(str(checkpoint), base, device="cpu", torch_dtype=torch.float32)
         if model.extensions.configs:
             raise FlagError(

@@ -13,6 +13,7 @@ from llava.model.formats import projector_file
 from llava.model.loss import LossReduction
 from llava.quantisation import QUANT_TYPES
 from llava.train.arguments import RunArguments
+from llava.train.inputs import output_problems
 from llava.train.zero import zero_stage
 
 
@@ -152,5 +153,6 @@ def check_arguments(args: RunArguments) -> None:
         FlagError: lists every problem, one per line.
     """
     problems = _values(args) + _tiles(args) + _files(args) + _packages(args) + _contradictions(args) + _not_yet(args)
+    problems += output_problems(args)
     if problems:
         raise FlagError("this run cannot start:\n  " + "\n  ".join(problems))

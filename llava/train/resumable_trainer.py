@@ -7,8 +7,6 @@ HydraLoRA are both made of it.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llava.data.failure import good_batches
 from llava.errors import LlavaError, TrainingError
+from llava.output import claim, discard, replacing
 from llava.torch_files import check_training_state
 from llava.train.finite_trainer import FiniteTrainer
 from llava.train.sampling import EpochSampler, random_order
-from llava.train.saving import STAGING_PREFIX, last_checkpoint, publish_files, publish_folder, rotate, staging_path
+from llava.train.saving import FINAL, last_checkpoint, publish_files, publish_folder, rotate, staging_path
 from llava.train.zero import load_zero_state
 
 
@@ -92,11 +91,12 @@ class ResumableTrainer(FiniteTrainer):
         self._staged = staging / target.name
         try:
             self.check_trained_weights()
+            claim(staging)
             super()._save_checkpoint(model, trial)
             self._name_best(self._staged, target)
             self._publish(self._staged, target)
             if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
+                discard(staging)
                 rotate(target.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:
             self._could_not_write(target, staging, error)
@@ -120,9 +120,10 @@ class ResumableTrainer(FiniteTrainer):
         if _internal_call:  # by `_save_checkpoint`, whose folder is not the real one yet
             self._write_model(target)
             return
-        staged = target / f"{STAGING_PREFIX}final"
+        staged = target / FINAL
         try:
             self.check_trained_weights()
+            claim(staged)
             self._write_model(staged)
             if self.args.should_save:
                 publish_files(staged, target)
@@ -141,12 +142,12 @@ class ResumableTrainer(FiniteTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.process_index != 0 and self.args.local_process_index == 0 and staged.is_dir():
             publish_folder(staged, target)
-            shutil.rmtree(staged.parent, ignore_errors=True)
+            discard(staged.parent)
 
     def _could_not_write(self, target: Path, staging: Path, error: Exception) -> None:
         if isinstance(error, LlavaError):
             raise error
-        shutil.rmtree(staging, ignore_errors=True)
+        discard(staging)
         raise TrainingError(
             f"{target}: could not be written ({error}). {last_checkpoint(Path(self.args.output_dir))}"
         ) from error
@@ -155,9 +156,8 @@ class ResumableTrainer(FiniteTrainer):
         """Write `trainer_state.json`, whole or not at all."""
         if self.args.should_save:
             path = Path(self.args.output_dir) / TRAINER_STATE_NAME
-            partial = path.with_name(STAGING_PREFIX + path.name)
-            self.state.save_to_json(str(partial))
-            os.replace(partial, path)
+            with replacing(path) as partial:
+                self.state.save_to_json(str(partial))
 
     # DeepSpeed's part of a checkpoint
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
-from llava.errors import FlagError
+from llava.output import replace_text
 from llava.train.arguments import RunArguments
 from llava.utils import package_versions
 
@@ -42,15 +41,7 @@ def write_run_record(args: RunArguments) -> Path:
         "commit": _commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    path = folder / RUN_FILE
-    partial = path.with_suffix(".json.partial")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise FlagError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
-    return path
+    return replace_text(folder / RUN_FILE, json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
 def copy_run_record(output_dir: Path, checkpoint: Path) -> None:

@@ -23,6 +23,7 @@ from llava.conversation import Conversation, select_template
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset
 from llava.data.markers import user_marker_ids
+from llava.data.skipped import remove_skipped
 from llava.errors import CheckpointError
 from llava.extension import installed_extensions
 from llava.model.checkpoint import copy_tensors
@@ -45,6 +46,7 @@ from llava.train import checkpointing
 from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments, parse_args
 from llava.train.continued import check_recorded, recorded_extensions, train_on
 from llava.train.freeze import freeze, print_trainable, trained_components
+from llava.train.inputs import inputs_of
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import add_lora
 from llava.train.run_record import write_run_record
@@ -320,9 +322,9 @@ def train(args: RunArguments, attn_implementation: str | None = None, parts: Par
     output = Path(args.training.output_dir)
     resume_from = args.training.resume_from_checkpoint or (get_last_checkpoint(output) if output.is_dir() else None)
     if args.training.should_save:
-        prepare_folder(output)
+        prepare_folder(output, inputs_of(args))
         if resume_from is None:
-            skipped_file(args).unlink(missing_ok=True)  # an earlier run's list of samples
+            remove_skipped(skipped_file(args))  # an earlier run's list of samples
     if resume_from is not None:
         prepare_resume(args.training, Path(resume_from))
     run = build_run(args, attn_implementation, parts)

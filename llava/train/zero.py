@@ -11,7 +11,6 @@ import copy
 import importlib.util
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from torch import nn
 
 from llava.errors import CheckpointError, FlagError
 from llava.model.partition import is_split
+from llava.output import claim, discard
 from llava.torch_files import check_training_state
 from llava.train.saving import STAGING_PREFIX
 
@@ -187,7 +187,7 @@ def load_zero_state(engine: Any, folder: Path, training: TrainingArguments) -> N
         state["step"] = copy.deepcopy(state["step"])
     training.distributed_state.wait_for_everyone()
     if training.process_index == 0:
-        shutil.rmtree(universal)
+        discard(universal)
 
 
 def _load(engine: Any, folder: Path) -> None:
@@ -201,8 +201,8 @@ def _convert(folder: Path, universal: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     source = folder / (folder / "latest").read_text(encoding="utf-8").strip()
-    shutil.rmtree(universal, ignore_errors=True)
-    universal.mkdir(parents=True)
+    discard(universal)
+    claim(universal)
     options = {
         "input_folder": str(source),
         "output_folder": str(universal / source.name),

@@ -17,6 +17,7 @@ from typing import Any
 from llava.errors import BadSampleError
 from llava.eval.questions import read_json
 from llava.output import replace_text
+from llava.places import Input, refuse_file
 from llava.utils import run_program
 from mma.data.instructions import COCO, MIXTURE_FILE
 from mma.data.prompts import instruction_prompt
@@ -125,6 +126,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
         BadSampleError: a file or an entry is malformed.
     """
     args = build_parser().parse_args(argv)
+    folders = [args.data_root, args.llava_root or args.data_root]
+    names = (ALPACA_FILE, *SINGLE_FILES, CONVERSATION_FILE)
+    inputs = [Input("the data", folder / name) for folder in folders for name in names]
+    if args.output is not None:
+        refuse_file("--output", args.output, inputs)
     mixture = build_mixture(args.data_root, args.llava_root)
     output = args.output or args.data_root / MIXTURE_FILE
     replace_text(output, json.dumps(mixture))

@@ -15,7 +15,14 @@ import torch
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data.images import load_image
 from llava.errors import FlagError
-from llava.eval.answers import AnswersFile, Task, answer_row, refuse_other_settings
+from llava.eval.answers import (
+    AnswersFile,
+    Task,
+    answer_row,
+    refuse_foreign_answers,
+    refuse_other_settings,
+    settings_path,
+)
 from llava.eval.generation import GenerationOptions
 from llava.eval.loading import LoadedModel, choose_device, choose_dtype, load_model
 from llava.eval.processes import Processes, part_of, put_together
@@ -24,6 +31,7 @@ from llava.eval.questions import read_jsonl
 from llava.eval.record import weights_fingerprint
 from llava.eval.runner import Prompt, answer_tasks
 from llava.mm_utils import get_model_name_from_path
+from llava.places import Input, refuse_file, refuse_folder, same_place
 from mma.convert import SETTINGS, is_bottleneck
 from mma.data.tokens import prompt_ids
 from mma.original import ready_folder
@@ -157,13 +165,28 @@ def generation_options(args: argparse.Namespace, max_new_tokens: int) -> Generat
     return GenerationOptions(temperature, args.top_p, max_new_tokens=max_new_tokens, seed=args.seed)
 
 
-def output_folder(args: argparse.Namespace, name: str) -> Path:
-    """`--output_dir`, or a folder in the checkpoint; beside a file of the original, one of its name holds it.
+def output_folder(
+    args: argparse.Namespace, name: str, reads: Sequence[Input] = (), may_contain: Sequence[Input] = ()
+) -> Path:
+    """`--output_dir`, or a folder in the checkpoint; next to a file of the original, one of its name holds it.
+
+    Args:
+        args: of `eval_options`.
+        name: of the folder in the checkpoint.
+        reads: folders that `--output_dir` must not fall on.
+        may_contain: folders that it may be in, but must not be.
 
     Raises:
-        FlagError: neither says a place.
+        FlagError: neither says a place, or `--output_dir` falls on what the program reads.
     """
     if args.output_dir is not None:
+        refuse_folder("--output_dir", args.output_dir, [Input("--ckpt_dir", args.ckpt_dir), *reads])
+        for one in (Input("--adapter_path", args.adapter_path), *may_contain):
+            if one.place is not None and same_place(Path(args.output_dir), one.place):
+                raise FlagError(
+                    f"--output_dir {args.output_dir}: is also {one.flag} {one.path}, which the program reads; name "
+                    "another folder"
+                )
         return Path(args.output_dir)
     adapters = Path(args.adapter_path)
     if not adapters.exists():  # a folder of that name would pass for the checkpoint from then on
@@ -199,8 +222,18 @@ def answer_all(
     """
     whole, settings = folder / ANSWERS_FILE, answer_settings(args, options, processes)
     alone = processes.count == 1
-    if not alone and not args.restart:
-        refuse_other_settings(whole, settings)
+    inputs = {
+        "--adapter_path": args.adapter_path,
+        "--ckpt_dir": args.ckpt_dir,
+        "--caption_file": getattr(args, "caption_file", None),
+        "the images": image_folder,
+    }
+    read = [Input(flag, path) for flag, path in inputs.items()]
+    refuse_file("--output_dir", whole, read, also=[settings_path(whole)])
+    if not alone:
+        refuse_foreign_answers(whole)
+        if not args.restart:
+            refuse_other_settings(whole, settings)
     answers = AnswersFile(
         whole if alone else part_of(whole, processes.rank, processes.count),
         processes.part(tasks),

@@ -18,6 +18,7 @@ import torch
 from transformers.hf_argparser import string_to_bool
 
 from llava.errors import FlagError
+from llava.places import Input, folder_problems
 from llava.train.arguments import RunArguments
 from llava.train.arguments import parse_args as parse_llava
 from mma.config import TOWER
@@ -104,6 +105,12 @@ def _problems(own: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     lacking = [name for name in (*files, IMAGES_FOLDER) if not (Path(own.data_root) / name).exists()]
     if lacking:
         problems.append(f"--data_root {own.data_root}: has no {', '.join(lacking)}")
+    inputs = [
+        Input("--data_root", own.data_root, is_linked=True),
+        Input("--llama_model_path", own.llama_model_path),
+        Input("--caption_file", own.caption_file),
+    ]
+    problems += folder_problems("--output_dir", own.output_dir, inputs)
     if own.use_caption and not Path(own.caption_file).is_file():
         problems.append(f"--caption_file {own.caption_file}: no such file, but --use_caption asks for it")
     return problems

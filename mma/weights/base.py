@@ -180,7 +180,7 @@ def convert(wanted: BaseWeights, max_shard_size: str = "5GB") -> Path:
     tokenizer = _tokenizer(folders, config)
     print(f"{wanted.converted}: writing the weights in the layout of transformers")
     try:
-        with new_path(wanted.converted) as folder:
+        with new_path(wanted.converted, [wanted.llama, wanted.vicuna]) as folder:
             folder.mkdir()
             with torch.no_grad():
                 write_folder(weights, folder, max_shard_size)

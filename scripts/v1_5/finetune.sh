@@ -8,7 +8,7 @@ VISION_TOWER="${VISION_TOWER:-openai/clip-vit-large-patch14-336}"
 PROJECTOR="${PROJECTOR:-./checkpoints/llava-v1.5-13b-pretrain/mm_projector.bin}"
 DATA="${DATA:-./playground/data/llava_v1_5_mix665k.json}"
 IMAGES="${IMAGES:-./playground/data}"
-OUTPUT="${OUTPUT:-./checkpoints/llava-v1.5-13b}"
+OUTPUT="${OUTPUT-./checkpoints/llava-v1.5-13b}"
 ZERO="${ZERO-$SCRIPTS/zero3.json}"
 
 launch_training \

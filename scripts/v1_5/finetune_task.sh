@@ -7,7 +7,7 @@ MODEL="${MODEL:-liuhaotian/llava-v1.5-13b}"
 VISION_TOWER="${VISION_TOWER:-openai/clip-vit-large-patch14-336}"
 DATA="${DATA:-./playground/data/llava_v1_5_mix665k.json}"
 IMAGES="${IMAGES:-./playground/data}"
-OUTPUT="${OUTPUT:-./checkpoints/llava-v1.5-13b-task}"
+OUTPUT="${OUTPUT-./checkpoints/llava-v1.5-13b-task}"
 ZERO="${ZERO-$SCRIPTS/zero3.json}"
 
 launch_training \

@@ -7,7 +7,7 @@ MODEL="${MODEL:-lmsys/vicuna-13b-v1.5}"
 VISION_TOWER="${VISION_TOWER:-openai/clip-vit-large-patch14-336}"
 DATA="${DATA:-./playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json}"
 IMAGES="${IMAGES:-./playground/data/LLaVA-Pretrain/images}"
-OUTPUT="${OUTPUT:-./checkpoints/llava-v1.5-13b-pretrain}"
+OUTPUT="${OUTPUT-./checkpoints/llava-v1.5-13b-pretrain}"
 ZERO="${ZERO-$SCRIPTS/zero2.json}"
 
 launch_training \

@@ -121,7 +121,7 @@ def test_there_and_back_is_exact(base: Path, tower: Path, tmp_path: Path) -> Non
     assert before.tensors.keys() == after.tensors.keys()
     assert all(torch.equal(value, after.tensors[name]) for name, value in before.tensors.items())
     assert after.settings == {"adapter_scale": 0.5, "temperature": 10.0}
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         export_file(tmp_path / "ours", tmp_path / "back.pth")
 
 

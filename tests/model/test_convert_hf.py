@@ -370,7 +370,7 @@ def test_refused_parts(tmp_path: Path) -> None:
     with pytest.raises(FlagError, match="no such template"):
         to_hf(BASE, tmp_path / "hf", conv_mode="nobody")
     (tmp_path / "there").mkdir()
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         to_hf(BASE, tmp_path / "there")
     with pytest.raises(CheckpointError, match="expected transformers' llava"):
         from_hf(LLAVA / "tiny-vicuna", tmp_path / "hf")

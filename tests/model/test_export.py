@@ -47,6 +47,6 @@ def test_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no LoRA adapter"):
         export_original(BASE, tmp_path / "out")
     (tmp_path / "there").mkdir()
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         export_original(ORIGINAL, tmp_path / "there")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]

@@ -26,6 +26,7 @@ from llava.data.dataset import LazySupervisedDataset
 from llava.errors import CheckpointError, FlagError, LlavaError, TrainingError
 from llava.model.checkpoint import save_checkpoint
 from llava.model.formats import read_tensors
+from llava.output import claim
 from llava.train.saving import publish_files, publish_folder, remove_leftovers, rotate, staging_path
 from llava.train.train import build_run, main, parse_args
 from tests.train.launching import launch_runs
@@ -299,10 +300,17 @@ def test_generation_config_of_vicuna(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not {"temperature", "top_p"} & set(saved)
 
 
+def checkpoint(folder: Path, step: int) -> Path:
+    """What the code knows a run's checkpoint by."""
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    return folder
+
+
 def test_publishing_replaces_only_what_is_complete(tmp_path: Path) -> None:
     target, staged = tmp_path / "checkpoint-3", staging_path(tmp_path / "checkpoint-3")
     for folder, text in ((target, "old"), (staged, "new")):
-        folder.mkdir()
+        checkpoint(folder, 3)
         (folder / "file").write_text(text)
     assert staged.name == "tmp-checkpoint-3"
     publish_folder(staged, target)
@@ -311,7 +319,7 @@ def test_publishing_replaces_only_what_is_complete(tmp_path: Path) -> None:
 
 
 def test_publishing_files_keeps_the_others(tmp_path: Path) -> None:
-    (tmp_path / "tmp-final" / "deep").mkdir(parents=True)
+    (claim(tmp_path / "tmp-final") / "deep").mkdir()
     (tmp_path / "tmp-final" / "deep" / "file").write_text("new")
     (tmp_path / "other").write_text("kept")
     publish_files(tmp_path / "tmp-final", tmp_path)
@@ -321,7 +329,7 @@ def test_publishing_files_keeps_the_others(tmp_path: Path) -> None:
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (1, 2, 10, 3):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+        checkpoint(tmp_path / f"checkpoint-{step}", step)
     rotate(tmp_path, None)
     assert len(list(tmp_path.iterdir())) == 4
     rotate(tmp_path, 2, best=str(tmp_path / "checkpoint-1"))
@@ -329,7 +337,7 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
 
 
 def test_leftovers_are_removed(tmp_path: Path) -> None:
-    (tmp_path / "tmp-checkpoint-3" / "checkpoint-3").mkdir(parents=True)
+    (claim(tmp_path / "tmp-checkpoint-3") / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-2").mkdir()
     assert remove_leftovers(tmp_path) == ["tmp-checkpoint-3"]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
