@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         LlavaError: data or options are wrong.
     """
     args = build_parser().parse_args(argv)
-    refuse_file("--output_dir", args.output_dir / RESULT_FILE, [Input("DATA", path) for path in args.data])
+    refuse_file("--output-dir", args.output_dir / RESULT_FILE, [Input("DATA", path) for path in args.data])
     texts = read_texts(args.data)
     features = tf_idf(texts, args.seed) if args.model is None else embeddings(texts, args.model)
     if args.method == "kmeans":

@@ -139,9 +139,10 @@ def refuse_input_as_answers(args: argparse.Namespace, path: str | Path, flag: st
     """
     names = ("question_file", "image_folder", "model_path", "model_base", "data_dir")
     inputs = [Input(f"--{name.replace('_', '-')}", getattr(args, name, None)) for name in names]
+    refuse_file(flag, path, inputs)
     answers = Path(path)
     also = [settings_path(answers), *(answers.with_name(f"{answers.stem}{ending}") for ending in RESULT_ENDINGS)]
-    refuse_file(flag, path, inputs, also=also if answers.name else ())
+    refuse_file(flag, path, inputs, also=also)
 
 
 def chosen(tasks: Sequence[Task], args: argparse.Namespace) -> Sequence[Task]:
