@@ -33,6 +33,7 @@ from tqdm import tqdm
 from benchmarks.record import check_run
 from dynamic.attention import policy_attention
 from llava.errors import FlagError
+from llava.output import replace_text
 from llava.utils import package_versions, run_program
 
 PROGRAM = "benchmarks.policy_attention"
@@ -220,9 +221,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "Nothing was written; --output benchmarks/results/NAME.json keeps the numbers and this table.\n"
         )
         return
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    args.output.with_suffix(".md").write_text(document(record), encoding="utf-8")
+    replace_text(args.output, json.dumps(record, indent=1) + "\n")
+    replace_text(args.output.with_suffix(".md"), document(record))
     sys.stdout.write(f"Written: {args.output} and {args.output.with_suffix('.md')}\n")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from llava.errors import FlagError
+from llava.output import replace_text
 from llava.utils import package_versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,11 +98,8 @@ def write_record(record: Mapping[str, Any], path: Path) -> None:
 
 def write_files(record: Mapping[str, Any], path: Path, text: str) -> None:
     """Write `path` (JSON) and `text` beside it (`.md`), each whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     for target, content in ((path, json.dumps(record, indent=1) + "\n"), (path.with_suffix(".md"), text)):
-        partial = target.with_name(f"{target.name}.partial")
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, target)
+        replace_text(target, content)
 
 
 def document(record: Mapping[str, Any]) -> str:

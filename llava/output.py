@@ -47,7 +47,7 @@ def claim(folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     if is_ours(folder):
         return folder
-    if os.path.lexists(folder) and not _is_empty_folder(folder):
+    if os.path.lexists(folder) and not _is_empty_folder(folder) and not is_ours(folder):
         raise FlagError(
             f"{folder}: is in the way: a run writes under this name first, and what is there "
             f"({describe_entry(folder)}) was not written by one. It is left as it is; move it away, or choose another "

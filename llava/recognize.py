@@ -139,7 +139,9 @@ def _beginning(text: str) -> str:
         fixed = head.partition("<title>")[0] if '<meta name="generator"' in head else head
         return " ".join(fixed.split())
     line = text.splitlines()[0] if text else ""
-    return f"{line.count(chr(9))} tabs" if "\t" in line else (line.split() or [""])[0]
+    if "\t" in line:
+        return f"{line.count(chr(9))} tabs"
+    return " ".join(line.split()[: 2 if line.startswith("#") else 1])
 
 
 def same_kind(old: str, new: str) -> bool:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava.output import replace_text
 from playground.tiny import Sizes
 
 RECIPE_FILE = "recipe.json"
@@ -109,6 +109,4 @@ def minimal_recipe(seed: int = 0) -> Recipe:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, text, check=False)

@@ -26,6 +26,7 @@ from llava.eval.program import (
     add_sampling_options,
     answer_and_measure,
     chosen,
+    refuse_input_as_answers,
 )
 from llava.eval.results import report, summary_line, write_samples
 from llava.mm_utils import get_model_name_from_path
@@ -62,6 +63,8 @@ def fill_in(args: argparse.Namespace, benchmark: Benchmark) -> argparse.Namespac
     names = {"split": args.split, "model": args.experiment}
     args.question_file = args.question_file or folder / benchmark.questions.format(**names)
     args.image_folder = args.image_folder or folder / benchmark.images.format(**names)
+    if args.answers_file is not None:
+        refuse_input_as_answers(args, args.answers_file)
     args.answers_file = args.answers_file or folder / benchmark.answers.format(**names)
     if args.limit is not None:  # a part of the answers must not pass for all of them
         args.answers_file = args.answers_file.with_stem(f"{args.answers_file.stem}-first-{args.limit}")

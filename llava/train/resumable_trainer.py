@@ -123,7 +123,8 @@ class ResumableTrainer(FiniteTrainer):
         staged = target / FINAL
         try:
             self.check_trained_weights()
-            claim(staged)
+            if self.args.should_save:  # another process might come when all has been published
+                claim(staged)
             self._write_model(staged)
             if self.args.should_save:
                 publish_files(staged, target)

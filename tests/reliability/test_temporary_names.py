@@ -166,6 +166,7 @@ RESULTS: dict[str, tuple[str, str]] = {
     "predictions by id": ('{"1": "a", "2": "b"}', '{"1": "a", "2": "c", "3": "d", "4": "e", "5": "f"}'),
     "list for a server": ('[{"question_id": 1, "answer": "a"}]', '[{"question_id": 2, "answer": "b"}]'),
     "rows": ('{"question_id": 1, "prediction": "A"}\n', '{"question_id": 1, "prediction": "B"}\n' * 2),
+    "other report": ("# Speed\n\n| a |\n", "# Speed\n\n| b |\n"),
     "report": ("# Comparison\n\n| a |\n", "# Comparison\n\n| b |\n"),
     "page": ("<!doctype html><title>Comparison</title><p>1", "<!doctype html><title>Comparison</title><p>2"),
     "table": ("a.png\tWhat?\tYes\tno\n", "b.png\tWho?\tNo\tyes\n"),

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from llava.errors import FlagError, LlavaError
+from llava.output import replace_text
 
 ROOT = Path(__file__).resolve().parents[3]
 """Where the commands run: the root of the repository."""
@@ -122,9 +123,7 @@ def _as_program(command: tuple[str, ...], log: str, environment: dict[str, str],
 def write_json(path: Path, value: object) -> None:
     """Write JSON whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, json.dumps(value, indent=2) + "\n", check=False)
 
 
 def same_recipe(folder: Path, settings: object) -> bool:
