@@ -19,6 +19,7 @@ MAX_LINES = 500
 WITHOUT_A_MODEL = {"llava.errors", "llava.hub", "llava.quantisation", "llava.tokenizer", "llava.utils"}
 WITHOUT_A_MODEL |= {"llava.model.partition", "llava.train.retired_flags", "llava.train.sampling"}
 WITHOUT_A_MODEL |= {"llava.torch_files", "llava.train.saving", "llava.train.zero", "llava.train.resumable_trainer"}
+WITHOUT_A_MODEL |= {"llava.output", "llava.places", "llava.recognize"}
 """Modules of llava that know nothing of its model; anybody may use them."""
 
 
