@@ -165,6 +165,29 @@ def test_training_and_check_refuse_a_strip(strip: Path, tmp_path: Path, capsys: 
     assert check([*asked, "--image_aspect_ratio", "square", "--allow", "duplicate id"]) == 0
 
 
+def test_training_check_and_evaluation_follow_links_out_of_the_folder(tmp_path: Path, processor: Any) -> None:
+    """`images/coco -> /disk/coco`, as data sets are laid out; `..` in a row does not leave the folder."""
+    folder, disk = tmp_path / "images", tmp_path / "disk" / "coco"
+    folder.mkdir()
+    disk.mkdir(parents=True)
+    Image.new("RGB", (60, 40), "red").save(disk / "a.png")
+    Image.new("RGB", (60, 40), "red").save(disk.parent / "secret.png")
+    (folder / "coco").symlink_to(disk)
+    data = rows(tmp_path, "coco/a.png")
+    options = {"data_path": data, "image_folder": folder, "dataloader_num_workers": 0, "max_steps": 1}
+    train(command_line(tmp_path / "out", **options))
+    asked = [str(data), "--image_folder", str(folder), "--model_name_or_path", str(BASE), "--num_workers", "0"]
+    assert check([*asked, "--allow", "duplicate id"]) == 0
+    task = Task(0, "", "", ("coco/a.png",), where="questions.jsonl:1")
+    pictures = load_pictures(task, loaded(processor, "pad"), lambda name, where: load_image(folder, name, where))
+    assert pictures[0].size == (60, 40)
+    for name in ("coco/../secret.png", "../disk/secret.png"):
+        options["data_path"] = rows(tmp_path, name)
+        with pytest.raises(LlavaError, match=r"secret\.png"):
+            train(command_line(tmp_path / "again", **options))
+        assert check([*asked, "--allow", "duplicate id"]) == 1
+
+
 def test_evaluation_refuses_a_strip(strip: Path, processor: Any) -> None:
     task = Task(0, "", "", (strip.name,), where="questions.jsonl:1")
     said = refused(
