@@ -20,6 +20,8 @@ WITHOUT_A_MODEL = {"llava.errors", "llava.hub", "llava.quantisation", "llava.tok
 WITHOUT_A_MODEL |= {"llava.model.partition", "llava.train.retired_flags", "llava.train.sampling"}
 WITHOUT_A_MODEL |= {"llava.torch_files", "llava.train.saving", "llava.train.zero", "llava.train.resumable_trainer"}
 WITHOUT_A_MODEL |= {"llava.output", "llava.places", "llava.recognize"}
+WITHOUT_A_MODEL |= {"llava.cache_name", "llava.versions", "llava.foreign_lines", "llava.train.checkpointing"}
+WITHOUT_A_MODEL |= {"llava.model.finite_logits"}
 """Modules of llava that know nothing of its model; anybody may use them."""
 
 
@@ -55,8 +57,15 @@ def _imported_modules(path: Path) -> set[str]:
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             # A relative import stays inside the package of the file.
-            found.add((node.module or "") if node.level == 0 else path.relative_to(ROOT).parts[0])
+            module = (node.module or "") if node.level == 0 else path.relative_to(ROOT).parts[0]
+            found.update(_module_of(module, alias.name) for alias in node.names)
     return found
+
+
+def _module_of(package: str, name: str) -> str:
+    """The module that `from package import name` imports: `package.name` if that is one of ours."""
+    inner = ROOT.joinpath(*package.split("."), name)
+    return f"{package}.{name}" if inner.with_suffix(".py").is_file() or inner.is_dir() else package
 
 
 def _imported_packages(path: Path) -> set[str]:
