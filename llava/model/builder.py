@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from llava.conversation import conv_templates
 from llava.data.markers import user_marker_ids
-from llava.errors import CheckpointError, FlagError
+from llava.errors import CheckpointError, FlagError, LlavaError
 from llava.extension import Extension, ImportedState, installed_extensions
 from llava.hub import local_folder
 from llava.model.checkpoint import load_extension_tensors, load_trained
@@ -27,6 +28,14 @@ from llava.model.formats import NEWLINE, CheckpointContents, check_base, inspect
 from llava.model.image_tokens import add_image_tokens, wanted_tokens
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.model.language_model.causal_lm import LlavaForCausalLM
+from llava.model.offloading import (
+    bring_in,
+    bring_in_tensor,
+    check_placed,
+    check_quantised_map,
+    is_offloaded,
+    materialize,
+)
 from llava.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer
 from llava.utils import errors_only, read_json
@@ -53,7 +62,9 @@ def load_pretrained_model(
         model_name: accepted as upstream has it; the format is found from the files instead.
         load_8bit: quantise the weights to 8 bits with bitsandbytes.
         load_4bit: quantise the weights to 4 bits (NF4) with bitsandbytes.
-        device_map: placement of the weights on several GPUs; used only when `device` is `cuda`.
+        device_map: placement of the weights on several GPUs, CPU and disk; used only when `device` is `cuda`. Layers on
+            CPU or disk are brought in for each pass; what was trained on top of them stays on the device where they
+            compute, and LoRA of such layers is not merged.
         device: `cuda` (placed by `device_map`), `cuda:1` or `cpu` (all of it there), or another torch device.
         use_flash_attn: use FlashAttention 2 instead of SDPA.
         kwargs: `torch_dtype` (or `dtype`) of base, tower and projector; default is fp16 on a GPU, fp32 on the CPU. What
@@ -64,7 +75,7 @@ def load_pretrained_model(
 
     Raises:
         CheckpointError: the folder is incomplete, of an unknown kind, or does not fit the base.
-        FlagError: contradictory arguments, or an extension that is not installed.
+        FlagError: contradictory arguments, a device map that cannot be used, or an extension that is not installed.
     """
     if load_8bit and load_4bit:
         raise FlagError("load_8bit and load_4bit exclude each other")
@@ -80,11 +91,14 @@ def load_pretrained_model(
         options["quantization_config"] = quantisation_config(4 if load_4bit else 8, dtype)
     if on_gpu or quantised:  # without a map transformers quantises on the current GPU, whichever was asked for
         options["device_map"] = device_map if place == torch.device("cuda") else {"": str(place)}
+        if quantised:
+            check_quantised_map(options["device_map"])
     model, missing = _load_base(contents, base, options)
     tokenizer = load_tokenizer(_tokenizer_folder(contents, base))
     if getattr(model.config, "user_marker_ids", None) is None:  # upstream does not say which template it trained with
         model.config.user_marker_ids = user_marker_ids(conv_templates["v1"], tokenizer)
     tokens = wanted_tokens(model.config)
+    _keep_here(model, bool(tokens))
     if tokens:
         add_image_tokens(model, tokenizer, tokens)
     near = [contents.folder, *([Path(base)] if base else [])]
@@ -92,6 +106,7 @@ def load_pretrained_model(
     if getattr(model.config, "mm_vision_tower", None):  # a trained tower is read here, from inside the checkpoint
         image_processor = model.get_model().load_vision_tower(near, dtype).image_processor
     imported = _attach_extensions(model, contents)
+    materialize(model, model.extensions.named_parameters(model))
     if "attn_implementation" in options:  # what was asked for; what an extension chose is needed for its losses
         model.config._attn_implementation = options["attn_implementation"]
     model = _load_rest(model, contents, imported, missing, merge=not quantised)
@@ -145,8 +160,13 @@ def _load_base(
             )
         config.vocab_size = load_config(base).vocab_size  # image tokens of the checkpoint get their rows later
     source = base or contents.folder
-    with errors_only():  # weights that come from other files later are no news; what is missing then is an error
-        model, report = backbone.from_pretrained(source, config=config, output_loading_info=True, **options)
+    try:
+        with errors_only():  # weights that come from other files later are no news; what is missing then is an error
+            model, report = backbone.from_pretrained(source, config=config, output_loading_info=True, **options)
+    except ValueError as error:
+        if "device_map" not in options or isinstance(error, LlavaError):
+            raise
+        raise FlagError(f"{source} cannot be placed by device_map {options['device_map']!r}: {error}") from error
     return model, set(report["missing_keys"])
 
 
@@ -193,6 +213,9 @@ def _load_rest(
         peft_config.base_model_name_or_path = model.config.name_or_path  # where the base is now, not where it was
         with _without_tower(model):
             host = get_peft_model(model, peft_config)
+        elsewhere = _offloaded_adapters(model, contents)
+        materialize(model, components(model)[Component.ADAPTER])
+        merge = merge and not elsewhere  # a merged weight would have to be stored, where the base is stored now
     load_trained(host, dataclasses.replace(contents, tower=None))
     projector_read = contents.projector is not None or contents.non_lora is not None
     still_missing = missing - set(components(model)[Component.PROJECTOR]) if projector_read else missing
@@ -204,6 +227,23 @@ def _load_rest(
     if contents.adapter is None:
         return model
     return host.merge_and_unload() if merge else model
+
+
+def _offloaded_adapters(model: LlavaForCausalLM, contents: CheckpointContents) -> list[str]:
+    """Names of the adapted layers whose base weights are elsewhere between passes.
+
+    Raises:
+        CheckpointError: an adapter of such a layer needs the base weights themselves, as DoRA does.
+    """
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    elsewhere = [name for name, layer in adapted.items() if is_offloaded(layer.get_base_layer())]
+    refused = [name for name in elsewhere if adapted[name].lora_variant]
+    if refused:
+        raise CheckpointError(
+            f"{contents.adapter}: is not plain LoRA and needs the weights of layers that the device map leaves on the "
+            f"CPU or on disk: {', '.join(refused)}; give them a device, or load the model whole"
+        )
+    return elsewhere
 
 
 @contextlib.contextmanager
@@ -232,17 +272,49 @@ def _check_claimed(contents: CheckpointContents, imported: dict[str, ImportedSta
         )
 
 
-def _place_new_parts(model: LlavaForCausalLM) -> None:
-    """Put tower, projector and extensions where the embeddings are, when transformers placed the rest."""
+def _keep_here(model: LlavaForCausalLM, tokens: bool) -> None:
+    """Take what is filled from the checkpoint, or used outside of a layer, out of the hands of accelerate.
+
+    Args:
+        model: as `from_pretrained` placed it.
+        tokens: whether rows of image tokens will be filled.
+    """
     decoder = model.get_model()
-    device = decoder.embed_tokens.weight.device
+    bring_in(decoder, recurse=False)
+    newline = getattr(decoder, "image_newline", None)
+    if newline is not None and newline.is_meta:
+        bring_in_tensor(model, "model.image_newline")
+    if decoder.mm_projector is not None:
+        bring_in(decoder.mm_projector)
+    if tokens:
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+        tied = getattr(model.config, "tie_word_embeddings", False)
+        for module in (table, head):
+            bring_in(module)
+        if tied:
+            head.weight = table.weight
+
+
+def _place_new_parts(model: LlavaForCausalLM) -> None:
+    """Put tower, projector and extensions where their neighbors compute, when transformers placed the rest.
+
+    Raises:
+        CheckpointError: a layer has no place.
+    """
+    decoder = model.get_model()
+    device = model.device
     for part in (decoder.get_vision_tower(), decoder.mm_projector):
         if part is not None:
             part.to(device)
+    newline = getattr(decoder, "image_newline", None)
+    if newline is not None and not newline.is_meta:
+        newline.data = newline.data.to(device)
     owners = dict(model.named_modules())
     for name, parameter in model.extensions.named_parameters(model).items():
         neighbours = owners[name.rpartition(".")[0]].parameters()
-        parameter.data = parameter.data.to(next((p.device for p in neighbours if p is not parameter), device))
+        here = (p.device for p in neighbours if p is not parameter and not p.is_meta)
+        parameter.data = parameter.data.to(next(here, device))
+    check_placed(model)
 
 
 def _tokenizer_folder(contents: CheckpointContents, base: str | None) -> str:

@@ -23,6 +23,7 @@ from llava.model.finite_logits import WatchedGeneration
 from llava.model.language_model.decoder import LlavaDecoder
 from llava.model.llava_arch import Images, LlavaMetaForCausalLM
 from llava.model.loss import LossReduction, language_model_loss
+from llava.model.offloading import execution_device
 from llava.versions import warn_once
 
 
@@ -69,6 +70,12 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
     def get_model(self) -> LlavaDecoder:
         """The decoder, with tower and projector."""
         return self.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids and images are sent: where they are embedded, even if the table is elsewhere between passes."""
+        place: torch.device = self.model.embed_tokens.weight.device
+        return execution_device(self, "model.embed_tokens") if place.type == "meta" else place
 
     @takes_cache
     def forward(
