@@ -7,6 +7,7 @@ command line offers (upstream: `SparseArguments` and additions to `TrainingArgum
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -93,7 +94,7 @@ class SparseConfig:
         problems += [
             f"{name} is {value}, expected at least {minimum}"
             for name, minimum in least.items()
-            if isinstance(value := getattr(self, name), int | float) and not value >= minimum
+            if isinstance(value := getattr(self, name), int | float) and not minimum <= value < math.inf
         ]
         if not problems and not self._wrong_types():
             if self.d_model % self.nhead:

@@ -23,6 +23,7 @@ from dynamic.training import MaskedPass, TemperatureSchedule
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, DecoderState, Extension, ImportedState, MultimodalInputs, ParameterGroup
 from llava.model.language_model.decoder import layer_kinds
+from llava.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range, check_ranges
 from llava.train import checkpointing
 
 if TYPE_CHECKING:
@@ -31,11 +32,33 @@ if TYPE_CHECKING:
     from llava.train.arguments import RunArguments
 
 
+KEEP_RATE = Range(0, 1, above=True)
+RANGES = {
+    "vision_keep_rate": KEEP_RATE,
+    "output_text_keep_rate": KEEP_RATE,
+    "instruct_keep_rate": KEEP_RATE,
+    "output_text_len_for_training": NOT_NEGATIVE,
+    "instruct_len_for_training": NOT_NEGATIVE,
+    "sparse_layer": COUNT,
+    "d_model": COUNT,
+    "nhead": COUNT,
+    "dim_feedforward": COUNT,
+    "num_layers": NOT_NEGATIVE,
+    "mask_loss_weight": NOT_NEGATIVE,
+    "gumbel_start_tau": POSITIVE,
+    "gumbel_end_tau": POSITIVE,
+    "predictor_lr": NOT_NEGATIVE,
+    "predictor_weight_decay": NOT_NEGATIVE,
+}
+"""What the numbers of `SparseOptions` may be; `SparseConfig` checks what depends on several."""
+
+
 class DynamicExtension(Extension):
     """Predictors that drop tokens; the configuration is `SparseConfig.to_dict()`, the original's `sparse_config`."""
 
     name = "dynamic"
     options = SparseOptions
+    rates = ("predictor_lr",)
 
     def __init__(self) -> None:
         # Per model, and gone with it: one extension may serve several models.
@@ -63,9 +86,7 @@ class DynamicExtension(Extension):
                 f"--attn_implementation {args.model.attn_implementation}: --dynamic trains with an attention of its "
                 "own, which is as lean; leave the flag out"
             )
-        for name in ("gumbel_start_tau", "gumbel_end_tau"):
-            if not getattr(options, name) > 0:
-                raise FlagError(f"--{name} is {getattr(options, name)}; a temperature is more than 0")
+        check_ranges(options, RANGES)
         try:
             return options.config().to_dict()
         except ValueError as error:

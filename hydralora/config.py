@@ -6,6 +6,7 @@ The flags are those of MLLM-HydraLoRA and, with names that begin with `hydralora
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,7 +28,7 @@ class _Checked:
 
     subject: ClassVar[str]
     kinds: ClassVar[dict[str, tuple[type, ...]]]
-    minimum: ClassVar[dict[str, float]] = {"experts": 1, "rank": 1, "alpha": 0, "dropout": 0, "balance_weight": 0}
+    minimum: ClassVar[dict[str, float]] = {"experts": 1, "rank": 1, "dropout": 0, "balance_weight": 0}
 
     def __post_init__(self) -> None:
         problems = [*self._wrong_types(), *self._out_of_range()]
@@ -47,8 +48,11 @@ class _Checked:
         problems = [
             f"{name} is {value}, expected at least {least}"
             for name, least in self.minimum.items()
-            if isinstance(value := getattr(self, name), NUMBER) and not value >= least
+            if isinstance(value := getattr(self, name), NUMBER) and not least <= value < math.inf
         ]
+        alpha = getattr(self, "alpha", 1)
+        if isinstance(alpha, NUMBER) and not 0 < alpha < math.inf:
+            problems.append(f"alpha is {alpha}, expected more than 0: it is the factor of every update")
         dropout = getattr(self, "dropout", 0)
         if isinstance(dropout, NUMBER) and dropout >= 1:
             problems.append(f"dropout is {dropout}, expected less than 1")

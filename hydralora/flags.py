@@ -12,7 +12,20 @@ from typing import Any
 from hydralora.config import PARTS, HydraLoraOptions, HydraLoraSettings, RoutedLinearConfig, RoutedMLPConfig
 from hydralora.linears import INPUTS, OUTPUTS
 from llava.errors import FlagError
+from llava.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, check_ranges
 from llava.train import checkpointing
+
+RANGES = {
+    "lora_rank": COUNT,
+    "llm_moe_num_experts": COUNT,
+    "moe_balance_w": NOT_NEGATIVE,
+    "hydralora_rank": COUNT,
+    "hydralora_alpha": POSITIVE,
+    "hydralora_dropout": PROBABILITY,
+    "hydralora_num_experts": COUNT,
+    "hydralora_balance_w": NOT_NEGATIVE,
+}
+"""What the numbers of `HydraLoraOptions` may be."""
 
 MLP_PROJECTIONS = frozenset({"gate_proj", "up_proj", "down_proj"})
 
@@ -35,6 +48,7 @@ def settings_from_flags(options: HydraLoraOptions, args: Any) -> HydraLoraSettin
     if not options.use_lora:
         _refuse_idle(options, [field.name for field in dataclasses.fields(options)], "--use_lora True")
         return None
+    check_ranges(options, RANGES)
     if not options.hydralora_modules:
         names = [field.name for field in dataclasses.fields(options) if field.name.startswith("hydralora_")]
         _refuse_idle(options, names, "--hydralora_modules")

@@ -145,6 +145,9 @@ class Extension:
     options: ClassVar[type | None] = None
     """Dataclass of command-line options, or None. Names must not collide with any other option."""
 
+    rates: ClassVar[tuple[str, ...]] = ()
+    """Those of its options that are learning rates of all that it adds; empty where that has the run's rate."""
+
     # 1. Flags
     def configure(self, args: RunArguments) -> Config | None:
         """Turn the parsed flags into a configuration; None leaves the extension off. May set options of the core.

@@ -7,6 +7,7 @@ has a flag of its own for (features of the tower, projector, normalisation of pi
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -95,8 +96,9 @@ class MmaConfig:
                 problems.append(f"{name} is {getattr(self, name)}, expected at least 1")
         if not problems and self.adapter_dim % self.adapter_groups:
             problems.append(f"adapter_dim {self.adapter_dim} is not a multiple of adapter_groups {self.adapter_groups}")
-        if not self.temperature > 0:
-            problems.append(f"temperature is {self.temperature}, expected more than 0")
+        for name in ("temperature", "adapter_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                problems.append(f"{name} is {getattr(self, name)}, expected more than 0")
         for name in ("adapter_dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 problems.append(f"{name} is {getattr(self, name)}, expected at least 0 and less than 1")

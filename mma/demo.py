@@ -16,11 +16,12 @@ from contextlib import closing
 from llava.errors import FlagError
 from llava.eval.loading import choose_device
 from llava.eval.processes import joined
+from llava.ranges import COUNT, Range, check_ranges
 from llava.serve.engine import Engine
 from llava.utils import run_program
 from mma.programs.answering import find_folders, given_options, load_lavin
 from mma.programs.chat import LavinChat
-from mma.programs.eval_options import add_model_options
+from mma.programs.eval_options import MODEL_RANGES, add_model_options
 
 DEFAULTS = {
     "ckpt_dir": "../data/weights/",
@@ -31,6 +32,10 @@ DEFAULTS = {
     "temperature": 5.0,
 }
 """Of the original's options; they differ from those of its evaluation. Of the kind of adapters a checkpoint tells."""
+
+
+PAGE_RANGES = {"max_new_tokens": COUNT, "server_port": Range(0, 65535)}
+"""What the numbers of the page may be."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     args, given = build_parser().parse_args(words), given_options(build_parser(), words)
+    check_ranges(args, MODEL_RANGES | PAGE_RANGES)
     if args.options:
         raise FlagError(f"--options {' '.join(args.options)}: has no effect in the original; leave it out")
     if importlib.util.find_spec("gradio") is None:

@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> ScienceQAScore:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     args, given = build_parser().parse_args(words), given_options(build_parser(), words)
+    options = generation_options(args, args.max_new_tokens)
     check_prompt_format(args.prompt_format)
     if args.use_caption and args.caption_file is None:
         raise FlagError("--use_caption: say where the captions are by --caption_file")
@@ -86,7 +87,6 @@ def main(argv: Sequence[str] | None = None) -> ScienceQAScore:
     tasks = tasks_of(data, args.prompt_format, args.options)[: args.limit]
     images, root = Input("the images", data.image_folder, is_linked=True), Input("--data_root", args.data_root)
     folder = output_folder(args, f"scienceqa-{args.split}", [images], [root])
-    options = generation_options(args, args.max_new_tokens)
     with joined() as processes:
         answers = answer_all(args, given, tasks, data.image_folder, folder, options, processes)
         found = score(

@@ -70,12 +70,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, TaskScore]:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     args, given = build_parser().parse_args(words), given_options(build_parser(), words)
+    options = generation_options(args, args.max_new_tokens)
     questions, others = read_benchmark(args.root_dir_, args.labels)
     if others:
         print(f"{args.root_dir_}: not a subset, left out: {', '.join(others)}")
     questions = questions[: args.limit and args.limit + args.limit % 2]  # both questions about an image
     folder = output_folder(args, "mme", [Input("--root_dir_", args.root_dir_, is_linked=True)])
-    options = generation_options(args, args.max_new_tokens)
     with joined() as processes:
         answers = answer_all(args, given, tasks_of(questions), args.root_dir_, folder, options, processes)
         scores = {subset: score_task(rows) for subset, rows in rows_of(questions, answers).items()}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, DecoderState, Extension, MultimodalInputs
+from llava.ranges import COUNT, POSITIVE, PROBABILITY, check_ranges
 from llava.train import checkpointing
 from mma import cache, modality
 from mma import model as adapted_model
@@ -27,6 +28,17 @@ from mma.modality import Routing, Table, Witness
 
 if TYPE_CHECKING:
     from llava.train.arguments import RunArguments
+
+
+RANGES = {
+    "adapter_dim": COUNT,
+    "adapter_scale": POSITIVE,
+    "temperature": POSITIVE,
+    "hidden_proj": COUNT,
+    "drop_path": PROBABILITY,
+    "adapter_dropout": PROBABILITY,
+}
+"""What the numbers of `MmaOptions` may be; `MmaConfig` checks what depends on several."""
 
 
 class MmaExtension(Extension):
@@ -59,6 +71,7 @@ class MmaExtension(Extension):
                 f"--visual_adapter_type {options.visual_adapter_type}: there is no tower to be adapted; give "
                 "--vision_tower, or pass --visual_adapter_type none"
             )
+        check_ranges(options, RANGES)
         try:
             config = options.config().to_dict()
         except ValueError as error:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llava.data.records import RecordFiles
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.train.arguments import RunArguments
 from llava.train.train import Parts, skipped_file, train
@@ -25,7 +26,7 @@ from mma.data.prompts import OPTIONS
 from mma.data.scienceqa import read_split, training_rows
 from mma.programs.train_arguments import LavinArguments, parse_args
 from mma.programs.train_options import build_parser
-from mma.programs.trainer import LavinTrainer
+from mma.programs.trainer import LavinTrainer, epoch_of
 from mma.weights.base import base_folder
 
 __all__ = ["build_parser", "main", "parse_args"]
@@ -49,16 +50,32 @@ def prepare_base(args: LavinArguments) -> None:
         args.run.model.model_name_or_path = str(base_folder(args.base))
 
 
+def read_rows(args: LavinArguments) -> tuple[RecordFiles, Path]:
+    """The training data of a run, and the folder of its images.
+
+    Raises:
+        BadSampleError: a row is malformed.
+        FlagError: there are too few rows for one update.
+    """
+    own, training = args.own, args.run.training
+    if own.do_pretrain:
+        rows, images = read_mixture(own.data_root)
+    else:
+        data = read_split(own.data_root, TRAIN_SPLIT, own.caption_file if own.use_caption else None)
+        rows, images = training_rows(data, own.prompt_format, own.options), data.image_folder
+    epoch_of(len(rows), own.batch_size, own.accum_iter, training.world_size)
+    return rows, images
+
+
 def dataset_maker(args: LavinArguments) -> Callable[[RunArguments, Any, LlavaForCausalLM], LavinDataset]:
-    """What makes the training data of a run."""
-    own = args.own
+    """What makes the training data of a run.
+
+    Raises:
+        LlavaError: as `read_rows`, which is done at once.
+    """
+    rows, images = read_rows(args)
 
     def make(run: RunArguments, tokenizer: Any, model: LlavaForCausalLM) -> LavinDataset:
-        if own.do_pretrain:
-            rows, images = read_mixture(own.data_root)
-        else:
-            data = read_split(own.data_root, TRAIN_SPLIT, own.caption_file if own.use_caption else None)
-            rows, images = training_rows(data, own.prompt_format, own.options), data.image_folder
         dataset = LavinDataset(
             rows,
             tokenizer,
@@ -102,9 +119,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
         LlavaError: a problem with options, data or checkpoints that the user can mend.
     """
     args = parse_args(argv)
+    dataset = dataset_maker(args)  # before the base, which may have to be converted
     prepare_base(args)
     parts = Parts(
-        dataset=dataset_maker(args),
+        dataset=dataset,
         trainer=partial(LavinTrainer, schedule=args.schedule),
         next_command=lambda run: next_command(args),
     )

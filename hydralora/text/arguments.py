@@ -16,11 +16,14 @@ from typing import Any, ClassVar
 import torch
 import transformers
 
+from hydralora.text.counts import row_problems
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.loading import read_config
 from llava.errors import FlagError
 from llava.places import Input, folder_problems
+from llava.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, range_problems
 from llava.train.retired_flags import translate_retired_flags
+from llava.train.values import check_values, parse, refuse
 from llava.train.zero import zero_settings, zero_stage
 
 AUTO = "auto:"
@@ -98,7 +101,8 @@ class TrainingArguments(transformers.TrainingArguments):
     load_in_kbits: int = _option("precision of the frozen base: 16, or 8 or 4 (QLoRA)", 16)
 
     def __post_init__(self) -> None:
-        """Resolve `--deepspeed` before transformers reads it."""
+        """Refuse numbers that train nothing, and resolve `--deepspeed` before transformers reads it."""
+        check_values(self, OWN_RANGES)
         self.deepspeed = zero_settings(self)
         super().__post_init__()
 
@@ -107,6 +111,17 @@ class TrainingArguments(transformers.TrainingArguments):
         """Device of this process. Accelerate numbers CPUs among several processes, which `torch.load` does not know."""
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
+
+
+OWN_RANGES = {
+    "lora_rank": COUNT,
+    "lora_alpha": POSITIVE,
+    "lora_dropout": PROBABILITY,
+    "balance_weight": NOT_NEGATIVE,
+}
+"""What the numbers of `TrainingArguments` may be, where they are ours."""
+
+DATA_RANGES = {"max_seq_length": COUNT, "preprocessing_num_workers": COUNT, "validation_split_percentage": PROBABILITY}
 
 
 @dataclass
@@ -191,15 +206,11 @@ def parse_args(argv: Sequence[str] | None = None) -> RunArguments:
         FlagError: options are unknown, contradictory or not carried out; all problems are listed at once.
     """
     words = translate_retired_flags(sys.argv[1:] if argv is None else list(argv))
-    *parsed, unknown = build_parser().parse_args_into_dataclasses(
-        words, look_for_args_file=False, return_remaining_strings=True
-    )
+    *parsed, unknown = parse(build_parser(), words)
     if unknown:
         raise FlagError(f"unknown options {unknown}; --help lists all")
     args = RunArguments(*parsed)
-    problems = _problems(args)
-    if problems:
-        raise FlagError("this run cannot start:\n  " + "\n  ".join(problems))
+    refuse(_problems(args))
     return args
 
 
@@ -239,15 +250,19 @@ def _problems(args: RunArguments) -> list[str]:
         problems.append(f"--load_in_kbits {training.load_in_kbits}: known values are 4, 8 and 16")
     elif training.load_in_kbits != 16 and zero_stage(training) == 3:
         problems.append(f"--load_in_kbits {training.load_in_kbits}: ZeRO-3 cannot split quantised weights; use ZeRO-2")
-    if (training.balance_weight or 0) < 0:
-        problems.append(f"--balance_weight {training.balance_weight}: expected at least 0")
+    problems += range_problems(data, DATA_RANGES)
+    if training.do_train and training.learning_rate == 0:
+        problems.append("--learning_rate 0: nothing would be trained")
+    splits = training.do_train and training.do_eval and not data.validation_file
+    if splits and data.validation_split_percentage == 0:
+        problems.append("--validation_split_percentage 0: must be more than 0 to evaluate without --validation_file")
     try:
         number_of_experts(training.lora_nums)
         if training.peft_path:
             problems += _contradictions(training, stored_config(training.peft_path))
     except FlagError as error:
         problems.append(str(error))
-    return problems
+    return problems or row_problems(args)
 
 
 def _contradictions(training: TrainingArguments, stored: HydraLoraConfig) -> list[str]:

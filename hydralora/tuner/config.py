@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -21,6 +22,11 @@ class RoutingUnit(StrEnum):
 
     SEQUENCE = "sequence"
     """All tokens of a sequence share the mean of its prompt's weights, tokens generated later included."""
+
+
+def _is_number(value: object) -> bool:
+    """True for a finite number; bool is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass
@@ -82,14 +88,16 @@ class HydraLoraConfig(PeftConfig):
 
     def _problems(self) -> list[str]:
         problems = [
-            f"{name} is {value}, expected at least 1"
+            f"{name} is {value!r}, expected a whole number of at least 1"
             for name, value in (("r", self.r), ("lora_nums", self.lora_nums))
-            if value < 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1
         ]
-        if not 0 <= self.lora_dropout < 1:
-            problems.append(f"lora_dropout is {self.lora_dropout}, expected at least 0 and less than 1")
-        if self.balance_weight < 0:
-            problems.append(f"balance_weight is {self.balance_weight}, expected at least 0")
+        if not _is_number(self.lora_alpha) or self.lora_alpha <= 0:
+            problems.append(f"lora_alpha is {self.lora_alpha!r}, expected more than 0, as a factor of every update")
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            problems.append(f"lora_dropout is {self.lora_dropout!r}, expected at least 0 and less than 1")
+        if not _is_number(self.balance_weight) or self.balance_weight < 0:
+            problems.append(f"balance_weight is {self.balance_weight!r}, expected at least 0")
         if self.routing not in list(RoutingUnit):
             problems.append(f"routing is '{self.routing}', expected one of {[unit.value for unit in RoutingUnit]}")
         if self.bias != "none":

@@ -27,6 +27,7 @@ from llava.eval.program import (
     answer_and_measure,
     chosen,
     refuse_input_as_answers,
+    sampling_options,
 )
 from llava.eval.results import report, summary_line, write_samples
 from llava.mm_utils import get_model_name_from_path
@@ -69,7 +70,8 @@ def fill_in(args: argparse.Namespace, benchmark: Benchmark) -> argparse.Namespac
     if args.limit is not None:  # a part of the answers must not pass for all of them
         args.answers_file = args.answers_file.with_stem(f"{args.answers_file.stem}-first-{args.limit}")
     args.conv_mode = args.conv_mode or benchmark.conv_mode
-    args.max_new_tokens = args.max_new_tokens or benchmark.max_new_tokens
+    if args.max_new_tokens is None:
+        args.max_new_tokens = benchmark.max_new_tokens
     return args
 
 
@@ -85,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     args = build_parser().parse_args(argv)
     benchmark = find(args.benchmark)
     args = fill_in(args, benchmark)
+    sampling_options(args)  # refuses what is out of range before the questions are read
     tasks = chosen(benchmark.read(args.question_file), args)
     open_image = benchmark.open_images(args.image_folder)
     with joined() as processes:

@@ -6,6 +6,7 @@ an interruption. Here every question has a stream of its own, seeded by `--seed`
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,8 +46,8 @@ class GenerationOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise FlagError(f"--temperature {self.temperature}: must not be negative; 0 is greedy decoding")
+        if not 0 <= self.temperature < math.inf:
+            raise FlagError(f"--temperature {self.temperature}: must be at least 0 and finite; 0 is greedy decoding")
         if self.top_p is not None and not 0 <= self.top_p <= 1:
             raise FlagError(f"--top_p {self.top_p}: must be from 0 to 1; 0 keeps the most probable token")
         if self.num_beams < 1:

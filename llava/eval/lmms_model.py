@@ -29,6 +29,7 @@ from llava.eval.prefetch import Prefetcher
 from llava.eval.prompts import check_conv_mode, plain_conv_mode
 from llava.eval.runner import answer_batch, make_prompt, most_together
 from llava.mm_utils import get_model_name_from_path
+from llava.ranges import COUNT, NOT_NEGATIVE, check_ranges
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import GenerationResult, Instance
@@ -97,6 +98,7 @@ class BatchedModel:
         check_conv_mode(self.conv_mode)
         self.batch_size = read_batch_size(batch_size)
         self.max_batch_size, self.seed, self.workers = max_batch_size, seed, workers
+        check_ranges(self, {"max_batch_size": COUNT, "workers": NOT_NEGATIVE})
         self.device = torch.device(own_device(device))
         loaded = load_model(
             pretrained,

@@ -27,8 +27,12 @@ from llava.eval.references import ReferenceConversation, read_conversations
 from llava.eval.runner import load_pictures, make_prompt
 from llava.eval.stepwise import Stepper
 from llava.mm_utils import get_model_name_from_path
+from llava.ranges import COUNT, NOT_NEGATIVE, check_ranges
 
 SINGLE_PREDICTION = "Answer with the option's letter from the given choices directly."
+RANGES = {"temperature": NOT_NEGATIVE, "max_new_tokens": COUNT, "num_chunks": COUNT}
+"""What the numbers of these programs may be."""
+
 Measure = Callable[[Stepper, str], dict[str, Any]]
 """From a conversation whose prompt was fed, and the reference of the turn, to the values of the turn."""
 
@@ -121,6 +125,7 @@ def main(
     Raises:
         LlavaError: a flag, a row, an image or the checkpoint is wrong; the message says what to do.
     """
+    check_ranges(args, RANGES, dashes=True)
     check_conv_mode(args.conv_mode)
     refuse_input_as_answers(args, args.answers_file)
     measure = measure_perplexity if metric == "ppl" else measure_meteor(args.max_new_tokens, find_wordnet())

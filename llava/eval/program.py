@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from llava.data.images import load_image
-from llava.errors import FlagError
 from llava.eval.answers import (
     AnswersFile,
     Task,
@@ -27,6 +26,10 @@ from llava.eval.record import weights_fingerprint
 from llava.eval.runner import OpenImage, Speed, answer_tasks
 from llava.mm_utils import get_model_name_from_path
 from llava.places import Input, refuse_file
+from llava.ranges import COUNT, NOT_NEGATIVE, check_ranges
+
+RUN_RANGES = {"limit": COUNT, "num_workers": NOT_NEGATIVE, "batch_size": COUNT, "num_chunks": COUNT}
+"""What the numbers of `add_chunk_options` and `add_run_options` may be; those of decoding know it themselves."""
 
 
 def batch_size(text: str) -> int | None:
@@ -149,10 +152,9 @@ def chosen(tasks: Sequence[Task], args: argparse.Namespace) -> Sequence[Task]:
     """The tasks of this run: the first `--limit`, of these the chunk that is asked for.
 
     Raises:
-        FlagError: the limit is below 1, or there is no such chunk.
+        FlagError: a number is out of range, or there is no such chunk.
     """
-    if args.limit is not None and args.limit < 1:
-        raise FlagError(f"--limit {args.limit}: must be at least 1")
+    check_ranges(args, RUN_RANGES, dashes=True)
     try:
         return get_chunk(tasks[: args.limit], args.num_chunks, args.chunk_idx)
     except MissingChunkError as error:

@@ -22,6 +22,7 @@ from llava.eval.loading import load_model
 from llava.eval.program import add_model_options
 from llava.eval.run_llava import choose_conv_mode
 from llava.mm_utils import get_model_name_from_path
+from llava.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range, check_ranges
 from llava.serve.app import Settings, create_app
 from llava.serve.chat_request import Defaults
 from llava.serve.engine import Engine
@@ -29,6 +30,22 @@ from llava.serve.image_urls import ImagePolicy
 from llava.utils import run_program
 
 KEY = "LLAVA_API_KEY"
+RANGES = {
+    "port": Range(0, 65535),
+    "temperature": Range(0, 2, hint="0 is greedy decoding, and a request may ask for up to 2"),
+    "max_new_tokens": COUNT,
+    "token_limit": COUNT,
+    "batch_size": COUNT,
+    "max_waiting": COUNT,
+    "gather_ms": NOT_NEGATIVE,
+    "request_timeout": POSITIVE,
+    "max_images": COUNT,
+    "max_image_mb": POSITIVE,
+    "max_image_pixels": COUNT,
+    "max_body_mb": POSITIVE,
+}
+"""What the server's numbers may be."""
+
 MEGABYTE = 2**20
 
 
@@ -73,12 +90,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     Raises:
         FlagError: a flag is out of its range, or the server would be open to everybody.
     """
-    for name in ("batch_size", "max_waiting", "max_new_tokens", "max_images", "max_image_pixels"):
-        if getattr(args, name) < 1:
-            raise FlagError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name in ("request_timeout", "max_image_mb", "max_body_mb"):
-        if not getattr(args, name) > 0:
-            raise FlagError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be more than 0")
+    check_ranges(args, RANGES, dashes=True)
     if args.token_limit < args.max_new_tokens:
         raise FlagError(f"--token-limit {args.token_limit} is below --max-new-tokens {args.max_new_tokens}")
     if args.load_8bit and args.load_4bit:

@@ -21,6 +21,7 @@ from llava.eval.loading import load_model
 from llava.eval.program import add_model_options
 from llava.eval.run_llava import choose_conv_mode, open_image
 from llava.mm_utils import get_model_name_from_path
+from llava.ranges import COUNT, check_ranges
 from llava.serve.chat import Chat
 from llava.utils import run_program
 
@@ -52,6 +53,7 @@ def start_chat(args: argparse.Namespace) -> Chat:
     Raises:
         LlavaError: a flag, an image or the checkpoint is wrong; the message says what to do.
     """
+    check_ranges(args, {"max_new_tokens": COUNT}, dashes=True)
     if args.load_8bit and args.load_4bit:
         raise FlagError("--load-8bit and --load-4bit exclude each other")
     conv_mode = choose_conv_mode(args.conv_mode, get_model_name_from_path(args.model_path))

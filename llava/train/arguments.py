@@ -18,7 +18,9 @@ import transformers
 
 from llava.errors import FlagError
 from llava.extension import Config, Extension, installed_extensions
+from llava.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY
 from llava.train.retired_flags import translate_retired_flags
+from llava.train.values import check_values, parse
 from llava.train.zero import zero_settings
 
 
@@ -108,7 +110,8 @@ class TrainingArguments(transformers.TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        """Resolve `--deepspeed` before transformers reads it."""
+        """Refuse numbers that train nothing, and resolve `--deepspeed` before transformers reads it."""
+        check_values(self, OWN_RANGES)
         self.deepspeed = zero_settings(self)
         super().__post_init__()
 
@@ -117,6 +120,17 @@ class TrainingArguments(transformers.TrainingArguments):
         """Device of this process. Accelerate numbers CPUs among several processes, which `torch.load` does not know."""
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
+
+
+OWN_RANGES = {
+    "lora_r": COUNT,
+    "lora_alpha": POSITIVE,
+    "lora_dropout": PROBABILITY,
+    "mm_projector_lr": NOT_NEGATIVE,
+    "mm_vision_tower_lr": NOT_NEGATIVE,
+    "model_max_length": COUNT,
+}
+"""What the numbers of `TrainingArguments` may be, where they are ours."""
 
 
 @dataclass
@@ -222,8 +236,7 @@ def parse_args(
     extensions = installed_extensions() if extensions is None else extensions
     argv = translate_retired_flags(sys.argv[1:] if argv is None else list(argv))
     parser = build_parser(extensions, defaults)
-    parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
-    model, data, training, *options, unknown = parsed
+    model, data, training, *options, unknown = parse(parser, argv)
     if unknown:
         raise FlagError(f"unknown options {unknown}; --help lists all (installed extensions: {sorted(extensions)})")
     with_options = [name for name, extension in extensions.items() if extension.options is not None]

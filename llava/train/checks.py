@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from pathlib import Path
 
 from llava.anyres import MERGE_TYPES, parse_grid_pinpoints
-from llava.data.dataset import ON_BAD_SAMPLE
-from llava.errors import CheckpointError, FlagError
+from llava.data.dataset import ON_BAD_SAMPLE, image_names
+from llava.data.records import RecordFiles, open_records
+from llava.errors import BadSampleError, CheckpointError, FlagError
+from llava.extension import installed_extensions
 from llava.mm_utils import ASPECT_RATIOS
+from llava.model.components import Component
 from llava.model.formats import projector_file
 from llava.model.loss import LossReduction
 from llava.quantisation import QUANT_TYPES
 from llava.train.arguments import RunArguments
+from llava.train.freeze import trained_components
 from llava.train.inputs import output_problems
+from llava.train.values import refuse, too_few_rows
 from llava.train.zero import zero_stage
 
 
@@ -52,9 +58,63 @@ def _values(args: RunArguments) -> list[str]:
         problems.append(
             "--lora_weight_path: the original never reads it; give the checkpoint by --resume_from_checkpoint"
         )
-    if args.training.lora_enable and args.training.lora_r < 1:
+    if args.training.lora_enable and args.training.lora_r < 1:  # set by an extension
         problems.append(f"the LoRA rank is {args.training.lora_r}; it must be at least 1")
     return problems
+
+
+def _rates(args: RunArguments) -> list[str]:
+    """Learning rates of 0 for everything that is trained; for one part of several they are legitimate."""
+    model, training, trained = args.model, args.training, trained_components(args)
+    projector, tower = training.mm_projector_lr, training.mm_vision_tower_lr
+    rates = {"learning_rate": training.learning_rate} if _trains_by_the_runs_rate(args, trained) else {}
+    if model.vision_tower and Component.PROJECTOR in trained and projector is not None:
+        rates["mm_projector_lr"] = projector
+    if model.vision_tower and Component.VISION_TOWER in trained and tower is not None:
+        rates["mm_vision_tower_lr"] = tower
+    for name, extension in installed_extensions(list(args.extensions)).items() if args.extensions else ():
+        rates |= {rate: getattr(args.options[name], rate) for rate in extension.rates}
+    if not rates or any(rates.values()):
+        return []
+    return [f"{', '.join(f'--{name} {rate:g}' for name, rate in rates.items())}: nothing would be trained"]
+
+
+def _trains_by_the_runs_rate(args: RunArguments, trained: set[Component]) -> bool:
+    """True if a part is trained that has no learning rate of its own."""
+    model, training = args.model, args.training
+    has_tower = model.vision_tower is not None
+    return (
+        Component.LANGUAGE_MODEL in trained
+        or training.lora_enable
+        or (bool(args.extensions) and not all(e.rates for e in installed_extensions(list(args.extensions)).values()))
+        or (has_tower and model.mm_use_im_start_end)
+        or (has_tower and Component.PROJECTOR in trained and training.mm_projector_lr is None)
+        or (has_tower and Component.VISION_TOWER in trained and training.mm_vision_tower_lr is None)
+    )
+
+
+def _rows(args: RunArguments) -> list[str]:
+    """Too few rows for one batch, where an incomplete one is left out."""
+    if not args.training.dataloader_drop_last or not args.data.data_path:
+        return []
+    if not all(Path(path).is_file() for path in args.data.data_path):  # said by `_files`
+        return []
+    records = open_records(args.data.data_path)
+    rows = _with_image(records) if args.data.requires_image else len(records)
+    training = args.training
+    line = too_few_rows(
+        rows, training.per_device_train_batch_size, training.world_size, "--per_device_train_batch_size"
+    )
+    return [] if line is None else [line]
+
+
+def _with_image(records: RecordFiles) -> int:
+    """Number of rows that `--requires_image True` leaves."""
+    count = 0
+    for row in range(len(records)):
+        with contextlib.suppress(BadSampleError):  # said when the row is read in the run
+            count += bool(image_names(records[row]))
+    return count
 
 
 def _tiles(args: RunArguments) -> list[str]:
@@ -152,7 +212,6 @@ def check_arguments(args: RunArguments) -> None:
     Raises:
         FlagError: lists every problem, one per line.
     """
-    problems = _values(args) + _tiles(args) + _files(args) + _packages(args) + _contradictions(args) + _not_yet(args)
-    problems += output_problems(args)
-    if problems:
-        raise FlagError("this run cannot start:\n  " + "\n  ".join(problems))
+    problems = _values(args) + _rates(args) + _tiles(args) + _files(args) + _packages(args)
+    problems += _contradictions(args) + _not_yet(args) + _rows(args) + output_problems(args)
+    refuse(problems)

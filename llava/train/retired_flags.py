@@ -47,13 +47,25 @@ REFUSED = {
 """Options whose effect cannot be had under the old name."""
 
 
+ALL_UPDATES = "0.99999999"
+"""As `--warmup_steps`: the share of the updates that is rounded up to all of them."""
+
+
 def _is_true(value: str | None) -> bool:
     return value is None or value.lower() in ("true", "1", "yes", "y", "t")
 
 
 def _warmup_ratio(value: str | None) -> list[str]:
-    # transformers 5 reads a number of warm-up steps below 1 as a share of all updates.
-    return ["--warmup_steps", value] if value is not None and float(value) > 0 else []
+    if value is None:
+        return []
+    try:
+        ratio = float(value)
+    except ValueError as error:
+        raise FlagError(f"--warmup_ratio {value}: is not a number") from error
+    if not 0 <= ratio <= 1:
+        raise FlagError(f"--warmup_ratio {value}: must be at least 0 and at most 1; --warmup_steps takes updates")
+    # transformers 5 reads a number of warm-up steps below 1 as a share of all updates, and 1 as one update.
+    return ["--warmup_steps", ALL_UPDATES if ratio == 1 else value] if ratio else []
 
 
 def _group_by_length(value: str | None) -> list[str]:
@@ -101,6 +113,19 @@ def _split(argv: list[str]) -> list[tuple[str, list[str]]]:
     return options
 
 
+def _is_positive(value: str) -> bool:
+    """False too for what is no number, which the parser refuses."""
+    try:
+        return float(value) > 0
+    except ValueError:
+        return False
+
+
+def _joined(flag: str, values: list[str]) -> list[str]:
+    """Words of one option; a negative value is joined, as argparse takes `-1e-4` and `-inf` for options otherwise."""
+    return [f"{flag}={values[0]}"] if len(values) == 1 and values[0].startswith("-") else [flag, *values]
+
+
 def translate_retired_flags(argv: list[str]) -> list[str]:
     """`argv` in the options of today's transformers.
 
@@ -109,7 +134,7 @@ def translate_retired_flags(argv: list[str]) -> list[str]:
     """
     options = _split(argv)
     explicit_steps = any(
-        name in ("warmup_steps", "warmup-steps") and values and float(values[0]) > 0 for name, values in options
+        name in ("warmup_steps", "warmup-steps") and values and _is_positive(values[0]) for name, values in options
     )
     result: list[str] = []
     for written, values in options:
@@ -123,6 +148,5 @@ def translate_retired_flags(argv: list[str]) -> list[str]:
         elif name in TRANSLATED:
             result += TRANSLATED[name](values[0] if values else None)
         else:
-            result += [f"--{RENAMED.get(name, written)}"] if written else []
-            result += values
+            result += _joined(f"--{RENAMED.get(name, written)}", values) if written else values
     return result

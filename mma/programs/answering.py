@@ -32,10 +32,11 @@ from llava.eval.record import weights_fingerprint
 from llava.eval.runner import Prompt, answer_tasks
 from llava.mm_utils import get_model_name_from_path
 from llava.places import Input, refuse_file, refuse_folder, same_place
+from llava.ranges import NOT_NEGATIVE, check_ranges
 from mma.convert import SETTINGS, is_bottleneck
 from mma.data.tokens import prompt_ids
 from mma.original import ready_folder
-from mma.programs.eval_options import ADAPTER_OPTIONS, BITS, check_adapters
+from mma.programs.eval_options import ADAPTER_OPTIONS, ANSWER_RANGES, BITS, MODEL_RANGES, check_adapters
 from mma.weights.base import AUTO, BaseWeights, base_folder
 
 CONV_MODE = "lavin"
@@ -157,10 +158,8 @@ def generation_options(args: argparse.Namespace, max_new_tokens: int) -> Generat
     Raises:
         FlagError: a value is out of range.
     """
-    if args.limit is not None and args.limit < 1:
-        raise FlagError(f"--limit {args.limit}: must be at least 1")
-    if args.max_batch_size < 1:
-        raise FlagError(f"--max_batch_size {args.max_batch_size}: must be at least 1")
+    check_ranges(args, MODEL_RANGES | ANSWER_RANGES)
+    check_ranges(args, {"num_workers": NOT_NEGATIVE}, dashes=True)
     temperature = args.generation_temperature
     return GenerationOptions(temperature, args.top_p, max_new_tokens=max_new_tokens, seed=args.seed)
 

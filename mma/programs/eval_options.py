@@ -10,6 +10,7 @@ import argparse
 from typing import Any
 
 from llava.errors import FlagError
+from llava.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range
 from mma.data.prompts import OPTIONS
 from mma.programs.train_options import BITS as TRAINING_BITS
 from mma.weights.base import AUTO, VICUNA_CHOICES, VICUNA_HELP
@@ -22,6 +23,25 @@ ADAPTER_OPTIONS = ("adapter_type", "visual_adapter_type", "adapter_dim", "adapte
 
 SAME_TYPES = {"repattn": "attn"}
 """The default of the original, which means the same as the other."""
+
+
+MODEL_RANGES = {
+    "adapter_dim": COUNT,
+    "adapter_scale": POSITIVE,
+    "temperature": POSITIVE,
+    "hidden_proj": COUNT,
+    "max_seq_len": Range(2, hint="the modality token takes one position"),
+    "max_batch_size": COUNT,
+}
+"""What the numbers of `add_model_options` may be, and the size of a batch."""
+
+ANSWER_RANGES = {
+    "generation_temperature": NOT_NEGATIVE,
+    "top_p": Range(0, 1, hint="0 keeps the most probable token"),
+    "max_new_tokens": COUNT,
+    "limit": COUNT,
+}
+"""What the numbers of `add_answer_options` may be, and the longest answer."""
 
 
 def boolean(text: str) -> bool:

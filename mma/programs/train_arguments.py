@@ -19,6 +19,7 @@ from transformers.hf_argparser import string_to_bool
 
 from llava.errors import FlagError
 from llava.places import Input, folder_problems
+from llava.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, Range, range_problems
 from llava.train.arguments import RunArguments
 from llava.train.arguments import parse_args as parse_llava
 from mma.config import TOWER
@@ -51,6 +52,26 @@ INSTEAD = {
 
 MODALITY_TOKENS = 1
 """Positions of `--max_seq_len` that the modality token takes in the original; here it has no place in the sequence."""
+
+
+RANGES = {
+    "batch_size": COUNT,
+    "epochs": COUNT,
+    "accum_iter": COUNT,
+    "seed": Range(0, 2**32 - 1),
+    "num_workers": NOT_NEGATIVE,
+    "adapter_dim": COUNT,
+    "hidden_proj": COUNT,
+    "temperature": POSITIVE,
+    "adapter_scale": POSITIVE,
+    "drop_path": PROBABILITY,
+    "weight_decay": NOT_NEGATIVE,
+    "lr": Range(0, above=True, hint="leave it out to have it follow from --blr"),
+    "blr": POSITIVE,
+    "min_lr": NOT_NEGATIVE,
+    "clip_grad": Range(0, infinite=True, hint="0, or leaving it out, switches clipping off"),
+}
+"""What LaVIN's numbers may be, apart from those that depend on each other."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +118,7 @@ def _problems(own: argparse.Namespace, rest: Sequence[str]) -> list[str]:
         problems.append(f"--max_seq_len {own.max_seq_len}: must be more than {MODALITY_TOKENS}")
     if own.device not in ("cpu", "cuda"):
         problems.append(f"--device {own.device}: must be cuda or cpu; CUDA_VISIBLE_DEVICES chooses the GPU")
-    if own.lr is not None and own.lr <= 0:
-        problems.append(f"--lr {own.lr}: must be more than 0; leave it out to have it follow from --blr")
-    if own.lr is None and own.blr <= 0:
-        problems.append(f"--blr {own.blr}: must be more than 0")
+    problems += range_problems(own, RANGES)
     files = [MIXTURE_FILE] if own.do_pretrain else [PROBLEMS_FILE, SPLITS_FILE]
     lacking = [name for name in (*files, IMAGES_FOLDER) if not (Path(own.data_root) / name).exists()]
     if lacking:

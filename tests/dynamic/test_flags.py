@@ -59,9 +59,9 @@ def test_option_of_the_original(option: dict[str, Any], actions: dict[str, argpa
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--vision_keep_rate", "0"], "vision_keep_rate is 0"),
-        (["--sparse_layer", "0"], "sparse_layer is 0"),
-        (["--gumbel_end_tau", "0"], "gumbel_end_tau is 0"),
+        (["--vision_keep_rate", "0"], "--vision_keep_rate 0"),
+        (["--sparse_layer", "0"], "--sparse_layer 0"),
+        (["--gumbel_end_tau", "0"], "--gumbel_end_tau 0"),
         (["--gradient_checkpointing_kwargs", '{"use_reentrant": true}'], "use_reentrant"),
         (["--attn_implementation", "eager"], "attention of its own"),
         (["--dynamic", "False", "--vision_keep_rate", "0.5"], "without effect while --dynamic is off"),
