@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llava.data.records import RecordFiles
 from llava.model.language_model.causal_lm import LlavaForCausalLM
@@ -50,30 +50,31 @@ def prepare_base(args: LavinArguments) -> None:
         args.run.model.model_name_or_path = str(base_folder(args.base))
 
 
-def read_rows(args: LavinArguments) -> tuple[RecordFiles, Path]:
-    """The training data of a run, and the folder of its images.
+class Source(NamedTuple):
+    """The training data of a run: its rows, and the folder of their images."""
+
+    rows: RecordFiles
+    images: Path
+
+
+def read_source(args: LavinArguments) -> Source:
+    """The training data that the options name.
 
     Raises:
         BadSampleError: a row is malformed.
-        FlagError: there are too few rows for one update.
     """
-    own, training = args.own, args.run.training
+    own = args.own
     if own.do_pretrain:
-        rows, images = read_mixture(own.data_root)
-    else:
-        data = read_split(own.data_root, TRAIN_SPLIT, own.caption_file if own.use_caption else None)
-        rows, images = training_rows(data, own.prompt_format, own.options), data.image_folder
-    epoch_of(len(rows), own.batch_size, own.accum_iter, training.world_size)
-    return rows, images
+        return Source(*read_mixture(own.data_root))
+    data = read_split(own.data_root, TRAIN_SPLIT, own.caption_file if own.use_caption else None)
+    return Source(training_rows(data, own.prompt_format, own.options), data.image_folder)
 
 
-def dataset_maker(args: LavinArguments) -> Callable[[RunArguments, Any, LlavaForCausalLM], LavinDataset]:
-    """What makes the training data of a run.
-
-    Raises:
-        LlavaError: as `read_rows`, which is done at once.
-    """
-    rows, images = read_rows(args)
+def dataset_maker(
+    args: LavinArguments, source: Source | None = None
+) -> Callable[[RunArguments, Any, LlavaForCausalLM], LavinDataset]:
+    """What makes the training data of a run; `source` is read if it is not given."""
+    rows, images = source or read_source(args)
 
     def make(run: RunArguments, tokenizer: Any, model: LlavaForCausalLM) -> LavinDataset:
         dataset = LavinDataset(
@@ -119,10 +120,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
         LlavaError: a problem with options, data or checkpoints that the user can mend.
     """
     args = parse_args(argv)
-    dataset = dataset_maker(args)  # before the base, which may have to be converted
+    # Before the base, which may have to be converted: data that are wrong, or too few for one update.
+    source = read_source(args)
+    epoch_of(len(source.rows), args.own.batch_size, args.own.accum_iter, args.run.training.world_size)
     prepare_base(args)
     parts = Parts(
-        dataset=dataset,
+        dataset=dataset_maker(args, source),
         trainer=partial(LavinTrainer, schedule=args.schedule),
         next_command=lambda run: next_command(args),
     )
