@@ -114,8 +114,10 @@ def test_nlvr_flags_are_accepted(method: Method, tmp_path: Path) -> None:
     recipe = Recipe()
     (tmp_path / "base" / "vision_tower").mkdir(parents=True)
     (tmp_path / "rows.json").write_text("[]")
+    images = tmp_path / "images"
+    images.mkdir()
     for run in runs_of(method, 1, TASKS):
-        command = tuned_command(recipe, run, tmp_path / "base", tmp_path / "rows.json", tmp_path, tmp_path / "out")
+        command = tuned_command(recipe, run, tmp_path / "base", tmp_path / "rows.json", images, tmp_path / "out")
         args = parse_args(command[1:])
         assert args.training.freeze_mm_mlp_adapter
         assert args.training.lora_enable  # --use_lora sets it too
