@@ -148,7 +148,12 @@ def test_rules_refuse_what_they_cannot_do(dense: LoadedModel, tmp_path: Path) ->
     answer.obey_rule(sparse.model, "random", None, None, 1, 0)
     assert kept(sparse) != before
     (tmp_path / "rows.json").write_text("[]")
-    flags = {"model_name_or_path": DENSE, "data_path": tmp_path / "rows.json", "output_dir": tmp_path, "use_cpu": True}
+    flags = {
+        "model_name_or_path": DENSE,
+        "data_path": tmp_path / "rows.json",
+        "output_dir": tmp_path / "out",
+        "use_cpu": True,
+    }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     with pytest.raises(FlagError, match="nothing is judged without --dynamic True"):
         train.main(["--judge", "random", *words])
