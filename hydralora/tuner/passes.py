@@ -117,8 +117,9 @@ class Passes:
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "routing='sequence': a backward pass recomputes this layer, and does not say which forward pass it "
-                "belongs to. Use model.gradient_checkpointing_enable(), or call torch.utils.checkpoint.checkpoint "
-                "with context_fn=model.base_model.hydralora_passes.checkpoint_contexts"
+                "belongs to. Let the model checkpoint its layers (gradient_checkpointing of the Trainer), or call "
+                "torch.utils.checkpoint.checkpoint with "
+                "context_fn=model.base_model.hydralora_passes.checkpoint_contexts"
             )
         return BatchNote()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hydralora.config import RoutedMLPConfig
 from hydralora.patch import patch_llava
+from tests.checkpointed import checkpoint_layers
 from tests.dynamic.sparse_models import sparse_llava
 from tests.hydralora.tuner.models import IDS, MASK, tiny_llama
 from tests.model.test_precision import routed_llava
@@ -61,7 +62,7 @@ def gradients(model: Any, batches: tuple[dict[str, Any], ...]) -> list[dict[str,
 def test_a_recomputation_does_not_see_a_later_pass(name: str) -> None:
     make, batches = MODELS[name]
     plain, spared = (make().train().requires_grad_(True) for _ in range(2))
-    spared.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(spared)
     expected, found = (gradients(model, batches) for model in (plain, spared))
     close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-6)
     for one, other in zip(expected, found, strict=True):
