@@ -98,7 +98,9 @@ def log_likelihood(model: Any, prompt: Tensor, answer: Tensor) -> float:
         first = model(input_ids=prompt, use_cache=True)
         rows = [first.logits[0, -1:]]
         if answer.shape[1] > 1:
-            rows.append(model(input_ids=answer[:, :-1], **cache_argument(model.forward, cache_of(first))).logits[0])
+            host = model.get_base_model() if isinstance(model, PeftModel) else model
+            filled = cache_argument(host.forward, cache_of(first))
+            rows.append(model(input_ids=answer[:, :-1], **filled).logits[0])
     scores = torch.cat(rows).log_softmax(dim=-1)  # (T, vocabulary)
     return scores.gather(1, answer[0][:, None]).sum().item()
 
