@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dynamic.config import SparseConfig
 from dynamic.model import IMAGE, INSTRUCT, OUTPUT_TEXT
+from llava.files import READ_ERRORS, refuse_pointer
 from llava.torch_files import load_plain
 from llava.utils import read_json
 
@@ -108,19 +109,24 @@ def _files_with(folder: Path, wanted: list[str]) -> list[Path]:
         if path.is_file() and name in SINGLE_FILES:
             return [path]
         if path.is_file():
-            table = read_json(path).get("weight_map", {})
+            table = read_json(path).get("weight_map")
+            if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
+                raise ValueError(f"{path}: has no 'weight_map' of file names, so it is no index of weights")
             return [folder / file for file in sorted({table[key] for key in table if key.startswith(tuple(wanted))})]
     return []
 
 
 def _read(path: Path, wanted: list[str]) -> dict[str, Tensor]:
+    refuse_pointer(path)
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if name.startswith(tuple(wanted))}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except READ_ERRORS as error:
         raise ValueError(f"{path}: is damaged or holds more than tensors ({error})") from error
     content = load_plain(path, mapped=True)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a table of named tensors")
     return {name: tensor for name, tensor in content.items() if name.startswith(tuple(wanted))}
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydralora.tuner.original import export_adapter, import_adapter
+from llava.errors import LlavaError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             export_adapter(args.source, args.target)
             print(f"{args.target}: written for the original's PEFT")
-    except ValueError as error:
+    except (ValueError, LlavaError) as error:
         sys.exit(f"error: {error}")
 
 

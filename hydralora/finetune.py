@@ -30,10 +30,13 @@ from hydralora.text.training import (
     load_base,
     load_tokenizer,
 )
+from hydralora.tuner.original import OUR_WEIGHTS
 from llava.errors import FlagError
 from llava.output import replace_text
 from llava.train import checkpointing
+from llava.train.resume_check import check_resumable
 from llava.train.saving import prepare_folder
+from llava.train.unchanged import FINGERPRINTS, WORLD, fingerprints, flat, refuse_changes
 from llava.train.zero import join_processes, prepare_resume, set_precision
 from llava.utils import package_versions, run_program
 
@@ -85,16 +88,22 @@ def load_data(args: RunArguments, tokenizer: Any) -> tuple[InstructionDataset | 
     return train.split(data.validation_split_percentage, args.training.seed)
 
 
-def write_run_record(args: RunArguments) -> None:
-    """Resolved options and package versions, written before the first step."""
-    folder = Path(args.training.output_dir)
+def run_record(args: RunArguments) -> dict[str, Any]:
+    """What `run.json` says of a run: resolved options, package versions, and digests of what it reads."""
     record = {
         "model": dataclasses.asdict(args.model),
         "data": dataclasses.asdict(args.data),
         "training": args.training.to_sanitized_dict(),
         "experts": args.experts,
+        WORLD: args.training.world_size,
         "versions": package_versions(),
     }
+    return record | {FINGERPRINTS: fingerprints(flat(record))}
+
+
+def write_run_record(args: RunArguments) -> None:
+    """Write `run.json`, before the first step."""
+    folder, record = Path(args.training.output_dir), run_record(args)
     replace_text(folder / RUN_FILE, json.dumps(record, indent=2, sort_keys=True, default=str) + "\n")
 
 
@@ -166,7 +175,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     resume_from = None
     if training.do_train:
         resume_from = training.resume_from_checkpoint or (get_last_checkpoint(output) if output.is_dir() else None)
+    if training.do_train:
+        finished = (output / ADAPTER_FOLDER / OUR_WEIGHTS).is_file()
+        refuse_changes(run_record(args), output, None if resume_from is None else Path(resume_from), finished)
     if resume_from is not None:
+        check_resumable(Path(resume_from), training)
         prepare_resume(training, Path(resume_from))
     run = build_run(args)
     adapter = output / ADAPTER_FOLDER

@@ -19,6 +19,7 @@ from hydralora.moe_args import ARGUMENTS_FILE
 
 WEIGHTS_FILE = "non_lora_trainables.bin"
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _PEFT_PREFIX = "base_model.model."
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<block>.+)\."
@@ -34,6 +35,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ValueError: the file is missing, damaged, or holds something else than named tensors.
     """
     try:
+        with path.open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise ValueError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull`")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -43,6 +47,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a table of named tensors")
     return content
+
+
+def check_numbers(key: str, tensor: Tensor, path: Path) -> None:
+    """Refuse a tensor that is no weight.
+
+    Raises:
+        ValueError: it is not of a floating-point type, or contains NaN or infinite values.
+    """
+    if not tensor.is_floating_point():
+        raise ValueError(f"{path}: '{key}' is {tensor.dtype}, expected floating-point weights")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{path}: '{key}' contains NaN or infinite values")
 
 
 def is_original_key(key: str) -> bool:
@@ -94,6 +110,7 @@ def _check_block(block: str, parts: Mapping[str, tuple[str, Tensor]], config: Ro
         key, tensor = parts[part]
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{path}: '{key}' has shape {tuple(tensor.shape)}, expected {shape}")
+        check_numbers(key, tensor, path)
 
 
 def _original_shapes(parts: Mapping[str, tuple[str, Tensor]], config: RoutedMLPConfig) -> dict[str, tuple[int, ...]]:

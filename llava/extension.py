@@ -147,6 +147,8 @@ class Extension:
 
     rates: ClassVar[tuple[str, ...]] = ()
     """Those of its options that are learning rates of all that it adds; empty where that has the run's rate."""
+    adjustable: ClassVar[frozenset[str]] = frozenset()
+    """Settings that may be edited in a checkpoint's `extensions/<name>/config.json`, to use it in another way."""
 
     # 1. Flags
     def configure(self, args: RunArguments) -> Config | None:

@@ -21,7 +21,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizer
 
 from llava.errors import CheckpointError
 from llava.extension import Span
+from llava.files import reading, refuse_pointers
 from llava.hub import TOKENIZER_FILES, local_folder
+from llava.utils import read_json
 
 BLANK = "\u2581"
 """SentencePiece writes a blank as this character."""
@@ -225,10 +227,21 @@ def load_tokenizer(
         kwargs["model_max_length"] = model_max_length
     folder = local_folder(folder, TOKENIZER_FILES)
     names = {path.name for path in folder.glob("tokenizer.*")}
+    refuse_pointers(folder)
+    for path in sorted(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.suffix == ".json"):
+        read_json(path)  # whose messages name the file
     if "tokenizer.model" in names:
-        tokenizer = LlamaTokenizer.from_pretrained(folder, padding_side=padding_side, local_files_only=True, **kwargs)
+        with reading(folder / "tokenizer.model"):  # asked first: whatever is wrong afterwards is in the other files
+            pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+            if not [pieces.id_to_piece(index) for index in range(pieces.get_piece_size())]:
+                raise ValueError("it has no pieces")
+        with reading(folder / "tokenizer_config.json", "no tokenizer can be made with these settings"):
+            options = {"padding_side": padding_side, "local_files_only": True, **kwargs}
+            tokenizer = LlamaTokenizer.from_pretrained(folder, **options)
     elif "tokenizer.json" in names:
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=padding_side, local_files_only=True, **kwargs)
+        with reading(folder / "tokenizer.json", "no tokenizer can be made of it and tokenizer_config.json"):
+            options = {"padding_side": padding_side, "local_files_only": True, **kwargs}
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     else:
         raise CheckpointError(f"no tokenizer in {folder}: it holds neither tokenizer.model nor tokenizer.json")
     if tokenizer.pad_token is None:

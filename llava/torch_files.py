@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from llava.errors import CheckpointError
+from llava.files import check_torch_file
 
 SUFFIXES = (".pt", ".pth", ".bin")
 """What libraries call files of `torch.save` in a checkpoint."""
@@ -41,8 +42,9 @@ def load_plain(path: Path, classes: Sequence[Any] = (), *, mapped: bool = False)
         mapped: leave tensors in the file until they are used; files of torch before 1.6 are read all the same.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or asks for anything else; names the file and what it asks for.
+        CheckpointError: the file is missing, damaged, a Git LFS pointer, or asks for anything else; names the file and what it asks for.
     """
+    check_torch_file(path)
     with torch.serialization.safe_globals(list(classes)):
         try:
             # Files of torch before 1.6 are no zip archives and cannot be mapped.

@@ -14,6 +14,7 @@ from typing import Any
 from transformers.utils import logging
 
 from llava.errors import CheckpointError, LlavaError
+from llava.files import refuse_pointer
 
 PACKAGES = (
     *("llava-extensions", "torch", "torchvision", "transformers", "tokenizers", "sentencepiece", "peft", "accelerate"),
@@ -35,13 +36,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        CheckpointError: the file is missing, is no JSON, or holds something else than an object.
+        CheckpointError: the file is missing, is a Git LFS pointer or not JSON, or holds something else than an object.
     """
+    refuse_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is no valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__} where a JSON object is expected")

@@ -46,6 +46,7 @@ class MmaExtension(Extension):
 
     name = "mma"
     options = MmaOptions
+    adjustable = frozenset({"shifted_decoding"})
 
     def __init__(self) -> None:
         # Per model, and gone with it: one extension may serve several models.

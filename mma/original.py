@@ -20,11 +20,13 @@ from torch import nn
 
 from llava.errors import CheckpointError
 from llava.eval.record import weights_fingerprint
+from llava.files import reading
 from llava.hub import local_folder
 from llava.model.checkpoint import copy_tensors, read_extensions, save_checkpoint
 from llava.model.components import Component, components
 from llava.model.formats import inspect_checkpoint, read_json, read_projector
 from llava.model.language_model.backbones import backbone_class, load_config
+from llava.model.tensors import check_numbers
 from llava.output import check_new, new_path
 from llava.tokenizer import load_tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments
@@ -119,12 +121,11 @@ def import_file(
     """
     check_new(output, [file, base, vision_tower])
     file, base = Path(file), str(local_folder(str(base)))
-    try:
+    with reading(file, "its tensors are not those of LaVIN's adapters"):
         original = convert.read(file)
+        check_numbers({k: v for k, v in original.tensors.items() if not k.endswith("attention.gate")}, file)
         config = convert.config_of(original, file, defaults, **settings)
         hidden = convert.hidden_proj(original, file)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
     tower = vision_tower or TOWER
     args = _arguments(base, tower, hidden)
     tokenizer = load_tokenizer(base, model_max_length=MAX_LENGTH)

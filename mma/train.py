@@ -124,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     source = read_source(args)
     epoch_of(len(source.rows), args.own.batch_size, args.own.accum_iter, args.run.training.world_size)
     prepare_base(args)
+    args.run.program = vars(args.own)
     parts = Parts(
         dataset=dataset_maker(args, source),
         trainer=partial(LavinTrainer, schedule=args.schedule),

@@ -23,6 +23,7 @@ from llava.model.formats import (
     strip_peft_prefix,
     weight_files,
 )
+from llava.model.tensors import check_numbers
 from llava.output import check_new, new_path
 from llava.utils import run_program
 
@@ -54,6 +55,7 @@ def projector_of(checkpoint: str | Path) -> dict[str, Tensor]:
         tensors |= {k: v for k, v in stored.items() if k.startswith(PREFIX) or k == f"model.{NEWLINE}"}
     if not tensors:
         raise CheckpointError(f"{checkpoint}: holds no projector")
+    check_numbers(tensors, checkpoint)
     return tensors
 
 

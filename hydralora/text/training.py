@@ -21,8 +21,10 @@ from hydralora.statistics import TaskStatistics
 from hydralora.text.arguments import RunArguments, module_names
 from hydralora.tuner import HydraLoraConfig, hydralora_layers
 from hydralora.tuner.loading import load_adapter
+from hydralora.tuner.original import OUR_WEIGHTS
 from llava.errors import FlagError
 from llava.hub import TOKENIZER_FILES, local_folder
+from llava.model.checkpoint import check_adapter
 from llava.model.partition import fetch
 from llava.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer as read_tokenizer
@@ -165,6 +167,7 @@ class HydraLoraTrainer(ResumableTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # The Trainer would take the folder `sft_lora_model` in a checkpoint for a second adapter, and load that alone.
         target: Any = self.model if model is None else model
+        check_adapter(target, Path(resume_from_checkpoint) / OUR_WEIGHTS)
         target.load_adapter(resume_from_checkpoint, target.active_adapter, is_trainable=True)
 
     def compute_loss(

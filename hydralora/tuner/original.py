@@ -20,12 +20,20 @@ from torch import Tensor
 
 from hydralora.original import read_weights
 from hydralora.tuner.config import HydraLoraConfig
+from llava.errors import CheckpointError
+from llava.files import check_torch_file, reading, refuse_pointer
+from llava.model.adapter_counts import check_layers
+from llava.model.settings import LORA, Rule, check_settings
+from llava.model.tensors import check_numbers
 from llava.output import check_new, new_path
 from llava.utils import read_json
 
 CONFIG_FILE = "adapter_config.json"
 ORIGINAL_WEIGHTS = "adapter_model.bin"
 OUR_WEIGHTS = "adapter_model.safetensors"
+
+ADAPTER = {**LORA, "lora_nums": Rule("int", 1, 1024, required=True)}
+"""What the original's `adapter_config.json` must say."""
 
 _ORIGINAL_KEY = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<single>A|route)|lora_B(?P<expert>\d+))\.weight")
 _OUR_NAME = {"A": "hydralora_A", "route": "hydralora_router"}
@@ -76,6 +84,36 @@ def to_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
+def check_counts(tensors: Mapping[str, Tensor], config: HydraLoraConfig, source: Path) -> None:
+    """Refuse tensors, by our names, that are not those of an adapter of this configuration.
+
+    Raises:
+        CheckpointError: a layer has another number of experts or another rank, its matrices do not fit one another, a
+            layer or a target is missing, or a tensor is not of finite numbers.
+    """
+    check_numbers(tensors, source)
+    experts, rank = config.lora_nums, config.r
+    layers = {name.rpartition(".")[0] for name in tensors}
+    for layer in sorted(layers):
+        a, b, router = (tensors[f"{layer}.hydralora_{part}"] for part in ("A", "B", "router"))
+        width = a.shape[-1]
+        if a.dim() != 2 or len(a) != rank:
+            raise CheckpointError(
+                f"{source}: A of '{layer}' has shape {tuple(a.shape)}, but {CONFIG_FILE} says r {rank}"
+            )
+        if b.dim() != 3 or b.shape[0] != experts or b.shape[2] != rank:
+            raise CheckpointError(
+                f"{source}: '{layer}' has {len(b)} experts of shape {tuple(b.shape[1:])}, but {CONFIG_FILE} says "
+                f"{experts} of rank {rank}"
+            )
+        if tuple(router.shape) != (experts, width):
+            raise CheckpointError(
+                f"{source}: the router of '{layer}' has shape {tuple(router.shape)}, expected {(experts, width)}"
+            )
+    targets = config.target_modules
+    check_layers(layers, source, None if isinstance(targets, str) or targets is None else targets)
+
+
 def config_from_original(values: Mapping[str, Any], source: str | Path) -> HydraLoraConfig:
     """Our configuration of the original's.
 
@@ -89,7 +127,12 @@ def config_from_original(values: Mapping[str, Any], source: str | Path) -> Hydra
         raise ValueError(f"{source}: {refused} cannot be carried out; the original's training never sets them")
     kept = ("r", "lora_alpha", "lora_nums", "lora_dropout", "bias", "target_modules", "modules_to_save", "task_type")
     names = (*kept, "base_model_name_or_path", "inference_mode")
-    return HydraLoraConfig(**{name: values[name] for name in names if name in values})
+    check_settings(values, ADAPTER, source)
+    targets = values.get("target_modules")
+    if not (isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets)):
+        raise CheckpointError(f"{source}: 'target_modules' is {targets!r:.80}, expected a list of names")
+    with reading(source, "no adapter can be made with these settings"):
+        return HydraLoraConfig(**{name: values[name] for name in names if name in values})
 
 
 def config_to_original(config: HydraLoraConfig) -> dict[str, Any]:
@@ -149,7 +192,9 @@ def import_adapter(source: Path, target: Path) -> HydraLoraConfig:
     check_new(target, [source])
     config = read_original_config(source)
     path = source / ORIGINAL_WEIGHTS
+    check_torch_file(path)
     tensors = from_original(read_weights(path), path)
+    check_counts(tensors, config, path)
     with _new_folder(target, source) as folder:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / OUR_WEIGHTS)
         config.save_pretrained(str(folder))
@@ -166,8 +211,11 @@ def export_adapter(source: Path, target: Path) -> None:
     check_new(target, [source])
     if _read_config(source).get("peft_type") != "HYDRALORA":
         raise ValueError(f"{source / CONFIG_FILE}: is no HydraLoRA adapter (peft_type HYDRALORA)")
-    values = config_to_original(HydraLoraConfig.from_pretrained(str(source)))
-    tensors = to_original(read_our_weights(source / OUR_WEIGHTS))
+    with reading(source / CONFIG_FILE):
+        config = HydraLoraConfig.from_pretrained(str(source))
+    values, ours = config_to_original(config), read_our_weights(source / OUR_WEIGHTS)
+    tensors = to_original(ours)
+    check_counts(ours, config, source / OUR_WEIGHTS)
     with _new_folder(target, source) as folder:
         torch.save(tensors, folder / ORIGINAL_WEIGHTS)
         (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -179,6 +227,7 @@ def read_our_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: the file is missing or damaged.
     """
+    refuse_pointer(path)
     try:
         return load_file(path)
     except OSError as error:

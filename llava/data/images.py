@@ -14,6 +14,7 @@ from transformers import CLIPImageProcessorPil
 
 from llava.anyres import GridPinpoints, output_size, parse_grid_pinpoints
 from llava.errors import BadImageError, FlagError
+from llava.files import is_pointer, pointer_problem
 from llava.mm_utils import ASPECT_RATIOS, preprocess_image
 
 MAX_PIXELS = 160_000_000
@@ -106,7 +107,8 @@ def image_size(folder: str | os.PathLike[str], name: str, row: object = "") -> t
         with Image.open(path) as image:
             return image.size
     except Exception as error:  # as in `read_rgb`
-        raise BadImageError(f"{row}: image {path}: {error}") from error
+        problem = pointer_problem(path) if is_pointer(path) else f"{path}: {error}"
+        raise BadImageError(f"{row}: image {problem}") from error
 
 
 def read_rgb(file: Path | BinaryIO, name: str) -> Image.Image:
@@ -125,6 +127,8 @@ def read_rgb(file: Path | BinaryIO, name: str) -> Image.Image:
             _check_shape(image)
             return _to_rgb(image)
     except UnidentifiedImageError as error:  # whose own message repeats the path, or the address of an open file
+        if isinstance(file, Path) and is_pointer(file):
+            raise BadImageError(f"{name} cannot be read: {pointer_problem(file)}") from error
         raise BadImageError(f"{name} cannot be read: UnidentifiedImageError: it is of no known image format") from error
     except Exception as error:  # Pillow's decoders raise many kinds for broken files
         raise BadImageError(f"{name} cannot be read: {type(error).__name__}: {error}") from error

@@ -20,8 +20,10 @@ from torch import nn
 from llava.conversation import conv_templates
 from llava.data.markers import user_marker_ids
 from llava.errors import CheckpointError, FlagError, LlavaError
-from llava.extension import Extension, ImportedState, installed_extensions
+from llava.extension import Config, Extension, ImportedState, installed_extensions
+from llava.files import reading
 from llava.hub import local_folder
+from llava.model.base_weights import read_base
 from llava.model.checkpoint import load_extension_tensors, load_trained
 from llava.model.components import Component, components
 from llava.model.formats import NEWLINE, CheckpointContents, check_base, inspect_checkpoint, read_tensors, weight_files
@@ -36,6 +38,7 @@ from llava.model.offloading import (
     is_offloaded,
     materialize,
 )
+from llava.model.settings import LORA, check_settings
 from llava.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer
 from llava.utils import errors_only, read_json
@@ -93,10 +96,12 @@ def load_pretrained_model(
         options["device_map"] = device_map if place == torch.device("cuda") else {"": str(place)}
         if quantised:
             check_quantised_map(options["device_map"])
+    config_file = contents.folder / "config.json"
     model, missing = _load_base(contents, base, options)
     tokenizer = load_tokenizer(_tokenizer_folder(contents, base))
     if getattr(model.config, "user_marker_ids", None) is None:  # upstream does not say which template it trained with
         model.config.user_marker_ids = user_marker_ids(conv_templates["v1"], tokenizer)
+    _check_vocabulary(model, tokenizer, Path(_tokenizer_folder(contents, base)))
     tokens = wanted_tokens(model.config)
     _keep_here(model, bool(tokens))
     if tokens:
@@ -104,7 +109,8 @@ def load_pretrained_model(
     near = [contents.folder, *([Path(base)] if base else [])]
     image_processor = None
     if getattr(model.config, "mm_vision_tower", None):  # a trained tower is read here, from inside the checkpoint
-        image_processor = model.get_model().load_vision_tower(near, dtype).image_processor
+        with _naming(config_file):
+            image_processor = model.get_model().load_vision_tower(near, dtype).image_processor
     imported = _attach_extensions(model, contents)
     materialize(model, model.extensions.named_parameters(model))
     if "attn_implementation" in options:  # what was asked for; what an extension chose is needed for its losses
@@ -119,6 +125,32 @@ def load_pretrained_model(
     model.requires_grad_(False)
     context_length = getattr(model.config, "max_sequence_length", DEFAULT_CONTEXT_LENGTH)
     return tokenizer, model.eval(), image_processor, context_length
+
+
+@contextlib.contextmanager
+def _naming(config_file: Path, *others: type[LlavaError]) -> Iterator[None]:
+    """Say of a refused setting that it comes from a file, not from a flag of this program; so of `others` too."""
+    try:
+        yield
+    except (FlagError, *others) as error:
+        if str(config_file) in str(error):
+            raise
+        raise CheckpointError(f"{config_file}: {error}") from error
+
+
+def _check_vocabulary(model: LlavaForCausalLM, tokenizer: Any, folder: Path) -> None:
+    """Refuse a tokenizer whose texts begin or end with a token that the model has no embedding for.
+
+    Raises:
+        CheckpointError: names the token.
+    """
+    for name in ("bos_token", "eos_token"):
+        index = getattr(tokenizer, f"{name}_id")
+        if index is not None and index >= model.config.vocab_size:
+            raise CheckpointError(
+                f"{folder / 'tokenizer_config.json'}: {name} {getattr(tokenizer, name)!r} has the id {index}, but the "
+                f"model has {model.config.vocab_size} embeddings"
+            )
 
 
 def base_folder(contents: CheckpointContents, model_base: str | None) -> str | None:
@@ -160,14 +192,8 @@ def _load_base(
             )
         config.vocab_size = load_config(base).vocab_size  # image tokens of the checkpoint get their rows later
     source = base or contents.folder
-    try:
-        with errors_only():  # weights that come from other files later are no news; what is missing then is an error
-            model, report = backbone.from_pretrained(source, config=config, output_loading_info=True, **options)
-    except ValueError as error:
-        if "device_map" not in options or isinstance(error, LlavaError):
-            raise
-        raise FlagError(f"{source} cannot be placed by device_map {options['device_map']!r}: {error}") from error
-    return model, set(report["missing_keys"])
+    with errors_only():  # weights that come from other files later are no news; what is missing then is an error
+        return read_base(backbone, source, config, **options)
 
 
 def _attach_extensions(model: LlavaForCausalLM, contents: CheckpointContents) -> dict[str, ImportedState]:
@@ -176,7 +202,10 @@ def _attach_extensions(model: LlavaForCausalLM, contents: CheckpointContents) ->
         wanted = {name: read_json(path / "config.json") for name, path in contents.extensions.items()}
         available = installed_extensions(list(wanted))
         for name in _order(model.config, wanted):
-            model.extensions.attach(model, available[name], wanted[name])
+            config_file = contents.extensions[name] / "config.json"
+            _check_recorded(contents, available[name], wanted[name])
+            with _naming(config_file, CheckpointError), reading(config_file, "no extension of these settings fits"):
+                model.extensions.attach(model, available[name], wanted[name])
         return {}
     imported: dict[str, ImportedState] = {}
     candidates: dict[str, Extension] = installed_extensions()
@@ -186,6 +215,24 @@ def _attach_extensions(model: LlavaForCausalLM, contents: CheckpointContents) ->
             model.extensions.attach(model, extension, state.config)
             imported[name] = state
     return imported
+
+
+def _check_recorded(contents: CheckpointContents, extension: Extension, config: Config) -> None:
+    """Refuse an extension whose settings are not those that the checkpoint's `config.json` has of it.
+
+    Raises:
+        CheckpointError: names the settings.
+    """
+    path = contents.folder / "config.json"
+    recorded = (read_json(path).get("extensions") or {}).get(extension.name, config)
+    names = sorted((recorded.keys() | config.keys()) - extension.adjustable)
+    differing = [name for name in names if recorded.get(name) != config.get(name)]
+    if differing:
+        values = ", ".join(f"{name} {config.get(name)!r} and {recorded.get(name)!r}" for name in differing[:3])
+        raise CheckpointError(
+            f"{contents.extensions[extension.name] / 'config.json'} and {path} differ about '{extension.name}': "
+            f"{values}; one of the two was damaged or edited alone"
+        )
 
 
 def _order(config: Any, wanted: dict[str, Any]) -> list[str]:
@@ -207,11 +254,14 @@ def _load_rest(
     _check_claimed(contents, imported)
     host: nn.Module = model
     if contents.adapter is not None:
-        peft_config = PeftConfig.from_pretrained(str(contents.folder))
+        adapter_config = contents.folder / "adapter_config.json"
+        with reading(adapter_config, "no adapter can be made with these settings"):
+            peft_config = PeftConfig.from_pretrained(str(contents.folder))
         if not isinstance(peft_config, LoraConfig):
             raise CheckpointError(f"{contents.adapter}: a '{peft_config.peft_type}' adapter; only LoRA is supported")
+        check_settings(read_json(adapter_config), LORA, adapter_config)
         peft_config.base_model_name_or_path = model.config.name_or_path  # where the base is now, not where it was
-        with _without_tower(model):
+        with _without_tower(model), reading(adapter_config, "no adapter can be made with these settings"):
             host = get_peft_model(model, peft_config)
         elsewhere = _offloaded_adapters(model, contents)
         materialize(model, components(model)[Component.ADAPTER])
@@ -222,7 +272,8 @@ def _load_rest(
     if still_missing:
         raise CheckpointError(
             f"{contents.folder}: {len(still_missing)} weights are nowhere to be found (first: "
-            f"{sorted(still_missing)[:3]}); is --model-base the base that it was trained on?"
+            f"{sorted(still_missing)[:3]}); not in {contents.weights or 'the base'} either; is --model-base the base "
+            "that it was trained on?"
         )
     if contents.adapter is None:
         return model

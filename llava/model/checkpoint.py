@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from llava.errors import CheckpointError
 from llava.extension import Config
+from llava.model.completeness import write_record
 from llava.model.components import Component, components
 from llava.model.formats import (
     EXTENSIONS_FOLDER,
@@ -34,6 +35,7 @@ from llava.model.formats import (
 from llava.model.image_tokens import image_token_rows, load_image_tokens
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.model.partition import fetch, full_shape, whole
+from llava.model.tensors import check_numbers, is_finite
 from llava.utils import read_json
 
 
@@ -67,7 +69,7 @@ class _Trained:
         parts = (self.weights, self.projector, self.tower, self.adapter, self.image_tokens)
         for part in (*parts, *self.extensions.values()):
             for name, tensor in part.items():
-                if not bool(torch.isfinite(tensor).all()):
+                if not is_finite(tensor):
                     raise CheckpointError(f"{folder}: not written, because '{name}' holds NaN or infinite values")
 
 
@@ -143,6 +145,7 @@ def save_checkpoint(model: nn.Module, folder: str | Path, tokenizer: Any = None,
     config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    write_record(folder)
 
 
 def _write_extension(target: Path, config: Config, found: _Trained) -> None:
@@ -176,12 +179,14 @@ def copy_tensors(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
     """Copy tensors into parameters of exactly the same names and shapes, keeping dtype and device.
 
     Raises:
-        CheckpointError: a name is missing or unknown, or a shape differs; nothing has been copied then.
+        CheckpointError: a name is missing or unknown, a shape differs, or a tensor is not of finite floating-point
+            numbers; nothing has been copied then.
     """
     missing, unknown = sorted(set(parameters) - set(tensors)), sorted(set(tensors) - set(parameters))
     if missing or unknown:
         raise CheckpointError(
-            f"{source}: does not fit the model; {len(missing)} tensors are missing (first: {missing[:3]}), "
+            f"{source}: does not fit the model of this config.json; {len(missing)} tensors are missing (first: "
+            f"{missing[:3]}), "
             f"{len(unknown)} are unknown (first: {unknown[:3]})"
         )
     for name, parameter in parameters.items():
@@ -194,6 +199,7 @@ def copy_tensors(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
             raise CheckpointError(
                 f"{source}: '{name}' is quantised in the model ({parameter.dtype}) and cannot be filled"
             )
+    check_numbers({name: tensors[name] for name in parameters}, source)
     for name, parameter in parameters.items():
         # Not through `.data`: whoever keeps what follows from parameters sees a change by their version.
         with whole([parameter], modify=True), torch.no_grad():
@@ -201,10 +207,16 @@ def copy_tensors(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
 
 
 def load_adapter(model: PeftModel, path: Path) -> None:
-    """Fill the adapter of a PEFT model.
+    """Fill the adapter of a PEFT model; errors as of `check_adapter`."""
+    set_peft_model_state_dict(model, check_adapter(model, path))
+
+
+def check_adapter(model: PeftModel, path: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter file, which fit the adapter of a PEFT model.
 
     Raises:
-        CheckpointError: names or shapes in the file differ from those of the adapter.
+        CheckpointError: names or shapes in the file differ from those of the adapter, or a tensor is not of finite
+            floating-point numbers.
     """
     tensors = read_tensors(path)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -214,7 +226,8 @@ def load_adapter(model: PeftModel, path: Path) -> None:
         raise CheckpointError(
             f"{path}: does not fit the adapter; missing {missing[:3]}, unknown {unknown[:3]}, other shape {wrong[:3]}"
         )
-    set_peft_model_state_dict(model, tensors)
+    check_numbers(tensors, path)
+    return tensors
 
 
 def load_trained(model: nn.Module, checkpoint: str | Path | CheckpointContents) -> None:
@@ -240,7 +253,7 @@ def load_trained(model: nn.Module, checkpoint: str | Path | CheckpointContents) 
     if contents.tower is not None and tower is not None:
         tower.load_weights(contents.tower)
     for name, (_, tensors) in read_extensions(contents).items():
-        load_extension_tensors(llava, name, tensors, contents.extensions[name])
+        load_extension_tensors(llava, name, tensors, contents.extensions[name] / "model.safetensors")
     if contents.adapter is not None:
         if not isinstance(model, PeftModel):
             raise CheckpointError(f"{contents.adapter}: the run does not use adapters; give the LoRA flags of that run")

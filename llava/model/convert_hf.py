@@ -17,7 +17,9 @@ from transformers import LlavaConfig as HfConfig
 
 from llava.conversation import conv_templates
 from llava.errors import CheckpointError, FlagError
+from llava.files import reading, refuse_pointers
 from llava.hub import local_folder
+from llava.model.base_weights import read_base
 from llava.model.builder import base_folder, load_pretrained_model
 from llava.model.formats import TOWER_FOLDER, CheckpointContents, check_weight_files, inspect_checkpoint
 from llava.model.hf_format import (
@@ -139,12 +141,17 @@ def from_hf(checkpoint: str | Path, output: str | Path, image_aspect_ratio: str 
     checkpoint = local_folder(checkpoint)
     if not (checkpoint / "config.json").is_file():
         raise CheckpointError(f"{checkpoint}: holds no config.json, so it is no checkpoint")
-    config = AutoConfig.from_pretrained(checkpoint)
+    refuse_pointers(checkpoint)
+    for path in sorted(checkpoint.glob("*.json")):
+        read_json(path)  # whose messages name the file
+    with reading(checkpoint / "config.json"):
+        config = AutoConfig.from_pretrained(checkpoint)
     if not isinstance(config, HfConfig):
         raise CheckpointError(f"{checkpoint}: its config.json says '{config.model_type}'; expected transformers' llava")
     record = getattr(config, RECORD, {})
     tower_class = _tower_class(config, checkpoint)
-    processor = AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
+    with reading(checkpoint, "no processor can be made of its processor_config.json, tokenizer and preprocessor files"):
+        processor = AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
     settings = processor.image_processor.to_dict()
     aspect_ratio = image_aspect_ratio or ("pad" if settings.get("do_pad") else "square")
     vocab_size = record.get("vocab_size") or _vocabulary(processor.tokenizer, config)
@@ -154,11 +161,9 @@ def from_hf(checkpoint: str | Path, output: str | Path, image_aspect_ratio: str 
     ours.mm_vision_tower = TOWER_FOLDER
     check_weight_files(checkpoint)
     with errors_only():
-        model, report = LlavaForConditionalGeneration.from_pretrained(
-            checkpoint, dtype="auto", output_loading_info=True
-        )
-    if report["missing_keys"]:
-        raise CheckpointError(f"{checkpoint}: lacks the weights {sorted(report['missing_keys'])[:3]}")
+        model, missing = read_base(LlavaForConditionalGeneration, checkpoint, config, dtype="auto")
+    if missing:
+        raise CheckpointError(f"{checkpoint}: lacks the weights {sorted(missing)[:3]}")
     with new_path(output, [checkpoint]) as folder:
         folder.mkdir()
         _save_tower(model, tower_class, record.get("image_processor") or settings, folder / TOWER_FOLDER)

@@ -9,12 +9,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from llava.errors import CheckpointError
+from llava.model.completeness import RECORD_FILE
 from llava.model.formats import NEWLINE, WEIGHT_FILES, inspect_checkpoint, read_tensors, weight_files
+from llava.model.tensors import check_numbers
 from llava.output import new_path
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -22,6 +23,9 @@ TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 OWN_PARTS = ("model.mm_projector.", "model.vision_tower.", f"model.{NEWLINE}")
 """What a LLaVA has and its base has not: part of the difference as it is."""
+
+NOT_COPIED = (*WEIGHT_FILES, RECORD_FILE)
+"""Indexes and the record of `other`, which do not describe what is written."""
 
 Combine = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,7 +36,9 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder}: holds none of {WEIGHT_FILES}")
     tensors: dict[str, Tensor] = {}
     for path in weight_files(contents.weights):
-        tensors |= read_tensors(path)
+        found = read_tensors(path)
+        check_numbers({name: tensor for name, tensor in found.items() if tensor.is_floating_point()}, path)
+        tensors |= found
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
@@ -63,7 +69,7 @@ def combine(base: Path, other: Path, output: Path, operation: Combine) -> Path:
         for path in other.iterdir():
             if path.is_dir() and not path.name.startswith("checkpoint-"):
                 shutil.copytree(path, folder / path.name)
-            elif path.is_file() and path.suffix not in (".bin", ".safetensors") and ".index." not in path.name:
+            elif path.is_file() and path.suffix not in (".bin", ".safetensors") and path.name not in NOT_COPIED:
                 shutil.copyfile(path, folder / path.name)
     return output
 
@@ -82,7 +88,8 @@ def _check(ours: dict[str, Tensor], theirs: dict[str, Tensor], base: Path, other
             raise CheckpointError(
                 f"'{name}' has shape {tuple(ours[name].shape)} in {other} and {tuple(tensor.shape)} in {base}"
             )
-        if not torch.is_floating_point(ours[name]):
-            raise CheckpointError(
-                f"{other}: '{name}' is {ours[name].dtype}; only floating-point weights have differences"
-            )
+        for folder, weight in ((other, ours[name]), (base, tensor)):
+            if not weight.is_floating_point():
+                raise CheckpointError(
+                    f"{folder}: '{name}' is {weight.dtype}; only floating-point weights have differences"
+                )

@@ -18,17 +18,23 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from llava.errors import CheckpointError, FlagError
 from llava.extension import installed_extensions
+from llava.model.adapter_counts import check_lora
+from llava.model.base_weights import read_base
 from llava.model.builder import base_folder
 from llava.model.checkpoint import load_trained
+from llava.model.completeness import RECORD_FILE
 from llava.model.formats import (
     NON_LORA_FILE,
     CheckpointContents,
+    described_weights,
     inspect_checkpoint,
     read_projector,
     read_tensors,
     weight_files,
 )
 from llava.model.language_model.backbones import backbone_class, load_config
+from llava.model.settings import LORA, check_settings
+from llava.model.tensors import check_dtype, check_finite, check_numbers
 from llava.output import check_new, new_path
 from llava.utils import read_json, run_program
 
@@ -47,9 +53,14 @@ def build_parser() -> argparse.ArgumentParser:
 def _export_adapter(contents: CheckpointContents, output: Path) -> None:
     """Adapter weights as they are; target modules as upstream writes them, by their last names."""
     # The keys of a LoRA file are PEFT's format: `<layer>.lora_A.weight`.
+    tensors, path = read_tensors(contents.adapter), contents.folder / "adapter_config.json"
+    check_numbers(tensors, contents.adapter)
+    values = read_json(path)
+    check_settings(values, LORA, path)
+    check_lora(tensors, values["r"], contents.adapter)
     shutil.copyfile(contents.adapter, output / contents.adapter.name)
     config = read_json(contents.folder / "adapter_config.json")
-    layers = {name.split(".lora_")[0] for name in read_tensors(contents.adapter)}
+    layers = {name.split(".lora_")[0] for name in tensors}
     config["target_modules"] = sorted({layer.rpartition(".")[2] for layer in layers})
     (output / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -71,7 +82,7 @@ def _export_extensions(contents: CheckpointContents, base: str, output: Path) ->
     """Let each extension write what its original code would have written."""
     config = load_config(contents.folder)
     config.vocab_size = load_config(base).vocab_size
-    model = backbone_class(contents.folder).from_pretrained(base, config=config, dtype=torch.float32)
+    model, _ = read_base(backbone_class(contents.folder), base, config, dtype=torch.float32)
     available = installed_extensions(list(contents.extensions))
     for name, folder in contents.extensions.items():
         model.extensions.attach(model, available[name], read_json(folder / "config.json"))
@@ -91,7 +102,11 @@ def _export_adapter_folder(contents: CheckpointContents, output: Path) -> None:
 def _export_full_weights(contents: CheckpointContents, output: Path) -> None:
     """Everything but what is our own: weights, tokenizer, generation defaults."""
     ours = {"config.json", "run.json", "trainer_state.json", "training_args.bin", SCHEDULER_NAME, OPTIMIZER_NAME}
+    ours.add(RECORD_FILE)
     weights = set(weight_files(contents.weights))
+    for name, entry in described_weights(contents.weights).items():
+        check_dtype(name, entry.dtype, entry.path)
+        check_finite(name, entry.read(name), entry.path)
     for path in contents.folder.iterdir():
         is_kept = path.suffix in (".json", ".model", ".txt", ".jinja") and path.name not in ours
         if path.is_file() and (is_kept or path in weights):

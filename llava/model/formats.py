@@ -6,15 +6,18 @@ alone. Pickled code is never run: `.bin` files are read by torch's weights-only 
 
 from __future__ import annotations
 
-import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from llava.errors import CheckpointError
+from llava.files import refuse_pointer, refuse_pointers
+from llava.model.completeness import RECORD_FILE, RUN_FILE, check_record, check_run_record, require
+from llava.model.tensors import Entry, check_numbers, describe, read_tensors
 from llava.torch_files import load_plain
 from llava.utils import read_json
 
@@ -23,6 +26,8 @@ WEIGHT_FILES = (
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 """Full weights, one file or the index of several, in the order in which transformers looks for them."""
+SHARDS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
+"""Names of the files that such an index lists."""
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 NON_LORA_FILE = "non_lora_trainables.bin"
@@ -36,33 +41,6 @@ TOKEN_TABLE = "model.embed_tokens.weight"
 """Upstream puts the embedding table into a projector file if `<im_start>` and `<im_end>` were trained with it."""
 
 _PEFT_PREFIX = "base_model.model."
-
-
-def read_tensors(path: Path, inner: str | None = None) -> dict[str, Tensor]:
-    """Tensors of one file, safetensors or torch's format, told apart by their first bytes.
-
-    Args:
-        path: the file.
-        inner: if the file holds a table under this name, that one is read.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or holds anything else than named tensors.
-    """
-    try:
-        with path.open("rb") as file:
-            head = file.read(9)
-        if len(head) == 9 and head[8:9] == b"{":
-            return load_file(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    except Exception as error:  # damaged files surface as many kinds of error, all meaning the same here
-        raise CheckpointError(f"{path}: is damaged or no file of tensors ({error})") from error
-    content = load_plain(path)
-    if inner is not None and isinstance(content, dict) and isinstance(content.get(inner), dict):
-        content = content[inner]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{path}: holds something else than a table of named tensors")
-    return content
 
 
 def strip_peft_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -115,23 +93,86 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointContents:
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: has no config.json, so it is no checkpoint (found: {_listing(folder)})")
-    extension_root = folder / EXTENSIONS_FOLDER
+    refuse_pointers(folder)
+    check_record(folder)
+    check_run_record(folder)
     contents = CheckpointContents(
         folder=folder,
         weights=_first(folder, WEIGHT_FILES),
         adapter=_first(folder, ADAPTER_FILES),
         projector=_first(folder, PROJECTOR_FILES),
         non_lora=_first(folder, (NON_LORA_FILE,)),
-        extensions={path.parent.name: path.parent for path in sorted(extension_root.glob("*/config.json"))},
+        extensions={path.name: path for path in sorted((folder / EXTENSIONS_FOLDER).glob("*")) if path.is_dir()},
         tower=folder / TOWER_FOLDER if _first(folder / TOWER_FOLDER, TOWER_MARKERS) else None,
         image_tokens=_first(folder, (IMAGE_TOKENS_FILE,)),
     )
-    if contents.adapter is not None and not (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"{contents.adapter}: there is no adapter_config.json beside it")
+    _check_named(contents, read_json(folder / "config.json"))
     parts = (contents.weights, contents.adapter, contents.projector, contents.non_lora, contents.image_tokens)
     if not any(parts) and not contents.extensions:
         raise CheckpointError(f"{folder}: holds no weights of any known kind (found: {_listing(folder)})")
     return contents
+
+
+def has_results(folder: Path) -> bool:
+    """True if a folder contains trained weights of any kind."""
+    names = (*WEIGHT_FILES, *ADAPTER_FILES, *PROJECTOR_FILES, NON_LORA_FILE)
+    return _first(folder, names) is not None or any((folder / EXTENSIONS_FOLDER).glob("*/model.safetensors"))
+
+
+def _check_named(contents: CheckpointContents, config: Mapping[str, Any]) -> None:
+    """Refuse a folder that lacks a part which one of its files names.
+
+    Raises:
+        CheckpointError: names the part, and where it was named.
+    """
+    folder, config_file = contents.folder, contents.folder / "config.json"
+    adapter_config = folder / "adapter_config.json"
+    if contents.adapter is not None and not adapter_config.is_file():
+        raise CheckpointError(f"{contents.adapter}: there is no adapter_config.json beside it")
+    if contents.adapter is None and adapter_config.is_file():
+        require(folder / ADAPTER_FILES[0], adapter_config, "describes an adapter")
+    _check_extensions(contents, config)
+    if (folder / TOWER_FOLDER).is_dir() and contents.tower is None:
+        raise CheckpointError(f"{folder / TOWER_FOLDER}: contains none of {TOWER_MARKERS}, so it is not a vision tower")
+    if config.get("mm_vision_tower") == TOWER_FOLDER and contents.tower is None and (folder / RUN_FILE).is_file():
+        require(folder / TOWER_FOLDER / TOWER_MARKERS[0], config_file, "names the tower inside this folder")
+    shards = sorted(path for pattern in SHARDS for path in folder.glob(pattern))
+    if contents.weights is None and shards:
+        raise CheckpointError(f"{shards[0]}: is one of several files of weights, but their index is missing")
+    apart = contents.projector is not None or contents.non_lora is not None
+    if contents.weights is None and not apart:
+        if config.get("tune_mm_mlp_adapter"):
+            require(folder / PROJECTOR_FILES[0], config_file, "says that the projector was trained")
+        if contents.adapter is not None and config.get("mm_vision_tower") and not _is_ours(folder):
+            require(folder / NON_LORA_FILE, contents.adapter, "comes from a program that always writes both")
+    if config.get("use_mm_proj") and config.get("mm_hidden_size") and not config.get("mm_vision_tower"):
+        raise CheckpointError(f"{config_file}: describes a projector, but has no 'mm_vision_tower' for it")
+
+
+def _is_ours(folder: Path) -> bool:
+    """True if a run of ours wrote the folder."""
+    return (folder / RUN_FILE).is_file() or (folder / RECORD_FILE).is_file() or (folder / EXTENSIONS_FOLDER).is_dir()
+
+
+def _check_extensions(contents: CheckpointContents, config: Mapping[str, Any]) -> None:
+    """`extensions` in `config.json` and the folders below `extensions/` must say the same."""
+    config_file, root = contents.folder / "config.json", contents.folder / EXTENSIONS_FOLDER
+    for path in contents.extensions.values():
+        refuse_pointers(path)
+        for name in ("config.json", "model.safetensors"):
+            require(path / name, path, "is the folder of an extension")
+    named = config.get("extensions")
+    if named is None:
+        return
+    if not isinstance(named, dict) or not all(isinstance(each, dict) for each in named.values()):
+        raise CheckpointError(f"{config_file}: its 'extensions' is not a table of configurations")
+    for name in named:
+        if Path(name).name != name:
+            raise CheckpointError(f"{config_file}: {name!r} is not the name of an extension")
+        require(root / name / "config.json", config_file, f"names the extension '{name}'")
+    strange = sorted(set(contents.extensions) - set(named))
+    if strange:
+        raise CheckpointError(f"{root / strange[0]}: is an extension that {config_file} does not name")
 
 
 def projector_file(path: str | Path) -> Path:
@@ -172,6 +213,7 @@ def read_projector(path: Path) -> dict[str, Tensor]:
             tensors[f"model.{NEWLINE}"] = tensor
         else:
             raise CheckpointError(f"{path}: '{name}' is no weight of a projector")
+    check_numbers(tensors, path)
     return tensors
 
 
@@ -190,8 +232,10 @@ def weight_files(weights: Path | None) -> list[Path]:
         files = [weights]
     else:
         table = read_json(weights).get("weight_map")
-        if not isinstance(table, dict) or not table:
-            raise CheckpointError(f"{weights}: has no 'weight_map', so it is no index of weights")
+        if not isinstance(read_json(weights).get("metadata", {}), dict):
+            raise CheckpointError(f"{weights}: its 'metadata' is not an object")
+        if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
+            raise CheckpointError(f"{weights}: has no 'weight_map' of file names, so it is no index of weights")
         names = sorted(set(table.values()))
         elsewhere = [name for name in names if Path(name).name != name]
         if elsewhere:
@@ -214,6 +258,25 @@ def check_weight_files(folder: str | Path) -> None:
     weight_files(_first(Path(folder), WEIGHT_FILES))
 
 
+def described_weights(weights: Path | None) -> dict[str, Entry]:
+    """What the files of full weights contain, values not read.
+
+    Raises:
+        CheckpointError: as `weight_files`, or the index names a tensor that its file does not have.
+    """
+    entries = describe(weight_files(weights))
+    if weights is not None and weights.suffix == ".json":
+        for name, file in read_json(weights)["weight_map"].items():
+            if name not in entries or entries[name].path.name != file:
+                raise CheckpointError(f"{weights.parent / file}: lacks '{name}', which {weights} says is in it")
+    return entries
+
+
+def weights_of(folder: Path) -> dict[str, Entry]:
+    """As `described_weights`, of a folder; nothing if it has no full weights."""
+    return described_weights(_first(folder, WEIGHT_FILES))
+
+
 def check_base(folder: str | Path) -> None:
     """Look at the weights of a base that is a folder here; one on a model hub is left to transformers.
 
@@ -226,19 +289,18 @@ def check_base(folder: str | Path) -> None:
     weights = _first(folder, WEIGHT_FILES)
     if weights is None:
         raise CheckpointError(f"{folder}: holds none of {WEIGHT_FILES}, so it is no base (found: {_listing(folder)})")
+    check_record(folder)
+    refuse_pointers(folder)
     weight_files(weights)
 
 
 def _check_length(path: Path) -> None:
     """Refuse a file that was cut off, and a pickle that asks for more than tensors; most of it is not read."""
     try:
-        with path.open("rb") as file:
-            is_zip = file.read(2) == b"PK"
         if path.suffix == ".safetensors":
+            refuse_pointer(path)
             with safe_open(path, "pt"):
                 return
-        if is_zip and not zipfile.is_zipfile(path):
-            raise CheckpointError(f"{path}: is damaged or was cut off")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: is damaged or was cut off ({error})") from error
     load_plain(path, mapped=True)

@@ -17,6 +17,7 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.errors import CheckpointError, FlagError
 from llava.model.formats import TOKEN_TABLE, read_tensors
 from llava.model.partition import fetch, whole
+from llava.model.tensors import check_numbers
 
 BORDER_TOKENS = (DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN)
 """Written around every image with `mm_use_im_start_end`."""
@@ -170,6 +171,7 @@ def load_image_tokens(llava: Any, path: Path) -> bool:
     """
     table, head, ids = llava.get_input_embeddings(), llava.get_output_embeddings(), llava.get_model().image_token_ids
     tensors = read_rows(path, ids, table.num_embeddings)
+    check_numbers(tensors, path)
     for name, row in tensors.items():
         part, _, token = name.partition("/")
         if token not in ids:

@@ -144,6 +144,7 @@ class RunArguments:
         options: parsed options of each installed extension, by its name.
         extensions: configuration of each extension that the options switch on, by its name.
         given: names of the options that were written down, be it with the value of their default.
+        program: options of a program around this one (`mma.train`), for `run.json`.
     """
 
     model: ModelArguments
@@ -152,6 +153,7 @@ class RunArguments:
     options: dict[str, Any] = field(default_factory=dict)
     extensions: dict[str, Config] = field(default_factory=dict)
     given: frozenset[str] = frozenset()
+    program: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Resolved values as JSON types, for `run.json`."""
@@ -161,6 +163,7 @@ class RunArguments:
             "training": self.training.to_sanitized_dict(),
             "options": {name: dataclasses.asdict(options) for name, options in self.options.items()},
             "extensions": self.extensions,
+            "program": self.program,
         }
 
 

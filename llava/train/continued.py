@@ -51,7 +51,7 @@ def recorded_extensions(base: str | Path, cache_dir: str | None = None) -> dict[
     contents = inspect_checkpoint(folder)
     if contents.extensions:
         return {
-            name: Recorded(config, tensors, contents.extensions[name])
+            name: Recorded(config, tensors, contents.extensions[name] / "model.safetensors")
             for name, (config, tensors) in read_extensions(contents).items()
         }
     imported = {name: extension.import_checkpoint(folder) for name, extension in installed_extensions().items()}

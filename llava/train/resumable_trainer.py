@@ -14,14 +14,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llava.data.failure import good_batches
-from llava.errors import LlavaError, TrainingError
+from llava.errors import CheckpointError, LlavaError, TrainingError
+from llava.files import reading
+from llava.model.completeness import require, write_record
 from llava.output import claim, discard, replacing
-from llava.torch_files import check_training_state
+from llava.torch_files import check_training_state, load_plain
 from llava.train.finite_trainer import FiniteTrainer
+from llava.train.resume_check import check_optimizer
 from llava.train.sampling import EpochSampler, random_order
 from llava.train.saving import FINAL, last_checkpoint, publish_files, publish_folder, rotate, staging_path
 from llava.train.zero import load_zero_state
@@ -127,6 +130,7 @@ class ResumableTrainer(FiniteTrainer):
                 claim(staged)
             self._write_model(staged)
             if self.args.should_save:
+                write_record(staged)
                 publish_files(staged, target)
         except (OSError, RuntimeError, SafetensorError) as error:
             self._could_not_write(target, staged, error)
@@ -139,9 +143,11 @@ class ResumableTrainer(FiniteTrainer):
         """Rename when all processes have written; once per file system where the nodes do not share one."""
         self.accelerator.wait_for_everyone()
         if self.args.process_index == 0:
+            write_record(staged)
             publish_folder(staged, target)
         self.accelerator.wait_for_everyone()
         if self.args.process_index != 0 and self.args.local_process_index == 0 and staged.is_dir():
+            write_record(staged)
             publish_folder(staged, target)
             discard(staged.parent)
 
@@ -159,6 +165,34 @@ class ResumableTrainer(FiniteTrainer):
             path = Path(self.args.output_dir) / TRAINER_STATE_NAME
             with replacing(path) as partial:
                 self.state.save_to_json(str(partial))
+
+    # Reading; `resume_check` has seen before that everything is there
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Restore both.
+
+        Raises:
+            CheckpointError: the file does not fit this run, or contains NaN or infinite values.
+        """
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        path, schedule = Path(checkpoint) / OPTIMIZER_NAME, Path(checkpoint) / SCHEDULER_NAME
+        expected = self.lr_scheduler.state_dict().keys()
+        with reading(path, f"does not fit this run, or {SCHEDULER_NAME} does not"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        lacking = sorted(expected - load_plain(schedule).keys())
+        if lacking:
+            raise CheckpointError(f"{schedule}: lacks {lacking}, which the schedule of this run has")
+        check_optimizer(self.optimizer, path)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.accelerator.scaler is None:
+            return
+        path = Path(checkpoint) / SCALER_NAME
+        require(path, Path(checkpoint) / TRAINER_STATE_NAME, "describes a run in float16, which scales its loss by it")
+        with reading(path, "does not fit this run"):
+            super()._load_scaler(checkpoint)
 
     # DeepSpeed's part of a checkpoint
 

@@ -7,12 +7,15 @@ import shutil
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+from llava.model.completeness import RUN_FILE
 from llava.output import replace_text
 from llava.train.arguments import RunArguments
+from llava.train.unchanged import FINGERPRINTS, WORLD, fingerprints, flat
 from llava.utils import package_versions
 
-RUN_FILE = "run.json"
+__all__ = ["RUN_FILE", "copy_run_record", "run_record", "write_run_record"]
 
 
 def _commit() -> str | None:
@@ -24,8 +27,26 @@ def _commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def write_run_record(args: RunArguments) -> Path:
+def run_record(args: RunArguments) -> dict[str, Any]:
+    """What `run.json` says of a run."""
+    arguments = args.to_dict()
+    return {
+        "arguments": arguments,
+        "seed": args.training.seed,
+        WORLD: args.training.world_size,
+        FINGERPRINTS: fingerprints(flat({"arguments": arguments})),
+        "versions": package_versions(),
+        "commit": _commit(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write_run_record(args: RunArguments, record: dict[str, Any] | None = None) -> Path:
     """Write `run.json` into the output folder of a run.
+
+    Args:
+        args: options of the run.
+        record: as `run_record` gives it, where that was done before.
 
     Returns:
         Path of the file. It is written whole or not at all.
@@ -34,13 +55,7 @@ def write_run_record(args: RunArguments) -> Path:
         FlagError: the output folder cannot be written.
     """
     folder = Path(args.training.output_dir)
-    record = {
-        "arguments": args.to_dict(),
-        "seed": args.training.seed,
-        "versions": package_versions(),
-        "commit": _commit(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    record = run_record(args) if record is None else record
     return replace_text(folder / RUN_FILE, json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
 from llava.errors import FlagError
+from llava.model.completeness import RECORD_FILE
 from llava.output import MARKER, claim, describe_entry, discard, is_ours
 from llava.places import Input, refuse_folder
 
@@ -59,7 +60,9 @@ def publish_folder(staged: Path, target: Path) -> None:
 def publish_files(staged: Path, target: Path) -> None:
     """Move every file of a complete temporary folder into an existing one, each in one step, and remove the first."""
     flush(staged)
-    for source in sorted(path for path in staged.rglob("*") if path.is_file() and path.name != MARKER):
+    # Their record first: without the files that it names, nobody takes a part of them for the whole.
+    files = sorted((path for path in staged.rglob("*") if path.is_file()), key=lambda path: path.name != RECORD_FILE)
+    for source in (path for path in files if path.name != MARKER):
         destination = target / source.relative_to(staged)
         destination.parent.mkdir(parents=True, exist_ok=True)
         os.replace(source, destination)

@@ -26,9 +26,10 @@ from llava.data.markers import user_marker_ids
 from llava.data.skipped import remove_skipped
 from llava.errors import CheckpointError
 from llava.extension import installed_extensions
+from llava.model.base_weights import read_base
 from llava.model.checkpoint import copy_tensors
 from llava.model.components import Component, components
-from llava.model.formats import IMAGE_TOKENS_FILE, NEWLINE, check_base, projector_file, read_projector
+from llava.model.formats import IMAGE_TOKENS_FILE, NEWLINE, check_base, has_results, projector_file, read_projector
 from llava.model.generation_defaults import mend_generation_config
 from llava.model.image_tokens import (
     BORDER_TOKENS,
@@ -49,9 +50,11 @@ from llava.train.freeze import freeze, print_trainable, trained_components
 from llava.train.inputs import inputs_of
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import add_lora
-from llava.train.run_record import write_run_record
+from llava.train.resume_check import check_resumable
+from llava.train.run_record import run_record, write_run_record
 from llava.train.saving import prepare_folder
 from llava.train.summary import next_command, print_summary
+from llava.train.unchanged import refuse_changes
 from llava.train.zero import join_processes, prepare_resume, same_draws, set_precision, zero_stage
 from llava.utils import run_program
 
@@ -104,12 +107,11 @@ def load_base(args: RunArguments, attn_implementation: str | None) -> LlavaForCa
     config = load_config(name, cache_dir)
     check_base(name)
     with same_draws(args.training):
-        model, report = backbone_class(name, cache_dir).from_pretrained(
-            name, config=config, output_loading_info=True, **options
+        model, missing = read_base(backbone_class(name, cache_dir), name, config, **options)
+    if missing:
+        raise CheckpointError(
+            f"{name}: lacks {len(missing)} weights that its config.json asks for: {sorted(missing)[:3]}"
         )
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise CheckpointError(f"{name}: lacks {len(missing)} weights that its config.json asks for: {missing[:3]}")
     mend_generation_config(model, str(name))
     if args.training.bits == 4:
         choose_cpu_kernels(model, trained=True)
@@ -321,11 +323,13 @@ def train(args: RunArguments, attn_implementation: str | None = None, parts: Par
     join_processes(args.training)
     output = Path(args.training.output_dir)
     resume_from = args.training.resume_from_checkpoint or (get_last_checkpoint(output) if output.is_dir() else None)
+    refuse_changes(run_record(args), output, None if resume_from is None else Path(resume_from), has_results(output))
     if args.training.should_save:
         prepare_folder(output, inputs_of(args))
         if resume_from is None:
             remove_skipped(skipped_file(args))  # an earlier run's list of samples
     if resume_from is not None:
+        check_resumable(Path(resume_from), args.training)
         prepare_resume(args.training, Path(resume_from))
     run = build_run(args, attn_implementation, parts)
     result = run.trainer.train(resume_from_checkpoint=resume_from)

@@ -20,7 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava.errors import CheckpointError
+from llava.files import reading
 from llava.model.formats import WEIGHT_FILES, inspect_checkpoint, weight_files
+from llava.model.tensors import check_numbers
 from llava.torch_files import load_plain
 
 INDEX = "model.safetensors.index.json"
@@ -110,7 +112,9 @@ def write_folder(weights: Weights, folder: Path, max_shard_size: str = "5GB") ->
         for filename, names in split.filename_to_tensors.items():
             tensors = {}
             for name in names:
-                tensors[name] = weights[name].read().contiguous()
+                with reading(folder, f"'{name}' cannot be put together from its files"):
+                    tensors[name] = weights[name].read().contiguous()
+                check_numbers({name: tensors[name]}, f"the source of {folder}")
                 progress.update()
             save_file(tensors, folder / filename, metadata={"format": "pt"})
     if split.is_sharded:

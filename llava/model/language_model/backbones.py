@@ -5,18 +5,26 @@ A further backbone is one file with three short classes and one line here; see `
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from llava.errors import CheckpointError
+from llava.files import reading
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.language_model.llava_qwen2 import LlavaQwen2ForCausalLM
 from llava.model.language_model.llava_qwen3 import LlavaQwen3ForCausalLM
-from llava.utils import errors_only
+from llava.model.settings import LANGUAGE_MODEL, VISION_KEYS, check_settings
+from llava.utils import errors_only, read_json
+
+CONFIG_FILE = "config.json"
+NEEDED_WITH_TOWER = ("mm_hidden_size", "mm_vision_select_layer")
+"""What a LLaVA's `config.json` must say where it names a tower; since v1.5 the aspect ratio of images too."""
 
 CLASSES: tuple[type[LlavaForCausalLM], ...] = (
     LlavaLlamaForCausalLM,
@@ -41,6 +49,9 @@ def backbone_class(name_or_path: str | Path, cache_dir: str | None = None) -> ty
     Raises:
         CheckpointError: `config.json` is missing or names another kind of model.
     """
+    own = Path(name_or_path) / CONFIG_FILE
+    if own.is_file():
+        read_json(own)  # whose messages name the file
     try:
         content, _ = PreTrainedConfig.get_config_dict(name_or_path, cache_dir=cache_dir)
     except (OSError, ValueError) as error:
@@ -55,9 +66,10 @@ def backbone_class(name_or_path: str | Path, cache_dir: str | None = None) -> ty
                 "python -m llava.model.convert_hf from-hf FOLDER OUTPUT"
             )
         kind = LlavaLlamaForCausalLM.config_class.model_type  # what upstream called it at first
-    if kind not in types:
+    if not isinstance(kind, str) or kind not in types:
         raise CheckpointError(
-            f"{name_or_path}: the model type in its config.json is {kind!r}; backbones here are {sorted(types)}"
+            f"{own if own.is_file() else name_or_path}: the model type in its config.json is {kind!r}; backbones here "
+            f"are {sorted(types)}"
         )
     return types[kind]
 
@@ -69,7 +81,24 @@ def load_config(name_or_path: str | Path, cache_dir: str | None = None) -> Any:
         CheckpointError: as `backbone_class`.
     """
     config_class = backbone_class(name_or_path, cache_dir).config_class
-    with errors_only():  # transformers would warn that the model type differs
+    path = Path(name_or_path) / CONFIG_FILE
+    if path.is_file():
+        check_config(read_json(path), path)
+    with errors_only(), reading(path):  # transformers would warn that the model type differs
         config = config_class.from_pretrained(name_or_path, cache_dir=cache_dir)
     config.model_type = config_class.model_type
     return config
+
+
+def check_config(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse the `config.json` of a language model or LLaVA that lacks a setting or has an impossible one.
+
+    Raises:
+        CheckpointError: lists the settings.
+    """
+    check_settings(content, LANGUAGE_MODEL, path)
+    check_settings(content, VISION_KEYS, path)
+    if content.get("mm_vision_tower") is not None:
+        names = NEEDED_WITH_TOWER + (("image_aspect_ratio",) if "mm_projector_type" in content else ())
+        needed = {name: dataclasses.replace(VISION_KEYS[name], required=True) for name in names}
+        check_settings(content, needed, path)

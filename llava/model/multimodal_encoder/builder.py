@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from llava.errors import CheckpointError, FlagError
+from llava.files import reading
 from llava.hub import is_hub_id
 from llava.model.formats import TOWER_MARKERS
 from llava.model.multimodal_encoder import open_clip_encoder
@@ -21,6 +22,7 @@ from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_encoder.open_clip_encoder import OpenClipVisionTower
 from llava.model.multimodal_encoder.siglip_encoder import SiglipVisionTower
+from llava.utils import read_json
 
 KINDS: dict[str, type[VisionTower]] = {
     "clip": CLIPVisionTower,
@@ -92,11 +94,15 @@ def tower_class(path: str) -> type[VisionTower]:
     """
     if path.startswith(open_clip_encoder.PREFIX) or (Path(path) / open_clip_encoder.CONFIG_FILE).is_file():
         return OpenClipVisionTower
-    kind = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
-    if kind not in KINDS:
+    own = Path(path) / "config.json"
+    if own.is_file():
+        read_json(own)  # whose messages name the file
+    with reading(path, "its config.json cannot be read"):
+        kind = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
+    if not isinstance(kind, str) or kind not in KINDS:
         raise CheckpointError(
-            f"{path}: its config.json says model_type '{kind}'; a vision tower is one of {sorted(KINDS)}, or a model "
-            f"of open_clip ({open_clip_encoder.PREFIX}ARCH/PRETRAINED)"
+            f"{own if own.is_file() else path}: its config.json says model_type '{kind}'; a vision tower is one of "
+            f"{sorted(KINDS)}, or a model of open_clip ({open_clip_encoder.PREFIX}ARCH/PRETRAINED)"
         )
     return KINDS[kind]
 

@@ -19,6 +19,7 @@ from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 from llava.errors import CheckpointError, FlagError
 from llava.model.formats import read_tensors
 from llava.model.multimodal_encoder.base import TowerShape, VisionTower
+from llava.model.tensors import check_numbers
 from llava.utils import read_json
 
 PREFIX = "open_clip:"
@@ -78,6 +79,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     visual = {name.removeprefix("visual."): value for name, value in tensors.items() if name.startswith("visual.")}
     if not visual:
         raise CheckpointError(f"{path}: holds no image model of open_clip (no tensor is named 'visual.*')")
+    check_numbers(visual, path)
     return visual
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,10 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from llava.anyres import output_size
 from llava.errors import CheckpointError
-from llava.model.formats import check_weight_files
+from llava.files import reading, refuse_pointers
+from llava.model.formats import weights_of
 from llava.model.multimodal_encoder.base import TowerShape, VisionTower
-from llava.utils import errors_only
+from llava.model.settings import IMAGE_PROCESSOR, VISION_TOWER, check_settings
+from llava.model.tensors import Entry, check_dtype, check_finite
+from llava.utils import errors_only, read_json
 
 
 class TransformersTower(VisionTower):
@@ -31,7 +36,19 @@ class TransformersTower(VisionTower):
 
     def read_shape(self) -> TowerShape:
         """Sizes from `config.json`; of a full model's, its vision part."""
-        self.config = self.config_class.from_pretrained(self.vision_tower_name)
+        path = Path(self.vision_tower_name) / "config.json"
+        if path.is_file():
+            content = read_json(path)
+            inner = content.get("vision_config")
+            if inner is None:
+                check_settings(content, VISION_TOWER, path)
+            elif not isinstance(inner, dict):
+                raise CheckpointError(f"{path}: its 'vision_config' is not an object")
+            else:  # of a full model; what equals the defaults may be left out there
+                rules = {name: replace(rule, required=False) for name, rule in VISION_TOWER.items()}
+                check_settings(inner, rules, path)
+        with reading(path):
+            self.config = self.config_class.from_pretrained(self.vision_tower_name)
         return TowerShape(
             self.config.num_hidden_layers,
             self.config.hidden_size,
@@ -42,7 +59,16 @@ class TransformersTower(VisionTower):
 
     def read_image_processor(self) -> Any:
         """The processor of `preprocessor_config.json`; torchvision's resizing differs from the original's."""
-        return self.processor_class.from_pretrained(self.vision_tower_name)
+        path = Path(self.vision_tower_name) / "preprocessor_config.json"
+        if path.parent.is_dir():
+            check_settings(read_json(path), IMAGE_PROCESSOR, path)
+        side = self.shape.image_size
+        with reading(path):
+            processor = self.processor_class.from_pretrained(self.vision_tower_name)
+            size = output_size(processor) if processor.do_center_crop or "height" in processor.size else (side, side)
+        if size != (side, side):
+            raise CheckpointError(f"{path}: makes images of {size} pixels, but the tower takes {(side, side)}")
+        return processor
 
     def optional_weights(self, network: Any) -> Sequence[nn.Module]:
         """Parts that no feature depends on and that a checkpoint may lack."""
@@ -54,9 +80,19 @@ class TransformersTower(VisionTower):
         Raises:
             CheckpointError: weights are missing.
         """
-        check_weight_files(source)
-        with errors_only():  # a full model has a text model too, which transformers would list key by key
-            model, report = self.model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        folder = Path(source)
+        if folder.is_dir():
+            refuse_pointers(folder)
+        entries = weights_of(folder) if folder.is_dir() else {}
+        options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        with errors_only(), reading(source, "its weights cannot be read"):  # a full model's text model is no news
+            model, report = self.model_class.from_pretrained(source, **options)
+        if report["mismatched_keys"]:
+            name, stored, wanted = sorted(report["mismatched_keys"])[0]
+            raise CheckpointError(
+                f"{_file_of(entries, name, source)}: '{name}' has shape {tuple(stored)}, but {folder / 'config.json'} "
+                f"asks for {tuple(wanted)}"
+            )
         optional = {id(weight) for part in self.optional_weights(model) for weight in part.parameters()}
         optional_names = {name for name, weight in model.named_parameters() if id(weight) in optional}
         missing = set(report["missing_keys"]) - optional_names
@@ -64,6 +100,12 @@ class TransformersTower(VisionTower):
             raise CheckpointError(
                 f"{source}: {len(missing)} weights of the vision tower are missing (first: {sorted(missing)[:3]})"
             )
+        for name, weight in model.named_parameters():
+            if name not in optional_names and weight.is_floating_point():
+                path = _file_of(entries, name, source)
+                if (entry := _entry(entries, name)) is not None:
+                    check_dtype(name, entry.dtype, path)
+                check_finite(name, getattr(weight, "ds_tensor", weight), path)
         return model
 
     def blocks(self, network: Any) -> Sequence[nn.Module]:
@@ -78,3 +120,14 @@ class TransformersTower(VisionTower):
         """Write the folder as transformers does."""
         self.loaded().save_pretrained(folder, state_dict=tensors)
         self.image_processor.save_pretrained(folder)
+
+
+def _entry(entries: Mapping[str, Entry], name: str) -> Entry | None:
+    """The tensor of a weight: files of full models have the name behind a prefix, `vision_model.` and the like."""
+    found = (entry for stored, entry in entries.items() if stored == name or stored.endswith(f".{name}"))
+    return entries.get(name) or next(found, None)
+
+
+def _file_of(entries: Mapping[str, Entry], name: str, source: str) -> str | Path:
+    entry = _entry(entries, name)
+    return source if entry is None else entry.path

@@ -1,0 +1,113 @@
+"""Files before anything is made of them: is this the file itself, whole, and of the kind that its place says?
+
+Everything that reads a checkpoint, a tokenizer, an image or a JSON file asks here first. A clone without git-lfs leaves
+small text files ("pointers") in the place of large ones; other readers would call such a file damaged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+from llava.errors import CheckpointError, LlavaError
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the text of a Git LFS pointer begins."""
+
+CHECKED_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".bin", ".safetensors", ".pt", ".pth"})
+"""Files of a checkpoint folder that some reader opens."""
+
+READ_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, NotImplementedError),
+    *(OSError, RuntimeError, SafetensorError, StrictDataclassError, TypeError, ValueError, pickle.UnpicklingError),
+    zipfile.BadZipFile,
+)
+"""What readers of other libraries raise for a damaged file. Bugs of ours look the same, so blocks stay short."""
+
+
+def is_pointer(path: str | os.PathLike[str]) -> bool:
+    """True if a file is a Git LFS pointer; False if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(POINTER)) == POINTER
+    except OSError:
+        return False
+
+
+def pointer_problem(path: str | os.PathLike[str]) -> str:
+    """What to say about a pointer."""
+    return f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
+
+
+def refuse_pointer(path: str | os.PathLike[str]) -> None:
+    """Refuse a Git LFS pointer.
+
+    Raises:
+        CheckpointError: the file is one.
+    """
+    if is_pointer(path):
+        raise CheckpointError(pointer_problem(path))
+
+
+def refuse_pointers(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder with a Git LFS pointer among the files that are read; folders below it are not looked at.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    folder = Path(folder)
+    if folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            if path.suffix in CHECKED_SUFFIXES:
+                refuse_pointer(path)
+
+
+def check_torch_file(path: Path) -> None:
+    """Refuse a file of `torch.save` that was cut off, or whose description of the tensors was changed.
+
+    The tensors themselves are not read, so this is instant for files of any size.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    refuse_pointer(path)
+    try:
+        with path.open("rb") as file:
+            if file.read(2) != b"PK":  # a file of torch before 1.6 has no table of contents to look at
+                return
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith("/data.pkl"):
+                    archive.read(name)  # compares its checksum
+    except READ_ERRORS as error:
+        raise CheckpointError(f"{path}: is damaged or was cut off ({error})") from error
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str], problem: str = "cannot be read") -> Iterator[None]:
+    """Turn what another library raises about a file into one line that names it.
+
+    Args:
+        path: the file, or the folder if it is not known which one.
+        problem: what to say about it.
+
+    Raises:
+        CheckpointError: the block raised one of `READ_ERRORS`. Errors of ours and a full memory pass unchanged.
+    """
+    try:
+        yield
+    except (LlavaError, torch.OutOfMemoryError):
+        raise
+    except READ_ERRORS as error:
+        text = next((line for line in str(error).splitlines() if line.strip()), "no further message")
+        if isinstance(error, ValueError) and str(path) in text:  # by a module of ours that needs nothing of llava
+            raise CheckpointError(str(error)) from error
+        raise CheckpointError(f"{path}: {problem} ({type(error).__name__}: {text[:300]})") from error

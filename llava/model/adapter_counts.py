@@ -1,0 +1,72 @@
+"""Does a file of low-rank updates have what its configuration says: every layer, every part, the rank?
+
+A converter that copies tensors cannot ask the model; a lost layer would pass as an adapter of fewer layers.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from llava.errors import CheckpointError
+
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+
+
+def check_layers(layers: Collection[str], source: str | Path, targets: Collection[str] | None = None) -> None:
+    """Refuse names of layers with gaps: each kind of layer must be in every decoder layer from the first to the last.
+
+    Args:
+        layers: full names, as `model.layers.3.mlp.up_proj`.
+        source: file that they come from.
+        targets: last names that the configuration lists; None for a pattern.
+
+    Raises:
+        CheckpointError: names the kind and the numbers, or the target without a layer.
+    """
+    numbers: dict[str, set[int]] = defaultdict(set)
+    for layer in layers:
+        parts = layer.split(".")
+        place = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
+        if place is not None:
+            numbers[".".join([*parts[:place], "N", *parts[place + 1 :]])].add(int(parts[place]))
+    for kind, found in sorted(numbers.items()):
+        groups = {name: others for name, others in numbers.items() if name.split(".N.")[0] == kind.split(".N.")[0]}
+        every = set(range(max(max(others) for others in groups.values()) + 1))
+        if found != every:
+            raise CheckpointError(
+                f"{source}: has no tensors of '{kind}' for N = {sorted(every - found)[:5]}; {len(found)} of "
+                f"{len(every)} layers are there"
+            )
+    if targets is None:
+        return
+    lasts = {layer.rpartition(".")[2] for layer in layers}
+    lacking = sorted(target for target in targets if not any(layer.endswith(target) for layer in layers))
+    strange = sorted(last for last in lasts if not any(target.endswith(last) for target in targets))
+    if lacking or strange:
+        raise CheckpointError(
+            f"{source}: does not have the layers of its adapter_config.json; no tensors for {lacking[:3]}, unknown are "
+            f"{strange[:3]}"
+        )
+
+
+def check_lora(tensors: Mapping[str, Tensor], rank: int, source: str | Path) -> None:
+    """Refuse a LoRA file in which a layer lacks A or B, or has another rank than `rank`.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
+    layers = {name.removesuffix(end) for name in tensors for end in (LORA_A, LORA_B) if name.endswith(end)}
+    for layer in sorted(layers):
+        for end, place in ((LORA_A, 0), (LORA_B, 1)):
+            tensor = tensors.get(layer + end)
+            if tensor is None:
+                raise CheckpointError(f"{source}: lacks '{layer + end}'")
+            if tensor.dim() != 2 or tensor.shape[place] != rank:
+                raise CheckpointError(
+                    f"{source}: '{layer + end}' has shape {tuple(tensor.shape)}, expected rank {rank}"
+                )
+    check_layers(layers, source)

@@ -1,0 +1,116 @@
+"""Reading the weights of a language model through transformers, with every weight looked at.
+
+transformers converts integers to floats, fills what does not fit with random numbers and reports the rest in its log; a
+configuration with a wrong size may ask for terabytes. So the files' own descriptions are compared with the model first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from llava.errors import CheckpointError, FlagError, LlavaError
+from llava.files import reading
+from llava.model.formats import weights_of
+from llava.model.settings import GENERATION, check_settings
+from llava.model.tensors import Entry, check_dtype, check_finite
+from llava.utils import read_json
+
+
+def read_base(cls: Any, source: str | Path, config: Any, **options: Any) -> tuple[Any, set[str]]:
+    """`cls.from_pretrained`, refusing weights that do not fit or are not numbers.
+
+    Args:
+        cls: class of the model.
+        source: folder, or id on a model hub, whose files transformers fetches.
+        config: its configuration.
+        options: as `from_pretrained` takes them.
+
+    Returns:
+        The model, and the names of its weights that the files do not have.
+
+    Raises:
+        CheckpointError: a file is damaged; a weight has another shape than `config.json` says, is not of a
+            floating-point type, or contains NaN or infinite values. The file and the weight are named.
+        FlagError: the model cannot be placed as `device_map` says.
+    """
+    folder = Path(source)
+    entries = weights_of(folder) if (folder / "config.json").is_file() else {}
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        check_settings(read_json(generation), GENERATION, generation)
+        with reading(generation):
+            GenerationConfig.from_pretrained(folder)
+    if entries:
+        _check_fit(cls, config, entries, folder)
+    try:
+        with reading(source, "its weights cannot be read"):
+            model, report = cls.from_pretrained(
+                source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    except CheckpointError as error:
+        cause = error.__cause__
+        if "device_map" not in options or not isinstance(cause, ValueError) or isinstance(cause, LlavaError):
+            raise
+        raise FlagError(f"{source} cannot be placed by device_map {options['device_map']!r}: {cause}") from error
+    if report["mismatched_keys"]:  # of a model on a hub
+        names = sorted(name for name, *_ in report["mismatched_keys"])
+        raise CheckpointError(f"{source}: weights have other shapes than its config.json says: {names[:3]}")
+    check_model(model, entries, source)
+    return model, set(report["missing_keys"])
+
+
+def expected_weights(cls: Any, config: Any, folder: Path) -> dict[str, nn.Parameter]:
+    """The parameters that a configuration asks for, without memory.
+
+    Raises:
+        CheckpointError: no model can be made of it.
+    """
+    path = folder / "config.json"
+    problem = "no model can be made with these settings"
+    try:
+        with reading(path, problem), torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return dict(cls(config).named_parameters())
+    except FlagError as error:  # of a part whose settings are flags in training
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _check_fit(cls: Any, config: Any, entries: Mapping[str, Entry], folder: Path) -> None:
+    expected = expected_weights(cls, config, folder)
+    if "quantization_config" in read_json(folder / "config.json"):  # integers belong there, in shapes of their own
+        return
+    for name in sorted(entries.keys() - expected.keys()):  # transformers knows some weights by older names
+        if name.endswith((".weight", ".bias")):
+            check_dtype(name, entries[name].dtype, entries[name].path)
+    for name, weight in expected.items():
+        entry = entries.get(name)
+        if entry is None:
+            continue
+        check_dtype(name, entry.dtype, entry.path)
+        if entry.shape != tuple(weight.shape):
+            raise CheckpointError(
+                f"{entry.path}: '{name}' has shape {entry.shape}, but {folder / 'config.json'} asks for "
+                f"{tuple(weight.shape)}"
+            )
+
+
+def check_model(model: nn.Module, entries: Mapping[str, Entry], source: str | Path) -> None:
+    """Refuse a model whose weights are not all finite.
+
+    Weights in memory are looked at there; those that were quantised, or are left on the disk, in their files.
+
+    Raises:
+        CheckpointError: names the file and the weight.
+    """
+    for name, weight in model.named_parameters():
+        entry = entries.get(name)
+        value: Tensor | None = getattr(weight, "ds_tensor", weight).detach()  # ZeRO-3: this process's share
+        if not value.is_floating_point() or value.is_meta:
+            value = None if entry is None else entry.read(name)
+        if value is not None and value.is_floating_point():
+            check_finite(name, value, source if entry is None else entry.path)
