@@ -179,8 +179,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         finished = (output / ADAPTER_FOLDER / OUR_WEIGHTS).is_file()
         refuse_changes(run_record(args), output, None if resume_from is None else Path(resume_from), finished)
     if resume_from is not None:
-        check_resumable(Path(resume_from), training)
         prepare_resume(training, Path(resume_from))
+        check_resumable(Path(resume_from), training)
     run = build_run(args)
     adapter = output / ADAPTER_FOLDER
     if training.do_train:

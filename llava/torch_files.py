@@ -42,7 +42,8 @@ def load_plain(path: Path, classes: Sequence[Any] = (), *, mapped: bool = False)
         mapped: leave tensors in the file until they are used; files of torch before 1.6 are read all the same.
 
     Raises:
-        CheckpointError: the file is missing, damaged, a Git LFS pointer, or asks for anything else; names the file and what it asks for.
+        CheckpointError: the file is missing, damaged, a Git LFS pointer, or asks for anything else; names the file and
+            what it asks for.
     """
     check_torch_file(path)
     with torch.serialization.safe_globals(list(classes)):

@@ -329,8 +329,8 @@ def train(args: RunArguments, attn_implementation: str | None = None, parts: Par
         if resume_from is None:
             remove_skipped(skipped_file(args))  # an earlier run's list of samples
     if resume_from is not None:
-        check_resumable(Path(resume_from), args.training)
         prepare_resume(args.training, Path(resume_from))
+        check_resumable(Path(resume_from), args.training)
     run = build_run(args, attn_implementation, parts)
     result = run.trainer.train(resume_from_checkpoint=resume_from)
     run.trainer.save_model()
