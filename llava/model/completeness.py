@@ -29,6 +29,9 @@ RESUME_FILES = (
 SIZED = frozenset({".safetensors", ".bin", ".pt", ".pth", ".model"})
 """Files whose size is recorded: a cut or foreign one shows by it."""
 
+FULL_WEIGHTS = ("model.safetensors*", "pytorch_model.bin*", "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
+"""Full weights, whose one file may be split and whose shards may be joined. An index says what belongs to it."""
+
 MAX_DIGESTED = 2**24
 """Longest file whose content is recorded by a digest; larger ones by their size alone, so that checking is instant."""
 
@@ -95,14 +98,27 @@ def check_record(folder: Path, resume: bool = False) -> None:
         if not isinstance(named, dict) or not all(isinstance(each, dict) for each in named.values()):
             raise CheckpointError(f"{path}: its '{section}' is not a table of files; delete the file to do without")
         for name, described in named.items():
+            if _is_split_otherwise(folder, name):
+                continue
             _check_file(folder / name, described, path)
+
+
+def _is_split_otherwise(folder: Path, name: str) -> bool:
+    """True for full weights that are in the folder all the same, in another number of files than were recorded."""
+    if (folder / name).is_file() or not any(Path(name).match(pattern) for pattern in FULL_WEIGHTS):
+        return False
+    others = (path for pattern in FULL_WEIGHTS[:2] for path in folder.glob(pattern))
+    return any(path.suffix == ".json" or "-of-" not in path.name for path in others)
 
 
 def _check_file(file: Path, described: Mapping[str, Any], record: Path) -> None:
     if not file.resolve().is_relative_to(record.parent.resolve()) and not file.is_symlink():
         raise CheckpointError(f"{record}: names '{file}', which is outside its folder")
     if not file.is_file():
-        raise CheckpointError(f"{file}: is missing; {record} names it as a part of this checkpoint")
+        raise CheckpointError(
+            f"{file}: is missing; {record} names it as a part of this checkpoint. Get the file again; if the folder "
+            f"was changed on purpose, delete {record.name}"
+        )
     refuse_pointer(file)
     size = described.get("bytes")
     if size is not None and file.stat().st_size != size:

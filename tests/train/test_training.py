@@ -247,7 +247,7 @@ def test_resume_of_another_kind_of_run_is_refused(tmp_path: Path) -> None:
     main(command_line(tmp_path, **HYDRA))
     with pytest.raises(FlagError, match="extension hydralora"):
         main(command_line(tmp_path, max_steps=4))
-    for path in tmp_path.rglob("run.json"):
+    for path in [*tmp_path.rglob("run.json"), *tmp_path.rglob("checkpoint_files.json")]:
         path.unlink()
     with pytest.raises(CheckpointError, match="holds the extension"):
         main(command_line(tmp_path, max_steps=4))
