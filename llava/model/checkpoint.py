@@ -185,9 +185,9 @@ def copy_tensors(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
     missing, unknown = sorted(set(parameters) - set(tensors)), sorted(set(tensors) - set(parameters))
     if missing or unknown:
         raise CheckpointError(
-            f"{source}: does not fit the model of this config.json; {len(missing)} tensors are missing (first: "
-            f"{missing[:3]}), "
-            f"{len(unknown)} are unknown (first: {unknown[:3]})"
+            f"{source}: does not fit the model; {len(missing)} tensors are missing (first: {missing[:3]}), "
+            f"{len(unknown)} are unknown (first: {unknown[:3]}); config.json and options "
+            "say what the model is made of"
         )
     for name, parameter in parameters.items():
         expected = full_shape(parameter)
