@@ -98,7 +98,8 @@ class TransformersTower(VisionTower):
         missing = set(report["missing_keys"]) - optional_names
         if missing:
             raise CheckpointError(
-                f"{source}: {len(missing)} weights of the vision tower are missing (first: {sorted(missing)[:3]})"
+                f"{source}: {len(missing)} weights of the vision tower are missing (first: {sorted(missing)[:3]}) in "
+                f"{sorted({entry.path.name for entry in entries.values()})}"
             )
         for name, weight in model.named_parameters():
             if name not in optional_names and weight.is_floating_point():
