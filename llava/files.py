@@ -26,7 +26,7 @@ CHECKED_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".bin", ".saf
 """Files of a checkpoint folder that some reader opens."""
 
 READ_ERRORS = (
-    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, NotImplementedError),
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError),
     *(OSError, RuntimeError, SafetensorError, StrictDataclassError, TypeError, ValueError, pickle.UnpicklingError),
     zipfile.BadZipFile,
 )

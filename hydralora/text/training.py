@@ -24,7 +24,7 @@ from hydralora.tuner.loading import load_adapter
 from hydralora.tuner.original import OUR_WEIGHTS
 from llava.errors import FlagError
 from llava.hub import TOKENIZER_FILES, local_folder
-from llava.model.checkpoint import check_adapter
+from llava.model.adapter_counts import check_adapter
 from llava.model.partition import fetch
 from llava.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer as read_tokenizer

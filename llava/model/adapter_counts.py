@@ -1,4 +1,4 @@
-"""Does a file of low-rank updates have what its configuration says: every layer, every part, the rank?
+"""Does a file of low-rank updates have what its configuration or its model says: every layer, every part, the rank?
 
 A converter that copies tensors cannot ask the model; a lost layer would pass as an adapter of fewer layers.
 """
@@ -9,9 +9,11 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
 from llava.errors import CheckpointError
+from llava.model.tensors import check_numbers, read_tensors
 
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
@@ -70,3 +72,22 @@ def check_lora(tensors: Mapping[str, Tensor], rank: int, source: str | Path) -> 
                     f"{source}: '{layer + end}' has shape {tuple(tensor.shape)}, expected rank {rank}"
                 )
     check_layers(layers, source)
+
+
+def check_adapter(model: PeftModel, path: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter file, which fit the adapter of a PEFT model.
+
+    Raises:
+        CheckpointError: names or shapes in the file differ from those of the adapter, or a tensor is not of finite
+            floating-point numbers.
+    """
+    tensors = read_tensors(path)
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    wrong = [name for name in expected if name in tensors and expected[name].shape != tensors[name].shape]
+    if missing or unknown or wrong:
+        raise CheckpointError(
+            f"{path}: does not fit the adapter; missing {missing[:3]}, unknown {unknown[:3]}, other shape {wrong[:3]}"
+        )
+    check_numbers(tensors, path)
+    return tensors

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from llava.errors import CheckpointError
 from llava.extension import Config
+from llava.model.adapter_counts import check_adapter
 from llava.model.completeness import write_record
 from llava.model.components import Component, components
 from llava.model.formats import (
@@ -209,25 +210,6 @@ def copy_tensors(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
 def load_adapter(model: PeftModel, path: Path) -> None:
     """Fill the adapter of a PEFT model; errors as of `check_adapter`."""
     set_peft_model_state_dict(model, check_adapter(model, path))
-
-
-def check_adapter(model: PeftModel, path: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter file, which fit the adapter of a PEFT model.
-
-    Raises:
-        CheckpointError: names or shapes in the file differ from those of the adapter, or a tensor is not of finite
-            floating-point numbers.
-    """
-    tensors = read_tensors(path)
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-    wrong = [name for name in expected if name in tensors and expected[name].shape != tensors[name].shape]
-    if missing or unknown or wrong:
-        raise CheckpointError(
-            f"{path}: does not fit the adapter; missing {missing[:3]}, unknown {unknown[:3]}, other shape {wrong[:3]}"
-        )
-    check_numbers(tensors, path)
-    return tensors
 
 
 def load_trained(model: nn.Module, checkpoint: str | Path | CheckpointContents) -> None:

@@ -20,6 +20,7 @@ from transformers.hf_argparser import string_to_bool
 from llava.errors import FlagError
 from llava.places import Input, folder_problems
 from llava.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, Range, range_problems
+from llava.train import checkpointing
 from llava.train.arguments import RunArguments
 from llava.train.arguments import parse_args as parse_llava
 from mma.config import TOWER
@@ -183,7 +184,7 @@ def _values(own: argparse.Namespace, rate: float) -> dict[str, Any]:
         "on_bad_sample": "skip",
         "output_dir": own.output_dir,
         "bits": BITS[own.bits],
-        "gradient_checkpointing": own.gradient_checkpointing,
+        checkpointing.SWITCH: own.gradient_checkpointing,
         "num_train_epochs": own.epochs,
         "per_device_train_batch_size": own.batch_size,
         "gradient_accumulation_steps": own.accum_iter,

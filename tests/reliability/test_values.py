@@ -5,8 +5,6 @@ The base of every command does not exist: whatever reads it first has another er
 
 from __future__ import annotations
 
-import importlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,29 +18,16 @@ from hydralora.config import RoutedLinearConfig, RoutedMLPConfig
 from hydralora.finetune import main as finetune
 from hydralora.tuner import HydraLoraConfig
 from llava.errors import FlagError, LlavaError
-from llava.eval.generation import GenerationOptions
-from llava.eval.lmms_model import BatchedModel
-from llava.eval.lmms_requests import generation_options
 from llava.ranges import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, PROBABILITY, Range, check_ranges
 from llava.train.arguments import parse_args
 from llava.train.retired_flags import translate_retired_flags
 from llava.train.train import main as train
 from mma.config import MmaConfig
 from mma.train import main as train_lavin
-from tests.golden import golden_dir
-from tests.mma.lavin_files import LavinFiles, save_lavin_files, tiny_words
+from tests.mma.lavin_files import LavinFiles, tiny_words
 from tests.reliability.test_training_numbers import finetune_words
+from tests.reliability.values import ABSENT, COUNTED, INF, NAN, POSITIVE_VALUES, RATE, SHARE, SIGNLESS, rows
 from tests.train.test_training import command_line
-
-NAN, INF = float("nan"), float("inf")
-ABSENT = "/nonexistent/base"
-IMAGES = golden_dir("llava") / "data" / "images"
-
-RATE = ("-1e-4", "nan", "inf", "-inf")
-COUNTED = ("0", "-1")
-SHARE = ("-0.1", "1", "1.5", "nan", "inf")
-POSITIVE_VALUES = ("0", "-1", "nan", "inf")
-SIGNLESS = ("-1", "nan", "inf")
 
 TRANSFORMERS: dict[str, Sequence[str]] = {
     "learning_rate": RATE,
@@ -113,11 +98,6 @@ VALUES: dict[str, dict[str, Sequence[str]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def lavin(tmp_path_factory: pytest.TempPathFactory) -> LavinFiles:
-    return save_lavin_files(tmp_path_factory.mktemp("lavin"))
-
-
 @pytest.fixture
 def programs(lavin: LavinFiles, tmp_path: Path) -> dict[str, Callable[..., Any]]:
     """Training programs on a base that does not exist; words are put behind a sound command."""
@@ -129,11 +109,6 @@ def programs(lavin: LavinFiles, tmp_path: Path) -> dict[str, Callable[..., Any]]
         "hydralora.finetune": lambda *words: finetune([*text, *words]),
         "mma": lambda *words: train_lavin(tiny_words(lavin, tmp_path / "out", *absent, *words)),
     }
-
-
-def rows(table: dict[str, dict[str, Sequence[str]]]) -> list[Any]:
-    found = [(program, flag, value) for program, own in table.items() for flag in own for value in own[flag]]
-    return [pytest.param(*row, id=" ".join(row)) for row in found]
 
 
 def test_the_table_is_what_the_document_says() -> None:
@@ -392,164 +367,6 @@ def test_configurations_in_python(name: str, field: str, value: Any) -> None:
     make()  # negative control
     with pytest.raises(ValueError, match=rf"\b{field} is "):
         make(**{field: value})
-
-
-# Evaluation and serving
-
-DECODING = {
-    "temperature": SIGNLESS,
-    "top_p": ("-0.1", "1.1", "nan", "inf"),
-    "num_beams": COUNTED,
-    "max_new_tokens": COUNTED,
-}
-RUN = {"batch-size": COUNTED, "limit": COUNTED, "num-workers": ("-1",), "num-chunks": COUNTED}
-QUESTION = {"question_id": 0, "text": "What is a lake?"}
-
-
-def with_questions(tmp_path: Path) -> list[str]:
-    (tmp_path / "q.jsonl").write_text(json.dumps(QUESTION) + "\n")
-    return ["--question-file", str(tmp_path / "q.jsonl"), "--answers-file", str(tmp_path / "a.jsonl")]
-
-
-def long_words(tmp_path: Path) -> list[str]:
-    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Water."}]
-    (tmp_path / "q.json").write_text(json.dumps([{"id": "a", "conversations": turns}]))
-    return ["--question-file", str(tmp_path / "q.json"), "--answers-file", str(tmp_path / "a.jsonl")]
-
-
-def one_image(tmp_path: Path) -> list[str]:
-    return ["--image-file", str(IMAGES / "im0.png"), "--query", "What?"]
-
-
-def lavin_eval(tmp_path: Path) -> list[str]:
-    return [
-        *("--ckpt_dir", ABSENT, "--adapter_path", str(tmp_path / "absent"), "--max_seq_len", "512"),
-        *("--output_dir", str(tmp_path / "out"), "--max_batch_size", "4"),
-    ]
-
-
-MODEL = ["--model-path", ABSENT]
-EVALUATION: dict[str, tuple[str, Callable[[Path], list[str]], dict[str, Sequence[str]]]] = {
-    "model_vqa_loader": ("llava.eval.model_vqa_loader", with_questions, DECODING | RUN),
-    "model_vqa": ("llava.eval.model_vqa", with_questions, DECODING | RUN),
-    "run_llava": ("llava.eval.run_llava", one_image, DECODING),
-    "ppl": ("llava.dynamic_eval.model_lvis_for_ppl", long_words, {"temperature": SIGNLESS, "num-chunks": COUNTED}),
-    "meteor": (
-        "llava.dynamic_eval.model_lvis_for_meteor",
-        long_words,
-        {"temperature": SIGNLESS, "max-new-tokens": COUNTED},
-    ),
-    "visualize": (
-        "llava.dynamic_eval.visualize",
-        one_image,
-        {"temperature": SIGNLESS, "max_new_tokens": COUNTED, "num_beams": COUNTED},
-    ),
-    "cli": (
-        "llava.serve.cli",
-        lambda _: [],
-        {"temperature": SIGNLESS, "top_p": ("-0.1", "1.1", "nan"), "max-new-tokens": COUNTED},
-    ),
-    "api": (
-        "llava.serve.api",
-        lambda _: [],
-        {
-            "temperature": ("-1", "nan", "inf", "2.5"),
-            "max-new-tokens": COUNTED,
-            "token-limit": COUNTED,
-            "batch-size": COUNTED,
-            "max-waiting": COUNTED,
-            "gather-ms": SIGNLESS,
-            "request-timeout": POSITIVE_VALUES,
-            "max-images": COUNTED,
-            "max-image-mb": POSITIVE_VALUES,
-            "max-image-pixels": COUNTED,
-            "max-body-mb": POSITIVE_VALUES,
-            "port": ("-1", "65536"),
-        },
-    ),
-    "mma.eval": (
-        "mma.eval",
-        lavin_eval,
-        {
-            "generation_temperature": SIGNLESS,
-            "top_p": ("-0.1", "1.1", "nan"),
-            "max_new_tokens": COUNTED,
-            "max_batch_size": COUNTED,
-            "limit": COUNTED,
-            "num-workers": ("-1",),
-            "temperature": POSITIVE_VALUES,
-            "adapter_scale": POSITIVE_VALUES,
-            "adapter_dim": COUNTED,
-            "hidden_proj": COUNTED,
-            "max_seq_len": ("0", "1"),
-        },
-    ),
-    "mma.demo": (
-        "mma.demo",
-        lambda tmp_path: ["--ckpt_dir", ABSENT, "--adapter_path", str(tmp_path / "absent")],
-        {
-            "temperature": POSITIVE_VALUES,
-            "max_new_tokens": COUNTED,
-            "max_batch_size": COUNTED,
-            "max_seq_len": ("0", "1"),
-            "server_port": ("-1", "65536"),
-        },
-    ),
-}
-
-
-def run_evaluation(program: str, tmp_path: Path, lavin: LavinFiles, *words: str) -> None:
-    name, own, _ = EVALUATION[program]
-    model = [] if name.startswith("mma") else MODEL
-    data = ["--data_root", str(lavin.data), "--split", "train"] if name == "mma.eval" else []
-    importlib.import_module(name).main([*model, *own(tmp_path), *data, "--device", "cpu", *words])
-
-
-@pytest.mark.parametrize(("program", "flag", "value"), rows({name: own for name, (_, _, own) in EVALUATION.items()}))
-def test_evaluation_and_serving(
-    program: str, flag: str, value: str, lavin: LavinFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("llava.eval.long_answers.find_wordnet", lambda: None)
-    with pytest.raises(FlagError) as raised:
-        run_evaluation(program, tmp_path, lavin, f"--{flag}={value}")
-    assert f"--{flag}" in str(raised.value)
-    assert ABSENT not in str(raised.value)
-    assert not (tmp_path / "a.jsonl").exists()
-
-
-@pytest.mark.parametrize("program", EVALUATION)
-def test_evaluation_and_serving_get_as_far_as_the_model(
-    program: str, lavin: LavinFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("llava.eval.long_answers.find_wordnet", lambda: None)
-    more = ["--port", "0"] if program == "api" else []
-    with pytest.raises((LlavaError, OSError), match=r"/nonexistent"):
-        run_evaluation(program, tmp_path, lavin, *more)
-
-
-def test_no_tokens_of_a_benchmark_are_not_its_default(tmp_path: Path) -> None:
-    main = importlib.import_module("llava.eval.__main__").main
-    with pytest.raises(FlagError, match="--max_new_tokens 0"):
-        main(["textvqa", "--model-path", ABSENT, "--data-dir", str(tmp_path), "--max_new_tokens", "0"])
-
-
-@pytest.mark.parametrize("name", ["max_batch_size", "workers"])
-def test_lmms_eval(name: str) -> None:
-    with pytest.raises(FlagError, match=f"--{name} -1"):
-        BatchedModel(ABSENT, device="cpu", **{name: -1})
-
-
-@pytest.mark.parametrize("given", [{"temperature": NAN}, {"temperature": INF}, {"num_beams": 0}, {"max_new_tokens": 0}])
-def test_tasks_of_lmms_eval(given: dict[str, Any]) -> None:
-    with pytest.raises(FlagError, match="task/test:0"):
-        generation_options({"do_sample": True} | given, "task/test:0", 0)
-
-
-@pytest.mark.parametrize("value", [NAN, INF, -1.0])
-def test_decoding_options_in_python(value: float) -> None:
-    GenerationOptions(temperature=0.0)
-    with pytest.raises(FlagError, match="--temperature"):
-        GenerationOptions(temperature=value)
 
 
 # Ranges themselves
