@@ -1,4 +1,4 @@
-"""Originals' files with wrong counts or numbers are refused by `hydralora.convert`, in both directions."""
+"""Originals' files with wrong counts or numbers are refused by `hydralora.convert from-original`."""
 
 from __future__ import annotations
 
