@@ -175,12 +175,13 @@ def all_runs() -> list[recipe.Run]:
 
 @pytest.mark.parametrize("run", [run for run in all_runs() if run.seed == 1], ids=lambda run: run.name)
 def test_training_flags_are_accepted(run: recipe.Run, tmp_path: Path) -> None:
-    place = table.place_of(run.setting, tmp_path, tmp_path)
-    rows = table.rows_of(run.setting, run.seed, tmp_path)
+    data, output = tmp_path / "data", tmp_path / "out"
+    place = table.place_of(run.setting, data, output)
+    rows = table.rows_of(run.setting, run.seed, output)
     for folder in (place.base, place.tower, place.images, rows.parent):
         folder.mkdir(parents=True, exist_ok=True)
     rows.write_text("[]")
-    (command,) = table.train_step(recipe.Recipe(), run, tmp_path, tmp_path).commands
+    (command,) = table.train_step(recipe.Recipe(), run, data, output).commands
     ours, others = train.build_parser().parse_known_args(command[2:])
     args = parse_args(others, defaults={"requires_image": True})
     assert (ours.judge == "random") == (run.way == "random")

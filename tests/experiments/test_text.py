@@ -141,12 +141,13 @@ def test_another_recipe_is_refused(tmp_path: Path) -> None:
 
 def test_finetuning_flags(tmp_path: Path) -> None:
     """They are accepted; a run on one task makes as many updates as a run on all."""
-    recipe, rows = Recipe(), tmp_path / "rows.json"
+    recipe, base, rows = Recipe(), tmp_path / "base", tmp_path / "rows.json"
+    base.mkdir()
     rows.write_text("[]")
     updates = set()
     for method in recipe.methods:
         for run in table.runs_of(method, 1, table.NAMES):
-            args = parse_args(finetune_command(recipe, run, tmp_path, rows, tmp_path / "out")[2:])
+            args = parse_args(finetune_command(recipe, run, base, rows, tmp_path / "out")[2:])
             assert args.training.lora_alpha == 2 * args.training.lora_rank
             assert args.training.seed == 1
             count = recipe.rows * (1 if run.task else len(TASKS))
