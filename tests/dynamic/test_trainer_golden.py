@@ -31,8 +31,14 @@ def command_line(output: Path) -> list[str]:
     data = output / "data.json"
     data.write_text("[]")
     options = CASE["hp"]["training_arguments"] | CASE["sparse_config"]
-    options |= {"dynamic": True, "output_dir": output / "out", "data_path": data, "vision_tower": "golden", "use_cpu": True}
-    options |= {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "mm_use_im_patch_token": False}
+    options |= {"dynamic": True, "output_dir": output / "out", "data_path": data, "vision_tower": "golden"}
+    options |= {
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "mm_use_im_patch_token": False,
+    }
     return [word for key, value in options.items() for word in (f"--{key}", str(value))]
 
 
