@@ -146,8 +146,8 @@ def routed_low_rank(
     Returns:
         (..., out_features) in the dtype of A x: that of the matrices, or of autocast.
     """
-    code = _DroppedLinear.apply(x, shared_a, dropout) if dropout else F.linear(x, shared_a)  # type: ignore[no-untyped-call]
-    return _WeightedExperts.apply(code, weights, experts_b.to(code.dtype), scaling)  # type: ignore[no-untyped-call]
+    code = _DroppedLinear.apply(x, shared_a, dropout) if dropout else F.linear(x, shared_a)
+    return _WeightedExperts.apply(code, weights, experts_b.to(code.dtype), scaling)
 
 
 def low_rank_update(

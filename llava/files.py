@@ -87,6 +87,8 @@ def check_torch_file(path: Path) -> None:
             for name in archive.namelist():
                 if name.endswith("/data.pkl"):
                     archive.read(name)  # compares its checksum
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     except READ_ERRORS as error:
         raise CheckpointError(f"{path}: is damaged or was cut off ({error})") from error
 
