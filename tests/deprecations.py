@@ -35,6 +35,7 @@ class Known(NamedTuple):
 
 KNOWN = (
     Known("`is_gradient_checkpointing` is deprecated", "PEFT asks a model for it by this name"),
+    Known("Passing `fsdp` as a string is deprecated", "published command lines pass words, which transformers reads"),
     Known("`torch.jit.script_method` is deprecated", "raised inside torch when torchvision is imported"),
 )
 

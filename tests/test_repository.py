@@ -23,7 +23,12 @@ WITHOUT_A_MODEL |= {"llava.output", "llava.places", "llava.recognize"}
 WITHOUT_A_MODEL |= {"llava.cache_name", "llava.versions", "llava.foreign_lines", "llava.train.checkpointing"}
 WITHOUT_A_MODEL |= {"llava.files", "llava.model.finite_logits", "llava.model.adapter_counts", "llava.model.settings"}
 WITHOUT_A_MODEL |= {"llava.model.tensors", "llava.ranges", "llava.train.values"}
-WITHOUT_A_MODEL |= {"llava.train.resume_check", "llava.train.unchanged"}
+WITHOUT_A_MODEL |= {
+    "llava.train.resume_check",
+    "llava.train.unchanged",
+    "llava.model.base_weights",
+    "llava.model.formats",
+}
 """Modules of llava that know nothing of its model; anybody may use them."""
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hydralora.layer import expert_balance_loss
 from hydralora.model import RoutingRecorder, of_text
@@ -22,9 +23,12 @@ from hydralora.text.arguments import RunArguments, module_names
 from hydralora.tuner import HydraLoraConfig, hydralora_layers
 from hydralora.tuner.loading import load_adapter
 from hydralora.tuner.original import OUR_WEIGHTS
-from llava.errors import FlagError
+from llava.errors import CheckpointError, FlagError
+from llava.files import reading
 from llava.hub import TOKENIZER_FILES, local_folder
 from llava.model.adapter_counts import check_adapter
+from llava.model.base_weights import read_base
+from llava.model.formats import check_base
 from llava.model.partition import fetch
 from llava.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer as read_tokenizer
@@ -53,11 +57,14 @@ def load_base(args: RunArguments) -> nn.Module:
     """The frozen base, in 16, 8 or 4 bits.
 
     Raises:
-        FlagError: bitsandbytes is needed and not installed.
+        CheckpointError: its files are damaged or incomplete, or a weight is not a finite floating-point number.
+        FlagError: bitsandbytes is needed and not installed, or the base is not a causal language model.
     """
     model, training = args.model, args.training
     dtype: Any = "auto" if model.torch_dtype in (None, "auto") else getattr(torch, str(model.torch_dtype))
-    options: dict[str, Any] = {"dtype": dtype, "cache_dir": model.cache_dir, "revision": model.model_revision}
+    name = str(model.model_name_or_path)
+    origin = {"cache_dir": model.cache_dir, "revision": model.model_revision, "token": model.use_auth_token or None}
+    options: dict[str, Any] = {"dtype": dtype, **origin}
     if training.deepspeed:
         options["dtype"] = training.hf_deepspeed_config.dtype()  # the one that it computes in
     if training.flash_attn:
@@ -68,10 +75,17 @@ def load_base(args: RunArguments) -> nn.Module:
         options["quantization_config"] = quantisation_config(bits, compute, kind, training.double_quant)
         if training.device.type == "cuda":  # quantised weights cannot be moved there later
             options["device_map"] = {"": training.device}
-    check_weights(Path(str(model.model_name_or_path)))
+    check_base(name)
+    check_weights(Path(name))
+    with reading(Path(name) / "config.json"):
+        config = AutoConfig.from_pretrained(name, **origin)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise FlagError(f"--model_name_or_path {name}: a {config.model_type} is not a causal language model")
     with same_draws(training):
-        base = AutoModelForCausalLM.from_pretrained(
-            model.model_name_or_path, token=model.use_auth_token or None, **options
+        base, missing = read_base(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], name, config, **options)
+    if missing:
+        raise CheckpointError(
+            f"{name}: lacks {len(missing)} weights that its config.json asks for: {sorted(missing)[:3]}"
         )
     if training.load_in_kbits == 4:
         choose_cpu_kernels(base, trained=True)
