@@ -180,7 +180,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "off, but given": ({"adapter_dim": 4}, "--adapter_dim 4: without effect while --mma is off"),
     "unknown type": (MMA | {"adapter_type": "mlp"}, "adapter_type is 'mlp'"),
     "groups": (MMA | {"adapter_dim": 7}, "adapter_dim 7 is not a multiple"),
-    "temperature": (MMA | {"temperature": 0}, "temperature is 0"),
+    "temperature": (MMA | {"temperature": 0}, "--temperature 0.0: must be more than 0"),
     "picture": ({"mma": True}, "--mm_vision_select_layer -2: --visual_input lavin has -1"),
     "picture, the default": ({"mma": True, "mm_vision_select_layer": -1, "image_aspect_ratio": "square"}, "square"),
     "no such projector": (MMA | {"hidden_proj": 128}, "--hidden_proj 128: is the width"),
