@@ -7,6 +7,7 @@ generation has ended, so that no step waits for them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -149,7 +150,13 @@ class WatchedGeneration:
         arguments["logits_processor"] = LogitsProcessorList([self._watch, *rest])
         arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, _EndsBroken(self._watch)])
         # Runs before the watch and would hide what it looks for; some folders' generation_config.json switch it on.
-        arguments["remove_invalid_values"] = False
+        config = arguments.get("generation_config")
+        if config is None:
+            arguments["remove_invalid_values"] = False
+        else:  # a copy of the caller's: transformers will take a configuration or single options, not both
+            arguments["generation_config"] = config = copy.deepcopy(config)
+            config.remove_invalid_values = False
+            arguments.pop("remove_invalid_values", None)
 
     def checked(self, output: Any) -> Any:
         """What `generate` returned.

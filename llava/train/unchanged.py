@@ -15,6 +15,7 @@ from typing import Any
 from llava.errors import FlagError
 from llava.eval.record import WEIGHT_SUFFIXES, weights_fingerprint
 from llava.model.completeness import RUN_FILE
+from llava.train import checkpointing
 from llava.utils import read_json
 
 LOGGING = frozenset(
@@ -38,8 +39,8 @@ MACHINE = frozenset(
         *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
         *("dataloader_prefetch_factor", "local_rank", "ddp_backend", "ddp_timeout", "ddp_bucket_cap_mb"),
         *("ddp_find_unused_parameters", "ddp_broadcast_buffers", "ddp_static_graph", "use_cpu", "no_cuda"),
-        *("use_mps_device", "deepspeed", "accelerator_config", "parallelism_config", "gradient_checkpointing"),
-        *("gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
+        *("use_mps_device", "deepspeed", "accelerator_config", "parallelism_config", *checkpointing.FLAGS),
+        *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
         *("torch_empty_cache_steps", "auto_find_batch_size", "attn_implementation", "flash_attn", "cache_dir"),
         *("data_cache_dir", "overwrite_cache", "preprocessing_num_workers", "use_auth_token", "use_liger_kernel"),
         *("eval_accumulation_steps", "eval_use_gather_object", "per_device_eval_batch_size", "eval_on_start"),
