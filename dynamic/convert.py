@@ -111,7 +111,7 @@ def _files_with(folder: Path, wanted: list[str]) -> list[Path]:
         if path.is_file():
             table = read_json(path).get("weight_map")
             if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
-                raise ValueError(f"{path}: has no 'weight_map' of file names, so it is no index of weights")
+                raise ValueError(f"{path}: has no 'weight_map' of file names, so it is not an index of weights")
             return [folder / file for file in sorted({table[key] for key in table if key.startswith(tuple(wanted))})]
     return []
 

@@ -131,4 +131,4 @@ def _check_tags(folder: Path) -> None:
     for path in (folder / name for name in TAG_FILES if (folder / name).is_file()):
         tag = path.read_text(encoding="utf-8", errors="replace").strip()
         if not re.fullmatch(r"\w[\w.-]*", tag) or not (folder / tag).is_dir():
-            raise CheckpointError(f"{path}: names '{tag[:80]}', which is no folder of this checkpoint")
+            raise CheckpointError(f"{path}: names '{tag[:80]}', which is not a folder of this checkpoint")

@@ -52,7 +52,7 @@ def image_path(folder: str | os.PathLike[str], name: str, row: object = "", *, f
         follow_links: False refuses links that lead out of the folder: for names that come from strangers.
 
     Raises:
-        BadImageError: the name is no relative path, leaves the folder, or is no file.
+        BadImageError: the name is not a relative path, leaves the folder, or is not a file.
     """
     try:
         if "\0" in name:

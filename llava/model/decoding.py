@@ -116,7 +116,7 @@ def check_continuation(cache: Cache, mask: Tensor, options: Mapping[str, Any], c
         cache: of S positions.
         mask: (B, L) bool of the spliced prompts, which begin with what the cache holds.
         options: arguments of `generate`.
-        config: in force beside them.
+        config: in force next to them.
 
     Raises:
         FlagError: names both numbers, or the option.

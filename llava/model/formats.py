@@ -235,7 +235,7 @@ def weight_files(weights: Path | None) -> list[Path]:
         if not isinstance(read_json(weights).get("metadata", {}), dict):
             raise CheckpointError(f"{weights}: its 'metadata' is not an object")
         if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
-            raise CheckpointError(f"{weights}: has no 'weight_map' of file names, so it is no index of weights")
+            raise CheckpointError(f"{weights}: has no 'weight_map' of file names, so it is not an index of weights")
         names = sorted(set(table.values()))
         elsewhere = [name for name in names if Path(name).name != name]
         if elsewhere:

@@ -114,7 +114,7 @@ def _split(argv: list[str]) -> list[tuple[str, list[str]]]:
 
 
 def _is_positive(value: str) -> bool:
-    """False too for what is no number, which the parser refuses."""
+    """False too for what is not a number, which the parser refuses."""
     try:
         return float(value) > 0
     except ValueError:

@@ -94,7 +94,7 @@ FOREIGN: dict[str, Make] = {
     "HTML": lambda draw: f"<!doctype html><title>{_text(draw)}</title>".encode(),
     "safetensors": lambda draw: (8).to_bytes(8, "little") + b"{}      " + draw.randbytes(16),
 }
-"""Content that is no answers file, by name."""
+"""Content that is not an answers file, by name."""
 
 
 def spoiled_answers(answers: bytes) -> dict[str, bytes]:

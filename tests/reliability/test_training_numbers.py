@@ -1,4 +1,4 @@
-"""A loss, a gradient or a weight that is no number ends a run of every training program, and is never saved."""
+"""A loss, a gradient or a weight that is not a number ends a run of every training program, and is never saved."""
 
 from __future__ import annotations
 
