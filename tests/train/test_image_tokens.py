@@ -192,6 +192,11 @@ def test_a_second_run_on_a_model_that_has_the_tokens_keeps_their_rows(tmp_path: 
 
 def test_resuming_without_the_tokens_is_refused(tmp_path: Path) -> None:
     main(command_line(tmp_path, **BORDERS, **LORA))
+    with pytest.raises(FlagError, match="--mm_use_im_start_end: True then, False now"):
+        main(command_line(tmp_path, **LORA, max_steps=4))
+    for name in ("run.json", "checkpoint_files.json"):  # a folder without records is judged by its weights
+        for path in tmp_path.rglob(name):
+            path.unlink()
     with pytest.raises(CheckpointError, match=r"holds the token '<im_(start|end)>', which this model does not use"):
         main(command_line(tmp_path, **LORA, max_steps=4))
 
