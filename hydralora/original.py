@@ -50,7 +50,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def check_numbers(key: str, tensor: Tensor, path: Path) -> None:
-    """Refuse a tensor that is no weight.
+    """Refuse a tensor that is not a weight.
 
     Raises:
         ValueError: it is not of a floating-point type, or contains NaN or infinite values.

@@ -128,7 +128,7 @@ def _check_named(contents: CheckpointContents, config: Mapping[str, Any]) -> Non
     folder, config_file = contents.folder, contents.folder / "config.json"
     adapter_config = folder / "adapter_config.json"
     if contents.adapter is not None and not adapter_config.is_file():
-        raise CheckpointError(f"{contents.adapter}: there is no adapter_config.json beside it")
+        raise CheckpointError(f"{contents.adapter}: there is no adapter_config.json next to it")
     if contents.adapter is None and adapter_config.is_file():
         require(folder / ADAPTER_FILES[0], adapter_config, "describes an adapter")
     _check_extensions(contents, config)
