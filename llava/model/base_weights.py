@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 from llava.errors import CheckpointError, FlagError, LlavaError
 from llava.files import reading
 from llava.model.formats import weights_of
+from llava.model.offloading import check_quantised_map, computed_map
 from llava.model.settings import GENERATION, check_settings
 from llava.model.tensors import Entry, check_dtype, check_finite
 from llava.utils import read_json
@@ -37,9 +38,13 @@ def read_base(cls: Any, source: str | Path, config: Any, **options: Any) -> tupl
     Raises:
         CheckpointError: a file is damaged; a weight has another shape than `config.json` says, is not of a
             floating-point type, or contains NaN or infinite values. The file and the weight are named.
-        FlagError: the model cannot be placed as `device_map` says.
+        FlagError: the model cannot be placed as `device_map` says; of quantised layers for which there is no room on
+            the device, the names.
     """
     folder = Path(source)
+    quantised = _stays_on_device(options.get("quantization_config") or getattr(config, "quantization_config", None))
+    if quantised:
+        check_quantised_map(options.get("device_map"))
     entries = weights_of(folder) if (folder / "config.json").is_file() else {}
     generation = folder / "generation_config.json"
     if generation.is_file():
@@ -57,12 +62,23 @@ def read_base(cls: Any, source: str | Path, config: Any, **options: Any) -> tupl
         cause = error.__cause__
         if "device_map" not in options or not isinstance(cause, ValueError) or isinstance(cause, LlavaError):
             raise
+        if quantised:
+            check_quantised_map(computed_map(cause), asked=options["device_map"])
         raise FlagError(f"{source} cannot be placed by device_map {options['device_map']!r}: {cause}") from error
     if report["mismatched_keys"]:  # of a model on a hub
         names = sorted(name for name, *_ in report["mismatched_keys"])
         raise CheckpointError(f"{source}: weights have other shapes than its config.json says: {names[:3]}")
     check_model(model, entries, source)
     return model, set(report["missing_keys"])
+
+
+def _stays_on_device(settings: Any) -> bool:
+    """Whether these settings, an object or what `config.json` has of one, make bitsandbytes quantise all layers."""
+    if settings is None:
+        return False
+    values = settings if isinstance(settings, Mapping) else settings.to_dict()
+    here = values.get("load_in_4bit") or values.get("load_in_8bit")
+    return bool(here) and not values.get("llm_int8_enable_fp32_cpu_offload")
 
 
 def expected_weights(cls: Any, config: Any, folder: Path) -> dict[str, nn.Parameter]:

@@ -34,7 +34,6 @@ from llava.model.offloading import (
     bring_in,
     bring_in_tensor,
     check_placed,
-    check_quantised_map,
     is_offloaded,
     materialize,
 )
@@ -94,8 +93,6 @@ def load_pretrained_model(
         options["quantization_config"] = quantisation_config(4 if load_4bit else 8, dtype)
     if on_gpu or quantised:  # without a map transformers quantises on the current GPU, whichever was asked for
         options["device_map"] = device_map if place == torch.device("cuda") else {"": str(place)}
-        if quantised:
-            check_quantised_map(options["device_map"])
     config_file = contents.folder / "config.json"
     model, missing = _load_base(contents, base, options)
     tokenizer = load_tokenizer(_tokenizer_folder(contents, base))

@@ -7,6 +7,7 @@ device.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -19,6 +20,9 @@ from llava.errors import CheckpointError, FlagError
 
 ELSEWHERE = ("cpu", "disk")
 """Places of a `device_map` from which a layer is brought in, if any other layer is on a GPU."""
+
+SHOWN = 5
+"""Parts of a model that a message names before it only counts them."""
 
 
 def align_hook(module: nn.Module) -> AlignDevicesHook | None:
@@ -150,19 +154,39 @@ def _brought_in(model: nn.Module, name: str) -> bool:
     return False
 
 
-def check_quantised_map(device_map: Any) -> None:
-    """Refuse what bitsandbytes cannot do.
+def check_quantised_map(device_map: Any, asked: Any = None) -> None:
+    """Refuse what bitsandbytes cannot do: bring quantised layers in from the CPU or from disk.
+
+    Args:
+        device_map: the place of each part of the model; a word such as `auto`, or None, is not looked at.
+        asked: what the caller passed, if `device_map` was computed from it.
 
     Raises:
-        FlagError: quantised layers are to be brought in from elsewhere; names their entries in the map.
+        FlagError: names the first of these parts with their places, and says how many there are.
     """
     if not isinstance(device_map, dict):
         return
     places = {str(place) for place in device_map.values()}
     outside = ("disk",) if places <= set(ELSEWHERE) else ELSEWHERE
-    entries = [name for name, place in device_map.items() if str(place) in outside]
-    if entries:
+    parts = [f"{name or 'all layers'} ({place})" for name, place in device_map.items() if str(place) in outside]
+    if parts:
+        more = f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
         raise FlagError(
-            f"load_4bit and load_8bit keep all layers on their device, but device_map leaves elsewhere: "
-            f"{', '.join(entries)}; give them a device, or load without quantisation"
+            f"quantised layers stay on their device, but device_map{f' {asked!r}' if isinstance(asked, str) else ''} "
+            f"leaves {len(parts)} of {len(device_map)} parts of the model elsewhere: {', '.join(parts[:SHOWN])}{more}; "
+            "free memory on the device, raise max_memory or give these parts a device in device_map; weights that are "
+            "not quantised can be elsewhere"
         )
+
+
+def computed_map(error: BaseException) -> dict[str, Any] | None:
+    """The map of parts to places that transformers had in its hands when it raised an error, or None.
+
+    A map that it computes from `auto` is in no message and in no attribute of the error; it is a local variable of the
+    functions that made and checked it.
+
+    Args:
+        error: as it was caught, with its traceback.
+    """
+    maps = [frame.f_locals.get("device_map") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((each for each in reversed(maps) if isinstance(each, dict)), None)

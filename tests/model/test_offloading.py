@@ -289,10 +289,59 @@ def test_maps_that_cannot_be_used_are_errors_of_the_flag(device_map: Any, messag
         loaded((BASE, None), device="cuda", device_map=device_map)
 
 
-@pytest.mark.parametrize("bits", ["load_4bit", "load_8bit"])
-def test_quantised_layers_elsewhere_are_refused(bits: str, tmp_path: Path) -> None:
-    with pytest.raises(FlagError, match=r"device_map leaves elsewhere: model\.layers\.1;"):
-        loaded((BASE, None), device="cuda", device_map=one_layer(False), **{bits: True}, **offload(tmp_path))
+QUANTISED_MAPS: dict[str, tuple[dict[str, Any], str]] = {
+    "a layer on disk": ({"device_map": one_layer(False)}, r"leaves 1 of 8 parts .*: model\.layers\.1 \(disk\);"),
+    "more than a message names": (
+        {"device_map": {f"model.layers.{number}": "cpu" for number in range(7)} | {"lm_head": 0}},
+        r"leaves 7 of 8 parts .*: model\.layers\.0 \(cpu\), .*, model\.layers\.4 \(cpu\) and 2 more;",
+    ),
+    "a torch device": (
+        {"device_map": {"model": torch.device("cuda", 0), "lm_head": torch.device("cpu")}},
+        r"leaves 1 of 2 parts .*: lm_head \(cpu\);",
+    ),
+    **{
+        word: (
+            {"device_map": word, "max_memory": {"cpu": 340_000}},
+            rf"device_map '{word}' leaves [56] of 8 parts .*model\.layers\.2 \(disk\), model\.norm \(disk\)",
+        )
+        for word in ("auto", "balanced", "balanced_low_0", "sequential")
+    },
+    "no room for anything": (
+        {"device_map": "auto", "max_memory": {"cpu": 10_000}},
+        r"leaves 1 of 1 parts .*: all layers \(disk\);",
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=["load_4bit", "load_8bit"])
+def quantised(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """The flag, and a folder with weights that were quantised so before they were saved."""
+    folder = tmp_path_factory.mktemp("quantised") / "checkpoint"
+    tokenizer, model, _, _ = load_pretrained_model(str(BASE), device="cpu", **{request.param: True})
+    model.config.mm_vision_tower = str(LLAVA / "tiny-clip")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert loaded((folder, None), device="cpu").is_quantized
+    return request.param, folder
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["quantised on loading", "saved quantised"])
+@pytest.mark.parametrize("kind", QUANTISED_MAPS)
+def test_quantised_layers_elsewhere_are_refused_by_name(
+    kind: str, saved: bool, quantised: tuple[str, Path], tmp_path: Path
+) -> None:
+    """The map may be the caller's, or the one that transformers computes from the memory that there is."""
+    options, message = QUANTISED_MAPS[kind]
+    source, flags = (quantised[1], {}) if saved else (BASE, {quantised[0]: True})
+    with pytest.raises(FlagError, match=message) as refused:
+        loaded((source, None), device="cuda", **options, **flags, **offload(tmp_path))
+    assert "raise max_memory or give these parts a device in device_map" in str(refused.value)
+
+
+def test_quantised_layers_that_fit_are_not_refused(quantised: tuple[str, Path]) -> None:
+    room: Any = {"device_map": "auto", "max_memory": {"cpu": 10_000_000}}
+    for source, flags in ((BASE, {quantised[0]: True}), (quantised[1], {})):
+        assert loaded((source, None), device="cuda", **room, **flags).is_quantized
 
 
 def test_a_projector_that_is_nowhere_is_still_missed(tmp_path: Path) -> None:
