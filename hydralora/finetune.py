@@ -29,9 +29,11 @@ from hydralora.text.training import (
     add_adapter,
     load_base,
     load_tokenizer,
+    require_adapter,
 )
 from hydralora.tuner.original import OUR_WEIGHTS
 from llava.errors import FlagError
+from llava.model.completeness import RUN_FILE
 from llava.output import replace_text
 from llava.train import checkpointing
 from llava.train.resume_check import check_resumable
@@ -41,8 +43,6 @@ from llava.train.zero import join_processes, prepare_resume, set_precision
 from llava.utils import package_versions, run_program
 
 __all__ = ["Run", "build_parser", "build_run", "main", "parse_args"]
-
-RUN_FILE = "run.json"
 
 
 @dataclass
@@ -181,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if resume_from is not None:
         prepare_resume(training, Path(resume_from))
         check_resumable(Path(resume_from), training)
+        require_adapter(Path(resume_from))
     run = build_run(args)
     adapter = output / ADAPTER_FOLDER
     if training.do_train:

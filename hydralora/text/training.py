@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.trainer import TRAINER_STATE_NAME
 
 from hydralora.layer import expert_balance_loss
 from hydralora.model import RoutingRecorder, of_text
@@ -22,18 +23,20 @@ from hydralora.statistics import TaskStatistics
 from hydralora.text.arguments import RunArguments, module_names
 from hydralora.tuner import HydraLoraConfig, hydralora_layers
 from hydralora.tuner.loading import load_adapter
-from hydralora.tuner.original import OUR_WEIGHTS
+from hydralora.tuner.original import CONFIG_FILE, OUR_WEIGHTS
 from llava.errors import CheckpointError, FlagError
 from llava.files import reading
 from llava.hub import TOKENIZER_FILES, local_folder
 from llava.model.adapter_counts import check_adapter
 from llava.model.base_weights import read_base
+from llava.model.completeness import require
 from llava.model.formats import check_base
 from llava.model.partition import fetch
 from llava.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer as read_tokenizer
 from llava.torch_files import check_weights
 from llava.train.resumable_trainer import ResumableTrainer
+from llava.train.run_record import copy_run_record
 from llava.train.zero import same_draws
 
 ADAPTER_FOLDER = "sft_lora_model"
@@ -152,6 +155,19 @@ def link_adapter(source: Path, target: Path) -> None:
                 shutil.copy2(path, copy)
 
 
+def require_adapter(checkpoint: Path) -> None:
+    """Refuse a checkpoint to resume from that lacks its adapter, or the description of it.
+
+    Raises:
+        CheckpointError: names the missing file and the one that names it, or the description that is not one.
+    """
+    weights, config = checkpoint / OUR_WEIGHTS, checkpoint / CONFIG_FILE
+    require(weights, checkpoint / TRAINER_STATE_NAME, "describes a run to continue, whose adapter it is")
+    require(config, weights, "is an adapter, which this file describes")
+    with reading(config, "does not describe an adapter"):
+        PeftConfig.from_pretrained(str(checkpoint))
+
+
 class HydraLoraTrainer(ResumableTrainer):
     """Trainer that adds the balance loss and logs the share of each expert, by task where the data has tasks."""
 
@@ -166,6 +182,7 @@ class HydraLoraTrainer(ResumableTrainer):
         if _internal_call and self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             link_adapter(folder, folder / ADAPTER_FOLDER)
+            copy_run_record(Path(self.args.output_dir), folder)
 
     def _write_model(self, folder: Path) -> None:
         """Write the adapter; under DeepSpeed in the optimizer's precision, not in that of the forward pass."""

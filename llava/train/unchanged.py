@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava.errors import FlagError
+from llava.errors import CheckpointError, FlagError
 from llava.eval.record import WEIGHT_SUFFIXES, weights_fingerprint
 from llava.model.completeness import RUN_FILE
 from llava.train import checkpointing
@@ -65,6 +66,9 @@ PATHS = frozenset(
 )
 """Options that are paths: equal if they lead to the same place."""
 
+DATA_FILES = {"dataset_dir": "*.json", "data_root": "pid_splits.json"}
+"""Of `PATHS`, folders of data with the names of the files in them that decide what a run trains on."""
+
 EVALUATION = frozenset({"eval_strategy", "eval_steps", "eval_delay", "eval_batch_size"})
 """Free unless the best checkpoint is loaded at the end."""
 
@@ -79,20 +83,26 @@ BATCH_NAMES = frozenset({*BATCH, "train_batch_size", "batch_size", "accum_iter"}
 WORLD, FINGERPRINTS = "world_size", "fingerprints"
 """Keys of a record: the number of processes, and a digest of what each of `PATHS` leads to."""
 
+SECTIONS = ("program", "model", "data", "training")
+"""Of a record: what a program was told, and what came of it."""
+
 
 def fingerprints(options: Mapping[str, Any]) -> dict[str, str]:
     """Digests of the files and weights that the options of a run name; hub ids and folders of images have none."""
     found = {}
     for name in sorted(PATHS & options.keys()):
         paths = options[name] if isinstance(options[name], list) else [options[name]]
-        digests = [_fingerprint(Path(path)) for path in paths if isinstance(path, str)]
+        digests = [_fingerprint(Path(path), DATA_FILES.get(name)) for path in paths if isinstance(path, str)]
         if digests and None not in digests:
             found[name] = " ".join(map(str, digests))
     return found
 
 
-def _fingerprint(path: Path) -> str | None:
-    """Of a file its content; of a folder the sizes and ends of its files of weights."""
+def _fingerprint(path: Path, data_files: str | None = None) -> str | None:
+    """Of a file its content; of a folder the names and content of its data files, or the ends of its weights."""
+    if path.is_dir() and data_files is not None:
+        named = [f"{file.name} {_fingerprint(file)}" for file in sorted(path.glob(data_files)) if file.is_file()]
+        return hashlib.sha256("\n".join(named).encode()).hexdigest()[:16] if named else None
     if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -104,7 +114,7 @@ def flat(record: Mapping[str, Any]) -> dict[str, Any]:
     """The options in a record by their names, whatever section they are in."""
     sections = record.get("arguments", record)
     options: dict[str, Any] = {}
-    for section in ("program", "model", "data", "training"):  # what a program was told, and what came of it
+    for section in SECTIONS:
         options |= sections.get(section) or {}
     for name, values in (sections.get("options") or {}).items():
         options |= values or {}
@@ -112,6 +122,27 @@ def flat(record: Mapping[str, Any]) -> dict[str, Any]:
     if "experts" in sections:
         options["number of experts"] = sections["experts"]
     return options
+
+
+def check_sections(record: Mapping[str, Any], path: Path) -> None:
+    """Refuse a record whose sections are not tables of options.
+
+    Raises:
+        CheckpointError: names the file and the sections.
+    """
+    sections = record.get("arguments", record)
+    tables: dict[str, Any] = {FINGERPRINTS: record.get(FINGERPRINTS)}
+    if isinstance(sections, dict):
+        tables |= {name: sections.get(name) for name in (*SECTIONS, "options", "extensions")}
+        options = sections.get("options")
+        tables |= {f"options.{name}": values for name, values in options.items()} if isinstance(options, dict) else {}
+    wrong = [name for name, value in tables.items() if value is not None and not isinstance(value, dict)]
+    wrong += [] if isinstance(sections, dict) else ["arguments"]
+    if wrong:
+        raise CheckpointError(
+            f"{path}: {', '.join(sorted(wrong))} should contain options by name; the record of this run is damaged. "
+            "Get the file again, or choose another --output_dir"
+        )
 
 
 def _same_path(one: Any, other: Any) -> bool:
@@ -133,7 +164,7 @@ def _same(name: str, then: Mapping[str, Any], now: Mapping[str, Any], before: An
 
 def _batch(record: Mapping[str, Any], options: Mapping[str, Any]) -> int | None:
     factors = [*(options.get(name) for name in BATCH), record.get(WORLD)]
-    return None if None in factors else factors[0] * factors[1] * factors[2]
+    return math.prod(factors) if all(isinstance(factor, int) for factor in factors) else None
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -174,6 +205,7 @@ def refuse_changes(now: Mapping[str, Any], output: Path, resume_from: Path | Non
 
     Raises:
         FlagError: lists the options that differ.
+        CheckpointError: the record is damaged.
     """
     places = [] if resume_from is None else [resume_from / RUN_FILE]
     if resume_from is None or resume_from.parent.resolve() == output.resolve():
@@ -181,7 +213,9 @@ def refuse_changes(now: Mapping[str, Any], output: Path, resume_from: Path | Non
     record = next((path for path in places if path.is_file()), None)
     if record is None or (resume_from is None and not results):
         return
-    lines = differences(read_json(record), now)
+    then = read_json(record)
+    check_sections(then, record)
+    lines = differences(then, now)
     if lines:
         what = "be resumed from" if resume_from is not None else "be replaced by a run that is not the same"
         raise FlagError(

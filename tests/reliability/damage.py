@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,15 +222,18 @@ def _of_tensors(path: Path, used: Callable[[str], bool]) -> Iterator[tuple[str, 
     yield "a tensor too many", _with_another
 
 
-def damages(folder: Path, used: Callable[[str], bool] = lambda name: True) -> list[Damage]:
+def damages(
+    folder: Path, used: Callable[[str], bool] = lambda name: True, unread: Collection[str] = ()
+) -> list[Damage]:
     """Every damage to every file of a folder, in a fixed order.
 
     Args:
         folder: complete, with whatever is below it.
         used: tells of a tensor's name whether the model depends on it.
+        unread: names of files that nobody reads, which are left out.
     """
     found = []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in unread):
         ways = list(_of_bytes(path))
         if path.suffix == ".json":
             ways += _of_json(path)
