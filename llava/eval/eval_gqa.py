@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> GQAScore:
         BadSampleError: see `evaluate`.
     """
     args = build_parser().parse_args(argv)
-    if args.output:
+    if args.output is not None:
         refuse_file(
             "--output", args.output, [Input("--questions", args.questions), Input("--predictions", args.predictions)]
         )

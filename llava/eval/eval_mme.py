@@ -153,8 +153,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, TaskScore]:
         BadSampleError: see `evaluate`.
     """
     args = build_parser().parse_args(argv)
-    if args.output:
-        refuse_file("--output", args.output, [Input("--results_dir", args.results_dir)])
+    if args.output is not None:
+        read = [Input("--results_dir", path) for path in sorted(Path(args.results_dir).glob("*.txt"))]
+        refuse_file("--output", args.output, read)
     scores = evaluate(args.results_dir)
     print(table(scores))
     if args.output is not None:

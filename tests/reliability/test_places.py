@@ -243,9 +243,10 @@ def test_a_converted_checkpoint_never_falls_on_its_input(name: str, world: Path)
         refused(world, lambda output=output: EXPORTERS[name](one, two, output), "already exists")
     if "hydralora" not in name:  # these are paths there, and Path("") is the working folder
         for output in ("", " "):
-            refused(world, lambda output=output: EXPORTERS[name](one, two, output), "")
-    for output in (".", "..", "/"):
-        refused(world, lambda output=output: EXPORTERS[name](one, two, output), "")
+            refused(world, lambda output=output: EXPORTERS[name](one, two, output), "the output")
+    refused(world, lambda: EXPORTERS[name](one, two, "."), "the output .", "the command is run in")
+    for output in ("..", "/"):
+        refused(world, lambda output=output: EXPORTERS[name](one, two, output), f"{output}: already exists")
 
 
 @pytest.mark.parametrize("write", ["extract", "mma.original export"])
@@ -258,8 +259,15 @@ def test_an_exported_file_never_replaces_one(write: str, world: Path) -> None:
         else:
             export_file(base, output)
 
-    for output in [*spellings(world, world / "checkpoints" / "pretrain" / "mm_projector.bin"), "", "."]:
-        refused(world, lambda output=output: run(output))
+    there = spellings(world, world / "checkpoints" / "pretrain" / "mm_projector.bin")
+    there = [output for output in there if os.path.exists(output)]  # a path that goes through a file leads nowhere
+    assert len(there) == 4
+    for output in there:
+        said = refused(world, lambda output=output: run(output))
+        unnamed = write == "extract" and not output.endswith(".bin")  # a link of another name
+        assert ("the name must end in" if unnamed else "already exists; choose another path") in said
+    for output in ("", "."):
+        refused(world, lambda output=output: run(output), "the name must end in" if write == "extract" else "is empty")
 
 
 # Reports and results, which replace earlier ones
@@ -301,7 +309,10 @@ REPORTS: dict[str, tuple[Report, tuple[str, ...]]] = {
         _main(eval_gqa.main, "--questions", ANNOTATION, "--predictions", ANSWERS, output="--output"),
         ("eval/annotation.json", "eval/answers.jsonl"),
     ),
-    "eval_mme": (_main(eval_mme.main, "--results_dir", "@eval/MME/existence", output="--output"), ()),
+    "eval_mme": (
+        _main(eval_mme.main, "--results_dir", "@eval/MME/existence", output="--output"),
+        ("eval/MME/existence/1.txt",),
+    ),
     "eval_science_qa --output-file": (
         _main(eval_science_qa.main, *SCIENCE, "--output-result", "@new.json", output="--output-file"),
         ("eval/answers.jsonl",),
@@ -361,13 +372,17 @@ def test_a_report_never_replaces_an_input(name: str, world: Path) -> None:
             refused(world, lambda output=output: run(world, output), "reads" if "new" not in path else "")
         hard.unlink()
     for output in ("", ".", str(world / "eval"), str(world / "data" / "images")):
-        refused(world, lambda output=output: run(world, output))
+        refused(world, lambda output=output: run(world, output), "name a file")
 
 
 @pytest.mark.parametrize("output", ["eval/MME", "eval/MME/existence", "eval/MME/new", "eval", ".", ""])
 def test_files_for_mme_never_fall_on_the_ground_truths(output: str, world: Path) -> None:
     place = str(world / output) if output.startswith("eval") else output
-    refused(world, lambda: submission.mme(world / "eval" / "MME", world / "eval" / "answers.jsonl", place))
+    refused(
+        world,
+        lambda: submission.mme(world / "eval" / "MME", world / "eval" / "answers.jsonl", place),
+        "the output folder",
+    )
 
 
 def test_components_and_comparisons_keep_their_inputs(world: Path) -> None:
