@@ -36,14 +36,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     try:
         with path.open("rb") as file:
-            if file.read(len(_POINTER)) == _POINTER:
-                raise ValueError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull`")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            is_pointer = file.read(len(_POINTER)) == _POINTER
+        content = None if is_pointer else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # damaged files surface as many kinds of error, all meaning the same here
         # Not torch's own words: they advise to load the file without the restriction.
         raise ValueError(f"{path}: is damaged or holds more than tensors ({type(error).__name__})") from error
+    if is_pointer:
+        raise ValueError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a table of named tensors")
     return content

@@ -1,7 +1,7 @@
 """Files before anything is made of them: is this the file itself, whole, and of the kind that its place says?
 
-Everything that reads a checkpoint, a tokenizer, an image or a JSON file asks here first. A clone without git-lfs leaves
-small text files ("pointers") in the place of large ones; other readers would call such a file damaged.
+Everything that reads a checkpoint, a tokenizer, an image, data or a JSON file asks here first. A clone without git-lfs
+leaves small text files ("pointers") in the place of large ones; other readers would call such a file damaged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from llava.errors import CheckpointError, LlavaError
+from llava.errors import BadSampleError, CheckpointError, LlavaError
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 """How the text of a Git LFS pointer begins."""
@@ -47,14 +47,45 @@ def pointer_problem(path: str | os.PathLike[str]) -> str:
     return f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
 
 
-def refuse_pointer(path: str | os.PathLike[str]) -> None:
+def refuse_pointer(path: str | os.PathLike[str], kind: type[LlavaError] = CheckpointError) -> None:
     """Refuse a Git LFS pointer.
+
+    Args:
+        path: the file; one that cannot be read passes.
+        kind: class of the error.
 
     Raises:
         CheckpointError: the file is one.
     """
     if is_pointer(path):
-        raise CheckpointError(pointer_problem(path))
+        raise kind(pointer_problem(path))
+
+
+def data_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Content of a file of data, questions, answers or annotations.
+
+    Raises:
+        BadSampleError: the file is missing, cannot be read, or is a Git LFS pointer.
+    """
+    refuse_pointer(path, BadSampleError)
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise BadSampleError(f"{path}: no such file") from error
+    except OSError as error:
+        raise BadSampleError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def data_text(path: str | os.PathLike[str]) -> str:
+    """The same as text in UTF-8; a byte order mark at its beginning stays.
+
+    Raises:
+        BadSampleError: as of `data_bytes`, or it is not such text.
+    """
+    try:
+        return data_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadSampleError(f"{path}: is not text in UTF-8 ({error})") from error
 
 
 def refuse_pointers(folder: str | os.PathLike[str]) -> None:

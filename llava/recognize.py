@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import FlagError
+from llava.files import POINTER
 
 MAGIC = {
     b"\x89PNG\r\n\x1a\n": "a PNG image",
@@ -27,7 +28,7 @@ MAGIC = {
     b"\xff\xfe": "text in UTF-16",
     b"\xfe\xff": "text in UTF-16",
     b"SQLite format 3": "an SQLite database",
-    b"version https://git-lfs": "a Git LFS pointer",
+    POINTER: "a Git LFS pointer, not the file itself (run `git lfs pull` in its repository)",
 }
 """What the first bytes of a file say."""
 

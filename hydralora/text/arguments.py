@@ -20,6 +20,7 @@ from hydralora.text.counts import row_problems
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.loading import read_config
 from llava.errors import FlagError
+from llava.files import refuse_pointer
 from llava.places import Input, folder_problems
 from llava.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, range_problems
 from llava.train.retired_flags import translate_retired_flags
@@ -154,6 +155,7 @@ def number_of_experts(value: str) -> int:
     source, number = "--lora_nums", value
     if value.startswith(AUTO):
         path = Path(value.removeprefix(AUTO))
+        refuse_pointer(path, FlagError)
         source = f"--lora_nums {value}: 'suggested' in {path}"
         try:
             number = json.loads(path.read_text(encoding="utf-8"))["suggested"]

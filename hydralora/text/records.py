@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.errors import BadSampleError
+from llava.files import data_text
 
 IGNORED = -100
 
@@ -42,8 +43,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         BadSampleError: the file is no JSON list of objects, or a record lacks a field or has one of another type; the
             message names file and row.
     """
+    text = data_text(path)
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(text)
     except ValueError as error:
         raise BadSampleError(f"{path}: is no valid JSON ({error})") from error
     if not isinstance(rows, list):

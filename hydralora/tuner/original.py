@@ -66,8 +66,12 @@ def from_original(tensors: Mapping[str, Tensor], source: str | Path) -> dict[str
     return converted
 
 
-def to_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_original(tensors: Mapping[str, Tensor], source: str | Path = "") -> dict[str, Tensor]:
     """The original's tensors of ours.
+
+    Args:
+        tensors: by our names.
+        source: file that they come from, for messages.
 
     Raises:
         ValueError: a tensor belongs to something else, for example to `modules_to_save`.
@@ -80,7 +84,9 @@ def to_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif name in _THEIR_NAME:
             converted[f"{layer}.{_THEIR_NAME[name]}.weight"] = tensor
         else:
-            raise ValueError(f"'{key}' is no tensor of a HydraLoRA layer; the original's format has no place for it")
+            raise ValueError(
+                f"{source}: '{key}' is not a tensor of a HydraLoRA layer; the original's format has no place for it"
+            )
     return converted
 
 
@@ -95,20 +101,23 @@ def check_counts(tensors: Mapping[str, Tensor], config: HydraLoraConfig, source:
     experts, rank = config.lora_nums, config.r
     layers = {name.rpartition(".")[0] for name in tensors}
     for layer in sorted(layers):
-        a, b, router = (tensors[f"{layer}.hydralora_{part}"] for part in ("A", "B", "router"))
-        width = a.shape[-1]
+        names = [f"{layer}.hydralora_{part}" for part in ("A", "B", "router")]
+        lacking = [name for name in names if name not in tensors]
+        if lacking:
+            raise CheckpointError(f"{source}: layer '{layer}' is incomplete, it lacks {lacking}")
+        a, b, router = (tensors[name] for name in names)
         if a.dim() != 2 or len(a) != rank:
             raise CheckpointError(
                 f"{source}: A of '{layer}' has shape {tuple(a.shape)}, but {CONFIG_FILE} says r {rank}"
             )
-        if b.dim() != 3 or b.shape[0] != experts or b.shape[2] != rank:
+        if b.dim() != 3 or b.shape[0] != experts or b.shape[2] != rank or not b.shape[1]:
             raise CheckpointError(
-                f"{source}: '{layer}' has {len(b)} experts of shape {tuple(b.shape[1:])}, but {CONFIG_FILE} says "
-                f"{experts} of rank {rank}"
+                f"{source}: the experts of '{layer}' have shape {tuple(b.shape)}, but {CONFIG_FILE} says {experts} "
+                f"experts of rank {rank}"
             )
-        if tuple(router.shape) != (experts, width):
+        if tuple(router.shape) != (experts, a.shape[1]):
             raise CheckpointError(
-                f"{source}: the router of '{layer}' has shape {tuple(router.shape)}, expected {(experts, width)}"
+                f"{source}: the router of '{layer}' has shape {tuple(router.shape)}, expected {(experts, a.shape[1])}"
             )
     targets = config.target_modules
     check_layers(layers, source, None if isinstance(targets, str) or targets is None else targets)
@@ -128,11 +137,15 @@ def config_from_original(values: Mapping[str, Any], source: str | Path) -> Hydra
     kept = ("r", "lora_alpha", "lora_nums", "lora_dropout", "bias", "target_modules", "modules_to_save", "task_type")
     names = (*kept, "base_model_name_or_path", "inference_mode")
     check_settings(values, ADAPTER, source)
+    _check_targets(values, source)
+    with reading(source, "no adapter can be made with these settings"):
+        return HydraLoraConfig(**{name: values[name] for name in names if name in values})
+
+
+def _check_targets(values: Mapping[str, Any], source: str | Path) -> None:
     targets = values.get("target_modules")
     if not (isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets)):
         raise CheckpointError(f"{source}: 'target_modules' is {targets!r:.80}, expected a list of names")
-    with reading(source, "no adapter can be made with these settings"):
-        return HydraLoraConfig(**{name: values[name] for name in names if name in values})
 
 
 def config_to_original(config: HydraLoraConfig) -> dict[str, Any]:
@@ -209,13 +222,17 @@ def export_adapter(source: Path, target: Path) -> None:
             exists.
     """
     check_new(target, [source])
-    if _read_config(source).get("peft_type") != "HYDRALORA":
+    stored = _read_config(source)
+    if stored.get("peft_type") != "HYDRALORA":
         raise ValueError(f"{source / CONFIG_FILE}: is no HydraLoRA adapter (peft_type HYDRALORA)")
+    if not isinstance(stored.get("target_modules"), str):  # a pattern has a message of its own
+        _check_targets(stored, source / CONFIG_FILE)
     with reading(source / CONFIG_FILE):
         config = HydraLoraConfig.from_pretrained(str(source))
-    values, ours = config_to_original(config), read_our_weights(source / OUR_WEIGHTS)
-    tensors = to_original(ours)
-    check_counts(ours, config, source / OUR_WEIGHTS)
+    path = source / OUR_WEIGHTS
+    values, ours = config_to_original(config), read_our_weights(path)
+    tensors = to_original(ours, path)
+    check_counts(ours, config, path)
     with _new_folder(target, source) as folder:
         torch.save(tensors, folder / ORIGINAL_WEIGHTS)
         (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import BadSampleError, FlagError
+from llava.files import refuse_pointer
 
 Row = dict[str, Any]
 """`{"id": ..., "image": name or list of names, "conversations": [{"from": ..., "value": ...}, ...]}`."""
@@ -120,6 +121,7 @@ def open_records(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
 def _open_file(path: Path) -> Records:
     if not path.is_file():
         raise FlagError(f"--data_path {path}: there is no such file")
+    refuse_pointer(path, FlagError)
     with path.open("rb") as file:
         first = next((line for line in file if line.removeprefix(BYTE_ORDER_MARK).strip()), b"")
     if first.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):

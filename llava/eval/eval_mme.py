@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llava.errors import BadSampleError
+from llava.files import data_text
 from llava.output import replace_text
 from llava.places import Input, refuse_file
 from llava.utils import run_program
@@ -69,7 +70,7 @@ def read_task(path: Path) -> list[tuple[str, str, str]]:
             on one image each.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(data_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         columns = line.split("\t")

@@ -21,6 +21,7 @@ from llava.data.images import read_rgb
 from llava.errors import BadImageError, BadSampleError, FlagError
 from llava.eval.answers import Row, Task, answer_row
 from llava.eval.questions import read_jsonl
+from llava.files import refuse_pointer
 from llava.output import replacing
 from llava.places import Input, refuse_file
 from llava.recognize import refuse_foreign_bytes
@@ -76,6 +77,7 @@ def read_table(path: str | Path) -> Any:
     """
     if not Path(path).is_file():
         raise BadSampleError(f"{path}: no such file")
+    refuse_pointer(path, BadSampleError)
     table = pandas().read_table(path, dtype=dict.fromkeys(TEXT_COLUMNS, str))
     missing = {"index", "question", "image", "A"} - set(table.columns)
     if missing:

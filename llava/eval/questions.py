@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llava.errors import BadSampleError, FlagError
+from llava.files import data_bytes
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ def read_jsonl(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     if not path.is_file():
         raise BadSampleError(f"{path}: no such file")
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(data_bytes(path).splitlines(), start=1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
@@ -82,8 +83,9 @@ def read_json(path: str | Path, kind: type[T]) -> T:
     path = Path(path)
     if not path.is_file():
         raise BadSampleError(f"{path}: no such file")
+    raw = data_bytes(path)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(raw)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise BadSampleError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, kind):

@@ -13,6 +13,7 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import BadSampleError
+from llava.files import data_text
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ def read_conversations(path: str | Path) -> list[ReferenceConversation]:
     path = Path(path)
     if not path.is_file():
         raise BadSampleError(f"{path}: no such file")
+    text = data_text(path)
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(text)
     except ValueError as error:
         raise BadSampleError(f"{path}: not valid JSON ({error}); expected a list of conversations") from error
     if not isinstance(rows, list) or not rows:

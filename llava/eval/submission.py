@@ -14,6 +14,7 @@ from typing import Any
 from llava.errors import BadSampleError
 from llava.eval.m4c_evaluator import EvalAIAnswerProcessor
 from llava.eval.questions import field, read_jsonl
+from llava.files import data_text
 from llava.output import replace_text
 from llava.places import Input, refuse_file, refuse_folder
 
@@ -37,7 +38,7 @@ def read_answers_leniently(path: str | Path) -> tuple[dict[int | str, str], int]
         raise BadSampleError(f"{path}: no such file")
     texts: dict[int | str, str] = {}
     broken = 0
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(data_text(path).splitlines(), start=1):
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
@@ -168,7 +169,7 @@ def _mme_truths(data_dir: Path) -> dict[tuple[str, str, str], tuple[str, str]]:
     truths = {}
     for path in sorted(data_dir.glob("*/*.txt")) + sorted(data_dir.glob("*/questions_answers_YN/*.txt")):
         task = path.relative_to(data_dir).parts[0]
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(data_text(path).splitlines(), start=1):
             if not line.strip():
                 continue
             question, tab, truth = line.partition("\t")

@@ -123,6 +123,7 @@ NOT_NULL = (
     *("mm_use_im_start_end", "mm_use_im_patch_token", "use_mm_proj", "mm_vision_select_feature", "mm_projector_type"),
     *("image_aspect_ratio", "tie_word_embeddings", "attention_bias", "mlp_bias", "rope_theta"),
     *("do_rescale", "rescale_factor", "do_center_crop", "num_channels", "fan_in_fan_out", "use_rslora", "use_dora"),
+    *("train_batch_size", "logging_steps", "save_steps"),
 )
 """Keys that a file may lack, but that are never null where a program wrote them."""
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from llava.errors import CheckpointError, FlagError
+from llava.files import refuse_pointer
 from llava.model.partition import is_split
 from llava.output import claim, discard
 from llava.torch_files import check_training_state
@@ -62,6 +63,8 @@ def zero_settings(training: TrainingArguments) -> dict[str, Any] | None:
 
 def _read(given: str) -> dict[str, Any]:
     is_json = given.lstrip().startswith("{")
+    if not is_json:
+        refuse_pointer(given, FlagError)
     try:
         settings = json.loads(given if is_json else Path(given).read_text(encoding="utf-8"))
     except OSError as error:

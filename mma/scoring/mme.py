@@ -14,6 +14,7 @@ from pathlib import Path
 
 from llava.errors import BadSampleError
 from llava.eval.eval_mme import COGNITION, NO, PERCEPTION, YES, TaskScore
+from llava.files import data_text
 
 IMAGE_SUFFIXES = (".jpg", ".png")
 IMAGES_FOLDER, QUESTIONS_FOLDER = "images", "questions_answers_YN"
@@ -75,7 +76,7 @@ def read_subset(root: Path, subset: str, labels: LabelSource) -> list[MmeQuestio
 def _read_pair(path: Path, subset: str, image: str, labels: LabelSource) -> list[MmeQuestion]:
     if not path.is_file():
         raise BadSampleError(f"{path}: no such file; it should hold the two questions about {image}")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in data_text(path).splitlines() if line.strip()]
     if len(lines) != 2:
         raise BadSampleError(f"{path}: {len(lines)} lines, must be two questions")
     pair = []
