@@ -145,7 +145,7 @@ def test_rows_of_another_program_are_untouched(writer: str, reader: str, tmp_pat
         return
     answered(tmp_path / "a.jsonl", writer)
     settings_path(tmp_path / "a.jsonl").unlink()
-    refused(tmp_path, lambda: open_file(tmp_path / "a.jsonl", reader))
+    refused(tmp_path, lambda: open_file(tmp_path / "a.jsonl", reader), "a.jsonl", "name another")
 
 
 def test_rows_of_another_model_and_other_settings_are_untouched_though_torn(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_merging_processes_replaces_answers_alone(program: str, tmp_path: Path) 
         answered(part_of(path, rank, 2), program)
     for name in FOREIGN:
         path.write_bytes(CORPUS[f"{name} 0"])
-        refused(tmp_path, lambda: put_together(First(0, 2), path))
+        refused(tmp_path, lambda: put_together(First(0, 2), path), path.name, "it looks like")
     path.unlink()
     answered(path, program)
     put_together(First(0, 2), path)
