@@ -17,7 +17,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from llava.errors import BadSampleError, CheckpointError, LlavaError
+from llava.errors import BadSampleError, CheckpointError, FlagError, LlavaError
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 """How the text of a Git LFS pointer begins."""
@@ -133,14 +133,36 @@ def reading(path: str | os.PathLike[str], problem: str = "cannot be read") -> It
         problem: what to say about it.
 
     Raises:
-        CheckpointError: the block raised one of `READ_ERRORS`. Errors of ours and a full memory pass unchanged.
+        CheckpointError: the block raised one of `READ_ERRORS`, or a bare `Exception`, as `tokenizers` does. Errors of
+            ours and a full memory pass unchanged.
     """
     try:
         yield
     except (LlavaError, torch.OutOfMemoryError):
         raise
-    except READ_ERRORS as error:
+    except Exception as error:
+        if not isinstance(error, READ_ERRORS) and type(error) is not Exception:
+            raise
         text = next((line for line in str(error).splitlines() if line.strip()), "no further message")
         if isinstance(error, ValueError) and str(path) in text:  # by a module of ours that needs nothing of llava
             raise CheckpointError(str(error)) from error
         raise CheckpointError(f"{path}: {problem} ({type(error).__name__}: {text[:300]})") from error
+
+
+@contextlib.contextmanager
+def naming(config_file: Path, *others: type[LlavaError]) -> Iterator[None]:
+    """Say of a refused setting that it comes from a file, not from a flag of this program.
+
+    Args:
+        config_file: the file.
+        others: kinds of errors to change in addition to `FlagError`.
+
+    Raises:
+        CheckpointError: the block raised one of them.
+    """
+    try:
+        yield
+    except (FlagError, *others) as error:
+        if str(config_file) in str(error):
+            raise
+        raise CheckpointError(f"{config_file}: {error}") from error

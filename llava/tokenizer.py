@@ -57,7 +57,8 @@ class LlamaTokenizer(PreTrainedTokenizer):
         kwargs: passed on to transformers (special tokens, `model_max_length`, `padding_side`, ...).
 
     Raises:
-        CheckpointError: an added token wants blanks around it removed, which no Llama tokenizer does.
+        CheckpointError: an added token wants blanks around it removed, which no Llama tokenizer does; or a token is to
+            be added to every text, but there is none.
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012 (transformers' own way to declare it)
@@ -83,6 +84,11 @@ class LlamaTokenizer(PreTrainedTokenizer):
         kwargs["special_tokens_pattern"] = pattern[add_bos_token, add_eos_token]
         defaults = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
         super().__init__(legacy=self.legacy, **(defaults | kwargs))
+        for name in ("bos_token", "eos_token"):
+            if getattr(self, f"add_{name}") and getattr(self, name) is None:
+                raise CheckpointError(
+                    f"{Path(vocab_file).parent / 'tokenizer_config.json'}: add_{name} is true, but there is no {name}"
+                )
         for token in self.added_tokens_decoder.values():
             if token.lstrip or token.rstrip or token.single_word:
                 raise CheckpointError(
@@ -231,10 +237,7 @@ def load_tokenizer(
     for path in sorted(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.suffix == ".json"):
         read_json(path)  # whose messages name the file
     if "tokenizer.model" in names:
-        with reading(folder / "tokenizer.model"):  # asked first: whatever is wrong afterwards is in the other files
-            pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-            if not [pieces.id_to_piece(index) for index in range(pieces.get_piece_size())]:
-                raise ValueError("it has no pieces")
+        check_pieces(folder / "tokenizer.model")  # first: whatever is wrong afterwards is in the other files
         with reading(folder / "tokenizer_config.json", "no tokenizer can be made with these settings"):
             options = {"padding_side": padding_side, "local_files_only": True, **kwargs}
             tokenizer = LlamaTokenizer.from_pretrained(folder, **options)
@@ -244,9 +247,25 @@ def load_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     else:
         raise CheckpointError(f"no tokenizer in {folder}: it holds neither tokenizer.model nor tokenizer.json")
+    limit = tokenizer.model_max_length
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 1:
+        path = folder / "tokenizer_config.json"
+        raise CheckpointError(f"{path}: 'model_max_length' is {limit!r}, expected a number of tokens")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def check_pieces(path: Path) -> None:
+    """Refuse a SentencePiece model that cannot be read.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    with reading(path):
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        if not [pieces.id_to_piece(index) for index in range(pieces.get_piece_size())]:
+            raise ValueError("it has no pieces")
 
 
 def encode_with_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[Span]]:

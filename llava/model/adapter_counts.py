@@ -87,7 +87,8 @@ def check_adapter(model: PeftModel, path: Path) -> dict[str, Tensor]:
     wrong = [name for name in expected if name in tensors and expected[name].shape != tensors[name].shape]
     if missing or unknown or wrong:
         raise CheckpointError(
-            f"{path}: does not fit the adapter; missing {missing[:3]}, unknown {unknown[:3]}, other shape {wrong[:3]}"
+            f"{path}: does not fit the adapter that adapter_config.json describes; missing {missing[:3]}, unknown "
+            f"{unknown[:3]}, other shape {wrong[:3]}"
         )
     check_numbers(tensors, path)
     return tensors

@@ -6,6 +6,7 @@ configuration with a wrong size may ask for terabytes. So the files' own descrip
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,9 @@ def read_base(cls: Any, source: str | Path, config: Any, **options: Any) -> tupl
     if quantised:
         check_quantised_map(options.get("device_map"))
     entries = weights_of(folder) if (folder / "config.json").is_file() else {}
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        check_settings(read_json(generation), GENERATION, generation)
-        with reading(generation):
-            GenerationConfig.from_pretrained(folder)
+    check_generation(folder)
     if entries:
-        _check_fit(cls, config, entries, folder)
+        check_fit(cls, config, entries, folder)
     try:
         with reading(source, "its weights cannot be read"):
             model, report = cls.from_pretrained(
@@ -65,9 +62,12 @@ def read_base(cls: Any, source: str | Path, config: Any, **options: Any) -> tupl
         if quantised:
             check_quantised_map(computed_map(cause), asked=options["device_map"])
         raise FlagError(f"{source} cannot be placed by device_map {options['device_map']!r}: {cause}") from error
-    if report["mismatched_keys"]:  # of a model on a hub
-        names = sorted(name for name, *_ in report["mismatched_keys"])
-        raise CheckpointError(f"{source}: weights have other shapes than its config.json says: {names[:3]}")
+    if report["mismatched_keys"]:  # of a model on a hub, or under other names in the files
+        name, stored, wanted = sorted(report["mismatched_keys"])[0]
+        raise CheckpointError(
+            f"{_file_of(entries, name, source)}: '{name}' has shape {tuple(stored)}, but {folder / 'config.json'} asks "
+            f"for {tuple(wanted)}"
+        )
     check_model(model, entries, source)
     return model, set(report["missing_keys"])
 
@@ -79,6 +79,19 @@ def _stays_on_device(settings: Any) -> bool:
     values = settings if isinstance(settings, Mapping) else settings.to_dict()
     here = values.get("load_in_4bit") or values.get("load_in_8bit")
     return bool(here) and not values.get("llm_int8_enable_fp32_cpu_offload")
+
+
+def check_generation(folder: Path) -> None:
+    """Refuse a `generation_config.json` that cannot be read or has an impossible value.
+
+    Raises:
+        CheckpointError: names it.
+    """
+    path = folder / "generation_config.json"
+    if path.is_file():
+        check_settings(read_json(path), GENERATION, path)
+        with reading(path):
+            GenerationConfig.from_pretrained(folder)
 
 
 def expected_weights(cls: Any, config: Any, folder: Path) -> dict[str, nn.Parameter]:
@@ -96,7 +109,18 @@ def expected_weights(cls: Any, config: Any, folder: Path) -> dict[str, nn.Parame
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _check_fit(cls: Any, config: Any, entries: Mapping[str, Entry], folder: Path) -> None:
+def check_fit(cls: Any, config: Any, entries: Mapping[str, Entry], folder: Path) -> None:
+    """Compare what files of weights say about their tensors with what a configuration asks for.
+
+    Args:
+        cls: class of the model.
+        config: its configuration.
+        entries: of the files, by name.
+        folder: of the files.
+
+    Raises:
+        CheckpointError: a weight has another shape, or is not of a floating-point type.
+    """
     expected = expected_weights(cls, config, folder)
     if "quantization_config" in read_json(folder / "config.json"):  # integers belong there, in shapes of their own
         return
@@ -129,4 +153,18 @@ def check_model(model: nn.Module, entries: Mapping[str, Entry], source: str | Pa
         if not value.is_floating_point() or value.is_meta:
             value = None if entry is None else entry.read(name)
         if value is not None and value.is_floating_point():
-            check_finite(name, value, source if entry is None else entry.path)
+            check_finite(name, value, _file_of(entries, name, source))
+
+
+def _file_of(entries: Mapping[str, Entry], name: str, source: str | Path) -> str | Path:
+    """The file of a weight, also where it has another prefix there: that of the longest common end of the names."""
+    if name in entries:
+        return entries[name].path
+    parts = name.split(".")[::-1]
+
+    def common(stored: str) -> int:
+        pairs = zip(parts, stored.split(".")[::-1], strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    closest = max(entries, key=common, default=None)
+    return source if closest is None or common(closest) < 2 else entries[closest].path

@@ -19,14 +19,22 @@ from torch import nn
 
 from llava.conversation import conv_templates
 from llava.data.markers import user_marker_ids
-from llava.errors import CheckpointError, FlagError, LlavaError
+from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, Extension, ImportedState, installed_extensions
-from llava.files import reading
+from llava.files import naming, reading
 from llava.hub import local_folder
 from llava.model.base_weights import read_base
 from llava.model.checkpoint import load_extension_tensors, load_trained
 from llava.model.components import Component, components
-from llava.model.formats import NEWLINE, CheckpointContents, check_base, inspect_checkpoint, read_tensors, weight_files
+from llava.model.formats import (
+    CheckpointContents,
+    check_base,
+    inspect_checkpoint,
+    projector_tensors,
+    read_tensors,
+    weight_file_names,
+    weight_files,
+)
 from llava.model.image_tokens import add_image_tokens, wanted_tokens
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.model.language_model.causal_lm import LlavaForCausalLM
@@ -106,7 +114,7 @@ def load_pretrained_model(
     near = [contents.folder, *([Path(base)] if base else [])]
     image_processor = None
     if getattr(model.config, "mm_vision_tower", None):  # a trained tower is read here, from inside the checkpoint
-        with _naming(config_file):
+        with naming(config_file):
             image_processor = model.get_model().load_vision_tower(near, dtype).image_processor
     imported = _attach_extensions(model, contents)
     materialize(model, model.extensions.named_parameters(model))
@@ -122,17 +130,6 @@ def load_pretrained_model(
     model.requires_grad_(False)
     context_length = getattr(model.config, "max_sequence_length", DEFAULT_CONTEXT_LENGTH)
     return tokenizer, model.eval(), image_processor, context_length
-
-
-@contextlib.contextmanager
-def _naming(config_file: Path, *others: type[LlavaError]) -> Iterator[None]:
-    """Say of a refused setting that it comes from a file, not from a flag of this program; so of `others` too."""
-    try:
-        yield
-    except (FlagError, *others) as error:
-        if str(config_file) in str(error):
-            raise
-        raise CheckpointError(f"{config_file}: {error}") from error
 
 
 def _check_vocabulary(model: LlavaForCausalLM, tokenizer: Any, folder: Path) -> None:
@@ -201,7 +198,7 @@ def _attach_extensions(model: LlavaForCausalLM, contents: CheckpointContents) ->
         for name in _order(model.config, wanted):
             config_file = contents.extensions[name] / "config.json"
             _check_recorded(contents, available[name], wanted[name])
-            with _naming(config_file, CheckpointError), reading(config_file, "no extension of these settings fits"):
+            with naming(config_file, CheckpointError), reading(config_file, "no extension of these settings fits"):
                 model.extensions.attach(model, available[name], wanted[name])
         return {}
     imported: dict[str, ImportedState] = {}
@@ -255,7 +252,7 @@ def _load_rest(
         with reading(adapter_config, "no adapter can be made with these settings"):
             peft_config = PeftConfig.from_pretrained(str(contents.folder))
         if not isinstance(peft_config, LoraConfig):
-            raise CheckpointError(f"{contents.adapter}: a '{peft_config.peft_type}' adapter; only LoRA is supported")
+            raise CheckpointError(f"{adapter_config}: a '{peft_config.peft_type}' adapter; only LoRA is supported")
         check_settings(read_json(adapter_config), LORA, adapter_config)
         peft_config.base_model_name_or_path = model.config.name_or_path  # where the base is now, not where it was
         with _without_tower(model), reading(adapter_config, "no adapter can be made with these settings"):
@@ -264,13 +261,15 @@ def _load_rest(
         materialize(model, components(model)[Component.ADAPTER])
         merge = merge and not elsewhere  # a merged weight would have to be stored, where the base is stored now
     load_trained(host, dataclasses.replace(contents, tower=None))
-    projector_read = contents.projector is not None or contents.non_lora is not None
+    projector_read = contents.projector is not None or _has_projector(contents.non_lora)
     still_missing = missing - set(components(model)[Component.PROJECTOR]) if projector_read else missing
     if still_missing:
+        base = Path(model.config.name_or_path)
+        looked_in = [f"{base} ({weight_file_names(base)})" if base.is_dir() else base]
+        looked_in += filter(None, (contents.projector, contents.non_lora))
         raise CheckpointError(
-            f"{contents.folder}: {len(still_missing)} weights are nowhere to be found (first: "
-            f"{sorted(still_missing)[:3]}); not in {contents.weights or 'the base'} either; is --model-base the base "
-            "that it was trained on?"
+            f"{contents.folder}: {len(still_missing)} weights are missing (first: {sorted(still_missing)[:3]}) in "
+            f"{', '.join(map(str, looked_in))}; is --model-base the base that it was trained on?"
         )
     if contents.adapter is None:
         return model
@@ -311,13 +310,17 @@ def _check_claimed(contents: CheckpointContents, imported: dict[str, ImportedSta
         return
     claimed = frozenset().union(*(state.claimed for state in imported.values()))
     names = read_tensors(contents.non_lora)
-    projector = {"mm_projector", NEWLINE}
-    unknown = [name for name in names if not projector.intersection(name.split(".")) and name not in claimed]
+    unknown = sorted(names.keys() - projector_tensors(names).keys() - claimed)
     if unknown:
         raise CheckpointError(
             f"{contents.non_lora}: {len(unknown)} of {len(names)} tensors belong to no installed extension (first: "
             f"{unknown[:3]}); install the package that they come from"
         )
+
+
+def _has_projector(non_lora: Path | None) -> bool:
+    """True if upstream's non-LoRA file contains a projector; without one, it is that of the base."""
+    return non_lora is not None and bool(projector_tensors(read_tensors(non_lora)))
 
 
 def _keep_here(model: LlavaForCausalLM, tokens: bool) -> None:

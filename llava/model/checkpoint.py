@@ -28,6 +28,7 @@ from llava.model.formats import (
     TOWER_FOLDER,
     CheckpointContents,
     inspect_checkpoint,
+    projector_tensors,
     read_projector,
     read_tensors,
     strip_peft_prefix,
@@ -244,10 +245,9 @@ def load_trained(model: nn.Module, checkpoint: str | Path | CheckpointContents) 
 
 def _load_non_lora(projector: dict[str, nn.Parameter], path: Path) -> None:
     """Read the projector out of upstream's file; what extensions own in it is theirs to read."""
-    tensors = strip_peft_prefix(read_tensors(path))
-    wanted = {name: tensor for name, tensor in tensors.items() if name in projector}
-    if wanted:
-        copy_tensors(projector, wanted, path)
+    tensors = projector_tensors(strip_peft_prefix(read_tensors(path)))
+    if tensors:
+        copy_tensors(projector, tensors, path)
 
 
 def load_full_weights(llava: LlavaForCausalLM, contents: CheckpointContents) -> None:

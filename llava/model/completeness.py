@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +136,21 @@ def _check_file(file: Path, described: Mapping[str, Any], record: Path) -> None:
         raise CheckpointError(f"{file}: lacks {lacking[:5]}, which it had when it was written ({record})")
 
 
-def require(path: Path, named_by: Path, how: str) -> None:
+def require(path: Path, named_by: Path, how: str, others: Sequence[str] = ()) -> None:
     """Refuse a folder that lacks a file which another one names.
+
+    Args:
+        path: the file.
+        named_by: where it was named.
+        how: what that file says of it.
+        others: names under which other programs write the same part next to `path`; one of them will do.
 
     Raises:
         CheckpointError: names the file, and where and how it was named.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: is missing, but {named_by} {how}")
+    if not any(each.is_file() for each in (path, *(path.parent / name for name in others))):
+        also = f" ({', '.join(others)} too)" if others else ""
+        raise CheckpointError(f"{path}: is missing{also}, but {named_by} {how}")
 
 
 def check_run_record(folder: Path) -> None:

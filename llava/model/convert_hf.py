@@ -12,31 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 from transformers import LlavaConfig as HfConfig
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from llava.conversation import conv_templates
 from llava.errors import CheckpointError, FlagError
-from llava.files import reading, refuse_pointers
+from llava.files import naming, reading
 from llava.hub import local_folder
 from llava.model.base_weights import read_base
 from llava.model.builder import base_folder, load_pretrained_model
-from llava.model.formats import TOWER_FOLDER, CheckpointContents, check_weight_files, inspect_checkpoint
-from llava.model.hf_format import (
-    RECORD,
-    check_convertible,
-    hf_config,
-    hf_model,
-    our_config,
-    our_tensors,
-    refuse_extensions,
-)
+from llava.model.formats import TOWER_FOLDER, CheckpointContents, inspect_checkpoint, weight_file_names
+from llava.model.hf_format import check_convertible, hf_config, hf_model, our_config, our_tensors, refuse_extensions
 from llava.model.hf_processor import chat_template, hf_image_processor, hf_tokenizer
+from llava.model.hf_reading import HfFolder, read_hf_folder
 from llava.model.language_model.backbones import CLASSES
-from llava.model.multimodal_encoder.builder import KINDS
-from llava.model.multimodal_encoder.transformers_tower import TransformersTower
+from llava.model.settings import Rule, check_settings
 from llava.output import check_new, new_path
-from llava.tokenizer import LlamaTokenizer
+from llava.tokenizer import LlamaTokenizer, check_pieces
 from llava.utils import errors_only, read_json, run_program
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -138,37 +130,26 @@ def from_hf(checkpoint: str | Path, output: str | Path, image_aspect_ratio: str 
         CheckpointError: it is no LLaVA of transformers, or has parts that we do not have; or `output` exists already.
     """
     check_new(output, [checkpoint])
-    checkpoint = local_folder(checkpoint)
-    if not (checkpoint / "config.json").is_file():
-        raise CheckpointError(f"{checkpoint}: holds no config.json, so it is no checkpoint")
-    refuse_pointers(checkpoint)
-    for path in sorted(checkpoint.glob("*.json")):
-        read_json(path)  # whose messages name the file
-    with reading(checkpoint / "config.json"):
-        config = AutoConfig.from_pretrained(checkpoint)
-    if not isinstance(config, HfConfig):
-        raise CheckpointError(f"{checkpoint}: its config.json says '{config.model_type}'; expected transformers' llava")
-    record = getattr(config, RECORD, {})
-    tower_class = _tower_class(config, checkpoint)
-    with reading(checkpoint, "no processor can be made of its processor_config.json, tokenizer and preprocessor files"):
-        processor = AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
-    settings = processor.image_processor.to_dict()
-    aspect_ratio = image_aspect_ratio or ("pad" if settings.get("do_pad") else "square")
-    vocab_size = record.get("vocab_size") or _vocabulary(processor.tokenizer, config)
-    ours = our_config(config, _select_feature(config, tower_class, checkpoint), vocab_size, aspect_ratio)
+    source = read_hf_folder(local_folder(checkpoint))
+    aspect_ratio = image_aspect_ratio or ("pad" if source.image_settings.get("do_pad") else "square")
+    vocab_size = source.record.get("vocab_size") or _vocabulary(source.tokenizer, source.config)
+    ours = our_config(source.config, _select_feature(source), vocab_size, aspect_ratio, source.config_file)
     if image_aspect_ratio:
         ours.image_aspect_ratio = image_aspect_ratio
     ours.mm_vision_tower = TOWER_FOLDER
-    check_weight_files(checkpoint)
+    processor = source.tower_processor()
+    tokenizer = _our_tokenizer(source)
     with errors_only():
-        model, missing = read_base(LlavaForConditionalGeneration, checkpoint, config, dtype="auto")
+        model, missing = read_base(LlavaForConditionalGeneration, source.folder, source.config, dtype="auto")
     if missing:
-        raise CheckpointError(f"{checkpoint}: lacks the weights {sorted(missing)[:3]}")
+        files = weight_file_names(source.folder)
+        raise CheckpointError(f"{source.folder}: lacks the weights {sorted(missing)[:3]} in {files}")
     with new_path(output, [checkpoint]) as folder:
         folder.mkdir()
-        _save_tower(model, tower_class, record.get("image_processor") or settings, folder / TOWER_FOLDER)
-        _save_language_model(model, ours, vocab_size, folder)
-        _our_tokenizer(checkpoint, record.get("tokenizer"), folder)
+        model.model.vision_tower.save_pretrained(folder / TOWER_FOLDER)
+        processor.save_pretrained(folder / TOWER_FOLDER)
+        _save_language_model(model, ours, vocab_size, folder, source.config_file)
+        tokenizer.save_pretrained(folder)
     return Path(output)
 
 
@@ -199,19 +180,28 @@ def _tokenizer_record(tokenizer: Any) -> dict[str, Any] | None:
     }
 
 
-def _our_tokenizer(checkpoint: Path, record: dict[str, Any] | None, folder: Path) -> None:
-    """Write the tokenizer: from the SentencePiece model if there is one, else the fast one as it is."""
-    if not (checkpoint / "tokenizer.model").is_file():
-        AutoTokenizer.from_pretrained(checkpoint, local_files_only=True).save_pretrained(folder)
-        return
+def _our_tokenizer(source: HfFolder) -> Any:
+    """The tokenizer: from the SentencePiece model if there is one, else the fast one as it is.
+
+    Raises:
+        CheckpointError: the files of the SentencePiece model are damaged.
+    """
+    path, record = source.folder / "tokenizer.model", source.record.get("tokenizer")
+    if not path.is_file():
+        return source.tokenizer
     settings = dict(record or {})
     added = settings.pop("added", [])
+    named_in = source.config_file
     if record is None:
-        stored = read_json(checkpoint / "tokenizer_config.json")
+        named_in = source.folder / "tokenizer_config.json"
+        stored = read_json(named_in)
+        check_settings(stored, {"legacy": Rule("bool")}, named_in)
         settings = {"legacy": stored.get("legacy"), "pad_token": "<unk>", "padding_side": "right"}
-    tokenizer = LlamaTokenizer(str(checkpoint / "tokenizer.model"), **settings)
-    tokenizer.add_tokens(added, special_tokens=True)
-    tokenizer.save_pretrained(folder)
+    check_pieces(path)
+    with reading(named_in, "no tokenizer can be made with these settings"):
+        tokenizer = LlamaTokenizer(str(path), **settings)
+        tokenizer.add_tokens(added, special_tokens=True)
+    return tokenizer
 
 
 def _vocabulary(tokenizer: Any, config: HfConfig) -> int:
@@ -222,40 +212,25 @@ def _vocabulary(tokenizer: Any, config: HfConfig) -> int:
     return image if image < size and all(index in added and added[index].special for index in behind) else size
 
 
-def _tower_class(config: HfConfig, checkpoint: Path) -> type[TransformersTower]:
-    kind = config.vision_config.model_type
-    tower_class = KINDS.get(kind)
-    if tower_class is None or not issubclass(tower_class, TransformersTower):
-        raise CheckpointError(f"{checkpoint}: its vision tower is a '{kind}'; towers here are {sorted(KINDS)}")
-    return tower_class
-
-
-def _select_feature(config: HfConfig, tower_class: type[TransformersTower], checkpoint: Path) -> str:
+def _select_feature(source: HfFolder) -> str:
     """`patch` or `cls_patch`; `default` drops the first row, which must be a class token."""
-    if config.vision_feature_select_strategy == "full":
-        return "cls_patch" if tower_class.class_token else "patch"
-    if not tower_class.class_token:
-        raise CheckpointError(f"{checkpoint}: drops the first patch of a tower without class token")
+    class_token = source.tower_class.class_token
+    if source.config.vision_feature_select_strategy == "full":
+        return "cls_patch" if class_token else "patch"
+    if not class_token:
+        raise CheckpointError(f"{source.config_file}: drops the first patch of a tower without class token")
     return "patch"
 
 
-def _save_tower(
-    model: LlavaForConditionalGeneration, tower_class: type[TransformersTower], settings: dict[str, Any], folder: Path
+def _save_language_model(
+    model: LlavaForConditionalGeneration, config: Any, vocab_size: int, folder: Path, config_file: Path
 ) -> None:
-    """The tower with its image processor, as a tower of its own."""
-    model.model.vision_tower.save_pretrained(folder)
-    ours = ("size", "crop_size", "do_center_crop", "resample", "image_mean", "image_std", "rescale_factor")
-    options = {name: settings[name] for name in ours if settings.get(name) is not None}
-    tower_class.processor_class(**options).save_pretrained(folder)
-
-
-def _save_language_model(model: LlavaForConditionalGeneration, config: Any, vocab_size: int, folder: Path) -> None:
     """Full weights without the tower."""
     backbone = next(cls for cls in CLASSES if cls.config_class is type(config))
     tensors = our_tensors(model, vocab_size)
     tensors = {name: value for name, value in tensors.items() if not name.startswith("model.vision_tower.")}
     config.dtype = model.dtype
-    with torch.device("meta"):
+    with naming(config_file), torch.device("meta"):
         ours = backbone(config)
     ours.load_state_dict(tensors, assign=True)
     ours.tie_weights()

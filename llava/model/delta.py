@@ -13,10 +13,21 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from llava.errors import CheckpointError
+from llava.model.base_weights import check_fit, check_generation
 from llava.model.completeness import RECORD_FILE
-from llava.model.formats import NEWLINE, WEIGHT_FILES, inspect_checkpoint, read_tensors, weight_files
+from llava.model.formats import (
+    NEWLINE,
+    WEIGHT_FILES,
+    inspect_checkpoint,
+    read_tensors,
+    weight_file_names,
+    weight_files,
+    weights_of,
+)
+from llava.model.language_model.backbones import backbone_class, load_config
 from llava.model.tensors import check_numbers
 from llava.output import new_path
+from llava.tokenizer import load_tokenizer
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 """May have more rows than the base's: tokens were added behind."""
@@ -42,6 +53,21 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
+def _check_files(folder: Path) -> None:
+    """Refuse a folder whose other files are damaged, or whose weights are not those that its configuration asks for.
+
+    They are copied as they are, so nobody else would notice before the result is loaded.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    backbone, config = backbone_class(folder), load_config(folder)
+    check_generation(folder)
+    check_fit(backbone, config, weights_of(folder), folder)
+    if any(folder.glob("tokenizer*")):
+        load_tokenizer(folder)
+
+
 def combine(base: Path, other: Path, output: Path, operation: Combine) -> Path:
     """Combine each weight of `other` with that of `base`, and write the result with the other files of `other`.
 
@@ -58,6 +84,8 @@ def combine(base: Path, other: Path, output: Path, operation: Combine) -> Path:
         CheckpointError: the two do not belong together, or `output` exists already.
     """
     with new_path(output, [base, other]) as folder:
+        for each in (base, other):
+            _check_files(each)
         ours, theirs = _weights(other), _weights(base)
         _check(ours, theirs, base, other)
         result = {name: tensor.clone() for name, tensor in ours.items()}
@@ -80,7 +108,8 @@ def _check(ours: dict[str, Tensor], theirs: dict[str, Tensor], base: Path, other
     strange = sorted(name for name in set(ours) - set(theirs) if not name.startswith(OWN_PARTS))
     if lacking or strange:
         raise CheckpointError(
-            f"{other} and {base} do not belong together: the first lacks {lacking[:3]}, the second {strange[:3]}"
+            f"{other} ({weight_file_names(other)}) and {base} ({weight_file_names(base)}) do not belong together: the "
+            f"first lacks {lacking[:3]}, the second {strange[:3]}"
         )
     for name, tensor in theirs.items():
         grown = name in TABLES and len(ours[name]) > len(tensor) and ours[name].shape[1:] == tensor.shape[1:]

@@ -130,7 +130,7 @@ def _check_named(contents: CheckpointContents, config: Mapping[str, Any]) -> Non
     if contents.adapter is not None and not adapter_config.is_file():
         raise CheckpointError(f"{contents.adapter}: there is no adapter_config.json next to it")
     if contents.adapter is None and adapter_config.is_file():
-        require(folder / ADAPTER_FILES[0], adapter_config, "describes an adapter")
+        require(folder / ADAPTER_FILES[0], adapter_config, "describes an adapter", ADAPTER_FILES[1:])
     _check_extensions(contents, config)
     if (folder / TOWER_FOLDER).is_dir() and contents.tower is None:
         raise CheckpointError(f"{folder / TOWER_FOLDER}: contains none of {TOWER_MARKERS}, so it is not a vision tower")
@@ -138,11 +138,12 @@ def _check_named(contents: CheckpointContents, config: Mapping[str, Any]) -> Non
         require(folder / TOWER_FOLDER / TOWER_MARKERS[0], config_file, "names the tower inside this folder")
     shards = sorted(path for pattern in SHARDS for path in folder.glob(pattern))
     if contents.weights is None and shards:
-        raise CheckpointError(f"{shards[0]}: is one of several files of weights, but their index is missing")
+        index = WEIGHT_FILES[1] if shards[0].suffix == ".safetensors" else WEIGHT_FILES[3]
+        raise CheckpointError(f"{folder / index}: is missing, but {shards[0].name} is one of several files of weights")
     apart = contents.projector is not None or contents.non_lora is not None
     if contents.weights is None and not apart:
         if config.get("tune_mm_mlp_adapter"):
-            require(folder / PROJECTOR_FILES[0], config_file, "says that the projector was trained")
+            require(folder / PROJECTOR_FILES[0], config_file, "says the projector was trained", PROJECTOR_FILES[1:])
         if contents.adapter is not None and config.get("mm_vision_tower") and not _is_ours(folder):
             require(folder / NON_LORA_FILE, contents.adapter, "comes from a program that always writes both")
     if config.get("use_mm_proj") and config.get("mm_hidden_size") and not config.get("mm_vision_tower"):
@@ -195,6 +196,12 @@ def projector_file(path: str | Path) -> Path:
     return found
 
 
+def projector_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of the tensors in upstream's file of everything trained next to LoRA: projector and image newline."""
+    parts = {"mm_projector", NEWLINE}
+    return {name: tensor for name, tensor in tensors.items() if parts.intersection(name.split("."))}
+
+
 def read_projector(path: Path) -> dict[str, Tensor]:
     """Weights of projector and image newline by their name in the model; upstream's token rows are left out.
 
@@ -232,8 +239,6 @@ def weight_files(weights: Path | None) -> list[Path]:
         files = [weights]
     else:
         table = read_json(weights).get("weight_map")
-        if not isinstance(read_json(weights).get("metadata", {}), dict):
-            raise CheckpointError(f"{weights}: its 'metadata' is not an object")
         if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
             raise CheckpointError(f"{weights}: has no 'weight_map' of file names, so it is not an index of weights")
         names = sorted(set(table.values()))
@@ -243,6 +248,8 @@ def weight_files(weights: Path | None) -> list[Path]:
         missing = [name for name in names if not (weights.parent / name).is_file()]
         if missing:
             raise CheckpointError(f"{weights}: names {len(names)} files, of which {missing} are missing")
+        if not isinstance(read_json(weights).get("metadata"), dict):  # without it transformers reads no index
+            raise CheckpointError(f"{weights}: its 'metadata' is missing or not an object")
         files = [weights.parent / name for name in names]
     for path in files:
         _check_length(path)
@@ -256,6 +263,11 @@ def check_weight_files(folder: str | Path) -> None:
         CheckpointError: as `weight_files`.
     """
     weight_files(_first(Path(folder), WEIGHT_FILES))
+
+
+def weight_file_names(folder: Path) -> str:
+    """The files with the full weights of a folder, for messages."""
+    return ", ".join(path.name for path in weight_files(_first(folder, WEIGHT_FILES)))
 
 
 def described_weights(weights: Path | None) -> dict[str, Entry]:

@@ -6,6 +6,7 @@ The two hold the same modules under other names. What that format has no place f
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ PREFIXES = (
     ("model.", "model.language_model."),
 )
 """Beginnings of names here and there; the first that fits counts."""
+
+DERIVED = ("mm_vision_select_layer", "mm_vision_select_feature", "mm_hidden_size", "mm_projector_type")
+"""Recorded settings that follow from the rest of `config.json` as well."""
 
 TABLES = ("lm_head.weight", "model.embed_tokens.weight")
 
@@ -146,26 +150,31 @@ def hf_model(model: LlavaForCausalLM, config: HfConfig, dtype: torch.dtype) -> L
     return result
 
 
-def our_config(config: HfConfig, select_feature: str, vocab_size: int, aspect_ratio: str) -> Any:
+def our_config(config: HfConfig, select_feature: str, vocab_size: int, aspect_ratio: str, path: Path) -> Any:
     """Configuration of a LLaVA here.
 
     Args:
         config: of transformers' model.
         select_feature: `patch` or `cls_patch`.
         vocab_size: rows of the embedding table.
-        aspect_ratio: how its image processor treats pictures.
+        aspect_ratio: how its image processor treats images.
+        path: the file that `config` was read from.
 
     Raises:
-        CheckpointError: the model has parts that we do not have.
+        CheckpointError: the model has parts that we do not have, or what `to-hf` recorded says something else.
     """
     text = config.text_config
     classes = {cls.config_class.__base__.model_type: cls.config_class for cls in CLASSES}
     if text.model_type not in classes:
-        raise CheckpointError(f"its language model is a '{text.model_type}'; backbones here are {sorted(classes)}")
+        raise CheckpointError(
+            f"{path}: its language model is a '{text.model_type}'; backbones here are {sorted(classes)}"
+        )
     if not isinstance(config.vision_feature_layer, int):
-        raise CheckpointError(f"it joins the features of several layers ({config.vision_feature_layer}); we take one")
+        raise CheckpointError(
+            f"{path}: it joins the features of several layers ({config.vision_feature_layer}); we take one"
+        )
     if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
-        raise CheckpointError("its projector is no mlp2x_gelu (another activation, or no biases)")
+        raise CheckpointError(f"{path}: its projector is no mlp2x_gelu (another activation, or no biases)")
     known = type(text)().to_dict()
     settings = {key: value for key, value in text.to_dict().items() if key in known and key not in _NOT_RECORDED}
     vision = {
@@ -180,6 +189,12 @@ def our_config(config: HfConfig, select_feature: str, vocab_size: int, aspect_ra
         "image_aspect_ratio": aspect_ratio,
     }
     recorded = getattr(config, RECORD, {}).get("settings", {})
+    differing = [name for name in DERIVED if recorded.get(name, vision[name]) != vision[name]]
+    if differing:
+        raise CheckpointError(
+            f"{path}: {differing} are {[recorded[name] for name in differing]} in '{RECORD}' and "
+            f"{[vision[name] for name in differing]} by the rest of the file"
+        )
     ours = classes[text.model_type](**(settings | vision | recorded | {"vocab_size": vocab_size}))
     ours.architectures = [next(cls.__name__ for cls in CLASSES if cls.config_class is type(ours))]
     return ours

@@ -24,7 +24,7 @@ class Rule:
 
     Attributes:
         kind: `int`, `float`, `bool`, `str`, `dict`; `floats` for three numbers, one per color; `ids` for
-            one or more token ids; `pixels` for one or more sides.
+            one or more token ids, `list of ids` for a list of them; `pixels` for one or more sides.
         low, high: range of a number, both included.
         required: the file must have it; otherwise a missing or null value takes the default of the reader.
         choices: possible strings.
@@ -46,8 +46,8 @@ class Rule:
             if self._fits_number(value, self.kind):
                 return None
             return f"expected {'a whole number' if self.kind == 'int' else 'a number'}{self._range()}"
-        if self.kind == "ids":
-            ids = value if isinstance(value, list) else [value]
+        if self.kind in ("ids", "list of ids"):
+            ids = value if isinstance(value, list) else [value if self.kind == "ids" else None]
             return None if all(self._fits_number(each, "int") for each in ids) else "expected token ids"
         if self.kind == "pixels":
             sides = list(value.values()) if isinstance(value, dict) else [value]
@@ -86,6 +86,7 @@ LANGUAGE_MODEL: Rules = {
     "mlp_bias": Rule("bool"),
     "tie_word_embeddings": Rule("bool"),
     "attention_dropout": Rule("float", 0, 1),
+    "initializer_range": Rule("float", 0, 1e3),
     "bos_token_id": Rule("int", -1, TOKEN),
     "pad_token_id": Rule("int", -1, TOKEN),
     "eos_token_id": Rule("ids", -1, TOKEN),
@@ -116,14 +117,23 @@ VISION_KEYS: Rules = {
     "max_sequence_length": Rule("int", 1, TOKEN),
     "tokenizer_model_max_length": Rule("int", 1, TOKEN),
     "tokenizer_padding_side": Rule("str", choices=("left", "right")),
+    "user_marker_ids": Rule("list of ids", 0, TOKEN),
 }
 """What a LLaVA's has in addition."""
+
+ROPE: Rules = {
+    "rope_theta": Rule("float", 1, 1e12),
+    "factor": Rule("float", 1e-3, 1e6),
+    "rope_type": Rule("str"),
+    "original_max_position_embeddings": Rule("int", 1, TOKEN),
+}
+"""`rope_parameters` or `rope_scaling` in a `config.json`."""
 
 NOT_NULL = (
     *("mm_use_im_start_end", "mm_use_im_patch_token", "use_mm_proj", "mm_vision_select_feature", "mm_projector_type"),
     *("image_aspect_ratio", "tie_word_embeddings", "attention_bias", "mlp_bias", "rope_theta"),
-    *("do_rescale", "rescale_factor", "do_center_crop", "num_channels", "fan_in_fan_out", "use_rslora", "use_dora"),
-    *("train_batch_size", "logging_steps", "save_steps"),
+    *("do_rescale", "rescale_factor", "do_center_crop", "do_pad", "num_channels"),
+    *("fan_in_fan_out", "use_rslora", "use_dora", "train_batch_size", "logging_steps", "save_steps"),
 )
 """Keys that a file may lack, but that are never null where a program wrote them."""
 
@@ -163,6 +173,7 @@ LORA: Rules = {
     "fan_in_fan_out": Rule("bool"),
     "use_rslora": Rule("bool"),
     "use_dora": Rule("bool"),
+    "lora_bias": Rule("bool"),
     "rank_pattern": Rule("dict"),
     "alpha_pattern": Rule("dict"),
     "lora_dropout": Rule("float", 0, 1),
@@ -170,13 +181,15 @@ LORA: Rules = {
 """`adapter_config.json`."""
 
 
-def check_settings(values: Mapping[str, Any], rules: Rules, path: str | Path) -> None:
+def check_settings(values: Mapping[str, Any], rules: Rules, path: str | Path, complete: bool = True) -> None:
     """Refuse a configuration that lacks a value or has one outside its range.
 
     Args:
         values: content of the file.
         rules: by key; other keys are left alone.
         path: of the file.
+        complete: False where a writer leaves out what equals a default, so that a required value may be missing; it is
+            never null.
 
     Raises:
         CheckpointError: lists every problem.
@@ -185,9 +198,21 @@ def check_settings(values: Mapping[str, Any], rules: Rules, path: str | Path) ->
     for name, rule in rules.items():
         value = values.get(name)
         if value is None:
-            if rule.required or (name in NOT_NULL and name in values):
+            missing = rule.required and (complete or name in values)
+            if missing or (name in NOT_NULL and name in values):
                 problems.append(f"'{name}' is {'null' if name in values else 'missing'}")
         elif (problem := rule.problem(value)) is not None:
             problems.append(f"'{name}' is {value!r:.60}, {problem}")
     if problems:
         raise CheckpointError(f"{path}: {'; '.join(problems)}")
+
+
+def check_language_model(values: Mapping[str, Any], path: str | Path, complete: bool = True) -> None:
+    """Refuse impossible settings of a language model; arguments as of `check_settings`.
+
+    Raises:
+        CheckpointError: lists every problem.
+    """
+    check_settings(values, LANGUAGE_MODEL, path, complete)
+    for name in ("rope_parameters", "rope_scaling"):
+        check_settings(values.get(name) or {}, ROPE, f"{path} ({name})")

@@ -159,6 +159,10 @@ def test_delta_of_a_model_with_more_tokens(tmp_path: Path) -> None:
     for table in ("model.embed_tokens.weight", "lm_head.weight"):
         tensors[table] = torch.cat([tensors[table], torch.full((size, tensors[table].shape[1]), 7.0)])
     torch.save(tensors, grown / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"config\.json asks for \(896, 40\)"):
+        difference(BASE, grown, tmp_path / "delta")
+    config = json.loads((grown / "config.json").read_text()) | {"vocab_size": 900}
+    (grown / "config.json").write_text(json.dumps(config))
     difference(BASE, grown, tmp_path / "delta")
     assert weights(tmp_path / "delta")["lm_head.weight"][-size:].eq(7).all()
 

@@ -19,7 +19,7 @@ from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.language_model.llava_qwen2 import LlavaQwen2ForCausalLM
 from llava.model.language_model.llava_qwen3 import LlavaQwen3ForCausalLM
-from llava.model.settings import LANGUAGE_MODEL, VISION_KEYS, check_settings
+from llava.model.settings import VISION_KEYS, check_language_model, check_settings
 from llava.utils import errors_only, read_json
 
 CONFIG_FILE = "config.json"
@@ -96,7 +96,7 @@ def check_config(content: Mapping[str, Any], path: Path) -> None:
     Raises:
         CheckpointError: lists the settings.
     """
-    check_settings(content, LANGUAGE_MODEL, path)
+    check_language_model(content, path)
     check_settings(content, VISION_KEYS, path)
     if content.get("mm_vision_tower") is not None:
         names = NEEDED_WITH_TOWER + (("image_aspect_ratio",) if "mm_projector_type" in content else ())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -45,8 +44,7 @@ class TransformersTower(VisionTower):
             elif not isinstance(inner, dict):
                 raise CheckpointError(f"{path}: its 'vision_config' is not an object")
             else:  # of a full model; what equals the defaults may be left out there
-                rules = {name: replace(rule, required=False) for name, rule in VISION_TOWER.items()}
-                check_settings(inner, rules, path)
+                check_settings(inner, VISION_TOWER, path, complete=False)
         with reading(path):
             self.config = self.config_class.from_pretrained(self.vision_tower_name)
         return TowerShape(
@@ -62,12 +60,9 @@ class TransformersTower(VisionTower):
         path = Path(self.vision_tower_name) / "preprocessor_config.json"
         if path.parent.is_dir():
             check_settings(read_json(path), IMAGE_PROCESSOR, path)
-        side = self.shape.image_size
         with reading(path):
             processor = self.processor_class.from_pretrained(self.vision_tower_name)
-            size = output_size(processor) if processor.do_center_crop or "height" in processor.size else (side, side)
-        if size != (side, side):
-            raise CheckpointError(f"{path}: makes images of {size} pixels, but the tower takes {(side, side)}")
+        check_image_size(processor, self.shape.image_size, path)
         return processor
 
     def optional_weights(self, network: Any) -> Sequence[nn.Module]:
@@ -98,8 +93,8 @@ class TransformersTower(VisionTower):
         missing = set(report["missing_keys"]) - optional_names
         if missing:
             raise CheckpointError(
-                f"{source}: {len(missing)} weights of the vision tower are missing (first: {sorted(missing)[:3]}) in "
-                f"{sorted({entry.path.name for entry in entries.values()})}"
+                f"{source}: {len(missing)} weights of the vision tower that its config.json describes are missing "
+                f"(first: {sorted(missing)[:3]}) in {sorted({entry.path.name for entry in entries.values()})}"
             )
         for name, weight in model.named_parameters():
             if name not in optional_names and weight.is_floating_point():
@@ -121,6 +116,26 @@ class TransformersTower(VisionTower):
         """Write the folder as transformers does."""
         self.loaded().save_pretrained(folder, state_dict=tensors)
         self.image_processor.save_pretrained(folder)
+
+
+def check_image_size(processor: Any, side: int, path: Path) -> None:
+    """Refuse an image processor whose images a tower cannot take.
+
+    Args:
+        processor: made of the settings in `path`.
+        side: of the images that the tower takes.
+        path: for messages.
+
+    Raises:
+        CheckpointError: its images have another size, or are cut out of smaller ones.
+    """
+    with reading(path):
+        size = output_size(processor) if processor.do_center_crop or "height" in processor.size else (side, side)
+        scaled = [length for length in dict(processor.size).values() if length is not None]
+    if size != (side, side):
+        raise CheckpointError(f"{path}: makes images of {size} pixels, but the tower takes {(side, side)}")
+    if processor.do_center_crop and processor.do_resize and min(scaled) < side:
+        raise CheckpointError(f"{path}: cuts {side} pixels out of images that it scales to {min(scaled)}; see 'size'")
 
 
 def _entry(entries: Mapping[str, Entry], name: str) -> Entry | None:

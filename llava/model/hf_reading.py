@@ -1,0 +1,203 @@
+"""Reading a folder in transformers' own LLaVA format (`LlavaForConditionalGeneration`), each file checked first.
+
+transformers fills missing values by defaults and reports damaged files by many kinds of errors. Here every error names
+the file. What our own `to-hf` recorded in `config.json` is required as a whole where it is present.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers import LlavaConfig as HfConfig
+
+from llava.errors import CheckpointError
+from llava.files import reading, refuse_pointers
+from llava.hub import TOKENIZER_FILES
+from llava.model.formats import check_weight_files
+from llava.model.hf_format import DERIVED, RECORD
+from llava.model.multimodal_encoder.builder import KINDS
+from llava.model.multimodal_encoder.transformers_tower import TransformersTower, check_image_size
+from llava.model.settings import (
+    IMAGE_PROCESSOR,
+    TOKEN,
+    VISION_KEYS,
+    VISION_TOWER,
+    Rule,
+    Rules,
+    check_language_model,
+    check_settings,
+)
+from llava.utils import read_json
+
+HF_LLAVA: Rules = {
+    "image_token_index": Rule("int", 0, TOKEN, required=True),
+    "vision_feature_select_strategy": Rule("str", required=True, choices=("default", "full")),
+    "projector_hidden_act": Rule("str", required=True),
+    "multimodal_projector_bias": Rule("bool"),
+}
+"""`config.json` of a LLaVA in transformers' format."""
+
+TOKENIZER_RECORD: Rules = {
+    "legacy": Rule("bool", required=True),
+    "add_bos_token": Rule("bool", required=True),
+    "add_eos_token": Rule("bool", required=True),
+    "model_max_length": Rule("float", 1, 1e31, required=True),  # transformers writes 1e30 for no limit
+    "padding_side": Rule("str", required=True, choices=("left", "right")),
+    "pad_token": Rule("str"),
+}
+"""What `to-hf` records of a SentencePiece tokenizer."""
+
+TOWER_SETTINGS = ("size", "crop_size", "do_center_crop", "resample", "image_mean", "image_std", "rescale_factor")
+"""Settings of an image processor that the tower's own processor takes."""
+
+IMPLIED = ("do_resize", "do_normalize")
+"""Settings that transformers leaves out of `preprocessor_config.json` where they are true."""
+
+
+@dataclass(frozen=True)
+class HfFolder:
+    """What a folder in transformers' format contains, weights apart.
+
+    Attributes:
+        folder: the folder.
+        config: of the model.
+        record: what `to-hf` recorded; empty in folders of other programs.
+        tokenizer: with the `<image>` token.
+        image_settings: of its image processor.
+        tower_class: the kind of its vision tower.
+    """
+
+    folder: Path
+    config: HfConfig
+    record: Mapping[str, Any]
+    tokenizer: Any
+    image_settings: Mapping[str, Any]
+    tower_class: type[TransformersTower]
+
+    @property
+    def config_file(self) -> Path:
+        """For messages."""
+        return self.folder / "config.json"
+
+    def tower_processor(self) -> Any:
+        """Image processor of the tower by itself.
+
+        Raises:
+            CheckpointError: the recorded settings make images of another size than the tower takes.
+        """
+        settings = self.record.get("image_processor") or self.image_settings
+        source = self.config_file if "image_processor" in self.record else _image_processor_file(self.folder)
+        options = {name: settings[name] for name in TOWER_SETTINGS if settings.get(name) is not None}
+        with reading(source, "no image processor can be made with these settings"):
+            processor = self.tower_class.processor_class(**options)
+        check_image_size(processor, self.config.vision_config.image_size, source)
+        return processor
+
+
+def read_hf_folder(folder: Path) -> HfFolder:
+    """Read and check everything but the weights, whose files are looked at only.
+
+    Raises:
+        CheckpointError: it is not a LLaVA of transformers, or a file is missing or damaged; the file is named.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: contains no config.json, so it is not a checkpoint")
+    refuse_pointers(folder)
+    for each in sorted(folder.glob("*.json")):
+        read_json(each)  # whose messages name the file
+    content = read_json(path)
+    with reading(path):
+        config = AutoConfig.from_pretrained(folder)
+    if not isinstance(config, HfConfig):
+        raise CheckpointError(f"{path}: says '{config.model_type}'; expected transformers' llava")
+    _check_config(content, path)
+    check_weight_files(folder)
+    tower_class = _tower_class(config, path)
+    record = _checked_record(content, path)
+    return HfFolder(folder, config, record, _tokenizer(folder), _image_settings(folder), tower_class)
+
+
+def _check_config(content: Mapping[str, Any], path: Path) -> None:
+    index = content.get("image_token_index", content.get("image_token_id"))  # later versions write the second name
+    check_settings({**content, "image_token_index": index}, HF_LLAVA, path)
+    for part in ("text_config", "vision_config"):
+        if not isinstance(content.get(part), dict):
+            raise CheckpointError(f"{path}: its '{part}' is not an object")
+    # What equals a default of transformers is left out.
+    check_language_model(content["text_config"], f"{path} (text_config)", complete=False)
+    check_settings(content["vision_config"], VISION_TOWER, f"{path} (vision_config)", complete=False)
+    layer = content.get("vision_feature_layer")
+    if not isinstance(layer, list):  # several layers are refused by what they mean
+        check_settings({"mm_vision_select_layer": layer}, {"mm_vision_select_layer": Rule("int", required=True)}, path)
+
+
+def _checked_record(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """What `to-hf` recorded, whole.
+
+    Raises:
+        CheckpointError: a part of it is missing or impossible.
+    """
+    if RECORD not in content:
+        return {}
+    record, where = content[RECORD], f"{path} ({RECORD})"
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{where}: is not an object")
+    rules = {"settings": Rule("dict", required=True), "image_processor": Rule("dict", required=True)}
+    rows = content["text_config"].get("vocab_size", 2**24)
+    check_settings(record, rules | {"vocab_size": Rule("int", 1, rows, required=True)}, where)
+    check_settings(record["settings"], VISION_KEYS, where)
+    lacking = [name for name in DERIVED if name not in record["settings"]]
+    if lacking:
+        raise CheckpointError(f"{where}: its settings lack {lacking}")
+    check_settings(record["image_processor"], IMAGE_PROCESSOR, where)
+    tokenizer = record.get("tokenizer")
+    if "tokenizer" not in record or not isinstance(tokenizer, dict | None):
+        raise CheckpointError(f"{where}: its 'tokenizer' is neither an object nor null")
+    if tokenizer is not None:
+        check_settings(tokenizer, TOKENIZER_RECORD, where)
+        added = tokenizer.get("added")
+        if not isinstance(added, list) or not all(isinstance(token, str) for token in added):
+            raise CheckpointError(f"{where}: the 'added' tokens of its tokenizer are not a list of texts")
+    return record
+
+
+def _tower_class(config: HfConfig, path: Path) -> type[TransformersTower]:
+    kind = config.vision_config.model_type
+    tower_class = KINDS.get(kind)
+    if tower_class is None or not issubclass(tower_class, TransformersTower):
+        raise CheckpointError(f"{path}: its vision tower is a '{kind}'; towers here are {sorted(KINDS)}")
+    return tower_class
+
+
+def _tokenizer(folder: Path) -> Any:
+    files = sorted({path.name for pattern in TOKENIZER_FILES for path in folder.glob(pattern)})
+    if not {"tokenizer.json", "tokenizer.model"} & set(files):
+        raise CheckpointError(f"{folder}: contains neither tokenizer.json nor tokenizer.model")
+    with reading(folder, f"no tokenizer can be made of {', '.join(files)}"):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _image_processor_file(folder: Path) -> Path:
+    """The file that says how images are treated: newer versions of transformers keep it with the whole processor."""
+    path = folder / "processor_config.json"
+    nested = path.is_file() and "image_processor" in read_json(path)
+    return path if nested else folder / "preprocessor_config.json"
+
+
+def _image_settings(folder: Path) -> Mapping[str, Any]:
+    path = _image_processor_file(folder)
+    content = read_json(path)
+    values = content.get("image_processor", content) if path.name == "processor_config.json" else content
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: its 'image_processor' is not an object")
+    rules = IMAGE_PROCESSOR | {name: dataclasses.replace(IMAGE_PROCESSOR[name], required=False) for name in IMPLIED}
+    check_settings(values, rules | {"do_pad": Rule("bool")}, path)
+    with reading(path):
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return processor.to_dict()
