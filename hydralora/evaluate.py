@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ from hydralora.tuner.loading import load_adapter
 from llava.errors import CheckpointError, FlagError, NotFiniteError
 from llava.hub import local_folder
 from llava.model.finite_logits import LogitsWatch, are_sound, no_answer
+from llava.places import Input, refuse_additions, refuse_file
 from llava.utils import run_program
 
 if TYPE_CHECKING:
@@ -162,13 +164,47 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+INPUTS = ("pretrained", "peft", "tokenizer", "delta", "gguf_file")
+"""What `--model_args` may name that is read."""
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Refuse results that would fall on what is read; the harness adds files of new names to `--output_path`.
+
+    Args:
+        args: of `build_parser`; what they do not give may be in the file that `--config` names.
+
+    Raises:
+        FlagError: `--output_path` is empty, is the base, the adapter or another input, or is inside one.
+    """
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    written = EvaluatorConfig.load_yaml_config(args.config) if getattr(args, "config", None) else {}
+    output = written.get("output_path") if getattr(args, "output_path", None) is None else args.output_path
+    if output is None:
+        return
+    given = getattr(args, "model_args", None) or written.get("model_args") or {}
+    if isinstance(given, str):
+        given = dict(part.partition("=")[::2] for part in given.split(","))
+    inputs = [Input(f"{name}= of --model_args", str(given[name])) for name in INPUTS if given.get(name)]
+    for name in ("include_path", "samples", "config"):
+        value = getattr(args, name, None) or written.get(name)
+        if isinstance(value, str):
+            inputs.append(Input(f"--{name}", value))
+    if str(output).endswith(".json"):
+        refuse_file("--output_path", output, inputs)
+        output = Path(output).parent
+    refuse_additions("--output_path", output, inputs)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the evaluation and print the harness's table.
 
     Raises:
-        LlavaError: the harness is not installed, or the adapter cannot be loaded.
+        LlavaError: the harness is not installed, the adapter cannot be loaded, or the results would fall on an input.
     """
     args = build_parser().parse_args(argv)
+    check_output(args)
     from lm_eval.utils import setup_logging
 
     setup_logging()

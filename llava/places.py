@@ -146,6 +146,33 @@ def refuse_folder(flag: str, output: str | Path | None, inputs: Iterable[Input])
         raise FlagError("\n  ".join(problems))
 
 
+def refuse_additions(flag: str, output: str | Path | None, inputs: Iterable[Input]) -> None:
+    """Raise if a program that only adds new files must not add them to a folder: it is an input, or inside one.
+
+    Args:
+        flag: option that names the folder.
+        output: the folder; need not exist.
+        inputs: what the program reads.
+
+    Raises:
+        FlagError: the folder is, or is inside, an input, or `output` is empty or a link to nothing.
+    """
+    if output is None or not str(output).strip():
+        raise FlagError(f"{flag} '': is empty (an unset variable?); name a folder of its own")
+    if str(output).startswith("~"):
+        raise FlagError(f"{flag} {output}: begins with ~, which the shell has not replaced; write the whole path")
+    if Path(output).is_symlink() and not Path(output).exists():
+        raise FlagError(f"{flag} {output}: is a link to nothing; name a folder")
+    for one in inputs:
+        place = one.place
+        if place is not None and (same_place(Path(output), place) or is_inside(Path(output), place)):
+            relation = "is also" if same_place(Path(output), place) else "is inside"
+            raise FlagError(
+                f"{flag} {output}: {relation} {one.flag} {one.path}, which the program reads; an output must not fall "
+                "on an input: name another folder"
+            )
+
+
 def refuse_file(flag: str, output: str | Path | None, inputs: Sequence[Input], *, also: Iterable[Path] = ()) -> None:
     """Raise if a program must not write a file: it is a file that it reads, or no name of a file.
 

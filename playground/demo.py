@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from safetensors import safe_open
 from llava.errors import LlavaError
 from playground.evaluate import Result, evaluate, expert_shares
 from playground.generate import Playground, add_build_options, build, chosen_recipe
+from playground.outputs import check_removable, remove_earlier_run
 from playground.questions import BASE_QUESTIONS, NEW_QUESTIONS, NEW_TRAIN
 from playground.recipe import Stage, write_atomically
 from playground.report import DemoRun, Measurement, write_report
@@ -62,8 +62,9 @@ def fine_tune(place: Playground, output: Path, stage: Stage, threads: int) -> No
 
     Raises:
         DemoError: the script failed; its log is named.
+        FlagError: `output` contains something that no run wrote.
     """
-    shutil.rmtree(output, ignore_errors=True)
+    remove_earlier_run(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     environment = {
         "MODEL": place.base.resolve(),
@@ -196,9 +197,12 @@ def main(argv: Sequence[str] | None = None) -> DemoRun:
 
     Raises:
         DemoError: training failed, or the model has not learnt (not checked with `--minimal`).
+        FlagError: the name of a checkpoint is taken by something that no demo has trained.
     """
     args = build_parser().parse_args(argv)
     started = time.monotonic()
+    for name in (TUNED, SPARSE):  # before the work, not in the middle of it
+        check_removable(args.results / "checkpoints" / name)
     place = build(args.output, chosen_recipe(args), fresh=args.fresh, threads=args.threads)
     args.results.mkdir(parents=True, exist_ok=True)
     demo = run(place, args.results, args.threads)

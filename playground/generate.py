@@ -11,17 +11,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from llava.errors import FlagError
+from llava.output import claim, discard, is_ours
+from llava.recognize import foreign_message, is_plain_file
 from playground.questions import (
     BASE_QUESTIONS,
     BASE_TRAIN,
@@ -171,7 +175,7 @@ def build(folder: Path, recipe: Recipe, *, fresh: bool = False, threads: int = D
     disable_progress_bar()  # of loading weights; those of training stay
     record_path = folder / RECIPE_FILE
     record = {"fingerprint": recipe.fingerprint(), "threads": threads, "recipe": recipe.to_dict(), "seconds": {}}
-    known = json.loads(record_path.read_text(encoding="utf-8")) if record_path.is_file() else None
+    known = _known_record(record_path)
     if known is not None and not fresh:
         if (known["fingerprint"], known["threads"]) == (record["fingerprint"], threads):
             record["seconds"] = known["seconds"]
@@ -179,8 +183,10 @@ def build(folder: Path, recipe: Recipe, *, fresh: bool = False, threads: int = D
             console.print(f"{folder}: made by another recipe ({known['fingerprint']}); building anew")
     place = Playground(folder, recipe, record["seconds"])
     steps = build_steps(place)
-    if known is None:
-        _refuse_foreign(steps)
+    # Records of earlier versions do not say what was made: whatever has the name of a product.
+    everything = [] if known is None else sorted(name for step in steps for name in step.products)
+    record["made"] = everything if known is None else known.get("made", everything)
+    _refuse_foreign(steps, record["made"])
     rebuilding = False
     for number, step in enumerate(steps, start=1):
         head = f"[{number}/{len(steps)}] {step.description}"
@@ -192,20 +198,47 @@ def build(folder: Path, recipe: Recipe, *, fresh: bool = False, threads: int = D
         for later in steps[number - 1 :]:
             place.seconds.pop(later.name, None)
         folder.mkdir(parents=True, exist_ok=True)
+        record["made"] = sorted({*record["made"], *step.products})
         write_atomically(record_path, json.dumps(record, indent=2) + "\n")
         place.seconds[step.name] = _run(step, folder / LOG_FILE)
         write_atomically(record_path, json.dumps(record, indent=2) + "\n")
     return place
 
 
-def _refuse_foreign(steps: Sequence[Step]) -> None:
+def _known_record(path: Path) -> dict[str, Any] | None:
+    """The record of an earlier build; None if there is none.
+
+    Raises:
+        FlagError: a file of its name is something else; it is left as it is.
+    """
+    if not os.path.lexists(path):
+        return None
+    try:
+        known = json.loads(path.read_text(encoding="utf-8")) if is_plain_file(path) else None
+    except ValueError:
+        known = None
+    if not isinstance(known, dict) or not {"fingerprint", "threads", "seconds"} <= known.keys():
+        raise FlagError(foreign_message(path))
+    return known
+
+
+def _refuse_foreign(steps: Sequence[Step], made: Collection[str]) -> None:
+    """Refuse products' names that are taken by what no build made, and names that are needed to make them."""
     for step in steps:
+        partial = _partial(step)
+        if os.path.lexists(partial) and not is_ours(partial):
+            raise FlagError(f"{partial} exists, but no build made it; name another --output, or move it away")
         for name in step.products:
-            if (step.target / name).exists():
+            if os.path.lexists(step.target / name) and name not in made:
                 raise FlagError(
                     f"{step.target / name} exists, but no {RECIPE_FILE} says that this program made it; name another "
                     "--output, or move it away"
                 )
+
+
+def _partial(step: Step) -> Path:
+    """The hidden folder in which a step works; it contains a marker."""
+    return step.target / f".partial-{step.name}"
 
 
 def _run(step: Step, log_file: Path) -> float:
@@ -214,17 +247,18 @@ def _run(step: Step, log_file: Path) -> float:
     What the step prints goes into the log; progress bars, which use the error stream, stay visible.
     """
     started = time.monotonic()
-    partial = step.target / f".partial-{step.name}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    discard(_partial(step))
+    partial = claim(_partial(step)) / "new"
+    partial.mkdir()
     with log_file.open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         step.make(partial)
     for name in step.products:
         target = step.target / name
-        if target.is_dir():
-            shutil.rmtree(target)
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)  # `_refuse_foreign` knows that a build made it
         (partial / name).replace(target)
     partial.rmdir()  # fails if a step made more than it declares
+    discard(partial.parent)
     return round(time.monotonic() - started, 1)
 
 

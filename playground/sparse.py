@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from llava.train.train import main as train
 from llava.train.train_sparse import DEFAULTS
 from playground.evaluate import BATCH_SIZE, CONV_MODE, MAX_NEW_TOKENS, Result
 from playground.generate import Playground
+from playground.outputs import remove_earlier_run
 from playground.questions import BASE_TRAIN, SCENES
 from playground.recipe import Stage
 from playground.stages import TRAINED_TOWER, model_flags, stage_flags
@@ -111,7 +111,7 @@ class SparseRun:
 
 def train_sparse(place: Playground, output: Path, stage: Stage) -> None:
     """Train predictors on the conversations of the base's last stage, the model along with them."""
-    shutil.rmtree(output, ignore_errors=True)
+    remove_earlier_run(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     sparse = {
         "use_text_predictor": False,

@@ -73,6 +73,22 @@ def test_damaged_checkpoints(whole: Whole, tmp_path: Path) -> None:
     assert not faults, "\n".join(faults)
 
 
+FOUND = [
+    *("trainer_state.json: save_steps null", "trainer_state.json: train_batch_size null"),
+    *("trainer_state.json: total_flos a string", "trainer_state.json: total_flos null"),
+    *("run.json: JSON []", "run.json: text"),
+]
+"""Damages that once ended in a traceback."""
+
+
+@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("program", PARTS)
+def test_damages_that_were_found(name: str, whole: Whole, tmp_path: Path) -> None:
+    (damage,) = [each for each in damages(whole.folder / "checkpoint-2", unread=UNREAD) if each.name == name]
+    damage.apply(whole.copy(tmp_path, recorded=False) / damage.file)
+    assert verdict(lambda: whole.program.run(tmp_path), damage, whole.trained) == "refused"
+
+
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("program", PARTS)
 def test_an_optimizer_that_is_not_finite(name: str, whole: Whole, tmp_path: Path) -> None:

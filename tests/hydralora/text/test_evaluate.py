@@ -16,10 +16,11 @@ from hydralora import HydraLoraConfig
 from hydralora.evaluate import main, register
 from hydralora.tuner.loading import load_adapter
 from llava.cache_name import cache_argument, cache_of
-from llava.errors import CheckpointError, NotFiniteError
+from llava.errors import CheckpointError, FlagError, NotFiniteError
 from llava.tokenizer import load_tokenizer
 from tests.hydralora.text.test_finetune import save_base, save_start
 from tests.reliability.overflowing import overflow_in_float16
+from tests.reliability.snapshots import snapshot
 
 pytest.importorskip("lm_eval", reason="the extra 'harness' is not installed")
 
@@ -171,6 +172,37 @@ def test_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     written, expected = json.loads(path.read_text())["results"], evaluate(folder, "hydralora")["results"]
     for task, metric in (("local_choice", "acc,none"), ("local_text", "exact_match,none")):
         assert written[task][metric] == expected[task][metric]
+
+
+@pytest.mark.parametrize("suffix", ["", "/new", "/results.json", "/../{name}"])
+@pytest.mark.parametrize("name", ["base", "hydralora", "tasks"])
+def test_results_never_fall_on_an_input(name: str, suffix: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Base, adapter and tasks, as they are and inside; also where a file of settings names them."""
+    words = ["--model_args", f"pretrained={folder / 'base'},peft={folder / 'hydralora'}", "--tasks", *TASKS]
+    words += ["--include_path", str(folder / "tasks"), "--device", "cpu"]
+    before = snapshot(folder)
+    output = str(folder / name) + suffix.format(name=name)
+    with pytest.raises(FlagError, match=r"--output_path .*(is also|is inside) .*which the program reads"):
+        main([*words, "--output_path", output])
+    monkeypatch.chdir(folder)
+    with pytest.raises(FlagError, match="which the program reads"):
+        main([*words, "--output_path", name + suffix.format(name=name)])
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("output", ["", " ", "~/results"])
+def test_results_have_a_place(output: str, folder: Path) -> None:
+    words = ["--model_args", f"pretrained={folder / 'base'}", "--tasks", *TASKS, "--output_path", output]
+    with pytest.raises(FlagError, match=r"--output_path"):
+        main(words)
+
+
+def test_settings_in_a_file_are_checked_too(folder: Path, tmp_path: Path) -> None:
+    arguments = f"{{pretrained: {folder / 'base'}, peft: {folder / 'hydralora'}}}"
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(f"model_args: {arguments}\noutput_path: {folder / 'hydralora' / 'results'}\n")
+    with pytest.raises(FlagError, match=r"is inside peft= of --model_args"):
+        main(["--config", str(settings), "--tasks", *TASKS])
 
 
 def test_a_folder_that_is_no_adapter(folder: Path, tmp_path: Path) -> None:
