@@ -21,7 +21,13 @@ WITHOUT_A_MODEL |= {"llava.model.partition", "llava.train.retired_flags", "llava
 WITHOUT_A_MODEL |= {"llava.torch_files", "llava.train.saving", "llava.train.zero", "llava.train.resumable_trainer"}
 WITHOUT_A_MODEL |= {"llava.output", "llava.places", "llava.recognize"}
 WITHOUT_A_MODEL |= {"llava.cache_name", "llava.versions", "llava.foreign_lines", "llava.train.checkpointing"}
-WITHOUT_A_MODEL |= {"llava.files", "llava.model.finite_logits", "llava.model.adapter_counts", "llava.model.settings"}
+WITHOUT_A_MODEL |= {
+    "llava.files",
+    "llava.model.finite_logits",
+    "llava.model.adapter_counts",
+    "llava.model.completeness",
+    "llava.model.settings",
+}
 WITHOUT_A_MODEL |= {"llava.model.tensors", "llava.ranges", "llava.train.values"}
 WITHOUT_A_MODEL |= {
     "llava.train.resume_check",

@@ -29,14 +29,13 @@ from llava.files import reading
 from llava.hub import TOKENIZER_FILES, local_folder
 from llava.model.adapter_counts import check_adapter
 from llava.model.base_weights import read_base
-from llava.model.completeness import require
+from llava.model.completeness import RUN_FILE, require
 from llava.model.formats import check_base
 from llava.model.partition import fetch
 from llava.quantisation import choose_cpu_kernels, quantisation_config
 from llava.tokenizer import load_tokenizer as read_tokenizer
 from llava.torch_files import check_weights
 from llava.train.resumable_trainer import ResumableTrainer
-from llava.train.run_record import copy_run_record
 from llava.train.zero import same_draws
 
 ADAPTER_FOLDER = "sft_lora_model"
@@ -182,7 +181,9 @@ class HydraLoraTrainer(ResumableTrainer):
         if _internal_call and self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             link_adapter(folder, folder / ADAPTER_FOLDER)
-            copy_run_record(Path(self.args.output_dir), folder)
+            record = Path(self.args.output_dir) / RUN_FILE
+            if record.is_file():
+                shutil.copyfile(record, folder / RUN_FILE)
 
     def _write_model(self, folder: Path) -> None:
         """Write the adapter; under DeepSpeed in the optimizer's precision, not in that of the forward pass."""
