@@ -110,6 +110,7 @@ def load_pretrained_model(
     tokens = wanted_tokens(model.config)
     _keep_here(model, bool(tokens))
     if tokens:
+        _check_image_tokens(tokenizer, tokens, contents)
         add_image_tokens(model, tokenizer, tokens)
     near = [contents.folder, *([Path(base)] if base else [])]
     image_processor = None
@@ -145,6 +146,23 @@ def _check_vocabulary(model: LlavaForCausalLM, tokenizer: Any, folder: Path) -> 
                 f"{folder / 'tokenizer_config.json'}: {name} {getattr(tokenizer, name)!r} has the id {index}, but the "
                 f"model has {model.config.vocab_size} embeddings"
             )
+
+
+def _check_image_tokens(tokenizer: Any, tokens: list[str], contents: CheckpointContents) -> None:
+    """Refuse a checkpoint whose tokenizer does not have the image tokens that were trained with it.
+
+    Raises:
+        CheckpointError: names them.
+    """
+    path = contents.folder / "tokenizer_config.json"
+    if contents.image_tokens is None or not path.is_file():  # tokens are added to the tokenizer of the base
+        return
+    known, size = tokenizer.get_vocab(), read_json(contents.folder / "config.json")["vocab_size"]
+    lacking = [token for token in tokens if known.get(token, size) >= size]  # transformers gives lost tokens new ids
+    if lacking:
+        raise CheckpointError(
+            f"{path}: has no ids below {size} for {lacking}, whose embeddings are in {contents.image_tokens}"
+        )
 
 
 def base_folder(contents: CheckpointContents, model_base: str | None) -> str | None:

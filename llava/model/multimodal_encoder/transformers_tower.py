@@ -80,7 +80,8 @@ class TransformersTower(VisionTower):
             refuse_pointers(folder)
         entries = weights_of(folder) if folder.is_dir() else {}
         options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        with errors_only(), reading(source, "its weights cannot be read"):  # a full model's text model is no news
+        problem = "its weights cannot be read as its config.json says"
+        with errors_only(), reading(source, problem):  # a full model's text model is no news
             model, report = self.model_class.from_pretrained(source, **options)
         if report["mismatched_keys"]:
             name, stored, wanted = sorted(report["mismatched_keys"])[0]
