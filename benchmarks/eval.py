@@ -33,7 +33,7 @@ from llava.eval.loading import LoadedModel
 from llava.eval.prompts import add_image_markers, ask, prompt_ids
 from llava.eval.runner import answer_tasks
 from llava.mm_utils import process_images
-from llava.tokenizer import load_tokenizer
+from llava.runtime.tokenizer import load_tokenizer
 from llava.train.train import build_model, parse_args
 from llava.utils import run_program
 from scripts.experiments.nlvr import tiny

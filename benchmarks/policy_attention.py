@@ -33,7 +33,7 @@ from tqdm import tqdm
 from benchmarks.record import check_run
 from dynamic.attention import policy_attention
 from llava.errors import FlagError
-from llava.output import replace_text
+from llava.runtime.output import replace_text
 from llava.utils import package_versions, run_program
 
 PROGRAM = "benchmarks.policy_attention"

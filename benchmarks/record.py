@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from llava.errors import FlagError
-from llava.output import replace_text
+from llava.runtime.output import replace_text
 from llava.utils import package_versions
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dynamic.config import SparseConfig
 from dynamic.model import IMAGE, INSTRUCT, OUTPUT_TEXT
-from llava.files import READ_ERRORS, refuse_pointer
-from llava.torch_files import load_plain
+from llava.runtime.files import READ_ERRORS, refuse_pointer
+from llava.runtime.weights.torch_files import load_plain
 from llava.utils import read_json
 
 CONFIG_FILE = "config.json"

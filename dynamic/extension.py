@@ -23,8 +23,8 @@ from dynamic.training import MaskedPass, TemperatureSchedule
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, DecoderState, Extension, ImportedState, MultimodalInputs, ParameterGroup
 from llava.model.language_model.decoder import layer_kinds
-from llava.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range, check_ranges
-from llava.train import checkpointing
+from llava.runtime import checkpointing
+from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range, check_ranges
 
 if TYPE_CHECKING:
     from transformers import Cache, TrainerCallback

@@ -18,7 +18,7 @@ from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
 from dynamic.config import SparseConfig
-from llava.cache_name import cache_argument
+from llava.runtime.cache_name import cache_argument
 
 
 class State(Protocol):

@@ -23,8 +23,8 @@ from hydralora.analysis.features import embeddings, tf_idf, typical_words
 from hydralora.analysis.figures import plot_distances, plot_scores
 from hydralora.text.records import read_records
 from llava.errors import FlagError
-from llava.output import replace_text
-from llava.places import Input, refuse_file
+from llava.runtime.output import replace_text
+from llava.runtime.places import Input, refuse_file
 from llava.utils import run_program
 
 RESULT_FILE = "components.json"

@@ -24,9 +24,9 @@ from hydralora.tuner import RoutingUnit, hydralora_layers
 from hydralora.tuner.batch import IGNORED
 from hydralora.tuner.loading import load_adapter
 from llava.errors import CheckpointError, FlagError, NotFiniteError
-from llava.hub import local_folder
-from llava.model.finite_logits import LogitsWatch, are_sound, no_answer
-from llava.places import Input, refuse_additions, refuse_file
+from llava.runtime.finite_logits import LogitsWatch, are_sound, no_answer
+from llava.runtime.hub import local_folder
+from llava.runtime.places import Input, refuse_additions, refuse_file
 from llava.utils import run_program
 
 if TYPE_CHECKING:

@@ -33,13 +33,13 @@ from hydralora.text.training import (
 )
 from hydralora.tuner.original import OUR_WEIGHTS
 from llava.errors import FlagError
-from llava.model.completeness import RUN_FILE
-from llava.output import replace_text
-from llava.train import checkpointing
-from llava.train.resume_check import check_resumable
-from llava.train.saving import prepare_folder
-from llava.train.unchanged import FINGERPRINTS, WORLD, fingerprints, flat, refuse_changes
-from llava.train.zero import join_processes, prepare_resume, set_precision
+from llava.runtime import checkpointing
+from llava.runtime.output import replace_text
+from llava.runtime.resume_check import check_resumable
+from llava.runtime.saving import prepare_folder
+from llava.runtime.unchanged import FINGERPRINTS, WORLD, fingerprints, flat, refuse_changes
+from llava.runtime.weights.completeness import RUN_FILE
+from llava.runtime.zero import join_processes, prepare_resume, set_precision
 from llava.utils import package_versions, run_program
 
 __all__ = ["Run", "build_parser", "build_run", "main", "parse_args"]

@@ -12,8 +12,8 @@ from typing import Any
 from hydralora.config import PARTS, HydraLoraOptions, HydraLoraSettings, RoutedLinearConfig, RoutedMLPConfig
 from hydralora.linears import INPUTS, OUTPUTS
 from llava.errors import FlagError
-from llava.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, check_ranges
-from llava.train import checkpointing
+from llava.runtime import checkpointing
+from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, check_ranges
 
 RANGES = {
     "lora_rank": COUNT,

@@ -4,7 +4,7 @@ Public names, module paths, command lines and file formats are those of upstream
 `docs/architecture.md` is the map of the package.
 """
 
-from llava.foreign_lines import drop_foreign_lines
+from llava.runtime.foreign_lines import drop_foreign_lines
 
 __version__ = "0.1.0"
 

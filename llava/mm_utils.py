@@ -22,7 +22,7 @@ from llava.anyres import (
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.errors import FlagError
 from llava.image_bounds import check_made, resized_size
-from llava.tokenizer import starts_with_bos
+from llava.runtime.tokenizer import starts_with_bos
 
 __all__ = [
     "KeywordsStoppingCriteria",

@@ -14,7 +14,7 @@ from typing import Any
 from transformers.utils import logging
 
 from llava.errors import CheckpointError, LlavaError
-from llava.files import refuse_pointer
+from llava.runtime.files import refuse_pointer
 
 PACKAGES = (
     *("llava-extensions", "torch", "torchvision", "transformers", "tokenizers", "sentencepiece", "peft", "accelerate"),

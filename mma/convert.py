@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llava.torch_files import load_plain
+from llava.runtime.weights.torch_files import load_plain
 from mma.config import MmaConfig
 from mma.model import EMBEDDING, adapters
 

@@ -16,7 +16,7 @@ from contextlib import closing
 from llava.errors import FlagError
 from llava.eval.loading import choose_device
 from llava.eval.processes import joined
-from llava.ranges import COUNT, Range, check_ranges
+from llava.runtime.ranges import COUNT, Range, check_ranges
 from llava.serve.engine import Engine
 from llava.utils import run_program
 from mma.programs.answering import find_folders, given_options, load_lavin

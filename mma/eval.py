@@ -18,8 +18,8 @@ from pathlib import Path
 from llava.errors import FlagError
 from llava.eval.answers import Task
 from llava.eval.processes import joined
-from llava.output import replace_text
-from llava.places import Input
+from llava.runtime.output import replace_text
+from llava.runtime.places import Input
 from llava.utils import run_program
 from mma.data.scienceqa import ScienceQA, check_prompt_format, read_split
 from mma.programs.answering import answer_all, generation_options, given_options, output_folder

@@ -16,8 +16,8 @@ from pathlib import Path
 from llava.eval.answers import Task
 from llava.eval.eval_mme import TaskScore, score_task, table, totals
 from llava.eval.processes import joined
-from llava.output import replace_text
-from llava.places import Input
+from llava.runtime.output import replace_text
+from llava.runtime.places import Input
 from llava.utils import run_program
 from mma.data.prompts import instruction_prompt
 from mma.programs.answering import answer_all, generation_options, given_options, output_folder

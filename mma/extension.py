@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, DecoderState, Extension, MultimodalInputs
-from llava.ranges import COUNT, POSITIVE, PROBABILITY, check_ranges
-from llava.train import checkpointing
+from llava.runtime import checkpointing
+from llava.runtime.ranges import COUNT, POSITIVE, PROBABILITY, check_ranges
 from mma import cache, modality
 from mma import model as adapted_model
 from mma.config import VISUAL_INPUTS, MmaConfig, MmaOptions

@@ -19,18 +19,18 @@ import torch
 from torch import nn
 
 from llava.errors import CheckpointError
-from llava.eval.record import weights_fingerprint
-from llava.files import reading
-from llava.hub import local_folder
 from llava.model.checkpoint import copy_tensors, read_extensions, save_checkpoint
 from llava.model.components import Component, components
 from llava.model.formats import inspect_checkpoint, read_json, read_projector
 from llava.model.language_model.backbones import backbone_class, load_config
-from llava.model.tensors import check_numbers
-from llava.output import check_new, new_path
-from llava.tokenizer import load_tokenizer
+from llava.runtime.files import reading
+from llava.runtime.hub import local_folder
+from llava.runtime.output import check_new, new_path
+from llava.runtime.run_record import RUN_FILE
+from llava.runtime.tokenizer import load_tokenizer
+from llava.runtime.weights.fingerprint import weights_fingerprint
+from llava.runtime.weights.tensors import check_numbers
 from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments
-from llava.train.run_record import RUN_FILE
 from llava.train.train import record_settings
 from llava.utils import run_program
 from mma import convert

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from llava.data.records import RecordFiles
 from llava.model.language_model.causal_lm import LlavaForCausalLM
+from llava.runtime.zero import join_processes
 from llava.train.arguments import RunArguments
 from llava.train.train import Parts, skipped_file, train
-from llava.train.zero import join_processes
 from llava.utils import run_program
 from mma.data.dataset import LavinDataset
 from mma.data.instructions import read_mixture

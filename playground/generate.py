@@ -24,8 +24,8 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from llava.errors import FlagError
-from llava.output import claim, discard, is_ours
-from llava.recognize import foreign_message, is_plain_file
+from llava.runtime.output import claim, discard, is_ours
+from llava.runtime.recognize import foreign_message, is_plain_file
 from playground.questions import (
     BASE_QUESTIONS,
     BASE_TRAIN,

@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 
 from llava.errors import FlagError, LlavaError
-from llava.model.completeness import RUN_FILE
-from llava.output import describe_entry, is_ours
+from llava.runtime.output import describe_entry, is_ours
+from llava.runtime.weights.completeness import RUN_FILE
 from llava.utils import read_json
 from playground.generate import BASE
 

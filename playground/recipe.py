@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava.output import replace_text
+from llava.runtime.output import replace_text
 from playground.tiny import Sizes
 
 RECIPE_FILE = "recipe.json"

@@ -19,7 +19,6 @@ import torch
 
 from dynamic.inspection import record_decisions
 from dynamic.pictures import KeptImage
-from llava.cache_name import cache_of
 from llava.data.images import load_image
 from llava.dynamic_eval.visualize import kept_images
 from llava.eval.generation import GenerationOptions
@@ -27,6 +26,7 @@ from llava.eval.loading import LoadedModel, load_model
 from llava.eval.model_vqa_loader import make_task
 from llava.eval.questions import Question
 from llava.eval.runner import answer_batch, image_arguments, load_pictures, make_prompt, pad_left
+from llava.runtime.cache_name import cache_of
 from llava.train.train import main as train
 from llava.train.train_sparse import DEFAULTS
 from playground.evaluate import BATCH_SIZE, CONV_MODE, MAX_NEW_TOKENS, Result

@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from llava.model.formats import TOWER_FOLDER
-from llava.tokenizer import load_tokenizer
+from llava.runtime.tokenizer import load_tokenizer
 from llava.train.train import main as train
 from playground.questions import BASE_TRAIN, CAPTIONS, IMAGES
 from playground.recipe import Recipe, Stage

@@ -23,8 +23,8 @@ from llava.model.formats import (
     strip_peft_prefix,
     weight_files,
 )
-from llava.model.tensors import check_numbers
-from llava.output import check_new, new_path
+from llava.runtime.output import check_new, new_path
+from llava.runtime.weights.tensors import check_numbers
 from llava.utils import run_program
 
 PREFIX = "model.mm_projector."

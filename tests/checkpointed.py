@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llava.train.checkpointing import SWITCH
+from llava.runtime.checkpointing import SWITCH
 
 
 def checkpoint_layers(model: Any, options: dict[str, Any] | None = None) -> None:

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from llava.versions import LIBRARIES
+from llava.runtime.versions import LIBRARIES
 
 ROOT = Path(__file__).resolve().parent.parent
 CATEGORIES = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")

@@ -21,8 +21,8 @@ from hydralora.tuner.original import import_adapter
 from llava.errors import CheckpointError, LlavaError
 from llava.model.builder import load_pretrained_model
 from llava.model.convert_hf import main as convert_hf
-from llava.tokenizer import load_tokenizer
-from llava.torch_files import (
+from llava.runtime.tokenizer import load_tokenizer
+from llava.runtime.weights.torch_files import (
     NEVER_READ,
     TAG_FILES,
     check_training_state,

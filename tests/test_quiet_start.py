@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.foreign_lines import FOREIGN_LINES, FOREIGN_WARNINGS
+from llava.runtime.foreign_lines import FOREIGN_LINES, FOREIGN_WARNINGS
 from tests.command_lines import ROOT
 from tests.golden import golden_dir
 

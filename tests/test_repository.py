@@ -16,23 +16,39 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("llava", "hydralora", "dynamic", "mma", "moe_patch", "playground")
 EXTENSIONS = ("hydralora", "dynamic", "mma", "moe_patch")
 MAX_LINES = 500
-WITHOUT_A_MODEL = {"llava.errors", "llava.hub", "llava.quantisation", "llava.tokenizer", "llava.utils"}
-WITHOUT_A_MODEL |= {"llava.model.partition", "llava.train.retired_flags", "llava.train.sampling"}
-WITHOUT_A_MODEL |= {"llava.torch_files", "llava.train.saving", "llava.train.zero", "llava.train.resumable_trainer"}
-WITHOUT_A_MODEL |= {"llava.output", "llava.places", "llava.recognize"}
-WITHOUT_A_MODEL |= {"llava.cache_name", "llava.versions", "llava.foreign_lines", "llava.train.checkpointing"}
-WITHOUT_A_MODEL |= {
-    "llava.files",
-    "llava.model.finite_logits",
-    "llava.model.adapter_counts",
-    "llava.model.completeness",
-    "llava.model.settings",
+WITHOUT_A_MODEL = {
+    "llava.errors",
+    "llava.runtime.hub",
+    "llava.runtime.quantization",
+    "llava.runtime.tokenizer",
+    "llava.utils",
 }
-WITHOUT_A_MODEL |= {"llava.model.tensors", "llava.ranges", "llava.train.values"}
+WITHOUT_A_MODEL |= {"llava.runtime.partition", "llava.runtime.retired_flags", "llava.runtime.sampling"}
 WITHOUT_A_MODEL |= {
-    "llava.train.resume_check",
-    "llava.train.unchanged",
-    "llava.model.base_weights",
+    "llava.runtime.weights.torch_files",
+    "llava.runtime.saving",
+    "llava.runtime.zero",
+    "llava.runtime.resumable_trainer",
+}
+WITHOUT_A_MODEL |= {"llava.runtime.output", "llava.runtime.places", "llava.runtime.recognize"}
+WITHOUT_A_MODEL |= {
+    "llava.runtime.cache_name",
+    "llava.runtime.versions",
+    "llava.runtime.foreign_lines",
+    "llava.runtime.checkpointing",
+}
+WITHOUT_A_MODEL |= {
+    "llava.runtime.files",
+    "llava.runtime.finite_logits",
+    "llava.runtime.weights.adapter_counts",
+    "llava.runtime.weights.completeness",
+    "llava.runtime.weights.settings",
+}
+WITHOUT_A_MODEL |= {"llava.runtime.weights.tensors", "llava.runtime.ranges", "llava.runtime.values"}
+WITHOUT_A_MODEL |= {
+    "llava.runtime.resume_check",
+    "llava.runtime.unchanged",
+    "llava.runtime.weights.base_weights",
     "llava.model.formats",
 }
 """Modules of llava that know nothing of its model; anybody may use them."""

@@ -19,7 +19,7 @@ from hydralora.analysis.adapters import AdaptedLayer, read_adapter
 from hydralora.analysis.figures import plot_matrices
 from hydralora.analysis.similarity import between_adapters, between_experts, mean_of
 from llava.errors import FlagError
-from llava.output import replace_text
+from llava.runtime.output import replace_text
 from llava.utils import run_program
 
 RESULT_FILE = "similarity.json"

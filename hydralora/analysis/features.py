@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import AutoModel
 
 from llava.errors import FlagError
-from llava.tokenizer import load_tokenizer
+from llava.runtime.tokenizer import load_tokenizer
 
 DIMENSIONS = 50
 """Of the reduced TF-IDF features."""

@@ -15,8 +15,8 @@ from hydralora.analysis.adapters import AdaptedLayer
 from hydralora.analysis.clusters import Clustering
 from hydralora.analysis.features import scikit_learn
 from llava.errors import FlagError
-from llava.output import replacing
-from llava.recognize import refuse_foreign_bytes
+from llava.runtime.output import replacing
+from llava.runtime.recognize import refuse_foreign_bytes
 
 MARKERS = "osD^vP*X"
 MATRICES = ("A", "B")

@@ -1,7 +1,7 @@
 """Every option of `python -m hydralora.finetune`: those of the original's `fine-tuning.py`, and a few of ours.
 
 The classes and their order are the original's; options of transformers 4 that no longer exist are translated by
-`llava.train.retired_flags`.
+`llava.runtime.retired_flags`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from hydralora.text.counts import row_problems
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.loading import read_config
 from llava.errors import FlagError
-from llava.files import refuse_pointer
-from llava.places import Input, folder_problems
-from llava.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, range_problems
-from llava.train.retired_flags import translate_retired_flags
-from llava.train.values import check_values, parse, refuse
-from llava.train.zero import zero_settings, zero_stage
+from llava.runtime.files import refuse_pointer
+from llava.runtime.places import Input, folder_problems
+from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, range_problems
+from llava.runtime.retired_flags import translate_retired_flags
+from llava.runtime.values import check_values, parse, refuse
+from llava.runtime.zero import zero_settings, zero_stage
 
 AUTO = "auto:"
 """`--lora_nums auto:FILE` takes the number from a file that `python -m hydralora.components` wrote."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hydralora.text.dataset import training_files
 from hydralora.text.records import read_records
-from llava.train.values import too_few_rows
+from llava.runtime.values import too_few_rows
 
 if TYPE_CHECKING:
     from hydralora.text.arguments import RunArguments

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.errors import BadSampleError
-from llava.files import data_text
+from llava.runtime.files import data_text
 
 IGNORED = -100
 

@@ -25,18 +25,18 @@ from hydralora.tuner import HydraLoraConfig, hydralora_layers
 from hydralora.tuner.loading import load_adapter
 from hydralora.tuner.original import CONFIG_FILE, OUR_WEIGHTS
 from llava.errors import CheckpointError, FlagError
-from llava.files import reading
-from llava.hub import TOKENIZER_FILES, local_folder
-from llava.model.adapter_counts import check_adapter
-from llava.model.base_weights import read_base
-from llava.model.completeness import RUN_FILE, require
 from llava.model.formats import check_base
-from llava.model.partition import fetch
-from llava.quantisation import choose_cpu_kernels, quantisation_config
-from llava.tokenizer import load_tokenizer as read_tokenizer
-from llava.torch_files import check_weights
-from llava.train.resumable_trainer import ResumableTrainer
-from llava.train.zero import same_draws
+from llava.runtime.files import reading
+from llava.runtime.hub import TOKENIZER_FILES, local_folder
+from llava.runtime.partition import fetch
+from llava.runtime.quantization import choose_cpu_kernels, quantisation_config
+from llava.runtime.resumable_trainer import ResumableTrainer
+from llava.runtime.tokenizer import load_tokenizer as read_tokenizer
+from llava.runtime.weights.adapter_counts import check_adapter
+from llava.runtime.weights.base_weights import read_base
+from llava.runtime.weights.completeness import RUN_FILE, require
+from llava.runtime.weights.torch_files import check_weights
+from llava.runtime.zero import same_draws
 
 ADAPTER_FOLDER = "sft_lora_model"
 """Where the original puts the finished adapter, in the output folder and in each checkpoint."""

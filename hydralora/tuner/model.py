@@ -16,7 +16,7 @@ from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.linear import BASE, HydraLoraLayer, Linear
 from hydralora.tuner.passes import Passes
 from hydralora.tuner.registration import PREFIX
-from llava.versions import warn_once
+from llava.runtime.versions import warn_once
 
 
 def hydralora_layers(model: nn.Module) -> dict[str, HydraLoraLayer]:

@@ -21,11 +21,11 @@ from torch import Tensor
 from hydralora.original import read_weights
 from hydralora.tuner.config import HydraLoraConfig
 from llava.errors import CheckpointError
-from llava.files import check_torch_file, reading, refuse_pointer
-from llava.model.adapter_counts import check_layers
-from llava.model.settings import LORA, Rule, check_settings
-from llava.model.tensors import check_numbers
-from llava.output import check_new, new_path
+from llava.runtime.files import check_torch_file, reading, refuse_pointer
+from llava.runtime.output import check_new, new_path
+from llava.runtime.weights.adapter_counts import check_layers
+from llava.runtime.weights.settings import LORA, Rule, check_settings
+from llava.runtime.weights.tensors import check_numbers
 from llava.utils import read_json
 
 CONFIG_FILE = "adapter_config.json"

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from hydralora.tuner.batch import BatchNote, note_of_pass, token_shape
-from llava.cache_name import cache_of, given_cache
+from llava.runtime.cache_name import cache_of, given_cache
 
 CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
 """Attributes under which a module keeps the function that checkpoints: transformers', and torch's wrapper for FSDP."""

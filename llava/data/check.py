@@ -34,10 +34,10 @@ from llava.data.records import open_records
 from llava.data.statistics import PERCENTILES, DataSummary, summarise
 from llava.errors import FlagError
 from llava.image_bounds import check_made
-from llava.output import replace_text
-from llava.places import Input, refuse_file, same_place
-from llava.recognize import refuse_foreign
-from llava.tokenizer import load_tokenizer
+from llava.runtime.output import replace_text
+from llava.runtime.places import Input, refuse_file, same_place
+from llava.runtime.recognize import refuse_foreign
+from llava.runtime.tokenizer import load_tokenizer
 from llava.utils import run_program
 
 ROWS_PER_STEP = 16

@@ -18,8 +18,8 @@ from llava.data.inspection import EXPLANATIONS, RowReport, RowReports, Settings,
 from llava.data.records import Row
 from llava.data.statistics import PERCENTILES, DataSummary
 from llava.errors import BadSampleError
-from llava.output import replacing
-from llava.recognize import refuse_foreign
+from llava.runtime.output import replacing
+from llava.runtime.recognize import refuse_foreign
 
 THUMBNAIL_SIDE = 160  # pixels
 ROWS_PER_KIND = 100

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from llava.constants import IGNORE_INDEX
-from llava.data.failure import failed_batch
+from llava.runtime.failure import failed_batch
 
 
 @dataclass

@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from llava.anyres import GridPinpoints, ImageLength
 from llava.conversation import Conversation
-from llava.data.failure import failed_item
 from llava.data.images import ImageTransform, Picture, load_image
 from llava.data.labels import tokenize_conversation
 from llava.data.records import RecordFiles, Row, open_records
 from llava.data.skipped import append_skipped
 from llava.errors import BadImageError, BadSampleError, FlagError, LlavaError
+from llava.runtime.failure import failed_item
 
 logger = logging.getLogger(__name__)
 

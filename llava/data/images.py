@@ -14,8 +14,8 @@ from transformers import CLIPImageProcessorPil
 
 from llava.anyres import GridPinpoints, output_size, parse_grid_pinpoints
 from llava.errors import BadImageError, FlagError
-from llava.files import is_pointer, pointer_problem
 from llava.mm_utils import ASPECT_RATIOS, preprocess_image
+from llava.runtime.files import is_pointer, pointer_problem
 
 MAX_PIXELS = 160_000_000
 """Width times height of a file: more than any camera takes. Pillow's own limit, at which it warns, is put there too."""

@@ -20,7 +20,7 @@ from llava.conversation import Conversation, Piece, SeparatorStyle
 from llava.data.turns import Turn, excerpt, place_image, training_pieces, turn_text
 from llava.errors import ImageCountError, NoTargetError, TokenBorderError
 from llava.extension import Span
-from llava.tokenizer import encode_with_spans, starts_with_bos
+from llava.runtime.tokenizer import encode_with_spans, starts_with_bos
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import BadSampleError, FlagError
-from llava.files import refuse_pointer
+from llava.runtime.files import refuse_pointer
 
 Row = dict[str, Any]
 """`{"id": ..., "image": name or list of names, "conversations": [{"from": ..., "value": ...}, ...]}`."""

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llava.recognize import refuse_foreign
+from llava.runtime.recognize import refuse_foreign
 
 ENTRY = ("file", "row", "id", "reason")
 

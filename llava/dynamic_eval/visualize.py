@@ -28,9 +28,9 @@ from llava.eval.generation import GenerationOptions
 from llava.eval.loading import LoadedModel, load_model
 from llava.eval.runner import image_arguments, load_pictures, make_prompt
 from llava.mm_utils import get_model_name_from_path
-from llava.output import replace_text, replacing
-from llava.places import Input, folder_problem, refuse_file
-from llava.recognize import refuse_foreign, refuse_foreign_bytes
+from llava.runtime.output import replace_text, replacing
+from llava.runtime.places import Input, folder_problem, refuse_file
+from llava.runtime.recognize import refuse_foreign, refuse_foreign_bytes
 from llava.utils import run_program
 
 

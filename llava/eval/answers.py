@@ -23,8 +23,8 @@ from llava.eval.recognition import (
     refuse_unless_rows,
     repair,
 )
-from llava.output import replace_text
-from llava.recognize import describe, is_plain_file
+from llava.runtime.output import replace_text
+from llava.runtime.recognize import describe, is_plain_file
 from llava.utils import package_versions
 
 Row = dict[str, Any]

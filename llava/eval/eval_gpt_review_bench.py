@@ -23,7 +23,7 @@ from tqdm import tqdm
 from llava.errors import BadSampleError, FlagError
 from llava.eval.questions import field, read_json, read_jsonl
 from llava.eval.recognition import REVIEW_SHAPE, check_writable, recognize_rows, repair
-from llava.places import Input, refuse_file
+from llava.runtime.places import Input, refuse_file
 from llava.utils import run_program
 
 BASE_URL = "https://api.openai.com/v1"

@@ -19,8 +19,8 @@ from typing import Any
 
 from llava.errors import BadSampleError
 from llava.eval.questions import read_json
-from llava.output import replace_text
-from llava.places import Input, refuse_file
+from llava.runtime.output import replace_text
+from llava.runtime.places import Input, refuse_file
 from llava.utils import run_program
 
 OPEN = "query"

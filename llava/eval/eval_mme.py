@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llava.errors import BadSampleError
-from llava.files import data_text
-from llava.output import replace_text
-from llava.places import Input, refuse_file
+from llava.runtime.files import data_text
+from llava.runtime.output import replace_text
+from llava.runtime.places import Input, refuse_file
 from llava.utils import run_program
 
 PERCEPTION = (

@@ -18,8 +18,8 @@ from typing import Any
 
 from llava.errors import BadSampleError
 from llava.eval.questions import field, read_json, read_jsonl
-from llava.output import replace_text
-from llava.places import Input, refuse_file
+from llava.runtime.output import replace_text
+from llava.runtime.places import Input, refuse_file
 from llava.utils import run_program
 
 FAILED = "FAILED"

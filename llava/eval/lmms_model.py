@@ -29,7 +29,7 @@ from llava.eval.prefetch import Prefetcher
 from llava.eval.prompts import check_conv_mode, plain_conv_mode
 from llava.eval.runner import answer_batch, make_prompt, most_together
 from llava.mm_utils import get_model_name_from_path
-from llava.ranges import COUNT, NOT_NEGATIVE, check_ranges
+from llava.runtime.ranges import COUNT, NOT_NEGATIVE, check_ranges
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import GenerationResult, Instance

@@ -10,7 +10,7 @@ import torch
 from llava.errors import FlagError
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
-from llava.model.finite_logits import no_answer
+from llava.runtime.finite_logits import no_answer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -22,12 +22,12 @@ from llava.eval.meteor import find_wordnet, meteor
 from llava.eval.program import add_model_options, refuse_input_as_answers
 from llava.eval.prompts import check_conv_mode
 from llava.eval.questions import get_chunk
-from llava.eval.record import weights_fingerprint
 from llava.eval.references import ReferenceConversation, read_conversations
 from llava.eval.runner import load_pictures, make_prompt
 from llava.eval.stepwise import Stepper
 from llava.mm_utils import get_model_name_from_path
-from llava.ranges import COUNT, NOT_NEGATIVE, check_ranges
+from llava.runtime.ranges import COUNT, NOT_NEGATIVE, check_ranges
+from llava.runtime.weights.fingerprint import weights_fingerprint
 
 SINGLE_PREDICTION = "Answer with the option's letter from the given choices directly."
 RANGES = {"temperature": NOT_NEGATIVE, "max_new_tokens": COUNT, "num_chunks": COUNT}

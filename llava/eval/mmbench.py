@@ -21,10 +21,10 @@ from llava.data.images import read_rgb
 from llava.errors import BadImageError, BadSampleError, FlagError
 from llava.eval.answers import Row, Task, answer_row
 from llava.eval.questions import read_jsonl
-from llava.files import refuse_pointer
-from llava.output import replacing
-from llava.places import Input, refuse_file
-from llava.recognize import refuse_foreign_bytes
+from llava.runtime.files import refuse_pointer
+from llava.runtime.output import replacing
+from llava.runtime.places import Input, refuse_file
+from llava.runtime.recognize import refuse_foreign_bytes
 
 LETTERS = "ABCD"
 SPREADSHEET = b"PK\x03\x04"

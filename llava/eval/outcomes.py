@@ -27,8 +27,8 @@ from llava.eval import eval_textvqa as textvqa_module
 from llava.eval.answers import Row, Task
 from llava.eval.m4c_evaluator import TextVQAAccuracyEvaluator
 from llava.eval.questions import read_json, read_questions
-from llava.output import replace_text
-from llava.recognize import refuse_foreign
+from llava.runtime.output import replace_text
+from llava.runtime.recognize import refuse_foreign
 
 
 @dataclass(frozen=True)

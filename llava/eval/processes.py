@@ -25,7 +25,7 @@ from llava.eval.program import answer_and_measure
 from llava.eval.questions import read_jsonl
 from llava.eval.recognition import ANSWER_SHAPES
 from llava.eval.runner import OpenImage
-from llava.output import replace_text
+from llava.runtime.output import replace_text
 
 T = TypeVar("T")
 

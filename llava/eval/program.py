@@ -22,11 +22,11 @@ from llava.eval.generation import GenerationOptions
 from llava.eval.loading import DTYPES, choose_device, choose_dtype, load_model
 from llava.eval.prompts import check_conv_mode, plain_conv_mode
 from llava.eval.questions import MissingChunkError, Question, get_chunk, read_questions
-from llava.eval.record import weights_fingerprint
 from llava.eval.runner import OpenImage, Speed, answer_tasks
 from llava.mm_utils import get_model_name_from_path
-from llava.places import Input, refuse_file
-from llava.ranges import COUNT, NOT_NEGATIVE, check_ranges
+from llava.runtime.places import Input, refuse_file
+from llava.runtime.ranges import COUNT, NOT_NEGATIVE, check_ranges
+from llava.runtime.weights.fingerprint import weights_fingerprint
 
 RUN_RANGES = {"limit": COUNT, "num_workers": NOT_NEGATIVE, "batch_size": COUNT, "num_chunks": COUNT}
 """What the numbers of `add_chunk_options` and `add_run_options` may be; those of decoding know it themselves."""

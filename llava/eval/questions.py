@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llava.errors import BadSampleError, FlagError
-from llava.files import data_bytes
+from llava.runtime.files import data_bytes
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import BadSampleError, FlagError
-from llava.recognize import alike, describe, is_plain_file, keys_in_words
+from llava.runtime.recognize import alike, describe, is_plain_file, keys_in_words
 
 Row = dict[str, Any]
 Shape = tuple[str, ...]

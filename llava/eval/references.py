@@ -13,7 +13,7 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import BadSampleError
-from llava.files import data_text
+from llava.runtime.files import data_text
 
 
 @dataclass(frozen=True)

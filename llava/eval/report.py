@@ -16,8 +16,8 @@ from pathlib import Path
 from llava.errors import FlagError
 from llava.eval.comparison import Group, difference, group_runs, mean_scores, read_run
 from llava.eval.report_page import page
-from llava.output import replace_text
-from llava.places import Input, refuse_file
+from llava.runtime.output import replace_text
+from llava.runtime.places import Input, refuse_file
 from llava.utils import run_program
 
 

@@ -14,7 +14,7 @@ from llava.eval.benchmarks import Benchmark
 from llava.eval.outcomes import Outcome
 from llava.eval.prompts import build_prompt, image_marker
 from llava.eval.runner import Speed
-from llava.output import replace_text
+from llava.runtime.output import replace_text
 from llava.utils import package_versions
 
 

@@ -23,8 +23,8 @@ from rich.table import Table
 
 from llava.errors import BadSampleError
 from llava.eval.questions import Question, field, read_jsonl, read_questions
-from llava.output import replace_text
-from llava.places import Input, refuse_file
+from llava.runtime.output import replace_text
+from llava.runtime.places import Input, refuse_file
 from llava.utils import package_versions, run_program
 
 Z_95 = 1.959963984540054

@@ -13,7 +13,7 @@ from typing import Any
 
 from llava.errors import BadSampleError, FlagError
 from llava.eval.questions import read_json
-from llava.output import replace_text
+from llava.runtime.output import replace_text
 
 OPTIONS = "ABCDE"
 INPUTS = ("CQM", "QCM", "QCML", "QCME", "QCMLE", "QCLM", "QCEM", "QCLEM")

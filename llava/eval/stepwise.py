@@ -20,7 +20,7 @@ from llava.data.images import Picture
 from llava.errors import NotFiniteError
 from llava.eval.loading import LoadedModel
 from llava.eval.runner import image_arguments
-from llava.model.finite_logits import are_sound
+from llava.runtime.finite_logits import are_sound
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any
 from llava.errors import BadSampleError
 from llava.eval.m4c_evaluator import EvalAIAnswerProcessor
 from llava.eval.questions import field, read_jsonl
-from llava.files import data_text
-from llava.output import replace_text
-from llava.places import Input, refuse_file, refuse_folder
+from llava.runtime.files import data_text
+from llava.runtime.output import replace_text
+from llava.runtime.places import Input, refuse_file, refuse_folder
 
 VQAV2_QUESTIONS = "llava_vqav2_mscoco_test2015.jsonl"
 """All questions of the test split; the server wants an entry for each, also where only test-dev was answered."""

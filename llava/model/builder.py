@@ -21,9 +21,6 @@ from llava.conversation import conv_templates
 from llava.data.markers import user_marker_ids
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, Extension, ImportedState, installed_extensions
-from llava.files import naming, reading
-from llava.hub import local_folder
-from llava.model.base_weights import read_base
 from llava.model.checkpoint import load_extension_tensors, load_trained
 from llava.model.components import Component, components
 from llava.model.formats import (
@@ -38,16 +35,19 @@ from llava.model.formats import (
 from llava.model.image_tokens import add_image_tokens, wanted_tokens
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.model.language_model.causal_lm import LlavaForCausalLM
-from llava.model.offloading import (
+from llava.runtime.files import naming, reading
+from llava.runtime.hub import local_folder
+from llava.runtime.offloading import (
     bring_in,
     bring_in_tensor,
     check_placed,
     is_offloaded,
     materialize,
 )
-from llava.model.settings import LORA, check_settings
-from llava.quantisation import choose_cpu_kernels, quantisation_config
-from llava.tokenizer import load_tokenizer
+from llava.runtime.quantization import choose_cpu_kernels, quantisation_config
+from llava.runtime.tokenizer import load_tokenizer
+from llava.runtime.weights.base_weights import read_base
+from llava.runtime.weights.settings import LORA, check_settings
 from llava.utils import errors_only, read_json
 
 DEFAULT_CONTEXT_LENGTH = 2048

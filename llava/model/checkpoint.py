@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from llava.errors import CheckpointError
 from llava.extension import Config
-from llava.model.adapter_counts import check_adapter
-from llava.model.completeness import write_record
 from llava.model.components import Component, components
 from llava.model.formats import (
     EXTENSIONS_FOLDER,
@@ -36,8 +34,10 @@ from llava.model.formats import (
 )
 from llava.model.image_tokens import image_token_rows, load_image_tokens
 from llava.model.language_model.causal_lm import LlavaForCausalLM
-from llava.model.partition import fetch, full_shape, whole
-from llava.model.tensors import check_numbers, is_finite
+from llava.runtime.partition import fetch, full_shape, whole
+from llava.runtime.weights.adapter_counts import check_adapter
+from llava.runtime.weights.completeness import write_record
+from llava.runtime.weights.tensors import check_numbers, is_finite
 from llava.utils import read_json
 
 

@@ -17,18 +17,18 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from llava.conversation import conv_templates
 from llava.errors import CheckpointError, FlagError
-from llava.files import naming, reading
-from llava.hub import local_folder
-from llava.model.base_weights import read_base
 from llava.model.builder import base_folder, load_pretrained_model
 from llava.model.formats import TOWER_FOLDER, CheckpointContents, inspect_checkpoint, weight_file_names
 from llava.model.hf_format import check_convertible, hf_config, hf_model, our_config, our_tensors, refuse_extensions
 from llava.model.hf_processor import chat_template, hf_image_processor, hf_tokenizer
 from llava.model.hf_reading import HfFolder, read_hf_folder
 from llava.model.language_model.backbones import CLASSES
-from llava.model.settings import Rule, check_settings
-from llava.output import check_new, new_path
-from llava.tokenizer import LlamaTokenizer, check_pieces
+from llava.runtime.files import naming, reading
+from llava.runtime.hub import local_folder
+from llava.runtime.output import check_new, new_path
+from llava.runtime.tokenizer import LlamaTokenizer, check_pieces
+from llava.runtime.weights.base_weights import read_base
+from llava.runtime.weights.settings import Rule, check_settings
 from llava.utils import errors_only, read_json, run_program
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -13,8 +13,6 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from llava.errors import CheckpointError
-from llava.model.base_weights import check_fit, check_generation
-from llava.model.completeness import RECORD_FILE
 from llava.model.formats import (
     NEWLINE,
     WEIGHT_FILES,
@@ -25,9 +23,11 @@ from llava.model.formats import (
     weights_of,
 )
 from llava.model.language_model.backbones import backbone_class, load_config
-from llava.model.tensors import check_numbers
-from llava.output import new_path
-from llava.tokenizer import load_tokenizer
+from llava.runtime.output import new_path
+from llava.runtime.tokenizer import load_tokenizer
+from llava.runtime.weights.base_weights import check_fit, check_generation
+from llava.runtime.weights.completeness import RECORD_FILE
+from llava.runtime.weights.tensors import check_numbers
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 """May have more rows than the base's: tokens were added behind."""

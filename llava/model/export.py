@@ -18,11 +18,8 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from llava.errors import CheckpointError, FlagError
 from llava.extension import installed_extensions
-from llava.model.adapter_counts import check_lora
-from llava.model.base_weights import read_base
 from llava.model.builder import base_folder
 from llava.model.checkpoint import load_trained
-from llava.model.completeness import RECORD_FILE
 from llava.model.formats import (
     NON_LORA_FILE,
     CheckpointContents,
@@ -33,9 +30,12 @@ from llava.model.formats import (
     weight_files,
 )
 from llava.model.language_model.backbones import backbone_class, load_config
-from llava.model.settings import LORA, check_settings
-from llava.model.tensors import check_dtype, check_finite, check_numbers
-from llava.output import check_new, new_path
+from llava.runtime.output import check_new, new_path
+from llava.runtime.weights.adapter_counts import check_lora
+from llava.runtime.weights.base_weights import read_base
+from llava.runtime.weights.completeness import RECORD_FILE
+from llava.runtime.weights.settings import LORA, check_settings
+from llava.runtime.weights.tensors import check_dtype, check_finite, check_numbers
 from llava.utils import read_json, run_program
 
 PEFT_PREFIX = "base_model.model."

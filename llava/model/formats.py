@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llava.errors import CheckpointError
-from llava.files import refuse_pointer, refuse_pointers
-from llava.model.completeness import RECORD_FILE, RUN_FILE, check_record, check_run_record, require
-from llava.model.tensors import Entry, check_numbers, describe, read_tensors
-from llava.torch_files import load_plain
+from llava.runtime.files import refuse_pointer, refuse_pointers
+from llava.runtime.weights.completeness import RECORD_FILE, RUN_FILE, check_record, check_run_record, require
+from llava.runtime.weights.tensors import Entry, check_numbers, describe, read_tensors
+from llava.runtime.weights.torch_files import load_plain
 from llava.utils import read_json
 
 WEIGHT_FILES = (

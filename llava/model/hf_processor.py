@@ -19,7 +19,7 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.conversation import Conversation, SeparatorStyle
 from llava.errors import FlagError
 from llava.mm_utils import PLAIN_ASPECT_RATIOS
-from llava.tokenizer import BLANK, LlamaTokenizer
+from llava.runtime.tokenizer import BLANK, LlamaTokenizer
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 

@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers import LlavaConfig as HfConfig
 
 from llava.errors import CheckpointError
-from llava.files import reading, refuse_pointers
-from llava.hub import TOKENIZER_FILES
 from llava.model.formats import check_weight_files
 from llava.model.hf_format import DERIVED, RECORD
 from llava.model.multimodal_encoder.builder import KINDS
 from llava.model.multimodal_encoder.transformers_tower import TransformersTower, check_image_size
-from llava.model.settings import (
+from llava.runtime.files import reading, refuse_pointers
+from llava.runtime.hub import TOKENIZER_FILES
+from llava.runtime.weights.settings import (
     IMAGE_PROCESSOR,
     TOKEN,
     VISION_KEYS,

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import CheckpointError, FlagError
 from llava.model.formats import TOKEN_TABLE, read_tensors
-from llava.model.partition import fetch, whole
-from llava.model.tensors import check_numbers
+from llava.runtime.partition import fetch, whole
+from llava.runtime.weights.tensors import check_numbers
 
 BORDER_TOKENS = (DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN)
 """Written around every image with `mm_use_im_start_end`."""

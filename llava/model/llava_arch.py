@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from llava.anyres import ImageLength, get_anyres_image_grid_shape
-from llava.cache_name import takes_cache
 from llava.errors import FlagError
 from llava.extension import ExtensionSet, MultimodalInputs
 from llava.model.multimodal_encoder.base import VisionTower
@@ -22,6 +21,7 @@ from llava.model.multimodal_encoder.builder import build_vision_tower, set_norma
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import SpliceOptions, splice
 from llava.model.tiles import merge_tiles
+from llava.runtime.cache_name import takes_cache
 
 Images = Tensor | Sequence[Tensor]
 """Pictures of a batch: (N, 3, H, W), or (N, tiles, 3, H, W), or a list of (3, H, W) and (tiles, 3, H, W)."""

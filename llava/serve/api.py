@@ -22,7 +22,7 @@ from llava.eval.loading import load_model
 from llava.eval.program import add_model_options
 from llava.eval.run_llava import choose_conv_mode
 from llava.mm_utils import get_model_name_from_path
-from llava.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range, check_ranges
+from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range, check_ranges
 from llava.serve.app import Settings, create_app
 from llava.serve.chat_request import Defaults
 from llava.serve.engine import Engine

@@ -25,7 +25,7 @@ from llava.eval.generation import GenerationOptions
 from llava.eval.loading import LoadedModel
 from llava.eval.prompts import add_image_markers, new_conversation, prompt_ids
 from llava.eval.runner import OpenImage, image_arguments, load_pictures
-from llava.model.finite_logits import LogitsWatch
+from llava.runtime.finite_logits import LogitsWatch
 from llava.serve.streaming import TokenDecoder, until_stop
 
 

@@ -21,7 +21,7 @@ from llava.eval.loading import load_model
 from llava.eval.program import add_model_options
 from llava.eval.run_llava import choose_conv_mode, open_image
 from llava.mm_utils import get_model_name_from_path
-from llava.ranges import COUNT, check_ranges
+from llava.runtime.ranges import COUNT, check_ranges
 from llava.serve.chat import Chat
 from llava.utils import run_program
 

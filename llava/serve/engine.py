@@ -25,7 +25,7 @@ from llava.errors import LlavaError
 from llava.eval.generation import GenerationOptions, RowSampler
 from llava.eval.loading import LoadedModel
 from llava.eval.runner import image_arguments, pad_left
-from llava.model.finite_logits import LogitsWatch
+from llava.runtime.finite_logits import LogitsWatch
 from llava.serve.streaming import StopFilter, TokenDecoder
 
 logger = logging.getLogger(__name__)

@@ -18,10 +18,10 @@ import transformers
 
 from llava.errors import FlagError
 from llava.extension import Config, Extension, installed_extensions
-from llava.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY
-from llava.train.retired_flags import translate_retired_flags
-from llava.train.values import check_values, parse
-from llava.train.zero import zero_settings
+from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY
+from llava.runtime.retired_flags import translate_retired_flags
+from llava.runtime.values import check_values, parse
+from llava.runtime.zero import zero_settings
 
 
 def _option(help_text: str, default: Any = None) -> Any:

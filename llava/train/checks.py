@@ -15,12 +15,12 @@ from llava.mm_utils import ASPECT_RATIOS
 from llava.model.components import Component
 from llava.model.formats import projector_file
 from llava.model.loss import LossReduction
-from llava.quantisation import QUANT_TYPES
+from llava.runtime.quantization import QUANT_TYPES
+from llava.runtime.values import refuse, too_few_rows
+from llava.runtime.zero import zero_stage
 from llava.train.arguments import RunArguments
 from llava.train.freeze import trained_components
 from llava.train.inputs import output_problems
-from llava.train.values import refuse, too_few_rows
-from llava.train.zero import zero_stage
 
 
 def _not_yet(args: RunArguments) -> list[str]:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, installed_extensions
-from llava.hub import local_folder
 from llava.model.checkpoint import load_extension_tensors, read_extensions
 from llava.model.formats import EXTENSIONS_FOLDER, check_base, inspect_checkpoint
 from llava.model.language_model.causal_lm import LlavaForCausalLM
+from llava.runtime.hub import local_folder
 
 
 @dataclass(frozen=True)

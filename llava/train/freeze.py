@@ -15,7 +15,7 @@ from torch import nn
 from llava.errors import FlagError
 from llava.model.checkpoint import bare_model
 from llava.model.components import Component, components
-from llava.quantisation import parameter_count
+from llava.runtime.quantization import parameter_count
 from llava.train.arguments import RunArguments
 
 

@@ -1,10 +1,10 @@
-"""What a training run reads, so that its output folder cannot fall on any of it (`llava.places`)."""
+"""What a training run reads, so that its output folder cannot fall on any of it (`llava.runtime.places`)."""
 
 from __future__ import annotations
 
 from llava.errors import LlavaError
 from llava.model.multimodal_encoder.builder import resolve_vision_tower
-from llava.places import Input, folder_problems
+from llava.runtime.places import Input, folder_problems
 from llava.train.arguments import RunArguments
 
 

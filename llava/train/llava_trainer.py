@@ -18,11 +18,11 @@ from llava.model.checkpoint import bare_model, load_full_weights, load_trained, 
 from llava.model.formats import inspect_checkpoint
 from llava.model.loss import LossReduction
 from llava.model.splice import count_targets
+from llava.runtime.resumable_trainer import ResumableTrainer
+from llava.runtime.run_record import copy_run_record
+from llava.runtime.sampling import EpochSampler, modality_order
 from llava.train.arguments import RunArguments
 from llava.train.optimizer import BASE_GROUP, optimizer_groups
-from llava.train.resumable_trainer import ResumableTrainer
-from llava.train.run_record import copy_run_record
-from llava.train.sampling import EpochSampler, modality_order
 
 
 class LLaVATrainer(ResumableTrainer):

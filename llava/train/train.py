@@ -26,7 +26,6 @@ from llava.data.markers import user_marker_ids
 from llava.data.skipped import remove_skipped
 from llava.errors import CheckpointError
 from llava.extension import installed_extensions
-from llava.model.base_weights import read_base
 from llava.model.checkpoint import copy_tensors
 from llava.model.components import Component, components
 from llava.model.formats import IMAGE_TOKENS_FILE, NEWLINE, check_base, has_results, projector_file, read_projector
@@ -41,21 +40,22 @@ from llava.model.image_tokens import (
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.model.loss import LossReduction
-from llava.quantisation import choose_cpu_kernels, quantisation_config
-from llava.tokenizer import load_tokenizer
-from llava.train import checkpointing
+from llava.runtime import checkpointing
+from llava.runtime.quantization import choose_cpu_kernels, quantisation_config
+from llava.runtime.resume_check import check_resumable
+from llava.runtime.run_record import run_record, write_run_record
+from llava.runtime.saving import prepare_folder
+from llava.runtime.tokenizer import load_tokenizer
+from llava.runtime.unchanged import refuse_changes
+from llava.runtime.weights.base_weights import read_base
+from llava.runtime.zero import join_processes, prepare_resume, same_draws, set_precision, zero_stage
 from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments, parse_args
 from llava.train.continued import check_recorded, recorded_extensions, train_on
 from llava.train.freeze import freeze, print_trainable, trained_components
 from llava.train.inputs import inputs_of
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import add_lora
-from llava.train.resume_check import check_resumable
-from llava.train.run_record import run_record, write_run_record
-from llava.train.saving import prepare_folder
 from llava.train.summary import next_command, print_summary
-from llava.train.unchanged import refuse_changes
-from llava.train.zero import join_processes, prepare_resume, same_draws, set_precision, zero_stage
 from llava.utils import run_program
 
 __all__ = ["DataArguments", "ModelArguments", "Run", "TrainingArguments", "build_run", "main", "parse_args"]

@@ -16,8 +16,8 @@ from typing import Any
 
 from llava.errors import BadSampleError
 from llava.eval.questions import read_json
-from llava.output import replace_text
-from llava.places import Input, refuse_file
+from llava.runtime.output import replace_text
+from llava.runtime.places import Input, refuse_file
 from llava.utils import run_program
 from mma.data.instructions import COCO, MIXTURE_FILE
 from mma.data.prompts import instruction_prompt

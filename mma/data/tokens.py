@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.tokenizer import LlamaTokenizer
+from llava.runtime.tokenizer import LlamaTokenizer
 
 WITH_IMAGE = "Image: "
 WITHOUT_IMAGE = "Image: N/A"
@@ -25,7 +25,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text with SentencePiece's own leading blank, and with `</s>` in a text as the letters it consists of.
 
     Args:
-        tokenizer: see `llava.tokenizer.load_tokenizer`.
+        tokenizer: see `llava.runtime.tokenizer.load_tokenizer`.
         text: any text.
     """
     if not isinstance(tokenizer, LlamaTokenizer):

@@ -28,11 +28,11 @@ from llava.eval.loading import LoadedModel, choose_device, choose_dtype, load_mo
 from llava.eval.processes import Processes, part_of, put_together
 from llava.eval.program import json_values
 from llava.eval.questions import read_jsonl
-from llava.eval.record import weights_fingerprint
 from llava.eval.runner import Prompt, answer_tasks
 from llava.mm_utils import get_model_name_from_path
-from llava.places import Input, refuse_file, refuse_folder, same_place
-from llava.ranges import NOT_NEGATIVE, check_ranges
+from llava.runtime.places import Input, refuse_file, refuse_folder, same_place
+from llava.runtime.ranges import NOT_NEGATIVE, check_ranges
+from llava.runtime.weights.fingerprint import weights_fingerprint
 from mma.convert import SETTINGS, is_bottleneck
 from mma.data.tokens import prompt_ids
 from mma.original import ready_folder

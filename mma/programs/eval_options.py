@@ -10,7 +10,7 @@ import argparse
 from typing import Any
 
 from llava.errors import FlagError
-from llava.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range
+from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range
 from mma.data.prompts import OPTIONS
 from mma.programs.train_options import BITS as TRAINING_BITS
 from mma.weights.base import AUTO, VICUNA_CHOICES, VICUNA_HELP

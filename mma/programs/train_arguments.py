@@ -18,9 +18,9 @@ import torch
 from transformers.hf_argparser import string_to_bool
 
 from llava.errors import FlagError
-from llava.places import Input, folder_problems
-from llava.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, Range, range_problems
-from llava.train import checkpointing
+from llava.runtime import checkpointing
+from llava.runtime.places import Input, folder_problems
+from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, Range, range_problems
 from llava.train.arguments import RunArguments
 from llava.train.arguments import parse_args as parse_llava
 from mma.config import TOWER

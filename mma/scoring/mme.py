@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llava.errors import BadSampleError
 from llava.eval.eval_mme import COGNITION, NO, PERCEPTION, YES, TaskScore
-from llava.files import data_text
+from llava.runtime.files import data_text
 
 IMAGE_SUFFIXES = (".jpg", ".png")
 IMAGES_FOLDER, QUESTIONS_FOLDER = "images", "questions_answers_YN"

@@ -14,9 +14,9 @@ import torch
 from transformers import GenerationConfig, LlamaConfig
 
 from llava.errors import CheckpointError
-from llava.hub import is_hub_id, local_folder
-from llava.output import new_path
-from llava.tokenizer import LlamaTokenizer
+from llava.runtime.hub import is_hub_id, local_folder
+from llava.runtime.output import new_path
+from llava.runtime.tokenizer import LlamaTokenizer
 from mma.weights.meta import PARAMS_FILE, open_meta
 from mma.weights.tensors import Weights, open_folder, write_folder
 from mma.weights.vicuna import VicunaKind, add_delta, kind_by_itself, kind_of, original_sum

@@ -20,10 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava.errors import CheckpointError
-from llava.files import reading
 from llava.model.formats import WEIGHT_FILES, inspect_checkpoint, weight_files
-from llava.model.tensors import check_numbers
-from llava.torch_files import load_plain
+from llava.runtime.files import reading
+from llava.runtime.weights.tensors import check_numbers
+from llava.runtime.weights.torch_files import load_plain
 
 INDEX = "model.safetensors.index.json"
 

@@ -13,7 +13,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import select_template
 from llava.data.labels import TokenizedPrompt, tokenize_conversation
 from llava.errors import BadSampleError
-from llava.tokenizer import load_tokenizer
+from llava.runtime.tokenizer import load_tokenizer
 from tests.data.tokenizers import make_tokenizer
 
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 from llava.errors import CheckpointError
-from llava.tokenizer import LlamaTokenizer, load_tokenizer
+from llava.runtime.tokenizer import LlamaTokenizer, load_tokenizer
 from tests.data.tokenizers import make_tokenizer
 from tests.golden import golden_dir, load_case
 

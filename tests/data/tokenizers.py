@@ -7,7 +7,7 @@ from functools import cache
 from transformers import PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-from llava.tokenizer import load_tokenizer
+from llava.runtime.tokenizer import load_tokenizer
 from tests.golden import golden_dir
 
 

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralModel
 
 from dynamic.attention import policy_attention
 from dynamic.attention.interface import NAME, policy_attention_forward, register
-from llava.cache_name import cache_argument, cache_of
+from llava.runtime.cache_name import cache_argument, cache_of
 from tests.checkpointed import checkpoint_layers
 
 B, L = 2, 10

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dynamic.cache import SparseCache
-from llava.cache_name import cache_of
+from llava.runtime.cache_name import cache_of
 from tests.dynamic.sparse_models import SHAPES, Dialogue, attach_predictors, embedded, new_cache, prefill, sparse_llava
 from tests.model.test_generation import prompts
 

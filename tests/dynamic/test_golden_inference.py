@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dynamic.cache import SparseCache
 from dynamic.inspection import DecisionLog, record_decisions
-from llava.cache_name import cache_of
 from llava.extension import DecoderState, Extension
+from llava.runtime.cache_name import cache_of
 from tests.dynamic.golden_model import golden_model, segments_of
 from tests.golden import load_case
 

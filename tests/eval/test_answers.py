@@ -11,7 +11,7 @@ import pytest
 from llava.errors import BadSampleError, FlagError
 from llava.eval.answers import AnswersFile, Task, answer_row, refuse_other_settings
 from llava.eval.processes import Processes, part_of, put_together
-from llava.eval.record import weights_fingerprint
+from llava.runtime.weights.fingerprint import weights_fingerprint
 
 
 def task(number: int, text: str | None = None, images: tuple[str, ...] = ()) -> Task:

@@ -22,7 +22,7 @@ from hydralora.config import (
 )
 from hydralora.extension import HydraLoraExtension
 from llava.errors import FlagError
-from llava.train import checkpointing
+from llava.runtime import checkpointing
 from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments
 from tests.golden import golden_dir
 

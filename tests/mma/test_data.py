@@ -18,7 +18,7 @@ from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.data.images import ImageTransform, load_image
 from llava.errors import BadSampleError, FlagError, NoTargetError
 from llava.model.multimodal_encoder.builder import set_normalization
-from llava.tokenizer import load_tokenizer
+from llava.runtime.tokenizer import load_tokenizer
 from mma.data import mixture
 from mma.data.dataset import ASPECT_RATIO, LavinDataset
 from mma.data.instructions import read_mixture

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llava.cache_name import cache_of
+from llava.runtime.cache_name import cache_of
 from tests.mma.golden_model import IMAGE, golden_model
 
 CASES = ["infer_attn", "infer_attn_same_len"]

@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from llava.cache_name import cache_of
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import save_checkpoint
 from llava.model.language_model.backbones import backbone_class, load_config
+from llava.runtime.cache_name import cache_of
 from mma.config import MmaConfig
 from mma.extension import MmaExtension
 from mma.model import EMBEDDING, adapters

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import CLIPVisionModel, LlamaConfig
 
 from llava.errors import CheckpointError
-from llava.eval.record import weights_fingerprint
 from llava.model.builder import load_pretrained_model
+from llava.runtime.weights.fingerprint import weights_fingerprint
 from mma import convert, demo
 from mma import eval as mma_eval
 from mma.config import MmaConfig

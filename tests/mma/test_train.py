@@ -18,8 +18,8 @@ from llava.data.images import load_image
 from llava.errors import FlagError
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
-from llava.tokenizer import load_tokenizer
-from llava.train import checkpointing
+from llava.runtime import checkpointing
+from llava.runtime.tokenizer import load_tokenizer
 from llava.train.train import Parts, build_run
 from mma import demo
 from mma import eval as mma_eval

@@ -20,7 +20,7 @@ from llava.errors import CheckpointError, FlagError
 from llava.eval.processes import Processes
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.backbones import backbone_class
-from llava.tokenizer import load_tokenizer
+from llava.runtime.tokenizer import load_tokenizer
 from mma.original import export_file
 from mma.programs.answering import find_folders, given_options
 from mma.train import parse_args, prepare_base

@@ -19,7 +19,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import bare_model
 from llava.model.components import Component, components
 from llava.model.language_model.backbones import backbone_class, load_config
-from llava.tokenizer import load_tokenizer
+from llava.runtime.tokenizer import load_tokenizer
 from llava.train.optimizer import optimizer_groups
 from llava.train.train import build_run, parse_args
 from tests.model import backbones

@@ -17,7 +17,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from llava.cache_name import (
+from llava.runtime.cache_name import (
     INSTALLED_NAME,
     NAMES,
     cache_argument,
@@ -101,4 +101,4 @@ def names_in(source: str) -> set[str]:
 def test_no_other_module_knows_the_old_name(repository: Path) -> None:
     here = {path for package in PACKAGES for path in (repository / package).rglob("*.py")}
     knowing = {str(path.relative_to(repository)) for path in here if "past_key_values" in names_in(path.read_text())}
-    assert knowing == {"llava/cache_name.py"}
+    assert knowing == {"llava/runtime/cache_name.py"}

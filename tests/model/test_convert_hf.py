@@ -26,7 +26,7 @@ from llava.model.convert_hf import from_hf, main, to_hf
 from llava.model.hf_format import RECORD, check_convertible
 from llava.model.hf_processor import chat_template, hf_tokenizer
 from llava.model.multimodal_encoder.open_clip_encoder import OpenClipVisionTower
-from llava.tokenizer import load_tokenizer
+from llava.runtime.tokenizer import load_tokenizer
 from llava.train.train import main as train
 from tests.data.tokenizers import make_tokenizer
 from tests.golden import golden_dir, load_case

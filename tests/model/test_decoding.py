@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
-from llava.cache_name import cache_of
 from llava.errors import FlagError
 from llava.model import decoding
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.backbones import backbone_class, load_config
+from llava.runtime.cache_name import cache_of
 from tests.dynamic.sparse_models import sparse_llava
 from tests.golden import golden_dir
 from tests.mma.adapted_models import adapted_llava

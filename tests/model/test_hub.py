@@ -11,9 +11,9 @@ import torch
 from huggingface_hub import constants
 
 from llava.errors import CheckpointError
-from llava.hub import TOKENIZER_FILES, is_hub_id, local_folder
 from llava.model.builder import load_pretrained_model
-from llava.tokenizer import load_tokenizer
+from llava.runtime.hub import TOKENIZER_FILES, is_hub_id, local_folder
+from llava.runtime.tokenizer import load_tokenizer
 from tests.golden import golden_dir
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

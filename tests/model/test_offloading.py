@@ -17,9 +17,9 @@ from torch import Tensor
 from llava.errors import CheckpointError, FlagError
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import save_checkpoint
-from llava.model.completeness import RECORD_FILE
 from llava.model.image_tokens import add_image_tokens, train_image_tokens
-from llava.model.offloading import is_offloaded, offloaded_modules
+from llava.runtime.offloading import is_offloaded, offloaded_modules
+from llava.runtime.weights.completeness import RECORD_FILE
 from tests.dynamic.sparse_models import sparse_llava
 from tests.golden import golden_dir
 from tests.mma.adapted_models import adapted_llava

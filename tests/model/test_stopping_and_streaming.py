@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList, TextIteratorStreamer, TextStreamer
 
-from llava.cache_name import cache_of
 from llava.mm_utils import KeywordsStoppingCriteria
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.runtime.cache_name import cache_of
 from tests.golden import golden_dir, load_case
 
 pytestmark = pytest.mark.versions

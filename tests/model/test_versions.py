@@ -15,8 +15,8 @@ from packaging.version import Version
 from peft import get_peft_model
 
 from hydralora.tuner import HydraLoraConfig
-from llava import versions
 from llava.model.builder import load_pretrained_model
+from llava.runtime import versions
 from tests.golden import golden_dir
 from tests.model.backbones import plain_model
 

@@ -16,7 +16,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.data.dataset import LazySupervisedDataset
 from llava.eval.questions import read_questions
-from llava.tokenizer import load_tokenizer
+from llava.runtime.tokenizer import load_tokenizer
 from playground.draw import IMAGE_SIZE
 from playground.families import BASE_FAMILIES, NEW_FAMILIES
 from playground.questions import (

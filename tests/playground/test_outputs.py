@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llava.errors import FlagError
-from llava.output import MARKER
+from llava.runtime.output import MARKER
 from playground import demo, generate
 from playground.generate import BASE, build, build_steps
 from playground.outputs import check_removable, remove_earlier_run

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
 
 from llava.conversation import conv_templates
-from llava.tokenizer import load_tokenizer
+from llava.runtime.tokenizer import load_tokenizer
 from playground.scenes import COLOURS, DIGITS, PLACES, SHAPES
 from playground.tiny import TinyFolders, build_tiny
 from playground.tokenizer import train_tokenizer

@@ -17,9 +17,9 @@ from torch import Tensor
 import hydralora.finetune
 import llava.train.train
 import mma.train
-from llava.model.completeness import RECORD_FILE
 from llava.model.formats import read_tensors
-from llava.train.run_record import run_record
+from llava.runtime.run_record import run_record
+from llava.runtime.weights.completeness import RECORD_FILE
 from playground.tiny import TinyFolders
 from tests.mma.lavin_files import LavinFiles, tiny_words
 from tests.train.test_training import HYDRA, command_line

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llava.errors import CheckpointError
-from llava.files import POINTER
 from llava.model.builder import load_pretrained_model
-from llava.model.completeness import RECORD_FILE
 from llava.model.formats import inspect_checkpoint
-from llava.model.tensors import is_finite
+from llava.runtime.files import POINTER
+from llava.runtime.weights.completeness import RECORD_FILE
+from llava.runtime.weights.tensors import is_finite
 from llava.train.train import main
 from tests.reliability.choice import chosen
 from tests.reliability.damage import POINTER as POINTER_TEXT

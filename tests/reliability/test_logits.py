@@ -26,7 +26,7 @@ from llava.eval.model_vqa_loader import make_task
 from llava.eval.questions import read_questions
 from llava.eval.runner import UnansweredError, answer_batch, make_prompt
 from llava.eval.stepwise import Stepper
-from llava.model.finite_logits import LogitsWatch, are_sound, no_answer
+from llava.runtime.finite_logits import LogitsWatch, are_sound, no_answer
 from llava.serve import cli
 from llava.serve.chat import Chat
 from llava.serve.engine import Engine, EngineError, Job, Row

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from llava.errors import CheckpointError, FlagError
-from llava.train.unchanged import differences, refuse_changes
+from llava.runtime.unchanged import differences, refuse_changes
 from tests.reliability.programs import PARTS, Program, Whole
 from tests.train.test_training import BASE, LLAVA
 

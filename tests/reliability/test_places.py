@@ -25,7 +25,7 @@ from llava.model.convert_hf import from_hf, to_hf
 from llava.model.delta import combine
 from llava.model.export import export_original
 from llava.model.full_weights import write_full_weights
-from llava.places import Input, folder_problems
+from llava.runtime.places import Input, folder_problems
 from llava.train.arguments import parse_args as parse_llava
 from mma.data import mixture
 from mma.merge import merge_checkpoint

@@ -38,7 +38,7 @@ from llava.eval.questions import read_questions
 from llava.eval.recognition import recognize_rows
 from llava.eval.references import read_conversations
 from llava.eval.run_llava import open_image
-from llava.train import zero
+from llava.runtime import zero
 from mma.data import mixture
 from mma.data.instructions import read_mixture
 from mma.data.scienceqa import read_split

@@ -14,8 +14,8 @@ import pytest
 
 from llava.data.skipped import append_skipped, remove_skipped
 from llava.errors import CheckpointError, FlagError, LlavaError
-from llava.output import MARKER, claim, discard, new_path, replace_text
-from llava.train.saving import prepare_folder, publish_folder, retire, rotate
+from llava.runtime.output import MARKER, claim, discard, new_path, replace_text
+from llava.runtime.saving import prepare_folder, publish_folder, retire, rotate
 from tests.reliability.hostile_files import DRAWS, FOREIGN, SPECIAL, corpus
 from tests.reliability.snapshots import snapshot
 
@@ -100,7 +100,7 @@ def test_claiming_leaves_others_alone(make: Make, tmp_path: Path) -> None:
 
 def test_fellow_processes_share_a_folder(tmp_path: Path) -> None:
     """Eight processes claim the same name at the same time: all of them get it, and nothing else is left."""
-    code = "import sys; from llava.output import claim; claim(__import__('pathlib').Path(sys.argv[1]))"
+    code = "import sys; from llava.runtime.output import claim; claim(__import__('pathlib').Path(sys.argv[1]))"
     started = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "tmp-final")]) for _ in range(8)]
     assert [process.wait() for process in started] == [0] * 8
     assert [path.name for path in tmp_path.iterdir()] == ["tmp-final"]
@@ -130,7 +130,7 @@ def test_an_export_leaves_other_names_alone(name: str, make: Make, tmp_path: Pat
 
 def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> None:
     code = (
-        "import os, sys, pathlib; from llava.output import new_path\n"
+        "import os, sys, pathlib; from llava.runtime.output import new_path\n"
         "with new_path(sys.argv[1]) as path: path.write_text('half'); os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False).returncode == 9

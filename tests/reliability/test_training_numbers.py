@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hydralora.finetune import main as finetune
-from llava.data.failure import good_batches
 from llava.errors import BadImageError, BadSampleError, FlagError, TrainingError
+from llava.runtime.failure import good_batches
 from llava.train.train import build_run, main, parse_args
 from playground.tiny import TinyFolders
 from tests.mma.lavin_files import LavinFiles, save_lavin_files, train_tiny

@@ -18,9 +18,9 @@ from hydralora.config import RoutedLinearConfig, RoutedMLPConfig
 from hydralora.finetune import main as finetune
 from hydralora.tuner import HydraLoraConfig
 from llava.errors import FlagError, LlavaError
-from llava.ranges import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, PROBABILITY, Range, check_ranges
+from llava.runtime.ranges import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, PROBABILITY, Range, check_ranges
+from llava.runtime.retired_flags import translate_retired_flags
 from llava.train.arguments import parse_args
-from llava.train.retired_flags import translate_retired_flags
 from llava.train.train import main as train
 from mma.config import MmaConfig
 from mma.train import main as train_lavin

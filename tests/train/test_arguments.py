@@ -14,9 +14,9 @@ import pytest
 
 from llava.errors import FlagError
 from llava.extension import Extension, installed_extensions
-from llava.train import checkpointing
+from llava.runtime import checkpointing
+from llava.runtime.retired_flags import translate_retired_flags
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, build_parser, parse_args
-from llava.train.retired_flags import translate_retired_flags
 from tests.golden import golden_dir
 
 GROUPS = {

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from llava.errors import CheckpointError, FlagError
 from llava.model.formats import read_tensors
+from llava.runtime.zero import prepare_resume
 from llava.train.train import main, parse_args
-from llava.train.zero import prepare_resume
 from tests.bombs import inside, zip_archive
 from tests.golden import golden_dir
 from tests.train.launching import ROOT, launch_runs, mixed_rows

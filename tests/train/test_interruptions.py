@@ -26,8 +26,8 @@ from llava.data.dataset import LazySupervisedDataset
 from llava.errors import CheckpointError, FlagError, LlavaError, TrainingError
 from llava.model.checkpoint import save_checkpoint
 from llava.model.formats import read_tensors
-from llava.output import claim
-from llava.train.saving import publish_files, publish_folder, remove_leftovers, rotate, staging_path
+from llava.runtime.output import claim
+from llava.runtime.saving import publish_files, publish_folder, remove_leftovers, rotate, staging_path
 from llava.train.train import build_run, main, parse_args
 from tests.train.launching import launch_runs
 from tests.train.test_training import BASE, HYDRA, RECIPES, command_line, losses

@@ -15,7 +15,7 @@ from llava.errors import FlagError
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import bare_model
 from llava.model.components import Component, components
-from llava.quantisation import parameter_count
+from llava.runtime.quantization import parameter_count
 from llava.train.train import build_run, main, parse_args
 from tests.train.test_training import BASE, HYDRA, command_line, losses
 

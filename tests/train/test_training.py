@@ -15,7 +15,7 @@ from llava.errors import BadSampleError, CheckpointError, FlagError
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import bare_model
 from llava.model.components import Component, components
-from llava.train import checkpointing
+from llava.runtime import checkpointing
 from llava.train.train import build_run, main, parse_args
 from tests.golden import golden_dir
 

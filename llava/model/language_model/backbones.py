@@ -13,13 +13,13 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from llava.errors import CheckpointError
-from llava.files import reading
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.language_model.llava_qwen2 import LlavaQwen2ForCausalLM
 from llava.model.language_model.llava_qwen3 import LlavaQwen3ForCausalLM
-from llava.model.settings import VISION_KEYS, check_language_model, check_settings
+from llava.runtime.files import reading
+from llava.runtime.weights.settings import VISION_KEYS, check_language_model, check_settings
 from llava.utils import errors_only, read_json
 
 CONFIG_FILE = "config.json"

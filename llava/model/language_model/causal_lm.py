@@ -16,15 +16,15 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llava.cache_name import cache_argument, cache_keyword, cache_of, takes_cache
 from llava.extension import ExtensionSet, MultimodalInputs, Segments
 from llava.model import decoding
-from llava.model.finite_logits import WatchedGeneration
 from llava.model.language_model.decoder import LlavaDecoder
 from llava.model.llava_arch import Images, LlavaMetaForCausalLM
 from llava.model.loss import LossReduction, language_model_loss
-from llava.model.offloading import execution_device
-from llava.versions import warn_once
+from llava.runtime.cache_name import cache_argument, cache_keyword, cache_of, takes_cache
+from llava.runtime.finite_logits import WatchedGeneration
+from llava.runtime.offloading import execution_device
+from llava.runtime.versions import warn_once
 
 
 @dataclass

@@ -14,14 +14,14 @@ from transformers import PreTrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from llava.errors import CheckpointError, FlagError
-from llava.files import reading
-from llava.hub import is_hub_id
 from llava.model.formats import TOWER_MARKERS
 from llava.model.multimodal_encoder import open_clip_encoder
 from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_encoder.open_clip_encoder import OpenClipVisionTower
 from llava.model.multimodal_encoder.siglip_encoder import SiglipVisionTower
+from llava.runtime.files import reading
+from llava.runtime.hub import is_hub_id
 from llava.utils import read_json
 
 KINDS: dict[str, type[VisionTower]] = {

@@ -12,11 +12,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava.anyres import output_size
 from llava.errors import CheckpointError
-from llava.files import reading, refuse_pointers
 from llava.model.formats import weights_of
 from llava.model.multimodal_encoder.base import TowerShape, VisionTower
-from llava.model.settings import IMAGE_PROCESSOR, VISION_TOWER, check_settings
-from llava.model.tensors import Entry, check_dtype, check_finite
+from llava.runtime.files import reading, refuse_pointers
+from llava.runtime.weights.settings import IMAGE_PROCESSOR, VISION_TOWER, check_settings
+from llava.runtime.weights.tensors import Entry, check_dtype, check_finite
 from llava.utils import errors_only, read_json
 
 

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from llava.errors import FlagError, LlavaError
-from llava.output import replace_text
+from llava.runtime.output import replace_text
 
 ROOT = Path(__file__).resolve().parents[3]
 """Where the commands run: the root of the repository."""

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hydralora import HydraLoraConfig
 from hydralora.evaluate import main, register
 from hydralora.tuner.loading import load_adapter
-from llava.cache_name import cache_argument, cache_of
 from llava.errors import CheckpointError, FlagError, NotFiniteError
-from llava.tokenizer import load_tokenizer
+from llava.runtime.cache_name import cache_argument, cache_of
+from llava.runtime.tokenizer import load_tokenizer
 from tests.hydralora.text.test_finetune import save_base, save_start
 from tests.reliability.overflowing import overflow_in_float16
 from tests.reliability.snapshots import snapshot

@@ -30,8 +30,8 @@ from hydralora.text.arguments import build_parser, number_of_experts
 from hydralora.text.training import link_adapter
 from hydralora.tuner.original import to_original
 from llava.errors import FlagError
-from llava.train import checkpointing
-from llava.train.retired_flags import MEANINGLESS, RENAMED, TRANSLATED
+from llava.runtime import checkpointing
+from llava.runtime.retired_flags import MEANINGLESS, RENAMED, TRANSLATED
 from tests.golden import golden_dir, load_case
 from tests.train.test_interruptions import child, kill_me
 

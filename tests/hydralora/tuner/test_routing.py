@@ -13,7 +13,7 @@ from hydralora.layer import expert_balance_loss
 from hydralora.model import RoutingRecorder
 from hydralora.tuner import hydralora_layers
 from hydralora.tuner.batch import prompt_tokens
-from llava.cache_name import cache_argument, cache_of
+from llava.runtime.cache_name import cache_argument, cache_of
 from tests.hydralora.tuner.models import IDS, MASK, TARGETS, adapted, logits, tiny_opt
 
 pytestmark = pytest.mark.versions

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from llava.errors import CheckpointError, FlagError, LlavaError
-from llava.files import reading
 from llava.model.formats import weights_of
-from llava.model.offloading import check_quantised_map, computed_map
-from llava.model.settings import GENERATION, check_settings
-from llava.model.tensors import Entry, check_dtype, check_finite
+from llava.runtime.files import reading
+from llava.runtime.offloading import check_quantised_map, computed_map
+from llava.runtime.weights.settings import GENERATION, check_settings
+from llava.runtime.weights.tensors import Entry, check_dtype, check_finite
 from llava.utils import read_json
 
 

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
 from llava.errors import CheckpointError
-from llava.model.tensors import check_numbers, read_tensors
+from llava.runtime.weights.tensors import check_numbers, read_tensors
 
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 

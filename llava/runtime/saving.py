@@ -1,8 +1,8 @@
 """Writing folders so that a kill at any moment leaves what was there before whole.
 
 Everything is written into a folder whose name begins with `tmp-` and gets its real name, in one step, when it is
-complete and on the disk. Such a folder holds a marker (`llava.output`): a folder with it is a leftover of a killed run,
-which nothing reads and the next run removes; one without it is somebody else's and is left alone.
+complete and on the disk. Such a folder holds a marker (`llava.runtime.output`): a folder with it is a leftover of a
+killed run, which nothing reads and the next run removes; one without it is somebody else's and is left alone.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
 from llava.errors import FlagError
-from llava.model.completeness import RECORD_FILE
-from llava.output import MARKER, claim, describe_entry, discard, is_ours
-from llava.places import Input, refuse_folder
+from llava.runtime.output import MARKER, claim, describe_entry, discard, is_ours
+from llava.runtime.places import Input, refuse_folder
+from llava.runtime.weights.completeness import RECORD_FILE
 
 STAGING_PREFIX = "tmp-"
 FINAL = f"{STAGING_PREFIX}final"

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import CheckpointError
-from llava.files import refuse_pointer
-from llava.output import MARKER
+from llava.runtime.files import refuse_pointer
+from llava.runtime.output import MARKER
 from llava.utils import read_json
 
 RECORD_FILE = "checkpoint_files.json"

@@ -17,17 +17,17 @@ from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llava.data.failure import good_batches
 from llava.errors import CheckpointError, LlavaError, TrainingError
-from llava.files import reading
-from llava.model.completeness import require, write_record
-from llava.output import claim, discard, replacing
-from llava.torch_files import check_training_state, load_plain
-from llava.train.finite_trainer import FiniteTrainer
-from llava.train.resume_check import check_optimizer
-from llava.train.sampling import EpochSampler, random_order
-from llava.train.saving import FINAL, last_checkpoint, publish_files, publish_folder, rotate, staging_path
-from llava.train.zero import load_zero_state
+from llava.runtime.failure import good_batches
+from llava.runtime.files import reading
+from llava.runtime.finite_trainer import FiniteTrainer
+from llava.runtime.output import claim, discard, replacing
+from llava.runtime.resume_check import check_optimizer
+from llava.runtime.sampling import EpochSampler, random_order
+from llava.runtime.saving import FINAL, last_checkpoint, publish_files, publish_folder, rotate, staging_path
+from llava.runtime.weights.completeness import require, write_record
+from llava.runtime.weights.torch_files import check_training_state, load_plain
+from llava.runtime.zero import load_zero_state
 
 
 class ResumableTrainer(FiniteTrainer):

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import CheckpointError, FlagError
-from llava.eval.record import WEIGHT_SUFFIXES, weights_fingerprint
-from llava.model.completeness import RUN_FILE
-from llava.train import checkpointing
+from llava.runtime import checkpointing
+from llava.runtime.weights.completeness import RUN_FILE
+from llava.runtime.weights.fingerprint import WEIGHT_SUFFIXES, weights_fingerprint
 from llava.utils import read_json
 
 LOGGING = frozenset(

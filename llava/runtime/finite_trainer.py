@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from llava.errors import TrainingError
-from llava.train.saving import last_checkpoint
+from llava.runtime.saving import last_checkpoint
 
 SMALLEST_LOSS_SCALE = 1.0
 """With fp16 the scale of the loss is halved after every overflow; at this one, the loss is not scaled at all."""

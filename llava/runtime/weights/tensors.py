@@ -16,8 +16,8 @@ from safetensors.torch import load_file, safe_open
 from torch import Tensor
 
 from llava.errors import CheckpointError
-from llava.files import READ_ERRORS, refuse_pointer
-from llava.torch_files import load_plain
+from llava.runtime.files import READ_ERRORS, refuse_pointer
+from llava.runtime.weights.torch_files import load_plain
 
 SAFETENSORS_DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},

@@ -15,7 +15,7 @@ from typing import Any
 import transformers
 
 from llava.errors import FlagError, LlavaError
-from llava.ranges import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, PROBABILITY, Range, range_problems
+from llava.runtime.ranges import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, PROBABILITY, Range, range_problems
 
 TRAINING_RANGES: dict[str, Range] = {
     "per_device_train_batch_size": COUNT,

@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizer
 
 from llava.errors import CheckpointError
 from llava.extension import Span
-from llava.files import reading, refuse_pointers
-from llava.hub import TOKENIZER_FILES, local_folder
+from llava.runtime.files import reading, refuse_pointers
+from llava.runtime.hub import TOKENIZER_FILES, local_folder
 from llava.utils import read_json
 
 BLANK = "\u2581"

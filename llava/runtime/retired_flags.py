@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 
 from llava.errors import FlagError
-from llava.train import checkpointing
+from llava.runtime import checkpointing
 
 RENAMED = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu", **checkpointing.FLAGS}
 """Same values under another name."""

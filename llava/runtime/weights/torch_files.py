@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from llava.errors import CheckpointError
-from llava.files import check_torch_file
+from llava.runtime.files import check_torch_file
 
 SUFFIXES = (".pt", ".pth", ".bin")
 """What libraries call files of `torch.save` in a checkpoint."""

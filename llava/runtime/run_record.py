@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llava.model.completeness import RUN_FILE
-from llava.output import replace_text
+from llava.runtime.output import replace_text
+from llava.runtime.unchanged import FINGERPRINTS, WORLD, fingerprints, flat
+from llava.runtime.weights.completeness import RUN_FILE
 from llava.train.arguments import RunArguments
-from llava.train.unchanged import FINGERPRINTS, WORLD, fingerprints, flat
 from llava.utils import package_versions
 
 __all__ = ["RUN_FILE", "copy_run_record", "run_record", "write_run_record"]

@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from llava.errors import CheckpointError, FlagError
-from llava.files import refuse_pointer
-from llava.model.partition import is_split
-from llava.output import claim, discard
-from llava.torch_files import check_training_state
-from llava.train.saving import STAGING_PREFIX
+from llava.runtime.files import refuse_pointer
+from llava.runtime.output import claim, discard
+from llava.runtime.partition import is_split
+from llava.runtime.saving import STAGING_PREFIX
+from llava.runtime.weights.torch_files import check_training_state
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

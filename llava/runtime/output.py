@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from llava.errors import CheckpointError, FlagError
-from llava.places import Input, refuse_file, refuse_folder
-from llava.recognize import foreign_message, refuse_foreign
+from llava.runtime.places import Input, refuse_file, refuse_folder
+from llava.runtime.recognize import foreign_message, refuse_foreign
 
 MARKER = ".unfinished-llava-output"
 """File in a temporary folder; says which process made it."""
@@ -219,7 +219,8 @@ def replace_text(path: str | Path, text: str, *, errors: str = "strict", check: 
         the path.
 
     Raises:
-        FlagError: a file is there that is not a result of the same kind (`llava.recognize`), or it cannot be written.
+        FlagError: a file is there that is not a result of the same kind (`llava.runtime.recognize`), or it cannot be
+            written.
     """
     if not str(path).strip() or str(path) == ".":
         raise FlagError("the output is an empty path (an unset variable?); name a file")

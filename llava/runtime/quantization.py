@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from llava.errors import FlagError
-from llava.model.partition import full_shape
+from llava.runtime.partition import full_shape
 
 QUANT_TYPES = ("nf4", "fp4")
 """4-bit data types: NF4 (QLoRA, section 3) and plain 4-bit floats."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import FlagError
-from llava.files import POINTER
+from llava.runtime.files import POINTER
 
 MAGIC = {
     b"\x89PNG\r\n\x1a\n": "a PNG image",
