@@ -320,7 +320,7 @@ def select_template(version: str, tokenizer: Any = None) -> Conversation:
         FlagError: there is no template of that name (upstream falls back to `vicuna_v1` silently).
     """
     if version == TOKENIZER_VERSION:
-        from llava.chat_template import chat_template
+        from llava.data.chat_template import chat_template
 
         return chat_template(tokenizer)
     if version in VERSIONS_WITHOUT_TEMPLATE:

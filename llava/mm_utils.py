@@ -11,7 +11,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase, SiglipImageProcessorPil, StoppingCriteria
 
-from llava.anyres import (
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.data.image_bounds import check_made, resized_size
+from llava.data.tiling import (
     divide_to_patches,
     get_anyres_image_grid_shape,
     output_size,
@@ -19,9 +21,7 @@ from llava.anyres import (
     resize_and_pad_image,
     select_best_resolution,
 )
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.errors import FlagError
-from llava.image_bounds import check_made, resized_size
 from llava.runtime.tokenizer import starts_with_bos
 
 __all__ = [
@@ -117,14 +117,14 @@ def preprocess_image(
         image_processor: processor of the tower; only one that works on Pillow images gives the original's values.
         aspect_ratio: `pad` centres the image on a square of the processor's mean colour; `square`, `resize` and None
             cut out the centre; `stretch` scales both sides to the crop size; `anyres` cuts the image into tiles.
-        grid_pinpoints: possible resolutions of `anyres`; see `llava/anyres.py`.
+        grid_pinpoints: possible resolutions of `anyres`; see `llava/data/tiling.py`.
         name: what to call the image in an error.
 
     Returns:
         float32 (3, H, W), normalised; (1 + tiles, 3, H, W) for `anyres`.
 
     Raises:
-        BadImageError: much more would be made of the image than it is; see `llava/image_bounds.py`.
+        BadImageError: much more would be made of the image than it is; see `llava/data/image_bounds.py`.
         FlagError: another aspect ratio.
     """
     if aspect_ratio not in (*ASPECT_RATIOS, *PLAIN_ASPECT_RATIOS):

@@ -18,9 +18,9 @@ import mma.original
 import mma.weights.__main__
 from dynamic.convert import CONFIG_KEY
 from hydralora.tuner.original import import_adapter
+from llava.convert.hf import main as convert_hf
 from llava.errors import CheckpointError, LlavaError
 from llava.model.builder import load_pretrained_model
-from llava.model.convert_hf import main as convert_hf
 from llava.runtime.tokenizer import load_tokenizer
 from llava.runtime.weights.torch_files import (
     NEVER_READ,

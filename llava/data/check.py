@@ -25,15 +25,15 @@ from tqdm import tqdm
 from transformers import CLIPImageProcessorPil
 from transformers.hf_argparser import string_to_bool
 
-from llava.anyres import MERGE_TYPES, ImageLength, check_grid_pinpoints
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 from llava.conversation import select_template
 from llava.data.check_page import PAGE_HEAD, write_page
+from llava.data.image_bounds import check_made
 from llava.data.inspection import EXPLANATIONS, TRAINABLE, Kind, RowReport, RowReports, Settings, mark_duplicates
 from llava.data.records import open_records
 from llava.data.statistics import PERCENTILES, DataSummary, summarise
+from llava.data.tiling import MERGE_TYPES, ImageLength, check_grid_pinpoints
 from llava.errors import FlagError
-from llava.image_bounds import check_made
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file, same_place
 from llava.runtime.recognize import refuse_foreign

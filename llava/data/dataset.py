@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llava.anyres import GridPinpoints, ImageLength
 from llava.conversation import Conversation
 from llava.data.images import ImageTransform, Picture, load_image
 from llava.data.labels import tokenize_conversation
 from llava.data.records import RecordFiles, Row, open_records
 from llava.data.skipped import append_skipped
+from llava.data.tiling import GridPinpoints, ImageLength
 from llava.errors import BadImageError, BadSampleError, FlagError, LlavaError
 from llava.runtime.failure import failed_item
 

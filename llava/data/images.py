@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
-from llava.anyres import GridPinpoints, output_size, parse_grid_pinpoints
+from llava.data.tiling import GridPinpoints, output_size, parse_grid_pinpoints
 from llava.errors import BadImageError, FlagError
 from llava.mm_utils import ASPECT_RATIOS, preprocess_image
 from llava.runtime.files import is_pointer, pointer_problem
@@ -21,7 +21,7 @@ MAX_PIXELS = 160_000_000
 """Width times height of a file: more than any camera takes. Pillow's own limit, at which it warns, is put there too."""
 
 MAX_SIDE = 20_000
-"""Longest side of an image in pixels. What is made of an image has a bound of its own, in `llava/image_bounds.py`."""
+"""Longest side of an image in pixels. What is made of an image has a bound of its own: `llava/data/image_bounds.py`."""
 
 MAX_SIDES_RATIO = 200
 """Longest side over shortest side: the processor scales the shortest side up to its size."""

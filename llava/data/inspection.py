@@ -16,13 +16,13 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llava.anyres import ImageLength
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
 from llava.data.dataset import conversation_of, image_names
 from llava.data.images import image_path, image_size, load_image
 from llava.data.labels import TokenizedPrompt, tokenize_conversation
 from llava.data.records import RecordFiles, Row
+from llava.data.tiling import ImageLength
 from llava.errors import BadSampleError, ImageCountError, NoTargetError, TokenBorderError
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.anyres import ImageLength, get_anyres_image_grid_shape
+from llava.data.tiling import ImageLength, get_anyres_image_grid_shape
 from llava.errors import FlagError
 from llava.extension import ExtensionSet, MultimodalInputs
 from llava.model.multimodal_encoder.base import VisionTower

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava.anyres import MERGE_TYPES, unpad_margins
+from llava.data.tiling import MERGE_TYPES, unpad_margins
 from llava.errors import FlagError
 
 

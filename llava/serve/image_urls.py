@@ -18,10 +18,10 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image, UnidentifiedImageError
 
+from llava.data.image_bounds import check_made
 from llava.data.images import load_image, picture_rgb
 from llava.errors import BadImageError
 from llava.eval.loading import LoadedModel
-from llava.image_bounds import check_made
 
 
 @dataclass(frozen=True)

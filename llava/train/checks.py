@@ -6,9 +6,9 @@ import contextlib
 import importlib.util
 from pathlib import Path
 
-from llava.anyres import MERGE_TYPES, parse_grid_pinpoints
 from llava.data.dataset import ON_BAD_SAMPLE, image_names
 from llava.data.records import RecordFiles, open_records
+from llava.data.tiling import MERGE_TYPES, parse_grid_pinpoints
 from llava.errors import BadSampleError, CheckpointError, FlagError
 from llava.extension import installed_extensions
 from llava.mm_utils import ASPECT_RATIOS

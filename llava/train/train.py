@@ -18,12 +18,12 @@ from torch import nn
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from llava.anyres import check_grid_pinpoints
 from llava.conversation import Conversation, select_template
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset
 from llava.data.markers import user_marker_ids
 from llava.data.skipped import remove_skipped
+from llava.data.tiling import check_grid_pinpoints
 from llava.errors import CheckpointError
 from llava.extension import installed_extensions
 from llava.model.checkpoint import copy_tensors

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from llava.anyres import GridPinpoints, ImageLength
 from llava.constants import IGNORE_INDEX
 from llava.conversation import conv_templates
 from llava.data.dataset import LazySupervisedDataset
 from llava.data.records import RecordFiles, Row
+from llava.data.tiling import GridPinpoints, ImageLength
 from llava.errors import NoTargetError
 from mma.data.tokens import sample_ids
 

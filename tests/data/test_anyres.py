@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.anyres import ImageLength, check_grid_pinpoints, parse_grid_pinpoints
 from llava.data.images import ImageTransform, load_image_processor
+from llava.data.tiling import ImageLength, check_grid_pinpoints, parse_grid_pinpoints
 from llava.errors import FlagError
 from llava.mm_utils import (
     divide_to_patches,

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava.anyres import MERGE_TYPES
 from llava.data.check import build_parser, main, settings_of
 from llava.data.dataset import image_names
 from llava.data.inspection import Kind, RowReport, RowReports
 from llava.data.records import open_records
 from llava.data.statistics import distribution, summarise
+from llava.data.tiling import MERGE_TYPES
 from llava.errors import FlagError
 from llava.train.train import build_run, parse_args
 from tests.golden import golden_dir

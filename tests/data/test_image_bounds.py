@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from llava.data.check import main as check
+from llava.data.image_bounds import ALWAYS_MADE, TIMES_OWN, check_made, made_size
 from llava.data.images import ImageTransform, load_image, load_image_processor
 from llava.errors import BadImageError, LlavaError
 from llava.eval.answers import Task
 from llava.eval.loading import LoadedModel
 from llava.eval.runner import load_pictures
-from llava.image_bounds import ALWAYS_MADE, TIMES_OWN, check_made, made_size
 from llava.mm_utils import ASPECT_RATIOS, preprocess_image
 from llava.serve.image_urls import ImagePolicy
 from llava.train.train import main as train

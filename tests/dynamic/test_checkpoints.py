@@ -15,10 +15,10 @@ from torch import Tensor
 from dynamic.config import SparseConfig
 from dynamic.convert import add_to_folder
 from dynamic.model import predictors
+from llava.convert.original import export_original
 from llava.errors import CheckpointError
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import save_checkpoint
-from llava.model.export import export_original
 from tests.dynamic.golden_model import TOWER, arch, golden_weights
 from tests.golden import golden_dir, load_case
 

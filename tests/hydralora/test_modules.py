@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from hydralora.linears import routed_updates
+from llava.convert.original import export_original
 from llava.errors import FlagError
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import bare_model
 from llava.model.components import Component, components
-from llava.model.export import export_original
 from llava.train.train import build_run, main, parse_args
 from tests.checkpointed import checkpoint_layers
 from tests.train.test_training import HYDRA, LLAVA, command_line, logits, losses

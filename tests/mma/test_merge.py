@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from llava.constants import IMAGE_TOKEN_INDEX
+from llava.convert.hf import to_hf
 from llava.errors import CheckpointError
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import save_checkpoint
-from llava.model.convert_hf import to_hf
 from llava.model.language_model.backbones import backbone_class, load_config
 from mma.config import MmaConfig
 from mma.layer import RepAdapter

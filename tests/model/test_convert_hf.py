@@ -16,15 +16,15 @@ from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from llava import export
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
+from llava.convert import __main__ as export
+from llava.convert.hf import from_hf, main, to_hf
+from llava.convert.hf_format import RECORD, check_convertible
+from llava.convert.hf_processor import chat_template, hf_tokenizer
 from llava.errors import CheckpointError, FlagError
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.convert_hf import from_hf, main, to_hf
-from llava.model.hf_format import RECORD, check_convertible
-from llava.model.hf_processor import chat_template, hf_tokenizer
 from llava.model.multimodal_encoder.open_clip_encoder import OpenClipVisionTower
 from llava.runtime.tokenizer import load_tokenizer
 from llava.train.train import main as train

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from llava.convert.original import export_original, main
 from llava.errors import CheckpointError
-from llava.model.export import export_original, main
 from llava.model.formats import read_tensors
 from llava.train.train import main as train
 from llava.utils import read_json

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from llava.convert.hf import from_hf, to_hf
+from llava.convert.hf_format import RECORD
 from llava.errors import LlavaError
-from llava.model.convert_hf import from_hf, to_hf
 from llava.model.delta import combine
 from llava.model.full_weights import write_full_weights
-from llava.model.hf_format import RECORD
 from tests.reliability.choice import chosen
 from tests.reliability.damage import Damage, damages
 from tests.reliability.loading import LLAVA, PROMPT, SUBJECTS, Subject, numbers, picture, verdict

@@ -17,13 +17,13 @@ import pytest
 from hydralora import components
 from hydralora.text.arguments import parse_args as parse_text
 from hydralora.tuner.original import export_adapter, import_adapter
+from llava.convert.hf import from_hf, to_hf
+from llava.convert.original import export_original
 from llava.data import check
 from llava.errors import LlavaError
 from llava.eval import eval_gqa, eval_mme, eval_science_qa, eval_seed, mmbench, report, score, submission
 from llava.eval.program import refuse_input_as_answers
-from llava.model.convert_hf import from_hf, to_hf
 from llava.model.delta import combine
-from llava.model.export import export_original
 from llava.model.full_weights import write_full_weights
 from llava.runtime.places import Input, folder_problems
 from llava.train.arguments import parse_args as parse_llava

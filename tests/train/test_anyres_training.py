@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llava.constants import IGNORE_INDEX
+from llava.convert.original import export_original
 from llava.data.images import load_image
 from llava.errors import BadSampleError, FlagError
 from llava.eval.answers import Task
@@ -18,7 +19,6 @@ from llava.eval.loading import load_model
 from llava.eval.runner import answer_batch, load_pictures, make_prompt
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import bare_model
-from llava.model.export import export_original
 from llava.model.splice import count_targets
 from llava.train.train import Run, build_run, main, parse_args
 from tests.golden import golden_dir

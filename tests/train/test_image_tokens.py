@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llava.convert.original import export_original
 from llava.errors import CheckpointError, FlagError
 from llava.eval.answers import Task
 from llava.eval.loading import load_model
@@ -18,7 +19,6 @@ from llava.eval.runner import make_prompt
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import bare_model
 from llava.model.components import Component, components
-from llava.model.export import export_original
 from llava.model.formats import IMAGE_TOKENS_FILE, TOKEN_TABLE, read_tensors
 from llava.model.image_tokens import BORDER_TOKENS, EmbeddingWithTrainedRows, add_image_tokens, train_image_tokens
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llava.anyres import output_size
+from llava.data.tiling import output_size
 from llava.errors import CheckpointError
 from llava.model.formats import weights_of
 from llava.model.multimodal_encoder.base import TowerShape, VisionTower

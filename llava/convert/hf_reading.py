@@ -15,9 +15,9 @@ from typing import Any
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers import LlavaConfig as HfConfig
 
+from llava.convert.hf_format import DERIVED, RECORD
 from llava.errors import CheckpointError
 from llava.model.formats import check_weight_files
-from llava.model.hf_format import DERIVED, RECORD
 from llava.model.multimodal_encoder.builder import KINDS
 from llava.model.multimodal_encoder.transformers_tower import TransformersTower, check_image_size
 from llava.runtime.files import reading, refuse_pointers

@@ -14,9 +14,9 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, LlamaTokenizerFast, LlavaImageProcessor, PreTrainedTokenizerFast
 
-from llava.anyres import output_size
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, SeparatorStyle
+from llava.data.tiling import output_size
 from llava.errors import FlagError
 from llava.mm_utils import PLAIN_ASPECT_RATIOS
 from llava.runtime.tokenizer import BLANK, LlamaTokenizer

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llava.anyres import GridPinpoints, Size, output_size, parse_grid_pinpoints, select_best_resolution
+from llava.data.tiling import GridPinpoints, Size, output_size, parse_grid_pinpoints, select_best_resolution
 from llava.errors import BadImageError
 
 ALWAYS_MADE = 25_000_000
