@@ -3,7 +3,7 @@
     python -m benchmarks.eval --output benchmarks/results/eval-cpu.json
 
 A LLaVA of random weights answers questions about drawn pictures: in upstream's way (open a picture, preprocess it, one
-`generate`), and by the runner of `llava/eval/runner.py` with batches of several sizes. The ways take turns.
+`generate`), and by the runner of `llava/eval/answering/runner.py` with batches of several sizes. The ways take turns.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from benchmarks.record import check_run, provenance, show, write_files
 from llava.conversation import conv_templates
 from llava.data.images import load_image
 from llava.errors import FlagError
-from llava.eval.answers import AnswersFile, Task
-from llava.eval.generation import GenerationOptions
-from llava.eval.loading import LoadedModel
-from llava.eval.prompts import add_image_markers, ask, prompt_ids
-from llava.eval.runner import answer_tasks
+from llava.eval.answering.answers import AnswersFile, Task
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.loading import LoadedModel
+from llava.eval.answering.prompts import add_image_markers, ask, prompt_ids
+from llava.eval.answering.runner import answer_tasks
 from llava.mm_utils import process_images
 from llava.runtime.tokenizer import load_tokenizer
 from llava.train.train import build_model, parse_args

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from llava.errors import FlagError
-from llava.eval.loading import choose_device
-from llava.eval.processes import joined
+from llava.eval.answering.loading import choose_device
+from llava.eval.answering.processes import joined
 from llava.runtime.ranges import COUNT, Range, check_ranges
 from llava.serve.engine import Engine
 from llava.utils import run_program

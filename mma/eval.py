@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.errors import FlagError
-from llava.eval.answers import Task
-from llava.eval.processes import joined
+from llava.eval.answering.answers import Task
+from llava.eval.answering.processes import joined
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input
 from llava.utils import run_program

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.eval.answers import Task
+from llava.eval.answering.answers import Task
+from llava.eval.answering.processes import joined
 from llava.eval.eval_mme import TaskScore, score_task, table, totals
-from llava.eval.processes import joined
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input
 from llava.utils import run_program

@@ -11,12 +11,12 @@ import torch
 
 from hydralora.model import record_routing
 from llava.data.images import load_image
-from llava.eval.generation import GenerationOptions
-from llava.eval.loading import load_model
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.loading import load_model
+from llava.eval.answering.questions import Question, read_questions
+from llava.eval.answering.runner import answer_batch, load_pictures, make_prompt
 from llava.eval.model_vqa_loader import main as answer_questions
 from llava.eval.model_vqa_loader import make_task
-from llava.eval.questions import Question, read_questions
-from llava.eval.runner import answer_batch, load_pictures, make_prompt
 from llava.eval.score import ALL, Score, report
 
 CONV_MODE = "v1"

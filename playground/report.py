@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 
 from dynamic.pictures import fade_dropped
-from llava.eval.questions import Question
+from llava.eval.answering.questions import Question
 from llava.eval.score import Score, normalize
 from playground.charts import line_chart, share_bars
 from playground.evaluate import Result

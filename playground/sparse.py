@@ -21,11 +21,11 @@ from dynamic.inspection import record_decisions
 from dynamic.pictures import KeptImage
 from llava.data.images import load_image
 from llava.dynamic_eval.visualize import kept_images
-from llava.eval.generation import GenerationOptions
-from llava.eval.loading import LoadedModel, load_model
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.loading import LoadedModel, load_model
+from llava.eval.answering.questions import Question
+from llava.eval.answering.runner import answer_batch, image_arguments, load_pictures, make_prompt, pad_left
 from llava.eval.model_vqa_loader import make_task
-from llava.eval.questions import Question
-from llava.eval.runner import answer_batch, image_arguments, load_pictures, make_prompt, pad_left
 from llava.runtime.cache_name import cache_of
 from llava.train.train import main as train
 from llava.train.train_sparse import DEFAULTS

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from llava.eval.submission import gqa
+from llava.eval.scoring.submission import gqa
 from llava.utils import run_program
 
 

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.eval.mmbench import write_spreadsheet
+from llava.eval.scoring.mmbench import write_spreadsheet
 from llava.utils import run_program
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from llava.eval import sqa_to_llava
+from llava.eval.scoring import sqa_to_llava
 from llava.utils import run_program
 
 COMMANDS = {

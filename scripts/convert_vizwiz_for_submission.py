@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from llava.eval.submission import vizwiz
+from llava.eval.scoring.submission import vizwiz
 from llava.utils import run_program
 
 

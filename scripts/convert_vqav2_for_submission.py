@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.eval.submission import VQAV2_QUESTIONS, vqav2
+from llava.eval.scoring.submission import VQAV2_QUESTIONS, vqav2
 from llava.utils import run_program
 
 

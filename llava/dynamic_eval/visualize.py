@@ -23,10 +23,10 @@ from dynamic.pictures import KeptImage, Passage, Word, draw_sheet, page
 from llava.data.images import Picture
 from llava.errors import CheckpointError, FlagError
 from llava.eval import run_llava
-from llava.eval.answers import Task
-from llava.eval.generation import GenerationOptions
-from llava.eval.loading import LoadedModel, load_model
-from llava.eval.runner import image_arguments, load_pictures, make_prompt
+from llava.eval.answering.answers import Task
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.loading import LoadedModel, load_model
+from llava.eval.answering.runner import image_arguments, load_pictures, make_prompt
 from llava.mm_utils import get_model_name_from_path
 from llava.runtime.output import replace_text, replacing
 from llava.runtime.places import Input, folder_problem, refuse_file

@@ -16,10 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.eval.benchmarks import BENCHMARKS, Benchmark, find
-from llava.eval.outcomes import Run
-from llava.eval.processes import answer_share, joined
-from llava.eval.program import (
+from llava.eval.answering.options import (
     add_chunk_options,
     add_model_options,
     add_run_options,
@@ -29,7 +26,10 @@ from llava.eval.program import (
     refuse_input_as_answers,
     sampling_options,
 )
-from llava.eval.results import report, summary_line, write_samples
+from llava.eval.answering.processes import answer_share, joined
+from llava.eval.benchmarks import BENCHMARKS, Benchmark, find
+from llava.eval.outcomes import Run
+from llava.eval.reporting.results import report, summary_line, write_samples
 from llava.mm_utils import get_model_name_from_path
 from llava.utils import run_program
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from llava.data.images import load_image
 from llava.errors import FlagError
-from llava.eval import eval_captions, eval_chartqa, mmbench, model_vqa_qbench, model_vqa_science, outcomes
-from llava.eval.answers import Task, ToRow, answer_row
+from llava.eval import eval_captions, eval_chartqa, model_vqa_qbench, model_vqa_science, outcomes
+from llava.eval.answering.answers import Task, ToRow, answer_row
+from llava.eval.answering.questions import read_questions
+from llava.eval.answering.runner import OpenImage
 from llava.eval.model_vqa_loader import make_task
 from llava.eval.outcomes import Outcome, Run
-from llava.eval.questions import read_questions
-from llava.eval.runner import OpenImage
+from llava.eval.scoring import mmbench
 
 SHORT, LONG = 128, 1024
 """Upstream's limits on the tokens of an answer, in `model_vqa_loader` and in the other programs."""

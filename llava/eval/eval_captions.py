@@ -3,7 +3,7 @@
 python -m llava.eval.eval_captions --annotation-file captions_val2014.json --result-file answers.jsonl
 
 The annotation file is COCO's (`images` with id and file_name, `annotations` with image_id and caption); the question_id
-of an answer is the image's id. COCO's tokenizer is a Java program: see `llava/eval/captions.py`.
+of an answer is the image's id. COCO's tokenizer is a Java program: see `llava/eval/scoring/captions.py`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.errors import BadSampleError
-from llava.eval.answers import Task
-from llava.eval.captions import TOKENIZERS, bleu4, cider, pair
-from llava.eval.questions import read_json, read_jsonl
+from llava.eval.answering.answers import Task
+from llava.eval.answering.questions import read_json, read_jsonl
+from llava.eval.scoring.captions import TOKENIZERS, bleu4, cider, pair
 from llava.utils import run_program
 
 PROMPT = "Provide a one-sentence caption for the provided image."

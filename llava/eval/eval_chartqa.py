@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.errors import BadSampleError
-from llava.eval.answers import Task
-from llava.eval.questions import field, read_json, read_jsonl
+from llava.eval.answering.answers import Task
+from llava.eval.answering.questions import field, read_json, read_jsonl
 from llava.utils import run_program
 
 KINDS = ("human", "augmented")

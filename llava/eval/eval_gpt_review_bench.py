@@ -21,8 +21,8 @@ from typing import Any
 from tqdm import tqdm
 
 from llava.errors import BadSampleError, FlagError
-from llava.eval.questions import field, read_json, read_jsonl
-from llava.eval.recognition import REVIEW_SHAPE, check_writable, recognize_rows, repair
+from llava.eval.answering.questions import field, read_json, read_jsonl
+from llava.eval.answering.recognition import REVIEW_SHAPE, check_writable, recognize_rows, repair
 from llava.runtime.places import Input, refuse_file
 from llava.utils import run_program
 

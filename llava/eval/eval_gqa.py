@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import BadSampleError
-from llava.eval.questions import read_json
+from llava.eval.answering.questions import read_json
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file
 from llava.utils import run_program

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava.errors import BadSampleError
-from llava.eval.questions import field, read_jsonl
+from llava.eval.answering.questions import field, read_jsonl
 from llava.utils import run_program
 
 PREFIX, SUFFIX = "coco_pope_", ".json"

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llava.errors import BadSampleError
+from llava.eval.answering.questions import read_jsonl
 from llava.eval.eval_science_qa import parse_answer
-from llava.eval.questions import read_jsonl
 from llava.utils import run_program
 
 LETTERS = "ABCD"

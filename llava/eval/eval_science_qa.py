@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import BadSampleError
-from llava.eval.questions import field, read_json, read_jsonl
+from llava.eval.answering.questions import field, read_json, read_jsonl
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file
 from llava.utils import run_program

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import BadSampleError, FlagError
+from llava.eval.answering.questions import field, read_json, read_jsonl
 from llava.eval.m4c_evaluator import Prediction, TextVQAAccuracyEvaluator
-from llava.eval.questions import field, read_json, read_jsonl
 from llava.utils import run_program
 
 OCR_MARKER = "Reference OCR token: "

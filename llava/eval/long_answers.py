@@ -16,15 +16,15 @@ from typing import Any
 from tqdm import tqdm
 
 from llava.data.images import load_image
-from llava.eval.answers import AnswersFile, Row, Task
-from llava.eval.loading import LoadedModel, choose_device, choose_dtype, load_model
-from llava.eval.meteor import find_wordnet, meteor
-from llava.eval.program import add_model_options, refuse_input_as_answers
-from llava.eval.prompts import check_conv_mode
-from llava.eval.questions import get_chunk
-from llava.eval.references import ReferenceConversation, read_conversations
-from llava.eval.runner import load_pictures, make_prompt
-from llava.eval.stepwise import Stepper
+from llava.eval.answering.answers import AnswersFile, Row, Task
+from llava.eval.answering.loading import LoadedModel, choose_device, choose_dtype, load_model
+from llava.eval.answering.options import add_model_options, refuse_input_as_answers
+from llava.eval.answering.prompts import check_conv_mode
+from llava.eval.answering.questions import get_chunk
+from llava.eval.answering.runner import load_pictures, make_prompt
+from llava.eval.answering.stepwise import Stepper
+from llava.eval.scoring.meteor import find_wordnet, meteor
+from llava.eval.scoring.references import ReferenceConversation, read_conversations
 from llava.mm_utils import get_model_name_from_path
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, check_ranges
 from llava.runtime.weights.fingerprint import weights_fingerprint

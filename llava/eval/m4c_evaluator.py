@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 from llava.errors import BadSampleError
-from llava.eval.captions import bleu4, pair
-from llava.eval.contractions import CONTRACTIONS
+from llava.eval.scoring.captions import bleu4, pair
+from llava.eval.scoring.contractions import CONTRACTIONS
 
 ANNOTATORS = 10
 ARTICLES = frozenset({"a", "an", "the"})

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.errors import FlagError
-from llava.eval.recognition import ANSWER_SHAPES, check_writable, recognize_rows, refuse_unless_rows
+from llava.eval.answering.recognition import ANSWER_SHAPES, check_writable, recognize_rows, refuse_unless_rows
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file
 from llava.utils import run_program

@@ -12,8 +12,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.eval.answering.options import (
+    add_model_options,
+    add_question_options,
+    add_sampling_options,
+    answer_question_file,
+)
 from llava.eval.model_vqa_loader import make_task
-from llava.eval.program import add_model_options, add_question_options, add_sampling_options, answer_question_file
 from llava.utils import run_program
 
 

@@ -13,9 +13,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.eval.answers import Task
-from llava.eval.program import add_model_options, add_question_options, add_sampling_options, answer_question_file
-from llava.eval.questions import Question
+from llava.eval.answering.answers import Task
+from llava.eval.answering.options import (
+    add_model_options,
+    add_question_options,
+    add_sampling_options,
+    answer_question_file,
+)
+from llava.eval.answering.questions import Question
 from llava.utils import run_program
 
 

@@ -13,8 +13,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.eval.mmbench import open_image, read_tasks, to_row
-from llava.eval.program import add_model_options, add_question_options, add_sampling_options, answer_questions
+from llava.eval.answering.options import add_model_options, add_question_options, add_sampling_options, answer_questions
+from llava.eval.scoring.mmbench import open_image, read_tasks, to_row
 from llava.utils import run_program
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from llava.data.images import load_image
 from llava.errors import FlagError
-from llava.eval.answers import Row, Task
-from llava.eval.program import add_model_options, add_question_options, add_sampling_options, answer_questions
-from llava.eval.questions import field, read_json
+from llava.eval.answering.answers import Row, Task
+from llava.eval.answering.options import add_model_options, add_question_options, add_sampling_options, answer_questions
+from llava.eval.answering.questions import field, read_json
 from llava.utils import run_program
 
 # The second is upstream's text: a backslash stands where a line feed was meant.

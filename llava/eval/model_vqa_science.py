@@ -16,10 +16,10 @@ from pathlib import Path
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.images import load_image
 from llava.errors import BadSampleError
-from llava.eval.answers import Task
-from llava.eval.mmbench import INSTRUCTIONS
-from llava.eval.program import add_model_options, add_question_options, add_sampling_options, answer_questions
-from llava.eval.questions import field, read_json
+from llava.eval.answering.answers import Task
+from llava.eval.answering.options import add_model_options, add_question_options, add_sampling_options, answer_questions
+from llava.eval.answering.questions import field, read_json
+from llava.eval.scoring.mmbench import INSTRUCTIONS
 from llava.utils import run_program
 
 

@@ -20,13 +20,12 @@ from llava.eval import (
     eval_qbench,
     eval_science_qa,
     eval_seed,
-    mmbench,
-    submission,
 )
 from llava.eval import eval_textvqa as textvqa_module
-from llava.eval.answers import Row, Task
+from llava.eval.answering.answers import Row, Task
+from llava.eval.answering.questions import read_json, read_questions
 from llava.eval.m4c_evaluator import TextVQAAccuracyEvaluator
-from llava.eval.questions import read_json, read_questions
+from llava.eval.scoring import mmbench, submission
 from llava.runtime.output import replace_text
 from llava.runtime.recognize import refuse_foreign
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.errors import FlagError
-from llava.eval.comparison import Group, difference, group_runs, mean_scores, read_run
-from llava.eval.report_page import page
+from llava.eval.reporting.comparison import Group, difference, group_runs, mean_scores, read_run
+from llava.eval.reporting.report_page import page
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file
 from llava.utils import run_program

@@ -19,12 +19,12 @@ from PIL import Image
 
 from llava.data.images import load_image, read_rgb
 from llava.errors import BadImageError
-from llava.eval.answers import Task
-from llava.eval.generation import GenerationOptions
-from llava.eval.loading import load_model
-from llava.eval.program import add_model_options, add_sampling_options
-from llava.eval.prompts import check_conv_mode, infer_conv_mode
-from llava.eval.runner import answer_batch, load_pictures, make_prompt
+from llava.eval.answering.answers import Task
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.loading import load_model
+from llava.eval.answering.options import add_model_options, add_sampling_options
+from llava.eval.answering.prompts import check_conv_mode, infer_conv_mode
+from llava.eval.answering.runner import answer_batch, load_pictures, make_prompt
 from llava.mm_utils import get_model_name_from_path
 from llava.utils import run_program
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llava.errors import BadSampleError
-from llava.eval.questions import Question, field, read_jsonl, read_questions
+from llava.eval.answering.questions import Question, field, read_jsonl, read_questions
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file
 from llava.utils import package_versions, run_program

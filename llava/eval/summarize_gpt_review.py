@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from llava.errors import BadSampleError, FlagError
-from llava.eval.questions import field, read_jsonl
+from llava.eval.answering.questions import field, read_jsonl
 from llava.utils import run_program
 
 PREFIXES = ("gpt4_text", "reviews_", "review_")

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.errors import FlagError
-from llava.eval.loading import load_model
-from llava.eval.program import add_model_options
+from llava.eval.answering.loading import load_model
+from llava.eval.answering.options import add_model_options
 from llava.eval.run_llava import choose_conv_mode
 from llava.mm_utils import get_model_name_from_path
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range, check_ranges

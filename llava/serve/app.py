@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import LlavaError
-from llava.eval.answers import Task
-from llava.eval.loading import LoadedModel
-from llava.eval.prompts import prompt_ids
-from llava.eval.runner import load_pictures
+from llava.eval.answering.answers import Task
+from llava.eval.answering.loading import LoadedModel
+from llava.eval.answering.prompts import prompt_ids
+from llava.eval.answering.runner import load_pictures
 from llava.serve.chat import stop_strings
 from llava.serve.chat_request import ChatRequest, Defaults, RequestError, conversation_of, read_request
 from llava.serve.engine import BusyError, End, Engine, EngineError, Job, Row

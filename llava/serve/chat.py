@@ -20,11 +20,11 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
 from llava.data.images import Picture
 from llava.errors import BadSampleError, NotFiniteError
-from llava.eval.answers import Task
-from llava.eval.generation import GenerationOptions
-from llava.eval.loading import LoadedModel
-from llava.eval.prompts import add_image_markers, new_conversation, prompt_ids
-from llava.eval.runner import OpenImage, image_arguments, load_pictures
+from llava.eval.answering.answers import Task
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.loading import LoadedModel
+from llava.eval.answering.prompts import add_image_markers, new_conversation, prompt_ids
+from llava.eval.answering.runner import OpenImage, image_arguments, load_pictures
 from llava.runtime.finite_logits import LogitsWatch
 from llava.serve.streaming import TokenDecoder, until_stop
 

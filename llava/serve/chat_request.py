@@ -13,8 +13,8 @@ from typing import Any
 
 from llava.conversation import Conversation
 from llava.errors import FlagError, LlavaError
-from llava.eval.generation import GenerationOptions
-from llava.eval.prompts import add_image_markers, new_conversation
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.prompts import add_image_markers, new_conversation
 
 HARMLESS = ("user", "metadata", "store", "stream_options", "service_tier", "safety_identifier", "prompt_cache_key")
 """Parameters without influence on the answer."""

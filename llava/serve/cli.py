@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 from llava.conversation import Conversation, SeparatorStyle
 from llava.errors import FlagError, LlavaError
-from llava.eval.generation import GenerationOptions
-from llava.eval.loading import load_model
-from llava.eval.program import add_model_options
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.loading import load_model
+from llava.eval.answering.options import add_model_options
 from llava.eval.run_llava import choose_conv_mode, open_image
 from llava.mm_utils import get_model_name_from_path
 from llava.runtime.ranges import COUNT, check_ranges

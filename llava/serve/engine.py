@@ -1,7 +1,7 @@
 """Answers many requests at a time: what waits is put into one batch, and every row streams and ends by itself.
 
-The batch of `llava/eval/runner.py` with other rows: each has its own limit, sampling, stop strings and end. Requests
-that arrive while a batch is being answered form the next one.
+The batch of `llava/eval/answering/runner.py` with other rows: each has its own limit, sampling, stop strings and end.
+Requests that arrive while a batch is being answered form the next one.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from llava.data.images import Picture
 from llava.errors import LlavaError
-from llava.eval.generation import GenerationOptions, RowSampler
-from llava.eval.loading import LoadedModel
-from llava.eval.runner import image_arguments, pad_left
+from llava.eval.answering.generation import GenerationOptions, RowSampler
+from llava.eval.answering.loading import LoadedModel
+from llava.eval.answering.runner import image_arguments, pad_left
 from llava.runtime.finite_logits import LogitsWatch
 from llava.serve.streaming import StopFilter, TokenDecoder
 

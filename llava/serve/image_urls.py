@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from llava.data.image_bounds import check_made
 from llava.data.images import load_image, picture_rgb
 from llava.errors import BadImageError
-from llava.eval.loading import LoadedModel
+from llava.eval.answering.loading import LoadedModel
 
 
 @dataclass(frozen=True)

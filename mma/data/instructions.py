@@ -12,7 +12,7 @@ from typing import Any
 
 from llava.data.records import RecordFiles, Records, Row
 from llava.errors import BadSampleError
-from llava.eval.questions import read_json
+from llava.eval.answering.questions import read_json
 from mma.data.scienceqa import IMAGE_NAME, IMAGES_FOLDER, conversation_row
 
 MIXTURE_FILE = "all_data.json"

@@ -12,7 +12,7 @@ from typing import Any
 
 from llava.data.records import RecordFiles, Records, Row
 from llava.errors import BadSampleError, FlagError
-from llava.eval.questions import read_json
+from llava.eval.answering.questions import read_json
 from mma.data.prompts import FORMATS, OPTIONS, Problem, build_prompt
 
 PROBLEMS_FILE, SPLITS_FILE = "problems.json", "pid_splits.json"

@@ -1,6 +1,6 @@
 """Answering questions in LaVIN's prompts: the model of a command line, and the way to a finished answers file.
 
-Batches, resuming, images and sampling are those of `llava/eval/runner.py`; LaVIN brings its order of tokens.
+Batches, resuming, images and sampling are those of `llava/eval/answering/runner.py`; LaVIN brings its order of tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data.images import load_image
 from llava.errors import FlagError
-from llava.eval.answers import (
+from llava.eval.answering.answers import (
     AnswersFile,
     Task,
     answer_row,
@@ -23,12 +23,12 @@ from llava.eval.answers import (
     refuse_other_settings,
     settings_path,
 )
-from llava.eval.generation import GenerationOptions
-from llava.eval.loading import LoadedModel, choose_device, choose_dtype, load_model
-from llava.eval.processes import Processes, part_of, put_together
-from llava.eval.program import json_values
-from llava.eval.questions import read_jsonl
-from llava.eval.runner import Prompt, answer_tasks
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.loading import LoadedModel, choose_device, choose_dtype, load_model
+from llava.eval.answering.options import json_values
+from llava.eval.answering.processes import Processes, part_of, put_together
+from llava.eval.answering.questions import read_jsonl
+from llava.eval.answering.runner import Prompt, answer_tasks
 from llava.mm_utils import get_model_name_from_path
 from llava.runtime.places import Input, refuse_file, refuse_folder, same_place
 from llava.runtime.ranges import NOT_NEGATIVE, check_ranges

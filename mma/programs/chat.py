@@ -17,8 +17,8 @@ from torch import Tensor
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data.images import Picture, read_rgb
 from llava.errors import BadImageError, BadSampleError, LlavaError
-from llava.eval.generation import GenerationOptions
-from llava.eval.loading import LoadedModel
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.loading import LoadedModel
 from llava.mm_utils import process_images
 from llava.serve.engine import End, Engine, Job, Row
 from mma.data.prompts import RESPONSE

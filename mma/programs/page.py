@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from llava.errors import FlagError, LlavaError
-from llava.eval.generation import GenerationOptions
+from llava.eval.answering.generation import GenerationOptions
 from llava.serve.image_urls import ImagePolicy
 from mma.programs.chat import LavinChat, Turn
 

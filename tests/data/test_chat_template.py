@@ -12,7 +12,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, select_template
 from llava.data.labels import TokenizedPrompt, tokenize_conversation
 from llava.errors import BadSampleError, FlagError
-from llava.eval.prompts import ask, build_prompt, check_conv_mode, prompt_ids
+from llava.eval.answering.prompts import ask, build_prompt, check_conv_mode, prompt_ids
 from llava.runtime.tokenizer import load_tokenizer
 from tests.data.test_labels import conversation
 from tests.data.tokenizers import make_tokenizer

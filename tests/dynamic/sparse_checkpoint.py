@@ -9,7 +9,7 @@ import torch
 
 from dynamic.extension import DynamicExtension
 from dynamic.model import added_parameters
-from llava.eval.loading import load_model
+from llava.eval.answering.loading import load_model
 from llava.model.checkpoint import save_checkpoint
 from tests.golden import golden_dir
 

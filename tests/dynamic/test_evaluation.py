@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from llava.dynamic_eval import model_lvis_for_ppl
-from llava.eval.loading import LoadedModel, load_model
-from llava.eval.stepwise import Stepper
+from llava.eval.answering.loading import LoadedModel, load_model
+from llava.eval.answering.stepwise import Stepper
 from tests.dynamic.sparse_checkpoint import write_sparse_checkpoint
 
 CONVERSATION = [

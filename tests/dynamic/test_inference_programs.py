@@ -13,8 +13,8 @@ from dynamic.config import SparseConfig
 from dynamic.inspection import record_decisions
 from llava.errors import FlagError
 from llava.eval import model_vqa_loader
-from llava.eval.generation import GenerationOptions
-from llava.eval.loading import load_model
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.loading import load_model
 from llava.eval.run_llava import open_image
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import bare_model, save_checkpoint

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from llava.eval import program, runner
-from llava.eval.loading import LoadedModel, load_model
+from llava.eval.answering import options as program
+from llava.eval.answering import runner
+from llava.eval.answering.loading import LoadedModel, load_model
 from tests.dynamic.sparse_checkpoint import write_sparse_checkpoint
 from tests.eval import benchmark_data
 from tests.golden import golden_dir

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from llava.errors import BadSampleError, FlagError
-from llava.eval.answers import AnswersFile, Task, answer_row, refuse_other_settings
-from llava.eval.processes import Processes, part_of, put_together
+from llava.eval.answering.answers import AnswersFile, Task, answer_row, refuse_other_settings
+from llava.eval.answering.processes import Processes, part_of, put_together
 from llava.runtime.weights.fingerprint import weights_fingerprint
 
 

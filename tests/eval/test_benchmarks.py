@@ -15,10 +15,13 @@ import torch
 
 from llava.errors import FlagError
 from llava.eval import __main__ as engine
-from llava.eval import batches, captions, eval_chartqa, program
+from llava.eval import eval_chartqa
+from llava.eval.answering import batches
+from llava.eval.answering import options as program
+from llava.eval.answering.loading import LoadedModel
+from llava.eval.answering.processes import Processes
 from llava.eval.benchmarks import BENCHMARKS, find
-from llava.eval.loading import LoadedModel
-from llava.eval.processes import Processes
+from llava.eval.scoring import captions
 from tests.train.launching import ROOT, torchrun
 
 LABELS = {"gqa": "x", "textvqa": "x", "scienceqa": "A", "mmbench": "A", "mmbench_cn": "A", "seed": "A"}

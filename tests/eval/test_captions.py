@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from llava.errors import BadSampleError, FlagError
-from llava.eval.captions import bleu4, cider, pair, tokenize
 from llava.eval.m4c_evaluator import TextCapsBleu4Evaluator
+from llava.eval.scoring.captions import bleu4, cider, pair, tokenize
 
 REFERENCES = [
     ["A man rides a brown horse.", "The man is riding a horse on a beach."],

@@ -9,7 +9,7 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from llava.errors import FlagError
-from llava.eval.generation import TOP_K, GenerationOptions, RowSampler
+from llava.eval.answering.generation import TOP_K, GenerationOptions, RowSampler
 
 VOCABULARY = 120
 DRAWS = 4000

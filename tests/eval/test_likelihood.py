@@ -13,11 +13,11 @@ from llava.conversation import conv_templates
 from llava.data.images import Picture, load_image
 from llava.data.labels import tokenize_conversation
 from llava.errors import BadSampleError
-from llava.eval.answers import Task
-from llava.eval.likelihood import Candidate, Likelihood, likelihoods, make_candidate
-from llava.eval.loading import LoadedModel
-from llava.eval.prompts import build_prompt
-from llava.eval.runner import generate_batch, image_arguments, load_pictures, make_prompt
+from llava.eval.answering.answers import Task
+from llava.eval.answering.loading import LoadedModel
+from llava.eval.answering.prompts import build_prompt
+from llava.eval.answering.runner import generate_batch, image_arguments, load_pictures, make_prompt
+from llava.eval.lmms.likelihood import Candidate, Likelihood, likelihoods, make_candidate
 from llava.mm_utils import tokenizer_image_token
 from tests.eval.conftest import QUESTIONS
 from tests.golden import golden_dir

@@ -24,16 +24,16 @@ from torch import Tensor
 
 from llava.data.images import load_image
 from llava.errors import BadSampleError, FlagError
-from llava.eval import lmms_model
-from llava.eval.answers import AnswersFile, Task
-from llava.eval.generation import GenerationOptions
-from llava.eval.lmms import MODEL_ID
-from llava.eval.lmms_model import own_device, read_batch_size
-from llava.eval.lmms_requests import cut, generation_options
-from llava.eval.loading import LoadedModel, load_model
+from llava.eval.answering.answers import AnswersFile, Task
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.loading import LoadedModel, load_model
+from llava.eval.answering.questions import read_questions
+from llava.eval.answering.runner import answer_batch, answer_tasks, image_arguments, load_pictures, make_prompt
+from llava.eval.lmms import model as lmms_model
+from llava.eval.lmms.manifest import MODEL_ID
+from llava.eval.lmms.model import own_device, read_batch_size
+from llava.eval.lmms.requests import cut, generation_options
 from llava.eval.model_vqa_loader import make_task
-from llava.eval.questions import read_questions
-from llava.eval.runner import answer_batch, answer_tasks, image_arguments, load_pictures, make_prompt
 from tests.command_lines import ROOT
 from tests.eval.conftest import QUESTIONS
 from tests.eval.test_likelihood import CHOICES, REFERENCES, TOLERANCE, choices, reference
@@ -192,7 +192,7 @@ def test_every_choice_sees_its_own_image(
         arguments = image_arguments(*args)
         return arguments | {"images": arguments["images"].flip(-1) + 1}
 
-    monkeypatch.setattr("llava.eval.runner.image_arguments", turned)
+    monkeypatch.setattr("llava.eval.answering.runner.image_arguments", turned)
     rows = evaluate(folder, checkpoint, "local_choice", batch_size=30)["samples"]["local_choice"]
     monkeypatch.undo()
     losses = [pair[0] for row in sorted(rows, key=lambda row: row["doc_id"]) for pair in row["filtered_resps"]]

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 
 from llava.data.images import load_image
 from llava.errors import BadSampleError, FlagError
-from llava.eval import long_answers, meteor
-from llava.eval.loading import LoadedModel
-from llava.eval.references import _conversation, read_conversations
-from llava.eval.runner import image_arguments, load_pictures, make_prompt
+from llava.eval import long_answers
+from llava.eval.answering.loading import LoadedModel
+from llava.eval.answering.runner import image_arguments, load_pictures, make_prompt
+from llava.eval.scoring import meteor
+from llava.eval.scoring.references import _conversation, read_conversations
 from tests.golden import golden_dir
 
 CONVERSATIONS: list[dict[str, Any]] = [

@@ -13,8 +13,9 @@ import pytest
 from torch import Tensor
 
 from llava.errors import BadSampleError, FlagError
-from llava.eval import model_vqa, model_vqa_loader, program, run_llava
-from llava.eval.loading import LoadedModel, choose_device, choose_dtype
+from llava.eval import model_vqa, model_vqa_loader, run_llava
+from llava.eval.answering import options as program
+from llava.eval.answering.loading import LoadedModel, choose_device, choose_dtype
 from llava.eval.model_vqa_loader import main
 from tests.golden import golden_dir
 

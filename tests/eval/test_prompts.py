@@ -10,7 +10,7 @@ import pytest
 
 from llava.errors import BadSampleError, FlagError
 from llava.eval import model_vqa_loader, run_llava
-from llava.eval.prompts import add_image_markers, build_prompt, infer_conv_mode, plain_conv_mode
+from llava.eval.answering.prompts import add_image_markers, build_prompt, infer_conv_mode, plain_conv_mode
 from tests.golden import golden_dir
 
 FLAGS = json.loads((golden_dir("llava") / "flags.json").read_text(encoding="utf-8"))["cli"]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from llava.errors import BadSampleError, FlagError
-from llava.eval import mmbench
-from llava.eval.questions import DEFAULT_CATEGORY, MissingChunkError, get_chunk, read_questions
+from llava.eval.answering.questions import DEFAULT_CATEGORY, MissingChunkError, get_chunk, read_questions
+from llava.eval.scoring import mmbench
 from tests.golden import load_case
 
 CHUNKS = load_case("metrics", "runner_helpers")[0]["out"]["chunks"]

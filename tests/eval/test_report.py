@@ -13,7 +13,7 @@ import pytest
 from llava.errors import FlagError
 from llava.eval import __main__ as engine
 from llava.eval import report
-from llava.eval.comparison import Scored, difference, disagreements, group_runs, mean_scores, read_run
+from llava.eval.reporting.comparison import Scored, difference, disagreements, group_runs, mean_scores, read_run
 
 Answered = Callable[..., Path]
 

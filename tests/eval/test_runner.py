@@ -16,12 +16,14 @@ from torch import Tensor
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data.images import load_image
 from llava.errors import BadImageError
-from llava.eval import mmbench, model_vqa_science, runner
-from llava.eval.answers import AnswersFile, Task, ToRow, answer_row
-from llava.eval.generation import GenerationOptions
-from llava.eval.loading import LoadedModel
+from llava.eval import model_vqa_science
+from llava.eval.answering import runner
+from llava.eval.answering.answers import AnswersFile, Task, ToRow, answer_row
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.loading import LoadedModel
+from llava.eval.answering.questions import get_chunk, read_questions
 from llava.eval.model_vqa_loader import make_task
-from llava.eval.questions import get_chunk, read_questions
+from llava.eval.scoring import mmbench
 from tests.golden import golden_dir
 
 METRICS = golden_dir("metrics") / "runners"

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval import program
+from llava.eval.answering import options as program
+from llava.eval.answering.loading import LoadedModel
 from llava.eval.benchmarks import BENCHMARKS
-from llava.eval.loading import LoadedModel
 from tests.command_lines import ROOT
 from tests.eval import benchmark_data
 from tests.eval.in_process import Programs, programs

@@ -14,7 +14,7 @@ from PIL import Image
 from dynamic.inspection import record_decisions
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import CheckpointError, FlagError
-from llava.eval.loading import LoadedModel, load_model
+from llava.eval.answering.loading import LoadedModel, load_model
 from llava.train.arguments import parse_args
 from scripts.experiments.nlvr.report import fill
 from scripts.experiments.sparse import answer, objects, recipe, report, table, train

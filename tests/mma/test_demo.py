@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from llava.errors import FlagError, LlavaError
-from llava.eval.generation import GenerationOptions
-from llava.eval.processes import Processes
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.processes import Processes
 from llava.serve.engine import Engine
 from mma import demo
 from mma.original import export_file

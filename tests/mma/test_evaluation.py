@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from llava.errors import BadImageError, BadSampleError, CheckpointError, FlagError
-from llava.eval.answers import Task
-from llava.eval.loading import load_model
-from llava.eval.processes import Processes
-from llava.eval.runner import stripped_text
+from llava.eval.answering.answers import Task
+from llava.eval.answering.loading import load_model
+from llava.eval.answering.processes import Processes
+from llava.eval.answering.runner import stripped_text
 from mma import eval as mma_eval
 from mma import eval_mme
 from mma.data.scienceqa import read_split

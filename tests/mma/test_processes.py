@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llava.errors import FlagError
-from llava.eval.processes import Processes, part_of
+from llava.eval.answering.processes import Processes, part_of
 from mma import eval as mma_eval
 from mma.programs import answering
 from mma.scoring.scienceqa import ScienceQAScore

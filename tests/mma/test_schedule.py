@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llava.eval.generation import GenerationOptions, RowSampler
+from llava.eval.answering.generation import GenerationOptions, RowSampler
 from mma.schedule import Epoch, Schedule, absolute_learning_rate, lavin_schedule
 from tests.golden import load_case
 

@@ -17,7 +17,7 @@ import mma.demo
 import mma.eval
 import mma.eval_mme
 from llava.errors import CheckpointError, FlagError
-from llava.eval.processes import Processes
+from llava.eval.answering.processes import Processes
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.backbones import backbone_class
 from llava.runtime.tokenizer import load_tokenizer

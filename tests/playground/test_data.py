@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessorPil
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.data.dataset import LazySupervisedDataset
-from llava.eval.questions import read_questions
+from llava.eval.answering.questions import read_questions
 from llava.runtime.tokenizer import load_tokenizer
 from playground.draw import IMAGE_SIZE
 from playground.families import BASE_FAMILIES, NEW_FAMILIES

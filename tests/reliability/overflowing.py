@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from llava.eval.loading import LoadedModel
+from llava.eval.answering.loading import LoadedModel
 from tests.golden import golden_dir
 
 FACTOR = 1e3

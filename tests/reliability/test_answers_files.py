@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from llava.errors import BadSampleError, FlagError, LlavaError
-from llava.eval import eval_gpt_review_bench, long_answers, merge, mmbench, model_vqa_qbench
-from llava.eval.answers import AnswersFile, Task, ToRow, answer_row, settings_path
-from llava.eval.processes import Processes, part_of, put_together
+from llava.eval import eval_gpt_review_bench, long_answers, merge, model_vqa_qbench
+from llava.eval.answering.answers import AnswersFile, Task, ToRow, answer_row, settings_path
+from llava.eval.answering.processes import Processes, part_of, put_together
+from llava.eval.scoring import mmbench
 from tests.reliability.hostile_files import DRAWS, FOREIGN, SEED, SPECIAL, corpus, spoiled_answers
 from tests.reliability.snapshots import snapshot
 

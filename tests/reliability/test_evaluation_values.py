@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from llava.errors import FlagError, LlavaError
-from llava.eval.generation import GenerationOptions
-from llava.eval.lmms_model import BatchedModel
-from llava.eval.lmms_requests import generation_options
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.lmms.model import BatchedModel
+from llava.eval.lmms.requests import generation_options
 from tests.golden import golden_dir
 from tests.mma.lavin_files import LavinFiles
 from tests.reliability.values import ABSENT, COUNTED, INF, NAN, POSITIVE_VALUES, SIGNLESS, rows

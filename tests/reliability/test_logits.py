@@ -17,15 +17,16 @@ from torch import Tensor
 
 from llava.dynamic_eval import model_lvis_for_meteor, model_lvis_for_ppl
 from llava.errors import NotFiniteError
-from llava.eval import long_answers, model_vqa_loader, program, run_llava
-from llava.eval.generation import GenerationOptions
-from llava.eval.likelihood import likelihoods, make_candidate
-from llava.eval.lmms_model import BatchedModel
-from llava.eval.loading import LoadedModel, load_model
+from llava.eval import long_answers, model_vqa_loader, run_llava
+from llava.eval.answering import options as program
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.loading import LoadedModel, load_model
+from llava.eval.answering.questions import read_questions
+from llava.eval.answering.runner import UnansweredError, answer_batch, make_prompt
+from llava.eval.answering.stepwise import Stepper
+from llava.eval.lmms.likelihood import likelihoods, make_candidate
+from llava.eval.lmms.model import BatchedModel
 from llava.eval.model_vqa_loader import make_task
-from llava.eval.questions import read_questions
-from llava.eval.runner import UnansweredError, answer_batch, make_prompt
-from llava.eval.stepwise import Stepper
 from llava.runtime.finite_logits import LogitsWatch, are_sound, no_answer
 from llava.serve import cli
 from llava.serve.chat import Chat

@@ -21,8 +21,9 @@ from llava.convert.hf import from_hf, to_hf
 from llava.convert.original import export_original
 from llava.data import check
 from llava.errors import LlavaError
-from llava.eval import eval_gqa, eval_mme, eval_science_qa, eval_seed, mmbench, report, score, submission
-from llava.eval.program import refuse_input_as_answers
+from llava.eval import eval_gqa, eval_mme, eval_science_qa, eval_seed, report, score
+from llava.eval.answering.options import refuse_input_as_answers
+from llava.eval.scoring import mmbench, submission
 from llava.model.delta import combine
 from llava.model.full_weights import write_full_weights
 from llava.runtime.places import Input, folder_problems

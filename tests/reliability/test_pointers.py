@@ -27,17 +27,15 @@ from llava.eval import (
     eval_science_qa,
     eval_seed,
     eval_textvqa,
-    mmbench,
     score,
-    sqa_to_llava,
-    submission,
     summarize_gpt_review,
 )
-from llava.eval.answers import ANSWER_SHAPES
-from llava.eval.questions import read_questions
-from llava.eval.recognition import recognize_rows
-from llava.eval.references import read_conversations
+from llava.eval.answering.answers import ANSWER_SHAPES
+from llava.eval.answering.questions import read_questions
+from llava.eval.answering.recognition import recognize_rows
 from llava.eval.run_llava import open_image
+from llava.eval.scoring import mmbench, sqa_to_llava, submission
+from llava.eval.scoring.references import read_conversations
 from llava.runtime import zero
 from mma.data import mixture
 from mma.data.instructions import read_mixture

@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 
 from llava.errors import FlagError
-from llava.eval.answers import Task
-from llava.eval.generation import GenerationOptions
-from llava.eval.loading import LoadedModel, load_model
+from llava.eval.answering.answers import Task
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.loading import LoadedModel, load_model
+from llava.eval.answering.runner import answer_batch, load_pictures, make_prompt
 from llava.eval.run_llava import open_image
-from llava.eval.runner import answer_batch, load_pictures, make_prompt
 from llava.serve import api
 from llava.serve.app import Settings, create_app
 from llava.serve.chat_request import Defaults

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from llava.errors import BadSampleError, FlagError
-from llava.eval.generation import GenerationOptions
-from llava.eval.loading import LoadedModel, load_model
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.loading import LoadedModel, load_model
 from llava.eval.run_llava import eval_model, open_image
 from llava.serve import chat as chat_module
 from llava.serve import cli

@@ -13,10 +13,10 @@ from llava.constants import IGNORE_INDEX
 from llava.convert.original import export_original
 from llava.data.images import load_image
 from llava.errors import BadSampleError, FlagError
-from llava.eval.answers import Task
-from llava.eval.generation import GenerationOptions
-from llava.eval.loading import load_model
-from llava.eval.runner import answer_batch, load_pictures, make_prompt
+from llava.eval.answering.answers import Task
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.loading import load_model
+from llava.eval.answering.runner import answer_batch, load_pictures, make_prompt
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import bare_model
 from llava.model.splice import count_targets

@@ -11,9 +11,9 @@ import pytest
 from llava.constants import IGNORE_INDEX
 from llava.data.check import main as check
 from llava.errors import FlagError
-from llava.eval.answers import Task
-from llava.eval.loading import load_model
-from llava.eval.runner import make_prompt
+from llava.eval.answering.answers import Task
+from llava.eval.answering.loading import load_model
+from llava.eval.answering.runner import make_prompt
 from llava.train.summary import next_command
 from llava.train.train import build_run, main, parse_args
 from tests.data.test_chat_template import WITH_BLANKS

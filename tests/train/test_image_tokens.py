@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from llava.convert.original import export_original
 from llava.errors import CheckpointError, FlagError
-from llava.eval.answers import Task
-from llava.eval.loading import load_model
-from llava.eval.runner import make_prompt
+from llava.eval.answering.answers import Task
+from llava.eval.answering.loading import load_model
+from llava.eval.answering.runner import make_prompt
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import bare_model
 from llava.model.components import Component, components

@@ -36,7 +36,13 @@ from scripts.experiments.nlvr_methods.table import BASE, chosen_questions, prepa
 
 DOCUMENT = Path("docs/experiments.md")
 DOCUMENTED_PATHS = Path("../shared/data/nlvr"), Path("checkpoints/modality")
-PRELOAD = ("llava.train.train", "llava.train.llava_trainer", "llava.eval.runner", "llava.eval.program", "mma")
+PRELOAD = (
+    "llava.train.train",
+    "llava.train.llava_trainer",
+    "llava.eval.answering.runner",
+    "llava.eval.answering.options",
+    "mma",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -34,7 +34,13 @@ from scripts.experiments.nlvr_methods.recipe import BASE_SEED, SEEDS, TASKS, Rec
 
 DOCUMENT = Path("docs/experiments.md")
 DOCUMENTED_PATHS = Path("../shared/data/nlvr"), Path("checkpoints/nlvr-methods")
-PRELOAD = ("llava.train.train", "llava.train.llava_trainer", "llava.eval.runner", "llava.eval.program", "hydralora")
+PRELOAD = (
+    "llava.train.train",
+    "llava.train.llava_trainer",
+    "llava.eval.answering.runner",
+    "llava.eval.answering.options",
+    "hydralora",
+)
 BASE = f"base-{BASE_SEED}"
 
 

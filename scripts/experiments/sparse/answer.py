@@ -19,11 +19,11 @@ from typing import Any
 from llava.data.images import load_image
 from llava.errors import FlagError
 from llava.eval import model_vqa_loader
-from llava.eval.answers import AnswersFile, answer_row
-from llava.eval.loading import load_model
-from llava.eval.program import answer_settings, json_values, sampling_options
-from llava.eval.questions import read_questions
-from llava.eval.runner import answer_tasks
+from llava.eval.answering.answers import AnswersFile, answer_row
+from llava.eval.answering.loading import load_model
+from llava.eval.answering.options import answer_settings, json_values, sampling_options
+from llava.eval.answering.questions import read_questions
+from llava.eval.answering.runner import answer_tasks
 from llava.mm_utils import get_model_name_from_path
 from llava.utils import run_program
 from scripts.experiments.sparse.rules import NAME, Chance, LastTokenAttention, LateReading, attach_sparsity, follow

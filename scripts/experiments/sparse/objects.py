@@ -21,10 +21,10 @@ from dynamic.inspection import record_decisions
 from dynamic.pictures import KeptImage, draw_sheet
 from llava.data.images import load_image
 from llava.errors import CheckpointError
-from llava.eval.loading import load_model
+from llava.eval.answering.loading import load_model
+from llava.eval.answering.questions import read_questions
+from llava.eval.answering.runner import image_arguments, load_pictures, make_prompt
 from llava.eval.model_vqa_loader import make_task
-from llava.eval.questions import read_questions
-from llava.eval.runner import image_arguments, load_pictures, make_prompt
 from llava.utils import run_program
 from scripts.experiments.sparse.rules import NAME
 

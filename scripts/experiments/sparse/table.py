@@ -37,7 +37,13 @@ from scripts.experiments.sparse.recipe import (
 
 DOCUMENT = Path("docs/experiments.md")
 FIGURE = Path("docs/figures/accuracy-by-keep-rate.png")
-PRELOAD = ("llava.train.train", "llava.train.llava_trainer", "llava.eval.runner", "llava.eval.program", "dynamic")
+PRELOAD = (
+    "llava.train.train",
+    "llava.train.llava_trainer",
+    "llava.eval.answering.runner",
+    "llava.eval.answering.options",
+    "dynamic",
+)
 DOCUMENTED_PATHS = Path("../shared/data/nlvr"), Path("checkpoints/sparse")
 PLAYGROUND = "playground"
 LATE_BASE = "late-base"

@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 
 from llava.errors import FlagError
-from llava.eval.answers import Task, ToRow, refuse_foreign_answers, settings_path
-from llava.eval.program import answer_and_measure
-from llava.eval.questions import read_jsonl
-from llava.eval.recognition import ANSWER_SHAPES
-from llava.eval.runner import OpenImage
+from llava.eval.answering.answers import Task, ToRow, refuse_foreign_answers, settings_path
+from llava.eval.answering.options import answer_and_measure
+from llava.eval.answering.questions import read_jsonl
+from llava.eval.answering.recognition import ANSWER_SHAPES
+from llava.eval.answering.runner import OpenImage
 from llava.runtime.output import replace_text
 
 T = TypeVar("T")

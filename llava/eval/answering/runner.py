@@ -22,12 +22,12 @@ from tqdm import tqdm
 from llava.conversation import Conversation
 from llava.data.images import Picture
 from llava.errors import CheckpointError, NotFiniteError
-from llava.eval.answers import AnswersFile, Task
-from llava.eval.batches import Batches, first_batch_size
-from llava.eval.generation import GenerationOptions
-from llava.eval.loading import LoadedModel
-from llava.eval.prefetch import Prefetcher
-from llava.eval.prompts import add_image_markers, ask, prompt_ids
+from llava.eval.answering.answers import AnswersFile, Task
+from llava.eval.answering.batches import Batches, first_batch_size
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.loading import LoadedModel
+from llava.eval.answering.prefetch import Prefetcher
+from llava.eval.answering.prompts import add_image_markers, ask, prompt_ids
 from llava.mm_utils import process_images
 
 OpenImage = Callable[[str, str], Image.Image]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import BadSampleError, FlagError
-from llava.eval.questions import read_json
+from llava.eval.answering.questions import read_json
 from llava.runtime.output import replace_text
 
 OPTIONS = "ABCDE"

@@ -12,10 +12,10 @@ from PIL import Image
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.data.images import Picture, picture_rgb
 from llava.errors import BadSampleError, FlagError
-from llava.eval.answers import Task
-from llava.eval.generation import TOP_K, GenerationOptions
-from llava.eval.loading import LoadedModel
-from llava.eval.runner import load_pictures
+from llava.eval.answering.answers import Task
+from llava.eval.answering.generation import TOP_K, GenerationOptions
+from llava.eval.answering.loading import LoadedModel
+from llava.eval.answering.runner import load_pictures
 
 MAX_NEW_TOKENS = 1024
 """Limit for tasks that name none, that of lmms-eval's own LLaVA."""

@@ -18,8 +18,8 @@ from transformers import DynamicCache
 
 from llava.data.images import Picture
 from llava.errors import NotFiniteError
-from llava.eval.loading import LoadedModel
-from llava.eval.runner import image_arguments
+from llava.eval.answering.loading import LoadedModel
+from llava.eval.answering.runner import image_arguments
 from llava.runtime.finite_logits import are_sound
 
 

@@ -19,4 +19,4 @@ def manifest() -> ModelManifest:
     """What lmms-eval has to know: the name of the model, and where its class is."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(model_id=MODEL_ID, simple_class_path="llava.eval.lmms_model.LlavaExtensions")
+    return ModelManifest(model_id=MODEL_ID, simple_class_path="llava.eval.lmms.model.LlavaExtensions")

@@ -18,9 +18,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.images import Picture
 from llava.errors import BadSampleError, NotFiniteError
-from llava.eval.answers import Task
-from llava.eval.loading import LoadedModel
-from llava.eval.runner import Prompt, conversation_of, generate_batch, make_prompt, named
+from llava.eval.answering.answers import Task
+from llava.eval.answering.loading import LoadedModel
+from llava.eval.answering.runner import Prompt, conversation_of, generate_batch, make_prompt, named
 from llava.mm_utils import tokenizer_image_token
 
 ANSWER = "<answer>"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.data.images import load_image
-from llava.eval.answers import (
+from llava.eval.answering.answers import (
     AnswersFile,
     Task,
     ToRow,
@@ -18,11 +18,11 @@ from llava.eval.answers import (
     settings_path,
     shapes_of,
 )
-from llava.eval.generation import GenerationOptions
-from llava.eval.loading import DTYPES, choose_device, choose_dtype, load_model
-from llava.eval.prompts import check_conv_mode, plain_conv_mode
-from llava.eval.questions import MissingChunkError, Question, get_chunk, read_questions
-from llava.eval.runner import OpenImage, Speed, answer_tasks
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.loading import DTYPES, choose_device, choose_dtype, load_model
+from llava.eval.answering.prompts import check_conv_mode, plain_conv_mode
+from llava.eval.answering.questions import MissingChunkError, Question, get_chunk, read_questions
+from llava.eval.answering.runner import OpenImage, Speed, answer_tasks
 from llava.mm_utils import get_model_name_from_path
 from llava.runtime.places import Input, refuse_file
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, check_ranges

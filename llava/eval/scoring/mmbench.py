@@ -19,8 +19,8 @@ from PIL import Image
 
 from llava.data.images import read_rgb
 from llava.errors import BadImageError, BadSampleError, FlagError
-from llava.eval.answers import Row, Task, answer_row
-from llava.eval.questions import read_jsonl
+from llava.eval.answering.answers import Row, Task, answer_row
+from llava.eval.answering.questions import read_jsonl
 from llava.runtime.files import refuse_pointer
 from llava.runtime.output import replacing
 from llava.runtime.places import Input, refuse_file

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import BadSampleError, FlagError
-from llava.eval.recognition import (
+from llava.eval.answering.recognition import (
     ANSWER_SHAPES,
     Shape,
     check_writable,

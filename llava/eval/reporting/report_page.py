@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import FlagError
-from llava.eval.answers import Task
+from llava.eval.answering.answers import Task
+from llava.eval.answering.runner import OpenImage
 from llava.eval.benchmarks import find
-from llava.eval.comparison import Group, Key, Scored, disagreements
-from llava.eval.runner import OpenImage
+from llava.eval.reporting.comparison import Group, Key, Scored, disagreements
 
 SIDE = 240
 """Longest side of a shown image, in pixels."""

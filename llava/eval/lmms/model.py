@@ -19,15 +19,15 @@ from tqdm import tqdm
 
 from llava.data.images import Picture
 from llava.errors import FlagError
-from llava.eval.answers import Task
-from llava.eval.batches import Batches, first_batch_size
-from llava.eval.generation import GenerationOptions
-from llava.eval.likelihood import Likelihood, likelihoods, make_candidate
-from llava.eval.lmms_requests import Request, cut, generation_options, load_request, read_requests
-from llava.eval.loading import LoadedModel, load_model
-from llava.eval.prefetch import Prefetcher
-from llava.eval.prompts import check_conv_mode, plain_conv_mode
-from llava.eval.runner import answer_batch, make_prompt, most_together
+from llava.eval.answering.answers import Task
+from llava.eval.answering.batches import Batches, first_batch_size
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.loading import LoadedModel, load_model
+from llava.eval.answering.prefetch import Prefetcher
+from llava.eval.answering.prompts import check_conv_mode, plain_conv_mode
+from llava.eval.answering.runner import answer_batch, make_prompt, most_together
+from llava.eval.lmms.likelihood import Likelihood, likelihoods, make_candidate
+from llava.eval.lmms.requests import Request, cut, generation_options, load_request, read_requests
 from llava.mm_utils import get_model_name_from_path
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, check_ranges
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llava.errors import FlagError
-from llava.eval.questions import read_json, read_jsonl
+from llava.eval.answering.questions import read_json, read_jsonl
 
 NEEDED = ("benchmark", "title", "split", "model", "questions", "complete", "metrics", "settings", "arguments")
 RESAMPLES = 10_000

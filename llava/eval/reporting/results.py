@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava.eval.answers import AnswersFile, Task
+from llava.eval.answering.answers import AnswersFile, Task
+from llava.eval.answering.prompts import build_prompt, image_marker
+from llava.eval.answering.runner import Speed
 from llava.eval.benchmarks import Benchmark
 from llava.eval.outcomes import Outcome
-from llava.eval.prompts import build_prompt, image_marker
-from llava.eval.runner import Speed
 from llava.runtime.output import replace_text
 from llava.utils import package_versions
 

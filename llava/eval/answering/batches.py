@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import torch
 
 from llava.errors import FlagError
-from llava.eval.prefetch import Prefetcher
+from llava.eval.answering.prefetch import Prefetcher
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")

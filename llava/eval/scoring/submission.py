@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import BadSampleError
+from llava.eval.answering.questions import field, read_jsonl
 from llava.eval.m4c_evaluator import EvalAIAnswerProcessor
-from llava.eval.questions import field, read_jsonl
 from llava.runtime.files import data_text
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file, refuse_folder

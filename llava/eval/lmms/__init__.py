@@ -1,0 +1,1 @@
+"""Our model in lmms-eval: its manifest, the model class, requests, and the likelihood of given answers."""
