@@ -21,8 +21,8 @@ from llava.extension import Segments, Span
 from mma.config import MmaConfig
 from mma.decoder_layer import FIRST_POSITION, ROUTING
 from mma.extension import MmaExtension
+from mma.lavin.merge import merge
 from mma.layer import RepAdapter
-from mma.merge import merge
 from mma.modality import start
 
 LORA_TARGETS = ("q_proj", "v_proj")

@@ -14,8 +14,9 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from dynamic import convert, inference
+from dynamic import inference
 from dynamic import model as sparse_model
+from dynamic import original as convert
 from dynamic.attention import interface
 from dynamic.config import SparseConfig, SparseOptions
 from dynamic.statistics import KeepStatistics

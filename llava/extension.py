@@ -2,7 +2,7 @@
 
 An extension is a subclass of `Extension`, named in the entry-point group `llava.extensions`. Every hook has a
 do-nothing default. `llava` itself imports no extension, but for one program that is about one of them,
-`llava/dynamic_eval/visualize.py`; `docs/architecture.md` explains the seams with examples.
+`dynamic/visualize.py`; `docs/architecture.md` explains the seams with examples.
 
 Shape letters used throughout the project: B batch, T text tokens, P image patches, L = T + P sequence length,
 D width, r rank, E experts, H heads.

@@ -173,7 +173,7 @@ class MmaExtension(Extension):
 
     def export_problem(self, config: Config) -> str | None:
         """The original's layout holds nothing but the adapters, in one file."""
-        return "LaVIN has a file of its own for adapters: python -m mma.original export CHECKPOINT FILE.pth"
+        return "LaVIN has a file of its own for adapters: python -m mma.convert export CHECKPOINT FILE.pth"
 
     def export_checkpoint(self, model: nn.Module, config: Config, folder: Path) -> None:
         """Not reached: see `export_problem`.

@@ -1,271 +1,214 @@
-"""Published adapters of LaVIN to a checkpoint folder of ours, and back to the original's file.
+"""Adapters of the original, in and out: one `.pth` file `{'model': tensors by the original's names, ...}`.
 
-python -m mma.original import ./15-eph-pretrain.pth ./checkpoints/lavin-13b --base ./checkpoints/llama-13b
-python -m mma.original export ./checkpoints/lavin-7b ./lavin-7b.pth
-
-The folder holds adapters, modality embedding and projector, and loads on its base by `load_pretrained_model`, as what
-a run of ours wrote. The weights of the language model are not read for either.
+The tensors are those parameters whose name holds "adapter"; a distributed run writes them with `module.` in front.
+The file is read without running pickled code. What it does not say (scale, temperature) comes from the arguments of the
+original's run, which it may hold, or from the caller. Upstream: `util/misc.py: save_model`, `load_model`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Mapping, Sequence
+import re
+import runpy
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from llava.errors import CheckpointError
-from llava.model.checkpoint import copy_tensors, read_extensions, save_checkpoint
-from llava.model.components import Component, components
-from llava.model.formats import inspect_checkpoint, read_json, read_projector
-from llava.model.language_model.backbones import backbone_class, load_config
-from llava.runtime.files import reading
-from llava.runtime.hub import local_folder
-from llava.runtime.output import check_new, new_path
-from llava.runtime.run_record import RUN_FILE
-from llava.runtime.tokenizer import load_tokenizer
-from llava.runtime.weights.fingerprint import weights_fingerprint
-from llava.runtime.weights.tensors import check_numbers
-from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments
-from llava.train.train import record_settings
-from llava.utils import run_program
-from mma import convert
-from mma.config import TOWER, MmaConfig
-from mma.extension import PICTURE, MmaExtension
+from llava.runtime.weights.torch_files import load_plain
+from mma.config import MmaConfig
+from mma.model import EMBEDDING, adapters
 
-MAX_LENGTH = 511
-"""Longest sequence of the published adapters' training, 512 with the modality token."""
+WEIGHTS = "model"
+"""Key of the tensors in the file."""
+
+RUN = "args"
+"""Key of the arguments of the original's run, an `argparse.Namespace`."""
+
+DISTRIBUTED_PREFIX = "module."
+PLACES = ("adapter_attn", "adapter_mlp")
+"""The original's names of the adapters before attention and before the MLP."""
+
+TOWER_BLOCK = "backbone.visual.transformer.resblocks"
+PROJECTOR = {"0": "adapter_proj.conv_A", "2": "adapter_proj.conv_B"}
+"""The original's names of the two linear layers of the projector, by their place in ours."""
+
+SETTINGS = ("adapter_scale", "temperature")
+"""What the tensors do not say about the adapters."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Command line of this program."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mma.original", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    reading = commands.add_parser("import", help="write a checkpoint folder from a .pth file of the original")
-    reading.add_argument("file", type=Path, help="what the original's training wrote, or a published file")
-    reading.add_argument("output", type=Path, help="folder to write; must not exist")
-    reading.add_argument(
-        "--base", required=True, help="language model in transformers' layout; see python -m mma.weights"
-    )
-    reading.add_argument("--vision_tower", default=TOWER, help="folder or hub id of the tower")
-    reading.add_argument(
-        "--adapter_scale", type=float, help="where the file does not say it; the original's default is 1"
-    )
-    reading.add_argument(
-        "--temperature", type=float, help="where the file does not say it; the original's default is 10"
-    )
-    writing = commands.add_parser("export", help="write a .pth file of the original from a checkpoint folder")
-    writing.add_argument("checkpoint", type=Path, help="folder of a training run with --mma True")
-    writing.add_argument("output", type=Path, help="file to write; must not exist")
-    return parser
+@dataclass(frozen=True)
+class Original:
+    """Adapters as the original saved them.
 
-
-def skeleton(source: str | Path, config: Any, model_args: Any = None, near: Sequence[str | Path] = ()) -> Any:
-    """A LLaVA whose language model takes no memory, with tower and projector in the main memory.
-
-    Args:
-        source: folder of a base or checkpoint, for the kind of backbone.
-        config: of the LLaVA.
-        model_args: options that say which tower and projector to make; None if `config` has them.
-        near: folders searched for the tower.
+    Attributes:
+        tensors: by the original's names, without `module.`.
+        settings: of `SETTINGS`, those that the arguments in the file say.
     """
-    with torch.device("meta"):
-        model = backbone_class(source)(config)
-    decoder = model.get_model()
-    if model_args is None:
-        decoder.load_vision_tower(near)
-        decoder.mm_projector = decoder.mm_projector.to_empty(device="cpu")
-    else:
-        decoder.initialize_vision_modules(model_args, near)
-    return model
+
+    tensors: dict[str, Tensor]
+    settings: dict[str, float]
 
 
-def attach(model: Any, config: MmaConfig) -> None:
-    """Attach adapters to a skeleton, in the main memory."""
-    model.extensions.attach(model, MmaExtension(), config.to_dict())
-    for name, parameter in model.extensions.named_parameters(model).items():
-        parent, _, attribute = name.rpartition(".")
-        held = nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32), requires_grad=False)
-        setattr(model.get_submodule(parent), attribute, held)
-
-
-def import_file(
-    file: str | Path,
-    output: str | Path,
-    base: str | Path,
-    vision_tower: str | None = None,
-    defaults: Mapping[str, float] | None = None,
-    **settings: float | None,
-) -> Path:
-    """Write a checkpoint folder from a file of the original.
-
-    Args:
-        file: `{'model': tensors, ...}`.
-        output: folder to write.
-        base: folder or hub id of the language model, in transformers' layout.
-        vision_tower: folder or hub id; None: `TOWER`.
-        defaults: see `convert.config_of`.
-        settings: `adapter_scale` and `temperature`; None takes what the file says, or the default.
-
-    Returns:
-        The folder written. It appears whole or not at all.
+def read(path: Path) -> Original:
+    """Read a file of the original.
 
     Raises:
-        CheckpointError: the file is damaged, or does not fit base and tower; or `output` exists.
+        ValueError: it is damaged, holds more than tensors and plain values, or no adapters.
     """
-    check_new(output, [file, base, vision_tower])
-    file, base = Path(file), str(local_folder(str(base)))
-    with reading(file, "its tensors are not those of LaVIN's adapters"):
-        original = convert.read(file)
-        check_numbers({k: v for k, v in original.tensors.items() if not k.endswith("attention.gate")}, file)
-        config = convert.config_of(original, file, defaults, **settings)
-        hidden = convert.hidden_proj(original, file)
-    tower = vision_tower or TOWER
-    args = _arguments(base, tower, hidden)
-    tokenizer = load_tokenizer(base, model_max_length=MAX_LENGTH)
-    model = skeleton(base, load_config(base), args.model, [base])
-    attach(model, config)
-    record_settings(model, args, tokenizer)
-    try:
-        tensors = convert.from_original(original, model, file)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    idle = convert.idle_names(original, model)
-    if idle:
-        print(f"{file}: {len(idle)} tensors that no answer depends on are left out (first: {sorted(idle)[0]})")
-    parameters = dict(model.named_parameters())
-    copy_tensors({name: parameters[name] for name in tensors}, tensors, file)
-    model.requires_grad_(False)
-    with new_path(output, [file, base, vision_tower]) as folder:
-        save_checkpoint(model, folder, tokenizer)
-        record = {
-            "arguments": {"model": {"model_name_or_path": base, "vision_tower": tower}},
-            "imported_from": {
-                "file": file.name,
-                "fingerprint": weights_fingerprint(file),
-                "settings": original.settings,
-            },
-        }
-        (folder / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return Path(output)
+    content = load_plain(path, [argparse.Namespace])  # attributes and nothing else
+    found = content.get(WEIGHTS) if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(f"{path}: has no tensors under '{WEIGHTS}', so it is no checkpoint of LaVIN")
+    tensors = {name.removeprefix(DISTRIBUTED_PREFIX): value for name, value in found.items()}
+    if not any(PLACES[0] in name.split(".") for name in tensors):
+        raise ValueError(f"{path}: no tensor belongs to an adapter (first: {sorted(tensors)[:3]})")
+    said = vars(content[RUN]) if isinstance(content.get(RUN), argparse.Namespace) else {}
+    return Original(tensors, {name: float(said[name]) for name in SETTINGS if said.get(name) is not None})
 
 
-def ready_folder(
-    file: str | Path,
-    base: str | Path,
-    vision_tower: str | None = None,
-    defaults: Mapping[str, float] | None = None,
-    **settings: float | None,
-) -> Path:
-    """The checkpoint folder of a file of the original, `NAME-llava` beside it; written if it is not there.
+def config_of(
+    original: Original, source: Path, defaults: Mapping[str, float] | None = None, **settings: float | None
+) -> MmaConfig:
+    """Configuration of the adapters: kinds and widths from names and shapes.
 
-    Arguments and errors as of `import_file`; what is None and has no default fits any folder that is there.
+    Args:
+        original: what was read.
+        source: for messages.
+        defaults: of `SETTINGS`, where neither `settings` nor the file says it; none: those of the original's training.
+        settings: of `SETTINGS`; None takes what the file says, or the default.
 
     Raises:
-        CheckpointError: the folder was written from a file with other content, or for another base or tower, or with
-            other settings.
+        ValueError: a tensor that decides is missing, or the two ways contradict each other.
     """
-    file = Path(file)
-    folder = file.with_name(f"{file.stem}-llava")
-    if not folder.exists():
-        return import_file(file, folder, base, vision_tower, defaults, **settings)
-    record = read_json(folder / RUN_FILE)
-    source, model = record.get("imported_from"), record["arguments"]["model"]
-    config = read_json(folder / "extensions" / MmaExtension.name / "config.json")
-    said = source["settings"] if isinstance(source, dict) else {}
+    names = set(original.tensors)
     given = {name: value for name, value in settings.items() if value is not None}
-    wanted = {**(defaults or {}), **said, **given}
-    other = [f"with {name} {config[name]}" for name, value in wanted.items() if value != config[name]]
-    if model["model_name_or_path"] != str(local_folder(str(base))):
-        other.append(f"with base {model['model_name_or_path']}")
-    if vision_tower not in (None, model.get("vision_tower")):
-        other.append(f"with tower {model.get('vision_tower')}")
-    if not isinstance(source, dict) or source["fingerprint"] != weights_fingerprint(file):
-        other.append(f"from other content than {file.name} has now")
-    if other:
-        raise CheckpointError(f"{folder}: was written {', '.join(other)}; delete it or rename it, or pass the same")
-    return folder
-
-
-def _arguments(base: str, vision_tower: str, hidden: int) -> RunArguments:
-    """Options of the run of ours that would have led to such a checkpoint."""
-    picture = {name: value for name, (part, _, value) in PICTURE.items() if part == "model"}
-    model = ModelArguments(
-        model_name_or_path=base,
-        version="plain",
-        vision_tower=vision_tower,
-        mm_projector_type=f"bottleneck{hidden}_silu",
-        mm_use_im_patch_token=False,
-        **picture,
+    contradictions = [
+        f"{name} {value}, but the file says {original.settings[name]}"
+        for name, value in given.items()
+        if original.settings.get(name, value) != value
+    ]
+    if contradictions:
+        raise ValueError(f"{source}: given is {'; '.join(contradictions)}")
+    first = f"layers.0.{PLACES[0]}"
+    try:
+        down, up = original.tensors[f"{first}.conv_A.weight"], original.tensors[f"{first}.conv_B.weight"]
+    except KeyError as error:
+        raise ValueError(f"{source}: the tensor {error} is missing") from error
+    return MmaConfig(
+        adapter_type="block" if f"layers.0.{PLACES[1]}.conv_A.weight" in names else "attn",
+        visual_adapter_type=_visual_type(names),
+        adapter_dim=down.shape[0],
+        adapter_groups=down.shape[0] // up.shape[1],
+        **{**(defaults or {}), **original.settings, **given},
     )
-    data = DataArguments(image_aspect_ratio=PICTURE["image_aspect_ratio"][2])
-    return RunArguments(model, data, TrainingArguments(output_dir="unused", use_cpu=True, report_to="none"))
 
 
-def export_file(checkpoint: str | Path, output: str | Path) -> Path:
-    """Write a file of the original from a checkpoint folder.
+def _visual_type(names: set[str]) -> str:
+    first = f"{TOWER_BLOCK}.0"
+    if f"{first}.{PLACES[0]}.conv_A.weight" not in names:
+        return "none"
+    if f"{first}.{PLACES[0]}.conv_D.weight" not in names:
+        return "normal"
+    return "router_block" if f"{first}.{PLACES[1]}.conv_A.weight" in names else "router"
 
-    Args:
-        checkpoint: folder with adapters and the projector of six class tokens.
-        output: file to write.
 
-    Returns:
-        The file written.
+def hidden_proj(original: Original, source: Path) -> int:
+    """Hidden width of the projector.
 
     Raises:
-        CheckpointError: the folder holds more or other things than the original knows; or `output` exists.
+        ValueError: the file has none.
     """
-    check_new(output, [checkpoint], file=True)
-    contents = inspect_checkpoint(checkpoint)
-    trained_with = read_extensions(contents)
-    others = sorted(set(trained_with) - {MmaExtension.name})
-    foreign = others or contents.adapter is not None or contents.tower is not None
-    if MmaExtension.name not in trained_with or foreign or contents.projector is None:
-        raise CheckpointError(
-            f"{checkpoint}: the original's file holds adapters and projector of LaVIN and nothing else; this folder "
-            f"has the extensions {sorted(trained_with)}{', a LoRA adapter' if contents.adapter else ''}"
-            f"{', a trained vision tower' if contents.tower else ''}"
-            f"{'' if contents.projector else ', no trained projector'}"
-        )
-    values, tensors = trained_with[MmaExtension.name]
-    config = MmaConfig.from_dict(values)
-    model = skeleton(contents.folder, load_config(contents.folder), near=[contents.folder])
-    attach(model, config)
-    copy_tensors(components(model)[Component.EXTENSION], tensors, contents.extensions[MmaExtension.name])
-    copy_tensors(components(model)[Component.PROJECTOR], read_projector(contents.projector), contents.projector)
-    names = convert.original_names(model)
-    if set(components(model)[Component.PROJECTOR]) - set(names):
-        raise CheckpointError(
-            f"{checkpoint}: was trained with --visual_input llava, and LaVIN has no place for its projector "
-            f"({model.config.mm_projector_type})"
-        )
-    content = convert.to_original(model, dict(model.named_parameters())) | {
-        convert.RUN: argparse.Namespace(**{name: getattr(config, name) for name in convert.SETTINGS})
+    name = f"{PROJECTOR['0']}.weight"
+    if name not in original.tensors:
+        raise ValueError(f"{source}: the tensor '{name}' is missing")
+    return original.tensors[name].shape[0]
+
+
+def original_names(model: Any) -> dict[str, str]:
+    """The original's name of every parameter that it trains, by ours; found by module.
+
+    Args:
+        model: LLaVA model with adapters, and the projector of LaVIN if its pictures enter as in LaVIN.
+    """
+    decoder, tower = model.get_decoder(), model.get_vision_tower()
+    places: dict[nn.Module, str] = {}
+    for index, layer in enumerate(decoder.layers):
+        places |= {adapter: f"layers.{index}.{name}" for adapter, name in zip(adapters(layer), PLACES, strict=False)}
+    blocks = [] if tower is None else tower.blocks(tower.loaded())
+    for index, block in enumerate(blocks):
+        found = zip(adapters(block), PLACES, strict=False)
+        places |= {adapter: f"{TOWER_BLOCK}.{index}.{name}" for adapter, name in found}
+    if hasattr(decoder, EMBEDDING):
+        places[getattr(decoder, EMBEDDING)] = EMBEDDING
+    if is_bottleneck(decoder.mm_projector):
+        places |= {decoder.mm_projector[int(place)]: name for place, name in PROJECTOR.items()}
+    return {
+        f"{prefix}.{name}": f"{places[module]}.{name}"
+        for prefix, module in model.named_modules()
+        if module in places
+        for name, _ in module.named_parameters()
     }
-    with new_path(output, [checkpoint], file=True) as path:
-        torch.save(content, path)
-    return Path(output)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the program."""
-    args = build_parser().parse_args(argv)
-    if args.command == "export":
-        print(f"written: {export_file(args.checkpoint, args.output)}")
-        return
-    settings = {name: getattr(args, name) for name in convert.SETTINGS}
-    written = import_file(args.file, args.output, args.base, args.vision_tower, **settings)
-    print(f"written: {written}")
-    print(
-        f"next: python -m mma.eval --adapter_path {written} --ckpt_dir {args.base} --data_root DATA --caption_file FILE"
+def is_bottleneck(projector: nn.Module | None) -> bool:
+    """True for Linear, SiLU, Linear."""
+    kinds = (nn.Linear, nn.SiLU, nn.Linear)
+    return (
+        isinstance(projector, nn.Sequential)
+        and len(projector) == len(kinds)
+        and all(isinstance(part, kind) for part, kind in zip(projector, kinds, strict=True))
     )
 
 
-if __name__ == "__main__":
-    run_program(main)
+def idle_names(original: Original, model: Any) -> set[str]:
+    """Names of tensors that the original writes and that no output depends on.
+
+    Gates that its inference creates and never reads, and adapters of tower blocks behind the last class token that is
+    taken (every fourth block gives one): the original puts adapters on every block of the tower.
+    """
+    tower = model.get_vision_tower()
+    idle = [r"layers\.\d+\.attention\.gate"]
+    if tower is not None:
+        numbers = "|".join(map(str, range(tower.num_blocks, tower.shape.layers)))
+        idle += [rf"{re.escape(TOWER_BLOCK)}\.({numbers})\.({'|'.join(PLACES)})\..+"] if numbers else []
+    return {name for name in original.tensors if any(re.fullmatch(pattern, name) for pattern in idle)}
+
+
+def from_original(original: Original, model: Any, source: Path) -> dict[str, Tensor]:
+    """The tensors by our names; those of `idle_names` are left out.
+
+    Args:
+        original: what was read.
+        model: with adapters and projector of the configuration that `config_of` gave.
+        source: for messages.
+
+    Raises:
+        ValueError: names differ from those of the model.
+    """
+    names = original_names(model)
+    missing, unknown = set(names.values()) - set(original.tensors), set(original.tensors) - set(names.values())
+    unknown -= idle_names(original, model)
+    if missing or unknown:
+        raise ValueError(
+            f"{source}: does not fit the model; {len(missing)} tensors are missing (first: {sorted(missing)[:3]}), "
+            f"{len(unknown)} are unknown (first: {sorted(unknown)[:3]}); is it for another size of base or tower?"
+        )
+    return {ours: original.tensors[theirs] for ours, theirs in names.items()}
+
+
+def to_original(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Content of a file of the original: the tensors by its names, in float32.
+
+    Args:
+        model: with adapters.
+        tensors: by our names; at least all that the original trains.
+    """
+    names = original_names(model)
+    return {WEIGHTS: {theirs: tensors[ours].detach().cpu().float().clone() for ours, theirs in names.items()}}
+
+
+if __name__ == "__main__":  # the former name of the program
+    runpy.run_module("mma.convert", run_name="__main__")

@@ -19,8 +19,8 @@ import torch
 
 from dynamic.inspection import record_decisions
 from dynamic.pictures import KeptImage
+from dynamic.visualize import kept_images
 from llava.data.images import load_image
-from llava.dynamic_eval.visualize import kept_images
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import LoadedModel, load_model
 from llava.eval.answering.questions import Question

@@ -14,9 +14,9 @@ import torch
 
 import hydralora.finetune
 import llava.train.train
-import mma.original
-import mma.weights.__main__
-from dynamic.convert import CONFIG_KEY
+import mma.lavin.convert
+import mma.lavin.weights.__main__
+from dynamic.original import CONFIG_KEY
 from hydralora.tuner.original import import_adapter
 from llava.convert.hf import main as convert_hf
 from llava.errors import CheckpointError, LlavaError
@@ -106,13 +106,13 @@ def meta_weights(folder: Path) -> tuple[Path, Callable[[], Any]]:
     (folder / "7B").mkdir()
     (folder / "7B" / "params.json").write_text(json.dumps({"dim": 8, "n_heads": 2, "n_layers": 1, "norm_eps": 1e-5}))
     words = ["--llama_model_path", str(folder), "--llm_model", "7B"]
-    return folder / "7B" / "consolidated.00.pth", lambda: mma.weights.__main__.main(words)
+    return folder / "7B" / "consolidated.00.pth", lambda: mma.lavin.weights.__main__.main(words)
 
 
 def lavin_adapters(folder: Path) -> tuple[Path, Callable[[], Any]]:
     path = folder / "lavin.pth"
     words = ["import", str(path), str(folder / "ours"), "--base", str(LLAVA / "tiny-vicuna")]
-    return path, lambda: mma.original.main(words)
+    return path, lambda: mma.lavin.convert.main(words)
 
 
 def text_base(folder: Path) -> tuple[Path, Callable[[], Any]]:

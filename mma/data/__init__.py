@@ -1,1 +1,1 @@
-"""LaVIN's data: ScienceQA in its prompt formats, the chatbot mixture, and how both become token ids and labels."""
+"""The chatbot mixture's program under its former name; LaVIN's data is `mma.lavin.data`."""

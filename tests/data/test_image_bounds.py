@@ -24,7 +24,7 @@ from llava.eval.answering.runner import load_pictures
 from llava.mm_utils import ASPECT_RATIOS, preprocess_image
 from llava.serve.image_urls import ImagePolicy
 from llava.train.train import main as train
-from mma.programs.chat import load_picture
+from mma.lavin.chat import load_picture
 from tests.golden import golden_dir
 from tests.model.towers import siglip
 from tests.train.test_training import BASE, command_line

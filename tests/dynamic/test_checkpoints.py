@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dynamic.config import SparseConfig
-from dynamic.convert import add_to_folder
 from dynamic.model import predictors
+from dynamic.original import add_to_folder
 from llava.convert.original import export_original
 from llava.errors import CheckpointError
 from llava.model.builder import load_pretrained_model

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image, ImageChops
 
+from dynamic import visualize
 from dynamic.inspection import DecisionLog
 from dynamic.pictures import KeptImage, Passage, Word, draw_sheet, fade_dropped, page
-from llava.dynamic_eval import visualize
 from llava.errors import CheckpointError, FlagError
 from llava.eval.answering.loading import load_model
 from tests.dynamic.sparse_checkpoint import write_sparse_checkpoint

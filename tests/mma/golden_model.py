@@ -12,8 +12,8 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from mma.config import MmaConfig
-from mma.convert import original_names
 from mma.extension import MmaExtension
+from mma.original import original_names
 from tests.golden import golden_dir, load_case
 
 IMAGE = -200

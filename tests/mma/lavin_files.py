@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mma.train import main
-from mma.weights.meta import open_meta
+from mma.lavin.train import main
+from mma.lavin.weights.meta import open_meta
 from tests.golden import golden_dir, load_case
 from tests.mma.golden_model import write_tower
 from tests.mma.test_data import save_problems

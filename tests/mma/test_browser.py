@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mma.programs.chat import LavinChat
-from mma.programs.page import build_page
+from mma.lavin.chat import LavinChat
+from mma.lavin.page import build_page
 from tests.mma.test_demo import PICTURE, chat
 
 __all__ = ["chat"]  # a fixture

@@ -16,8 +16,8 @@ from llava.train.arguments import ModelArguments, RunArguments
 from llava.train.freeze import freeze
 from llava.train.optimizer import optimizer_groups
 from mma.config import MmaConfig
-from mma.convert import original_names
 from mma.extension import MmaExtension
+from mma.original import original_names
 from tests.golden import load_case
 from tests.mma.golden_model import golden_model
 

@@ -19,13 +19,13 @@ from llava.data.images import ImageTransform, load_image
 from llava.errors import BadSampleError, FlagError, NoTargetError
 from llava.model.multimodal_encoder.builder import set_normalization
 from llava.runtime.tokenizer import load_tokenizer
-from mma.data import mixture
-from mma.data.dataset import ASPECT_RATIO, LavinDataset
-from mma.data.instructions import read_mixture
-from mma.data.prompts import FORMATS, build_prompt
-from mma.data.scienceqa import read_split, training_rows
-from mma.data.tokens import encode, head_ids, prompt_ids, sample_ids
 from mma.extension import PICTURE
+from mma.lavin.data import mixture
+from mma.lavin.data.dataset import ASPECT_RATIO, LavinDataset
+from mma.lavin.data.instructions import read_mixture
+from mma.lavin.data.prompts import FORMATS, build_prompt
+from mma.lavin.data.scienceqa import read_split, training_rows
+from mma.lavin.data.tokens import encode, head_ids, prompt_ids, sample_ids
 from tests.golden import golden_dir, load_case
 
 PROMPTS = load_case("lavin", "prompts")[0]

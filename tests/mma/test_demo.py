@@ -16,11 +16,11 @@ from llava.errors import FlagError, LlavaError
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.processes import Processes
 from llava.serve.engine import Engine
-from mma import demo
-from mma.original import export_file
-from mma.programs.answering import find_folders, given_options, load_lavin
-from mma.programs.chat import LavinChat, chat_prompt, shown_answer
-from mma.programs.page import MAX_UPLOAD_BYTES, Handlers, build_page
+from mma.lavin import demo
+from mma.lavin.answering import find_folders, given_options, load_lavin
+from mma.lavin.chat import LavinChat, chat_prompt, shown_answer
+from mma.lavin.convert import export_file
+from mma.lavin.page import MAX_UPLOAD_BYTES, Handlers, build_page
 from tests.golden import load_case
 from tests.mma.lavin_files import LavinFiles
 from tests.mma.test_data import IMAGES
@@ -241,7 +241,7 @@ def test_the_original_command_starts_the_page(
         Page.chat = chat
         return Page()
 
-    monkeypatch.setattr("mma.programs.page.build_page", build)
+    monkeypatch.setattr("mma.lavin.page.build_page", build)
     words = ["--ckpt_dir", str(lavin_files.weights), "--llm_model", "7B", "--adapter_path", str(lavin_checkpoint)]
     original_program.main([*words, "--server_name", "127.0.0.1", "--device", "cpu"])
     assert launched["server_name"] == "127.0.0.1"

@@ -16,11 +16,9 @@ from llava.eval.answering.answers import Task
 from llava.eval.answering.loading import load_model
 from llava.eval.answering.processes import Processes
 from llava.eval.answering.runner import stripped_text
-from mma import eval as mma_eval
-from mma import eval_mme
-from mma.data.scienceqa import read_split
-from mma.original import export_file
-from mma.programs.answering import (
+from mma.lavin import eval as mma_eval
+from mma.lavin import eval_mme
+from mma.lavin.answering import (
     answer_settings,
     continued_text,
     find_folders,
@@ -30,7 +28,9 @@ from mma.programs.answering import (
     make_prompt,
     output_folder,
 )
-from mma.scoring.scienceqa import score
+from mma.lavin.convert import export_file
+from mma.lavin.data.scienceqa import read_split
+from mma.lavin.scoring.scienceqa import score
 from tests.golden import load_case
 from tests.mma.lavin_files import LavinFiles
 from tests.mma.test_data import IMAGES

@@ -10,7 +10,7 @@ import torch
 from llava.train.arguments import ModelArguments, RunArguments
 from llava.train.freeze import freeze
 from llava.train.optimizer import optimizer_groups
-from mma.convert import original_names
+from mma.original import original_names
 from tests.mma.golden_model import golden_model, spliced_rows
 from tests.mma.test_counts import Training
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mma.convert import original_names
 from mma.extension import MmaExtension
+from mma.original import original_names
 from tests.checkpointed import checkpoint_layers
 from tests.mma.golden_model import golden_model, spliced_rows
 

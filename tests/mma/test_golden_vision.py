@@ -15,10 +15,10 @@ from torch import Tensor
 
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from mma.config import MmaConfig
-from mma.convert import original_names
 from mma.extension import MmaExtension
 from mma.layer import RoutedRepAdapter
 from mma.model import adapters
+from mma.original import original_names
 from tests.golden import load_case
 from tests.mma.golden_model import llava_config, write_tower
 

@@ -17,10 +17,11 @@ from transformers import CLIPVisionModel, LlamaConfig
 from llava.errors import CheckpointError
 from llava.model.builder import load_pretrained_model
 from llava.runtime.weights.fingerprint import weights_fingerprint
-from mma import convert, demo
-from mma import eval as mma_eval
+from mma import original as convert
 from mma.config import MmaConfig
-from mma.original import export_file, import_file, main, ready_folder
+from mma.lavin import demo
+from mma.lavin import eval as mma_eval
+from mma.lavin.convert import export_file, import_file, main, ready_folder
 from tests.golden import golden_dir, load_case
 from tests.mma.golden_model import golden_model, llama_tensors, spliced_rows, write_tower
 from tests.mma.test_golden_inference import prompt

@@ -14,9 +14,9 @@ import pytest
 
 from llava.errors import FlagError
 from llava.eval.answering.processes import Processes, part_of
-from mma import eval as mma_eval
-from mma.programs import answering
-from mma.scoring.scienceqa import ScienceQAScore
+from mma.lavin import answering
+from mma.lavin import eval as mma_eval
+from mma.lavin.scoring.scienceqa import ScienceQAScore
 from tests.mma.lavin_files import LavinFiles
 from tests.mma.test_evaluation import answers_in, words_for
 

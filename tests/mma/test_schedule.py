@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llava.eval.answering.generation import GenerationOptions, RowSampler
-from mma.schedule import Epoch, Schedule, absolute_learning_rate, lavin_schedule
+from mma.lavin.schedule import Epoch, Schedule, absolute_learning_rate, lavin_schedule
 from tests.golden import load_case
 
 SETTINGS = load_case("lavin", "lr_schedule")[0]["settings"]

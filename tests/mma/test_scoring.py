@@ -10,9 +10,9 @@ import pytest
 
 from llava.errors import BadSampleError
 from llava.eval.eval_mme import parse_response, score_task, totals
-from mma.data.prompts import instruction_prompt
-from mma.scoring.mme import LabelSource, MmeQuestion, read_benchmark, report, response_part, rows_of
-from mma.scoring.scienceqa import GROUPS, UNPARSABLE, choice_of, extract, score
+from mma.lavin.data.prompts import instruction_prompt
+from mma.lavin.scoring.mme import LabelSource, MmeQuestion, read_benchmark, report, response_part, rows_of
+from mma.lavin.scoring.scienceqa import GROUPS, UNPARSABLE, choice_of, extract, score
 from tests.golden import load_case
 
 SQA = load_case("lavin", "scienceqa_eval")[0]

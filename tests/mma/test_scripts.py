@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mma import eval as mma_eval
-from mma import eval_mme
-from mma.data.mixture import main as mix
-from mma.train import main as train
+from mma.lavin import eval as mma_eval
+from mma.lavin import eval_mme
+from mma.lavin.data.mixture import main as mix
+from mma.lavin.train import main as train
 from tests import command_lines
 from tests.command_lines import ROOT, Call, Snippet
 from tests.golden import load_case

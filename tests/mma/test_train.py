@@ -21,14 +21,13 @@ from llava.model.builder import load_pretrained_model
 from llava.runtime import checkpointing
 from llava.runtime.tokenizer import load_tokenizer
 from llava.train.train import Parts, build_run
-from mma import demo
-from mma import eval as mma_eval
-from mma.programs import train_arguments
-from mma.programs.eval_options import BITS as EVAL_BITS
-from mma.programs.train_arguments import INSTEAD, parse_args
-from mma.programs.train_options import build_parser
-from mma.programs.trainer import WholeUpdates, epoch_of
-from mma.train import dataset_maker, next_command, prepare_base
+from mma.lavin import demo, train_arguments
+from mma.lavin import eval as mma_eval
+from mma.lavin.eval_options import BITS as EVAL_BITS
+from mma.lavin.train import dataset_maker, next_command, prepare_base
+from mma.lavin.train_arguments import INSTEAD, parse_args
+from mma.lavin.train_options import build_parser
+from mma.lavin.trainer import WholeUpdates, epoch_of
 from tests.golden import load_case
 from tests.mma.lavin_files import LavinFiles, save_lavin_files, tiny_words, train_tiny
 from tests.mma.test_data import lavin_processor

@@ -13,9 +13,9 @@ from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.model.loss import LossReduction
 from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments
 from llava.train.freeze import freeze
-from mma.convert import original_names
-from mma.programs.trainer import LavinTrainer
-from mma.schedule import Schedule, absolute_learning_rate
+from mma.lavin.schedule import Schedule, absolute_learning_rate
+from mma.lavin.trainer import LavinTrainer
+from mma.original import original_names
 from tests.golden import load_case
 from tests.mma.golden_model import golden_model, spliced_rows
 

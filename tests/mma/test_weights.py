@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-import mma.demo
-import mma.eval
-import mma.eval_mme
+import mma.lavin.demo
+import mma.lavin.eval
+import mma.lavin.eval_mme
 from llava.errors import CheckpointError, FlagError
 from llava.eval.answering.processes import Processes
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.backbones import backbone_class
 from llava.runtime.tokenizer import load_tokenizer
-from mma.original import export_file
-from mma.programs.answering import find_folders, given_options
-from mma.train import parse_args, prepare_base
-from mma.weights.__main__ import main
-from mma.weights.base import BaseWeights, base_folder
-from mma.weights.meta import places, shard_files, to_half_split
-from mma.weights.tensors import LazyTensor, of_tensor, open_folder
-from mma.weights.vicuna import VicunaKind, kind_by_itself
+from mma.lavin.answering import find_folders, given_options
+from mma.lavin.convert import export_file
+from mma.lavin.train import parse_args, prepare_base
+from mma.lavin.weights.__main__ import main
+from mma.lavin.weights.base import BaseWeights, base_folder
+from mma.lavin.weights.meta import places, shard_files, to_half_split
+from mma.lavin.weights.tensors import LazyTensor, of_tensor, open_folder
+from mma.lavin.weights.vicuna import VicunaKind, kind_by_itself
 from tests.golden import golden_dir, load_case
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import hydralora.finetune
 import llava.train.train
-import mma.train
+import mma.lavin.train
 from llava.model.formats import read_tensors
 from llava.runtime.run_record import run_record
 from llava.runtime.weights.completeness import RECORD_FILE
@@ -119,12 +119,12 @@ def mma_program(files: LavinFiles) -> Program:
         return tiny_words(files, output, *_given(usual | dict(changes)))
 
     def record(line: list[str]) -> dict[str, Any]:
-        args = mma.train.parse_args(line)
-        mma.train.prepare_base(args)
+        args = mma.lavin.train.parse_args(line)
+        mma.lavin.train.prepare_base(args)
         args.run.program = vars(args.own)
         return run_record(args.run)
 
-    return Program("mma.train", words, mma.train.main, record)
+    return Program("mma.train", words, mma.lavin.train.main, record)
 
 
 def finetune_program(tiny: TinyFolders, folder: Path) -> Program:

@@ -13,9 +13,8 @@ from llava.eval import __main__ as engine
 from llava.eval import long_answers, model_vqa, model_vqa_loader, model_vqa_science
 from llava.eval.answering import options as program
 from llava.eval.benchmarks import BENCHMARKS
-from mma import eval as mma_eval
-from mma import eval_mme
-from mma.programs import answering
+from mma.lavin import answering, eval_mme
+from mma.lavin import eval as mma_eval
 from tests.eval import benchmark_data
 from tests.golden import golden_dir
 from tests.reliability.hostile_files import FOREIGN, corpus

@@ -31,11 +31,10 @@ from llava.runtime.finite_logits import LogitsWatch, are_sound, no_answer
 from llava.serve import cli
 from llava.serve.chat import Chat
 from llava.serve.engine import Engine, EngineError, Job, Row
-from mma import demo
-from mma import eval as mma_eval
-from mma.programs import answering
-from mma.programs.chat import LavinChat
-from mma.programs.page import Handlers
+from mma.lavin import answering, demo
+from mma.lavin import eval as mma_eval
+from mma.lavin.chat import LavinChat
+from mma.lavin.page import Handlers
 from tests.dynamic.sparse_checkpoint import write_sparse_checkpoint
 from tests.eval.conftest import QUESTIONS
 from tests.golden import golden_dir

@@ -28,10 +28,10 @@ from llava.model.delta import combine
 from llava.model.full_weights import write_full_weights
 from llava.runtime.places import Input, folder_problems
 from llava.train.arguments import parse_args as parse_llava
-from mma.data import mixture
-from mma.merge import merge_checkpoint
-from mma.original import export_file, import_file
-from mma.programs.train_arguments import parse_args as parse_lavin
+from mma.lavin.convert import export_file, import_file
+from mma.lavin.data import mixture
+from mma.lavin.merge import merge_checkpoint
+from mma.lavin.train_arguments import parse_args as parse_lavin
 from scripts import extract_mm_projector
 from tests.command_lines import ROOT
 from tests.reliability.snapshots import snapshot
@@ -229,7 +229,7 @@ EXPORTERS: dict[str, Write] = {
     "make_delta": lambda one, two, output: combine(two, one, Path(output), operator.sub),
     "apply_delta": lambda one, two, output: combine(two, one, Path(output), operator.add),
     "mma.merge": lambda one, two, output: merge_checkpoint(one, output, model_base=str(two)),
-    "mma.original import": lambda one, two, output: import_file(one / "config.json", output, str(one), str(two)),
+    "mma.lavin.convert import": lambda one, two, output: import_file(one / "config.json", output, str(one), str(two)),
     "hydralora.convert from-original": lambda one, two, output: import_adapter(one, Path(output)),
     "hydralora.convert to-original": lambda one, two, output: export_adapter(one, Path(output)),
 }
@@ -250,7 +250,7 @@ def test_a_converted_checkpoint_never_falls_on_its_input(name: str, world: Path)
         refused(world, lambda output=output: EXPORTERS[name](one, two, output), f"{output}: already exists")
 
 
-@pytest.mark.parametrize("write", ["extract", "mma.original export"])
+@pytest.mark.parametrize("write", ["extract", "mma.lavin.convert export"])
 def test_an_exported_file_never_replaces_one(write: str, world: Path) -> None:
     base = world / "checkpoints" / "base"
 

@@ -37,10 +37,10 @@ from llava.eval.run_llava import open_image
 from llava.eval.scoring import mmbench, sqa_to_llava, submission
 from llava.eval.scoring.references import read_conversations
 from llava.runtime import zero
-from mma.data import mixture
-from mma.data.instructions import read_mixture
-from mma.data.scienceqa import read_split
-from mma.scoring.mme import LabelSource, read_benchmark
+from mma.lavin.data import mixture
+from mma.lavin.data.instructions import read_mixture
+from mma.lavin.data.scienceqa import read_split
+from mma.lavin.scoring.mme import LabelSource, read_benchmark
 from tests.golden import golden_dir
 from tests.reliability.damage import POINTER
 from tests.reliability.programs import Program

@@ -23,7 +23,7 @@ from llava.runtime.retired_flags import translate_retired_flags
 from llava.train.arguments import parse_args
 from llava.train.train import main as train
 from mma.config import MmaConfig
-from mma.train import main as train_lavin
+from mma.lavin.train import main as train_lavin
 from tests.mma.lavin_files import LavinFiles, tiny_words
 from tests.reliability.test_training_numbers import finetune_words
 from tests.reliability.values import ABSENT, COUNTED, INF, NAN, POSITIVE_VALUES, RATE, SHARE, SIGNLESS, rows

@@ -34,7 +34,11 @@ def test_what_a_wheel_has() -> None:
     files = expected_files(ROOT)
     assert files["llava/scripts/tree/scripts/pretrain.sh"]
     assert not files["llava/scripts/tree/scripts/common.bash"]
-    assert {"moe_patch/patch.sh", "mma/demo.py", "llava/scripts/tree/run/train_dynamic_llava_7b.sh"} <= files.keys()
+    assert {
+        "moe_patch/patch.sh",
+        "mma/lavin/demo.py",
+        "llava/scripts/tree/run/train_dynamic_llava_7b.sh",
+    } <= files.keys()
     assert not [
         name for name in files if name.startswith(("playground", "tests", "benchmarks")) or "experiments" in name
     ]

@@ -25,7 +25,7 @@ from tests.hydralora.text.test_finetune import save_base, save_start
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIG = ROOT / "scripts" / "hydralora" / "opencompass_mmlu.py"
-MODEL = "scripts.hydralora.opencompass_model"
+MODEL = "benchmarks.opencompass.model"
 
 
 class Retriever:

@@ -24,11 +24,11 @@ from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, Ran
 from llava.train.arguments import RunArguments
 from llava.train.arguments import parse_args as parse_llava
 from mma.config import TOWER
-from mma.data.instructions import MIXTURE_FILE
-from mma.data.scienceqa import IMAGES_FOLDER, PROBLEMS_FILE, SPLITS_FILE
-from mma.programs.train_options import BITS, build_parser, given
-from mma.schedule import Schedule, absolute_learning_rate
-from mma.weights.base import AUTO, BaseWeights
+from mma.lavin.data.instructions import MIXTURE_FILE
+from mma.lavin.data.scienceqa import IMAGES_FOLDER, PROBLEMS_FILE, SPLITS_FILE
+from mma.lavin.schedule import Schedule, absolute_learning_rate
+from mma.lavin.train_options import BITS, build_parser, given
+from mma.lavin.weights.base import AUTO, BaseWeights
 
 INSTEAD = {
     "model_name_or_path": "--llama_model_path and --llm_model",

@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 
 from llava.errors import FlagError
 from llava.train.llava_trainer import LLaVATrainer
-from mma.schedule import Epoch, Schedule, lavin_schedule
+from mma.lavin.schedule import Epoch, Schedule, lavin_schedule
 
 
 def epoch_of(samples: int, batch_size: int, accum_iter: int, world_size: int) -> Epoch:

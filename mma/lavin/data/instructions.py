@@ -1,4 +1,4 @@
-"""The chatbot mixture `all_data.json` (`mma/data/mixture.py` makes it), as rows that llava's data set takes.
+"""The chatbot mixture `all_data.json` (`mma/lavin/data/mixture.py` makes it), as rows that llava's data set takes.
 
 data_root/all_data.json, images/train2014/COCO_train2014_<name> (COCO), images/train/<id>/image.png (ScienceQA)
 """
@@ -13,7 +13,7 @@ from typing import Any
 from llava.data.records import RecordFiles, Records, Row
 from llava.errors import BadSampleError
 from llava.eval.answering.questions import read_json
-from mma.data.scienceqa import IMAGE_NAME, IMAGES_FOLDER, conversation_row
+from mma.lavin.data.scienceqa import IMAGE_NAME, IMAGES_FOLDER, conversation_row
 
 MIXTURE_FILE = "all_data.json"
 COCO, SCIENCEQA = "mscoco", "sqa"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llava.errors import FlagError
 from llava.utils import run_program
-from mma.weights.base import AUTO, VICUNA_CHOICES, VICUNA_HELP, BaseWeights, convert, ready_folder
+from mma.lavin.weights.base import AUTO, VICUNA_CHOICES, VICUNA_HELP, BaseWeights, convert, ready_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         The folder that can be loaded.
 
     Raises:
-        CheckpointError: see `mma.weights.base.convert`.
+        CheckpointError: see `mma.lavin.weights.base.convert`.
         FlagError: `--vicuna_weights` without `--use_vicuna`.
     """
     args = build_parser().parse_args(argv)

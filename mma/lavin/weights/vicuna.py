@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from llava.errors import CheckpointError
-from mma.weights.meta import to_half_split
-from mma.weights.tensors import LazyTensor, Weights
+from mma.lavin.weights.meta import to_half_split
+from mma.lavin.weights.tensors import LazyTensor, Weights
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 """May have more rows than the base's: Vicuna v0 added a padding token behind."""

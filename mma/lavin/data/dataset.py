@@ -19,7 +19,7 @@ from llava.data.dataset import LazySupervisedDataset
 from llava.data.records import RecordFiles, Row
 from llava.data.tiling import GridPinpoints, ImageLength
 from llava.errors import NoTargetError
-from mma.data.tokens import sample_ids
+from mma.lavin.data.tokens import sample_ids
 
 ASPECT_RATIO = "stretch"
 """In the original pictures are squashed to the square that the tower sees."""

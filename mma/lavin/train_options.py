@@ -10,8 +10,8 @@ import argparse
 from collections.abc import Sequence
 
 from mma.config import TOWER
-from mma.data.prompts import FORMATS, OPTIONS
-from mma.weights.base import AUTO, VICUNA_CHOICES, VICUNA_HELP
+from mma.lavin.data.prompts import FORMATS, OPTIONS
+from mma.lavin.weights.base import AUTO, VICUNA_CHOICES, VICUNA_HELP
 
 BITS = {"4bit": 4, "8bit": 8, "16bit": 16}
 

@@ -21,8 +21,8 @@ from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import LoadedModel
 from llava.mm_utils import process_images
 from llava.serve.engine import End, Engine, Job, Row
-from mma.data.prompts import RESPONSE
-from mma.data.tokens import prompt_ids
+from mma.lavin.data.prompts import RESPONSE
+from mma.lavin.data.tokens import prompt_ids
 
 QUESTION = "Instruction:"
 MISSPELT = "Responese:"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mma.data.prompts import OPTIONS, Problem
+from mma.lavin.data.prompts import OPTIONS, Problem
 
 STATED = re.compile(r"The answer is ([A-Z]).")
 """The last sign is any character but a line feed: a letter that ends the text does not match, as in the original."""

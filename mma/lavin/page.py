@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llava.errors import FlagError, LlavaError
 from llava.eval.answering.generation import GenerationOptions
 from llava.serve.image_urls import ImagePolicy
-from mma.programs.chat import LavinChat, Turn
+from mma.lavin.chat import LavinChat, Turn
 
 if TYPE_CHECKING:
     import gradio as gr

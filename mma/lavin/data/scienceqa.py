@@ -13,7 +13,7 @@ from typing import Any
 from llava.data.records import RecordFiles, Records, Row
 from llava.errors import BadSampleError, FlagError
 from llava.eval.answering.questions import read_json
-from mma.data.prompts import FORMATS, OPTIONS, Problem, build_prompt
+from mma.lavin.data.prompts import FORMATS, OPTIONS, Problem, build_prompt
 
 PROBLEMS_FILE, SPLITS_FILE = "problems.json", "pid_splits.json"
 IMAGES_FOLDER = "images"

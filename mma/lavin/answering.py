@@ -33,11 +33,11 @@ from llava.mm_utils import get_model_name_from_path
 from llava.runtime.places import Input, refuse_file, refuse_folder, same_place
 from llava.runtime.ranges import NOT_NEGATIVE, check_ranges
 from llava.runtime.weights.fingerprint import weights_fingerprint
-from mma.convert import SETTINGS, is_bottleneck
-from mma.data.tokens import prompt_ids
-from mma.original import ready_folder
-from mma.programs.eval_options import ADAPTER_OPTIONS, ANSWER_RANGES, BITS, MODEL_RANGES, check_adapters
-from mma.weights.base import AUTO, BaseWeights, base_folder
+from mma.lavin.convert import ready_folder
+from mma.lavin.data.tokens import prompt_ids
+from mma.lavin.eval_options import ADAPTER_OPTIONS, ANSWER_RANGES, BITS, MODEL_RANGES, check_adapters
+from mma.lavin.weights.base import AUTO, BaseWeights, base_folder
+from mma.original import SETTINGS, is_bottleneck
 
 CONV_MODE = "lavin"
 """In the settings of an answers file, in place of a conversation template."""

@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 
 from llava.errors import CheckpointError
 from llava.utils import read_json
-from mma.weights.tensors import LazyTensor, map_torch_file
+from mma.lavin.weights.tensors import LazyTensor, map_torch_file
 
 PARAMS_FILE = "params.json"
 SHARD = re.compile(r"consolidated\.(\d+)\.pth")

@@ -17,9 +17,9 @@ from llava.errors import CheckpointError
 from llava.runtime.hub import is_hub_id, local_folder
 from llava.runtime.output import new_path
 from llava.runtime.tokenizer import LlamaTokenizer
-from mma.weights.meta import PARAMS_FILE, open_meta
-from mma.weights.tensors import Weights, open_folder, write_folder
-from mma.weights.vicuna import VicunaKind, add_delta, kind_by_itself, kind_of, original_sum
+from mma.lavin.weights.meta import PARAMS_FILE, open_meta
+from mma.lavin.weights.tensors import Weights, open_folder, write_folder
+from mma.lavin.weights.vicuna import VicunaKind, add_delta, kind_by_itself, kind_of, original_sum
 
 TOKENIZER = "tokenizer.model"
 AUTO = "auto"

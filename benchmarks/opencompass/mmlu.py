@@ -3,7 +3,7 @@
 Usage, from the root of the repository (docs/evaluation_text.md says how to install OpenCompass):
 
     MODEL=./checkpoints/llama-2-7b ADAPTER=./checkpoints/my_adapter/sft_lora_model PYTHONPATH=. \
-        opencompass scripts/hydralora/opencompass_mmlu.py --work-dir ./eval-output/mmlu
+        opencompass benchmarks/opencompass/mmlu.py --work-dir ./eval-output/mmlu
 
 What the original's README changes by hand in OpenCompass is set here: the adapter, and a retriever that finds nothing
 in place of the five examples of `mmlu_ppl_ac766d`.
@@ -14,7 +14,7 @@ import os
 from mmengine.config import read_base
 from opencompass.openicl.icl_retriever import ZeroRetriever
 
-from scripts.hydralora.opencompass_model import AdaptedModel
+from benchmarks.opencompass.model import AdaptedModel
 
 with read_base():
     from opencompass.configs.datasets.mmlu.mmlu_ppl_ac766d import mmlu_datasets as datasets

@@ -11,9 +11,9 @@ from typing import Any
 
 from llava.errors import FlagError
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range
-from mma.data.prompts import OPTIONS
-from mma.programs.train_options import BITS as TRAINING_BITS
-from mma.weights.base import AUTO, VICUNA_CHOICES, VICUNA_HELP
+from mma.lavin.data.prompts import OPTIONS
+from mma.lavin.train_options import BITS as TRAINING_BITS
+from mma.lavin.weights.base import AUTO, VICUNA_CHOICES, VICUNA_HELP
 
 BITS = {"16bits": 16, **TRAINING_BITS}
 """The original's evaluation has another word for the full precision than its training."""

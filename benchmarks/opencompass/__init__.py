@@ -1,0 +1,1 @@
+"""HydraLoRA in OpenCompass: a configuration of MMLU and the class of model that it names."""

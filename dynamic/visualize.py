@@ -1,0 +1,173 @@
+r"""Show which patches and words a sparse model keeps while it answers (upstream `dynamic_eval/visualize.py`).
+
+python -m llava.dynamic_eval.visualize --model-path results/dynamic-llava-7b --image-file view.jpg \
+    --query "What is shown?" --output-dir kept
+
+Writes `kept.png` and `kept.html`: each image beside the patches that the layers from the sparse one on work with, the
+words of the last instruction and of the answer with the forgotten ones crossed out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dynamic.inspection import DecisionLog, record_decisions
+from dynamic.pictures import KeptImage, Passage, Word, draw_sheet, page
+from llava.data.images import Picture
+from llava.errors import CheckpointError, FlagError
+from llava.eval import run_llava
+from llava.eval.answering.answers import Task
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.loading import LoadedModel, load_model
+from llava.eval.answering.runner import image_arguments, load_pictures, make_prompt
+from llava.mm_utils import get_model_name_from_path
+from llava.runtime.output import replace_text, replacing
+from llava.runtime.places import Input, folder_problem, refuse_file
+from llava.runtime.recognize import refuse_foreign, refuse_foreign_bytes
+from llava.utils import run_program
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of `llava.eval.run_llava` and `--output-dir`."""
+    parser = run_llava.build_parser()
+    parser.prog, parser.description = "llava.dynamic_eval.visualize", __doc__
+    parser.add_argument("--output-dir", type=Path, default=Path("visualize"), help="folder of kept.png and kept.html")
+    return parser
+
+
+def pixels_to_image(pixels: Tensor, image_processor: Any) -> Image.Image:
+    """The image behind normalised `pixels` (3, H, W): what the tower sees, after cropping or padding."""
+    mean, std = (
+        torch.tensor(values)[:, None, None] for values in (image_processor.image_mean, image_processor.image_std)
+    )
+    values = (pixels.float().cpu() * std + mean).clamp(0, 1)
+    return Image.fromarray((values * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def kept_images(log: DecisionLog, pictures: Sequence[Picture], loaded: LoadedModel) -> list[KeptImage]:
+    """The images of the prompt with the patches that were kept; of a tiled one its overview alone.
+
+    Raises:
+        CheckpointError: the model sees no patches, but class tokens of the tower alone.
+    """
+    tower = loaded.model.get_vision_tower()
+    if tower.interval is not None:
+        raise CheckpointError(
+            f"--mm_vision_select_feature {tower.select_feature} of this model: its tokens are no patches of a picture, "
+            "so there is nothing to draw"
+        )
+    side = tower.num_patches_per_side
+    first = tower.num_features - tower.num_patches  # 1 where the class token is kept, which comes before the patches
+    shown = []
+    for picture, kept in zip(pictures, log.prompts[0].images(0), strict=True):
+        whole = picture.pixels if picture.pixels.ndim == 3 else picture.pixels[0]
+        # The tokens of the overview come first.
+        indices = [index - first for index in kept.tolist() if first <= index < first + side * side]
+        shown.append(KeptImage(pixels_to_image(whole, loaded.image_processor), (side, side), indices))
+    return shown
+
+
+def instruction_passage(log: DecisionLog, input_ids: Tensor, tokenizer: Any) -> Passage:
+    """The last instruction, word by word.
+
+    Args:
+        log: of the answer.
+        input_ids: (T,) of the prompt, one id for each image.
+        tokenizer: of the model.
+    """
+    segments = log.prompts[0].segments[0]
+    span = segments.last_instruct
+    # An image takes many positions in the sequence and one among the ids.
+    shift = sum(image.end - image.start - 1 for image in segments.images)
+    ids = input_ids[span.start - shift : span.end - shift].tolist()
+    kept = set(log.prompts[0].instruction(0).tolist())
+    return Passage("Last instruction", words(ids, [index in kept for index in range(len(ids))], tokenizer))
+
+
+def answer_passage(log: DecisionLog, output_ids: Sequence[int], tokenizer: Any) -> Passage:
+    """The answer; its last token was never fed, so nothing was decided about it and it is left out."""
+    stored = log.stored()[0].tolist() if log.new_tokens else []
+    return Passage("Answer, all but the last token", words(output_ids[: len(stored)], stored, tokenizer))
+
+
+def words(ids: Sequence[int], kept: Sequence[bool], tokenizer: Any) -> list[Word]:
+    """One `Word` for each token; its text is what it adds to the text before it."""
+    found, before = [], ""
+    for end, keep in enumerate(kept, start=1):
+        text = tokenizer.decode(list(ids[:end]))
+        found.append(Word(text[len(before) :], keep))
+        before = text
+    return found
+
+
+def refuse_outputs(args: argparse.Namespace, images: Sequence[str]) -> None:
+    """Refuse to replace an image that is shown, or files of somebody else.
+
+    Raises:
+        FlagError: one of the two output files is such a file.
+    """
+    folder = Path(args.output_dir)
+    problem = folder_problem(folder) if not str(args.output_dir).strip() else None
+    if problem is not None:
+        raise FlagError(f"--output-dir '': {problem}")
+    for name in ("kept.png", "kept.html"):
+        refuse_file("--output-dir", folder / name, [Input("--image-file", image) for image in images])
+    refuse_foreign_bytes(folder / "kept.png", b"\x89PNG")
+    refuse_foreign(folder / "kept.html", page(args.query, [], []))
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Run the program.
+
+    Returns:
+        the folder with the two files.
+
+    Raises:
+        LlavaError: a flag, an image or the checkpoint is wrong; the message says what to do.
+    """
+    args = build_parser().parse_args(argv)
+    if args.num_beams != 1:
+        raise FlagError(f"--num_beams {args.num_beams}: beams are dropped and copied on the way; use --num_beams 1")
+    conv_mode = run_llava.choose_conv_mode(args.conv_mode, get_model_name_from_path(args.model_path))
+    options = GenerationOptions(args.temperature, args.top_p, 1, args.max_new_tokens, args.seed)
+    names = tuple(name.strip() for name in args.image_file.split(args.sep))
+    task = Task(0, args.query, args.query, names, where="--query")
+    refuse_outputs(args, names)
+    loaded = load_model(args.model_path, args.model_base, device=args.device, torch_dtype=args.torch_dtype)
+    if "dynamic" not in loaded.model.extensions.configs:
+        raise CheckpointError(f"{args.model_path}: a dense model, which keeps everything; name a sparse one")
+    prompt, pictures = make_prompt("0", task, loaded, conv_mode), load_pictures(task, loaded, run_llava.open_image)
+    with record_decisions(loaded.model) as log, torch.no_grad():
+        output_ids = loaded.model.generate(
+            prompt.input_ids[None].to(loaded.model.device),
+            **image_arguments([pictures], loaded),
+            **options.arguments([prompt.key]),
+        )[0].tolist()
+    if not log.prompts:
+        raise CheckpointError(
+            f"{args.model_path}: its configuration keeps every token (vision_keep_rate 1, no text predictor)"
+        )
+    images = kept_images(log, pictures, loaded)
+    passages = [
+        instruction_passage(log, prompt.input_ids, loaded.tokenizer),
+        answer_passage(log, output_ids, loaded.tokenizer),
+    ]
+    with replacing(args.output_dir / "kept.png") as partial:
+        draw_sheet(images, passages).save(partial)
+    replace_text(args.output_dir / "kept.html", page(args.query, images, passages), check=False)
+    print(loaded.tokenizer.decode(output_ids, skip_special_tokens=True).strip())
+    for part in (*images, *passages):
+        print(part.caption)
+    print(f"{args.output_dir / 'kept.png'}, {args.output_dir / 'kept.html'}")
+    return Path(args.output_dir)
+
+
+if __name__ == "__main__":
+    run_program(main)
