@@ -22,6 +22,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.experiments.common import tiny
+from benchmarks.experiments.nlvr.recipe import Sizes
 from benchmarks.measuring import Clock, clock_for
 from benchmarks.record import check_run, provenance, show, write_files
 from llava.conversation import conv_templates
@@ -36,8 +38,6 @@ from llava.mm_utils import process_images
 from llava.runtime.tokenizer import load_tokenizer
 from llava.train.train import build_model, parse_args
 from llava.utils import run_program
-from scripts.experiments.nlvr import tiny
-from scripts.experiments.nlvr.recipe import Sizes
 
 PROGRAM = "benchmarks.eval"
 TEMPLATE = "vicuna_v1"

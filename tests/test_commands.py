@@ -20,7 +20,7 @@ each_snippet = pytest.mark.parametrize("snippet", SCRIPTS + BLOCKS, ids=lambda s
 # The published lines are for GPUs with TF32; these two options let the same line pass on a machine without one.
 WITHOUT_GPU = ("--use_cpu", "True", "--tf32", "False")
 
-PASSING_ON = ("scripts.experiments.sparse.train",)
+PASSING_ON = ("benchmarks.experiments.sparse.train",)
 """Programs with options beside those of `llava/train/train.py`."""
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llava.train.arguments import parse_args
-from scripts.experiments.methods import (
+from benchmarks.experiments.common.methods import (
     Method,
     Result,
     Run,
@@ -20,11 +19,12 @@ from scripts.experiments.methods import (
     seed_table,
     summary_table,
 )
-from scripts.experiments.nlvr.report import fill
-from scripts.experiments.nlvr.rows import Asked
-from scripts.experiments.nlvr.steps import Step, StepError, marker, run_steps, write_json
-from scripts.experiments.nlvr_methods import table
-from scripts.experiments.nlvr_methods.recipe import SEEDS, TASKS, Recipe, tuned_command
+from benchmarks.experiments.common.report import fill
+from benchmarks.experiments.common.rows import Asked
+from benchmarks.experiments.common.steps import Step, StepError, marker, run_steps, write_json
+from benchmarks.experiments.nlvr_methods import table
+from benchmarks.experiments.nlvr_methods.recipe import SEEDS, TASKS, Recipe, tuned_command
+from llava.train.arguments import parse_args
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,13 +12,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llava.errors import CheckpointError, FlagError
-from llava.train.arguments import parse_args
-from mma import model as adapted_model
-from mma.config import MmaConfig
-from mma.modality import routing_table
-from scripts.experiments.modality import report, routing, table
-from scripts.experiments.modality.recipe import (
+from benchmarks.experiments.common.report import fill
+from benchmarks.experiments.common.rows import Asked, read_train
+from benchmarks.experiments.common.steps import marker, run_steps, write_json
+from benchmarks.experiments.modality import report, routing, table
+from benchmarks.experiments.modality.recipe import (
     NO_ROUTING,
     SEEDS,
     Method,
@@ -29,7 +27,7 @@ from scripts.experiments.modality.recipe import (
     plain_parameters,
     tuned_command,
 )
-from scripts.experiments.modality.tasks import (
+from benchmarks.experiments.modality.tasks import (
     KINDS,
     MODALITIES,
     TASKS,
@@ -39,11 +37,13 @@ from scripts.experiments.modality.tasks import (
     text_questions,
     text_rows,
 )
-from scripts.experiments.nlvr.recipe import Sizes, lora_parameters
-from scripts.experiments.nlvr.report import fill
-from scripts.experiments.nlvr.rows import Asked, read_train
-from scripts.experiments.nlvr.steps import marker, run_steps, write_json
-from scripts.experiments.nlvr_methods.table import BASE
+from benchmarks.experiments.nlvr.recipe import Sizes, lora_parameters
+from benchmarks.experiments.nlvr_methods.table import BASE
+from llava.errors import CheckpointError, FlagError
+from llava.train.arguments import parse_args
+from mma import model as adapted_model
+from mma.config import MmaConfig
+from mma.modality import routing_table
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = Sizes(width=16, mlp=24, layers=2, heads=2, vocabulary=32, max_length=32)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.errors import BadSampleError
-from scripts.experiments.nlvr.rows import (
+from benchmarks.experiments.common.rows import (
     Asked,
     blind_accuracy,
     conversation_rows,
@@ -18,6 +17,7 @@ from scripts.experiments.nlvr.rows import (
     read_questions,
     read_train,
 )
+from llava.errors import BadSampleError
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "nlvr"
 

@@ -10,11 +10,12 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.experiments.common import report, tiny
+from benchmarks.experiments.common.rows import Asked
+from benchmarks.experiments.common.steps import Step, StepError, marker, run_steps
+from benchmarks.experiments.nlvr import table
+from benchmarks.experiments.nlvr.recipe import Recipe, Sizes, hydra_parameters, lora_parameters, matching_lora_rank
 from llava.train.arguments import parse_args
-from scripts.experiments.nlvr import report, table, tiny
-from scripts.experiments.nlvr.recipe import Recipe, Sizes, hydra_parameters, lora_parameters, matching_lora_rank
-from scripts.experiments.nlvr.rows import Asked
-from scripts.experiments.nlvr.steps import Step, StepError, marker, run_steps
 
 
 def test_lora_rank_matches_within_two_per_cent() -> None:

@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.experiments.common.report import fill
+from benchmarks.experiments.sparse import answer, objects, recipe, report, table, train
+from benchmarks.experiments.sparse.rules import Chance, LateReading, attach_sparsity, follow, last_token_attention
 from dynamic.inspection import record_decisions
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import CheckpointError, FlagError
 from llava.eval.answering.loading import LoadedModel, load_model
 from llava.train.arguments import parse_args
-from scripts.experiments.nlvr.report import fill
-from scripts.experiments.sparse import answer, objects, recipe, report, table, train
-from scripts.experiments.sparse.rules import Chance, LateReading, attach_sparsity, follow, last_token_attention
 from tests.dynamic.sparse_checkpoint import write_sparse_checkpoint
 from tests.golden import golden_dir
 

@@ -12,15 +12,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from benchmarks.experiments.common.report import fill
+from benchmarks.experiments.common.steps import marker, run_steps, write_json
+from benchmarks.experiments.nlvr.recipe import Sizes
+from benchmarks.experiments.text import compare, evaluate, table
+from benchmarks.experiments.text.base import build_tokenizer, save_untrained
+from benchmarks.experiments.text.recipe import SEEDS, Recipe, finetune_command
+from benchmarks.experiments.text.tasks import BASE, LETTERS, TASKS, base_rows, draw_rows, held_out_rows, training_rows
 from hydralora.text.arguments import parse_args
 from llava.errors import CheckpointError, FlagError
-from scripts.experiments.nlvr.recipe import Sizes
-from scripts.experiments.nlvr.report import fill
-from scripts.experiments.nlvr.steps import marker, run_steps, write_json
-from scripts.experiments.text import compare, evaluate, table
-from scripts.experiments.text.base import build_tokenizer, save_untrained
-from scripts.experiments.text.recipe import SEEDS, Recipe, finetune_command
-from scripts.experiments.text.tasks import BASE, LETTERS, TASKS, base_rows, draw_rows, held_out_rows, training_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 

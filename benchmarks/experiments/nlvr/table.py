@@ -1,6 +1,6 @@
 """The whole table: data, three bases, LoRA and HydraLoRA on each, answers, scores, and `docs/experiments.md`.
 
-    python -m scripts.experiments.nlvr.table --data ../shared/data/nlvr --output-dir checkpoints/nlvr
+    python -m benchmarks.experiments.nlvr.table --data ../shared/data/nlvr --output-dir checkpoints/nlvr
 
 Run from the root of the repository. The same command again continues after an interruption; what is done stays.
 `--rehearsal N` shortens every run to N rows and fills no document.
@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from scripts.experiments.nlvr import report, tiny
-from scripts.experiments.nlvr.recipe import METHODS, SEEDS, TEMPLATE, Recipe, base_flags, common_flags, tuned_flags
-from scripts.experiments.nlvr.rows import (
+from benchmarks.experiments.common import report, tiny
+from benchmarks.experiments.common.rows import (
     blind_accuracy,
     conversation_rows,
     majority_accuracy,
     read_questions,
     read_train,
 )
-from scripts.experiments.nlvr.steps import Step, marker, run_steps, same_recipe, write_json
+from benchmarks.experiments.common.steps import Step, marker, run_steps, same_recipe, write_json
+from benchmarks.experiments.nlvr.recipe import METHODS, SEEDS, TEMPLATE, Recipe, base_flags, common_flags, tuned_flags
 
 DOCUMENT = Path("docs/experiments.md")
 

@@ -1,6 +1,6 @@
 """What the routers of MMA have learnt: the weight of the first way up for each modality, layer by layer.
 
-python -m scripts.experiments.modality.routing --model-path RUN --model-base BASE --output ROUTING.json
+python -m benchmarks.experiments.modality.routing --model-path RUN --model-base BASE --output ROUTING.json
 
 The two ways are alike at the start, so which of them serves a modality is chance. How much the adapters of the two
 modalities differ in effect is the second number: |U_image - U_text| / mean(|U_image|, |U_text|) in the Frobenius norm,
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.experiments.common.steps import write_json
 from llava.model.builder import load_pretrained_model
 from mma.modality import routing_table
 from mma.model import MODALITIES, adapters
-from scripts.experiments.nlvr.steps import write_json
 
 
 def build_parser() -> argparse.ArgumentParser:

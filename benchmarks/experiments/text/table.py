@@ -1,6 +1,6 @@
 """The whole text experiment: rows, base, seven kinds of adapters with three seeds each, and the comparison of A and B.
 
-    python -m scripts.experiments.text.table --output-dir checkpoints/text
+    python -m benchmarks.experiments.text.table --output-dir checkpoints/text
 
 Run from the root of the repository. The same command again continues after an interruption; what is done stays.
 `--only-seed 0 --only-method lora` stops after one line: the recipe was settled on that one. It does not fill
@@ -15,13 +15,21 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.experiments.common.methods import (
+    Method,
+    Result,
+    Run,
+    count_parameters,
+    runs_of,
+    seed_table,
+    summary_table,
+)
+from benchmarks.experiments.common.report import command_block, fill
+from benchmarks.experiments.common.steps import Step, marker, run_steps, same_recipe, write_json
+from benchmarks.experiments.text import compare
+from benchmarks.experiments.text.recipe import BASE_SEED, SEEDS, Recipe, finetune_command
+from benchmarks.experiments.text.tasks import TASKS, base_rows, held_out_rows, training_rows
 from hydralora.text.training import ADAPTER_FOLDER
-from scripts.experiments.methods import Method, Result, Run, count_parameters, runs_of, seed_table, summary_table
-from scripts.experiments.nlvr.report import command_block, fill
-from scripts.experiments.nlvr.steps import Step, marker, run_steps, same_recipe, write_json
-from scripts.experiments.text import compare
-from scripts.experiments.text.recipe import BASE_SEED, SEEDS, Recipe, finetune_command
-from scripts.experiments.text.tasks import TASKS, base_rows, held_out_rows, training_rows
 
 DOCUMENT = Path("docs/experiments.md")
 PRELOAD = ("hydralora", "hydralora.text.training", "hydralora.text.arguments", "hydralora.analysis.figures")
@@ -60,7 +68,7 @@ def prepare(recipe: Recipe, folder: Path) -> None:
 def base_step(folder: Path) -> Step:
     """Training of the base."""
     flags = ("--data", str(folder / "base.json"), "--output-dir", str(folder / "base"), "--seed", str(BASE_SEED))
-    return Step("train-base", (("-m", "scripts.experiments.text.base", *flags),))
+    return Step("train-base", (("-m", "benchmarks.experiments.text.base", *flags),))
 
 
 def score_step(name: str, task: str | None, folder: Path) -> Step:
@@ -68,7 +76,7 @@ def score_step(name: str, task: str | None, folder: Path) -> Step:
     data = folder / f"{'-'.join(filter(None, ['test', task]))}.json"
     adapter = () if name == "base" else ("--adapter", str(folder / name / ADAPTER_FOLDER))
     flags = ("--data", str(data), "--output", str(folder / f"score-{name}.json"))
-    command = ("-m", "scripts.experiments.text.evaluate", "--model", str(folder / "base"), *adapter, *flags)
+    command = ("-m", "benchmarks.experiments.text.evaluate", "--model", str(folder / "base"), *adapter, *flags)
     return Step(f"score-{name}", (command,), (f"train-{name}",))
 
 

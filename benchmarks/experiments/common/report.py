@@ -11,8 +11,8 @@ from statistics import mean
 
 from safetensors import safe_open
 
+from benchmarks.experiments.nlvr.recipe import METHODS
 from llava.errors import LlavaError
-from scripts.experiments.nlvr.recipe import METHODS
 
 TASKS = ("verify", "exist", "most", "count")
 NAMES = {"base": "base", "lora": "LoRA", "hydra": "HydraLoRA"}

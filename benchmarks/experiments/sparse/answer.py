@@ -1,6 +1,6 @@
 r"""Answer a file of questions while a rule says which image tokens are kept, the learned predictor or another one.
 
-python -m scripts.experiments.sparse.answer --model-path checkpoints/sparse/nlvr/dense-0 --rule attention \
+python -m benchmarks.experiments.sparse.answer --model-path checkpoints/sparse/nlvr/dense-0 --rule attention \
     --keep-rate 0.2 --sparse-layer 1 --question-file questions.jsonl --image-folder ../shared/data/nlvr \
     --answers-file answers.jsonl --temperature 0 --conv-mode v1 --batch-size 64 --device cpu
 
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.experiments.sparse.rules import NAME, Chance, LastTokenAttention, LateReading, attach_sparsity, follow
 from llava.data.images import load_image
 from llava.errors import FlagError
 from llava.eval import model_vqa_loader
@@ -26,7 +27,6 @@ from llava.eval.answering.questions import read_questions
 from llava.eval.answering.runner import answer_tasks
 from llava.mm_utils import get_model_name_from_path
 from llava.utils import run_program
-from scripts.experiments.sparse.rules import NAME, Chance, LastTokenAttention, LateReading, attach_sparsity, follow
 
 RULES = ("none", "random", "attention")
 
@@ -34,7 +34,7 @@ RULES = ("none", "random", "attention")
 def build_parser() -> argparse.ArgumentParser:
     """The options of `llava.eval.model_vqa_loader`, and those of the rule."""
     parser = model_vqa_loader.build_parser()
-    parser.prog, parser.description = "scripts.experiments.sparse.answer", __doc__
+    parser.prog, parser.description = "benchmarks.experiments.sparse.answer", __doc__
     parser.add_argument("--rule", choices=RULES, required=True, help="what judges image tokens; none: the model itself")
     parser.add_argument("--keep-rate", type=float, default=None, help="share of each image's tokens that is kept")
     parser.add_argument("--sparse-layer", type=int, default=None, help="first layer that works on kept tokens only")

@@ -10,12 +10,12 @@ from statistics import mean
 
 from safetensors.torch import load_file
 
+from benchmarks.experiments.common.methods import sizes_of_tensors
+from benchmarks.experiments.common.report import mean_and_range
+from benchmarks.experiments.common.steps import marker
+from benchmarks.experiments.modality.recipe import Method, Recipe, Run
+from benchmarks.experiments.modality.tasks import MODALITIES, TASKS
 from llava.errors import CheckpointError
-from scripts.experiments.methods import sizes_of_tensors
-from scripts.experiments.modality.recipe import Method, Recipe, Run
-from scripts.experiments.modality.tasks import MODALITIES, TASKS
-from scripts.experiments.nlvr.report import mean_and_range
-from scripts.experiments.nlvr.steps import marker
 
 COLUMNS = tuple(name for modality, tasks in MODALITIES.items() for name in (*tasks, f"mean {modality}"))
 ROUTER = frozenset({"expert_weights", "adapter_modality_embedding"})

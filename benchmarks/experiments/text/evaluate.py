@@ -1,6 +1,6 @@
 """Exact match of greedy answers, by task.
 
-python -m scripts.experiments.text.evaluate --model BASE --adapter ADAPTER --data TEST.json --output SCORE.json
+python -m benchmarks.experiments.text.evaluate --model BASE --adapter ADAPTER --data TEST.json --output SCORE.json
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hydralora  # noqa: F401 (makes the method known to PEFT)
+from benchmarks.experiments.common.steps import write_json
 from hydralora.text.records import read_records, tokenize
-from scripts.experiments.nlvr.steps import write_json
 
 LONGEST_ANSWER = 8
 BATCH = 250

@@ -1,6 +1,6 @@
 """Train with or without predictors, and with what the comparison needs besides; all flags are those of `llava.train`.
 
-    python -m scripts.experiments.sparse.train --judge random --read-from 1 --dynamic True --vision_keep_rate 0.2 ...
+    python -m benchmarks.experiments.sparse.train --judge random --read-from 1 --dynamic True --vision_keep_rate 0.2 ...
 
 Rows without image are left out, as in `llava/train/train_sparse.py`. `--judge random` trains the model while chance
 keeps its image tokens: each with the probability of the keep rate, drawn anew in every pass.
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.experiments.sparse.rules import NAME, Chance, LateReading, follow
 from llava.errors import FlagError
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.train import Parts, parse_args
 from llava.train.train import train as train_as_said
 from llava.utils import run_program
-from scripts.experiments.sparse.rules import NAME, Chance, LateReading, follow
 
 JUDGES = ("predictor", "random")
 

@@ -13,7 +13,7 @@ from statistics import mean
 
 from safetensors import safe_open
 
-from scripts.experiments.nlvr.report import mean_and_range
+from benchmarks.experiments.common.report import mean_and_range
 
 EXPERTS = (2, 3, 4, 5)
 

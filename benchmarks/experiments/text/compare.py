@@ -22,12 +22,12 @@ from statistics import mean
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from benchmarks.experiments.common.methods import Method, Run
+from benchmarks.experiments.common.steps import Step
+from benchmarks.experiments.text.recipe import Recipe, finetune_command
+from benchmarks.experiments.text.tasks import TASKS
 from hydralora.text.training import ADAPTER_FOLDER
 from llava.errors import CheckpointError
-from scripts.experiments.methods import Method, Run
-from scripts.experiments.nlvr.steps import Step
-from scripts.experiments.text.recipe import Recipe, finetune_command
-from scripts.experiments.text.tasks import TASKS
 
 WEIGHTS = "adapter_model.safetensors"
 FIGURE = "lora-a-and-b-by-task.png"
@@ -107,7 +107,7 @@ def steps(recipe: Recipe, folder: Path) -> list[Step]:
                 *("--start", str(folder / f"start-{seed}" / ADAPTER_FOLDER)),
                 *("--output-dir", str(folder / f"change-{name}")),
             )
-            change = ("-m", "scripts.experiments.text.compare", *flags)
+            change = ("-m", "benchmarks.experiments.text.compare", *flags)
             found.append(Step(f"change-{name}", (change,), (f"train-{name}", f"train-start-{seed}")))
     for label, names in sets().items():
         for kind in ("compare", "compare-change"):

@@ -1,6 +1,6 @@
 """The base: a Llama of about 0.8 million parameters, trained from random weights on the families of `tasks.BASE`.
 
-    python -m scripts.experiments.text.base --data ROWS.json --output-dir FOLDER
+    python -m benchmarks.experiments.text.base --data ROWS.json --output-dir FOLDER
 
 A tokenizer of whole words, the untrained model, and transformers' Trainer; the folder loads as any Llama.
 """
@@ -17,12 +17,12 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+from benchmarks.experiments.common.tiny import save_language_model
+from benchmarks.experiments.nlvr.recipe import Sizes
+from benchmarks.experiments.text.recipe import Recipe
+from benchmarks.experiments.text.tasks import vocabulary
 from hydralora.text.dataset import InstructionCollator, InstructionDataset
 from hydralora.text.records import read_records, tokenize
-from scripts.experiments.nlvr.recipe import Sizes
-from scripts.experiments.nlvr.tiny import save_language_model
-from scripts.experiments.text.recipe import Recipe
-from scripts.experiments.text.tasks import vocabulary
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Trainer(model, training, collator, InstructionDataset(rows)).train()
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
-    print(f"base: {args.output_dir}; next: python -m scripts.experiments.text.evaluate --help")
+    print(f"base: {args.output_dir}; next: python -m benchmarks.experiments.text.evaluate --help")
 
 
 class Collator(InstructionCollator):

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scripts.experiments.methods import Method, Run, methods_of
-from scripts.experiments.nlvr.recipe import Sizes
-from scripts.experiments.text.tasks import TASKS
+from benchmarks.experiments.common.methods import Method, Run, methods_of
+from benchmarks.experiments.nlvr.recipe import Sizes
+from benchmarks.experiments.text.tasks import TASKS
 
 SEEDS = (0, 1, 2)
 BASE_SEED = 0

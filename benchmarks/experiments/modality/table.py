@@ -1,12 +1,12 @@
 """MMA, adapters without router and LoRA on rows with and without a picture: base, runs, answers, `docs/experiments.md`.
 
-    python -m scripts.experiments.modality.table --data ../shared/data/nlvr --output-dir checkpoints/modality
+    python -m benchmarks.experiments.modality.table --data ../shared/data/nlvr --output-dir checkpoints/modality
 
 Run from the root of the repository. The same command again continues after an interruption; what is done stays. The
-base is that of `scripts.experiments.nlvr_methods.table`: its folder `base-0` and `steps/train-base-0.json`, copied into
-the output folder, spare the time of making it. `--pilots` trains the first seed at several rates and prints the losses:
-the rates were settled so, and the pilots at those rates are runs of the table. `--rehearsal N` shortens every run to N
-rows; neither fills the document. `--write` runs nothing and fills in what is done.
+base is that of `benchmarks.experiments.nlvr_methods.table`: its folder `base-0` and `steps/train-base-0.json`, copied
+into the output folder, spare the time of making it. `--pilots` trains the first seed at several rates and prints the
+losses: the rates were settled so, and the pilots at those rates are runs of the table. `--rehearsal N` shortens every
+run to N rows; neither fills the document. `--write` runs nothing and fills in what is done.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from scripts.experiments.modality import report
-from scripts.experiments.modality.recipe import SEEDS, Recipe, Run, tuned_command
-from scripts.experiments.modality.tasks import KINDS, held_out_scenes, text_questions, text_rows
-from scripts.experiments.nlvr.report import command_block, fill
-from scripts.experiments.nlvr.rows import (
+from benchmarks.experiments.common.report import command_block, fill
+from benchmarks.experiments.common.rows import (
     Asked,
     blind_accuracy,
     conversation_rows,
     majority_accuracy,
     read_train,
 )
-from scripts.experiments.nlvr.steps import Step, marker, run_steps, same_recipe, write_json
-from scripts.experiments.nlvr.table import training_step
-from scripts.experiments.nlvr_methods.recipe import BASE_SEED
-from scripts.experiments.nlvr_methods.table import BASE, chosen_questions, prepare_base, questions_of, score_step
+from benchmarks.experiments.common.steps import Step, marker, run_steps, same_recipe, write_json
+from benchmarks.experiments.modality import report
+from benchmarks.experiments.modality.recipe import SEEDS, Recipe, Run, tuned_command
+from benchmarks.experiments.modality.tasks import KINDS, held_out_scenes, text_questions, text_rows
+from benchmarks.experiments.nlvr.table import training_step
+from benchmarks.experiments.nlvr_methods.recipe import BASE_SEED
+from benchmarks.experiments.nlvr_methods.table import BASE, chosen_questions, prepare_base, questions_of, score_step
 
 DOCUMENT = Path("docs/experiments.md")
 DOCUMENTED_PATHS = Path("../shared/data/nlvr"), Path("checkpoints/modality")
@@ -109,7 +109,7 @@ def routing_step(run: Run, folder: Path) -> Step:
     """What the routers of a run have learnt."""
     flags = ("--model-path", str(folder / run.name), "--model-base", str(folder / BASE))
     output = ("--output", str(folder / f"routing-{run.name}.json"))
-    command = ("-m", "scripts.experiments.modality.routing", *flags, *output)
+    command = ("-m", "benchmarks.experiments.modality.routing", *flags, *output)
     return Step(f"routing-{run.name}", (command,), (f"train-{run.name}",))
 
 

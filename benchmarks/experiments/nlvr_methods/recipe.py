@@ -1,4 +1,4 @@
-"""What this experiment holds fixed, and the command of each run; the larger one is `scripts/experiments/nlvr`.
+"""What this experiment holds fixed, and the command of each run; the larger one is `benchmarks/experiments/nlvr`.
 
 One base serves all runs. Base, tower and projector stay frozen, so a run differs from another in its adapters alone.
 LoRA lies on all seven linear layers of every decoder layer; HydraLoRA is the routed MLP with LoRA of the same rank on
@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from scripts.experiments.methods import Method, Run, methods_of
-from scripts.experiments.nlvr import recipe as larger
-from scripts.experiments.nlvr.recipe import Sizes, Training
+from benchmarks.experiments.common.methods import Method, Run, methods_of
+from benchmarks.experiments.nlvr import recipe as larger
+from benchmarks.experiments.nlvr.recipe import Sizes, Training
 
 SEEDS = (0, 1, 2)
 BASE_SEED = 0

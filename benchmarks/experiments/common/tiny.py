@@ -25,9 +25,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from benchmarks.experiments.common.rows import Asked
+from benchmarks.experiments.nlvr.recipe import Sizes
 from llava.conversation import conv_templates
-from scripts.experiments.nlvr.recipe import Sizes
-from scripts.experiments.nlvr.rows import Asked
 
 SYSTEM_REPEATS = 3000
 LONGEST_PIECE = 80

@@ -1,6 +1,6 @@
 r"""How many of the image tokens that a sparse model keeps lie on an object, in pictures of NLVR.
 
-python -m scripts.experiments.sparse.objects --model-path checkpoints/sparse/late-learned-0.2-0 \
+python -m benchmarks.experiments.sparse.objects --model-path checkpoints/sparse/late-learned-0.2-0 \
     --question-file checkpoints/sparse/questions.jsonl --image-folder ../shared/data/nlvr --figure kept.png
 
 Objects are yellow, blue or black on grey, so a pixel of an object is colourful or dark.
@@ -17,6 +17,7 @@ import numpy
 import torch
 from PIL import Image
 
+from benchmarks.experiments.sparse.rules import NAME
 from dynamic.inspection import record_decisions
 from dynamic.pictures import KeptImage, draw_sheet
 from llava.data.images import load_image
@@ -26,7 +27,6 @@ from llava.eval.answering.questions import read_questions
 from llava.eval.answering.runner import image_arguments, load_pictures, make_prompt
 from llava.eval.model_vqa_loader import make_task
 from llava.utils import run_program
-from scripts.experiments.sparse.rules import NAME
 
 COLOURFUL = 60
 """Difference of the largest and the smallest channel from which a pixel counts as yellow or blue."""

@@ -1,6 +1,6 @@
 """The whole table: one base, seven kinds of adapters on it with three seeds each, answers, `docs/experiments.md`.
 
-    python -m scripts.experiments.nlvr_methods.table --data ../shared/data/nlvr --output-dir checkpoints/nlvr-methods
+    python -m benchmarks.experiments.nlvr_methods.table --data ../shared/data/nlvr --output-dir checkpoints/nlvr-methods
 
 Run from the root of the repository. The same command again continues after an interruption; what is done stays.
 `--only-seed 0 --only-method lora` stops after one line: the recipe was settled on that one. `--rehearsal N` shortens
@@ -15,11 +15,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from scripts.experiments.methods import Method, Result, Run, count_parameters, runs_of, seed_table, summary_table
-from scripts.experiments.nlvr import tiny
-from scripts.experiments.nlvr.recipe import TEMPLATE
-from scripts.experiments.nlvr.report import command_block, fill
-from scripts.experiments.nlvr.rows import (
+from benchmarks.experiments.common import tiny
+from benchmarks.experiments.common.methods import (
+    Method,
+    Result,
+    Run,
+    count_parameters,
+    runs_of,
+    seed_table,
+    summary_table,
+)
+from benchmarks.experiments.common.report import command_block, fill
+from benchmarks.experiments.common.rows import (
     Asked,
     Row,
     blind_accuracy,
@@ -28,9 +35,10 @@ from scripts.experiments.nlvr.rows import (
     read_questions,
     read_train,
 )
-from scripts.experiments.nlvr.steps import Step, marker, run_steps, same_recipe, write_json
-from scripts.experiments.nlvr.table import training_step
-from scripts.experiments.nlvr_methods.recipe import BASE_SEED, SEEDS, TASKS, Recipe, tuned_command
+from benchmarks.experiments.common.steps import Step, marker, run_steps, same_recipe, write_json
+from benchmarks.experiments.nlvr.recipe import TEMPLATE
+from benchmarks.experiments.nlvr.table import training_step
+from benchmarks.experiments.nlvr_methods.recipe import BASE_SEED, SEEDS, TASKS, Recipe, tuned_command
 
 DOCUMENT = Path("docs/experiments.md")
 DOCUMENTED_PATHS = Path("../shared/data/nlvr"), Path("checkpoints/nlvr-methods")

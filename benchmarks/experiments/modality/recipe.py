@@ -1,6 +1,6 @@
 """What this experiment holds fixed, and the command of each run.
 
-One base serves all runs, that of `scripts/experiments/nlvr_methods`. Base, tower and projector stay frozen, so a run
+One base serves all runs, that of `benchmarks/experiments/nlvr_methods`. Base, tower and projector stay frozen, so a run
 differs from another in its adapters alone. The three kinds have as many trained parameters as the LoRA, as nearly as
 their widths allow. "Without router" is the same adapter at a temperature so high that both ways up weigh one half for
 every sample: they start equal, get equal gradients and stay equal, so that the two are one plain adapter.
@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from scripts.experiments.nlvr.recipe import Sizes, Training, common_flags, lora_parameters
-from scripts.experiments.nlvr_methods.recipe import Recipe as BaseRecipe
+from benchmarks.experiments.nlvr.recipe import Sizes, Training, common_flags, lora_parameters
+from benchmarks.experiments.nlvr_methods.recipe import Recipe as BaseRecipe
 
 SEEDS = (0, 1, 2)
 GROUPS = 2

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from scripts.experiments.nlvr_methods.recipe import Recipe as BaseRecipe
+from benchmarks.experiments.nlvr_methods.recipe import Recipe as BaseRecipe
 
 SEEDS = (0, 1, 2)
 RATES = (0.5, 0.2, 0.1)
 RULES = ("random", "attention")
 SPARSE_LAYER = 1
-TRAIN = "scripts.experiments.sparse.train"
+TRAIN = "benchmarks.experiments.sparse.train"
 
 
 @dataclass(frozen=True)

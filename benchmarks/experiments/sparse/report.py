@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from scripts.experiments.nlvr.report import mean_and_range
-from scripts.experiments.sparse.recipe import RATES, SEEDS, Run, Setting
+from benchmarks.experiments.common.report import mean_and_range
+from benchmarks.experiments.sparse.recipe import RATES, SEEDS, Run, Setting
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Accuracy against keep rate: learned predictor, chance and attention scores; fills `docs/experiments.md`.
 
-    python -m scripts.experiments.sparse.table --data ../shared/data/nlvr --output-dir checkpoints/sparse
+    python -m benchmarks.experiments.sparse.table --data ../shared/data/nlvr --output-dir checkpoints/sparse
 
 Run from the root of the repository. The same command again continues after an interruption; what is done stays.
 `--only-setting late --only-seed 0` stops after one model with one seed. `--rehearsal N` shortens every training to N
@@ -14,15 +14,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from scripts.experiments.nlvr.recipe import TEMPLATE
-from scripts.experiments.nlvr.report import command_block, fill
-from scripts.experiments.nlvr.rows import conversation_rows, read_train
-from scripts.experiments.nlvr.steps import Step, marker, run_steps, same_recipe, write_json
-from scripts.experiments.nlvr.table import training_step
-from scripts.experiments.nlvr_methods.recipe import BASE_SEED
-from scripts.experiments.nlvr_methods.table import BASE, chosen_questions, prepare_base
-from scripts.experiments.sparse import report
-from scripts.experiments.sparse.recipe import (
+from benchmarks.experiments.common.report import command_block, fill
+from benchmarks.experiments.common.rows import conversation_rows, read_train
+from benchmarks.experiments.common.steps import Step, marker, run_steps, same_recipe, write_json
+from benchmarks.experiments.nlvr.recipe import TEMPLATE
+from benchmarks.experiments.nlvr.table import training_step
+from benchmarks.experiments.nlvr_methods.recipe import BASE_SEED
+from benchmarks.experiments.nlvr_methods.table import BASE, chosen_questions, prepare_base
+from benchmarks.experiments.sparse import report
+from benchmarks.experiments.sparse.recipe import (
     RULES,
     SEEDS,
     SPARSE_LAYER,
@@ -167,7 +167,7 @@ def score_step(run: Run, rule: str, keep_rate: float, data: Path, folder: Path) 
     made_sparse = run.way == "dense" and rule != "none"
     sparsity = ("--keep-rate", f"{keep_rate:g}", "--sparse-layer", str(SPARSE_LAYER)) if made_sparse else ()
     answer = (
-        *("-m", "scripts.experiments.sparse.answer", "--model-path", str(folder / run.name)),
+        *("-m", "benchmarks.experiments.sparse.answer", "--model-path", str(folder / run.name)),
         *("--rule", rule, *sparsity, "--read-from", str(run.setting.read_from), "--seed", str(run.seed)),
         *(*questions, *answers, "--image-folder", str(place_of(run.setting, data, folder).images)),
         *("--conv-mode", TEMPLATE, "--temperature", "0", "--max_new_tokens", "8"),

@@ -1,0 +1,1 @@
+"""Experiments, a folder each: a question, the command that answers it, and what came out."""

@@ -1,0 +1,1 @@
+"""What experiments share: data, tiny models, steps that resume, tables."""
