@@ -52,8 +52,8 @@ test-lowest: install $(LOWEST)/.installed ## Run the tests marked `versions` on 
 
 # Versions of transformers that serving engines ask for; everything else as in the lowest set.
 SERVING_VERSIONS := 5.19 5.20
-SERVING_TESTS := tests/model/test_decoding.py tests/model/test_generation.py tests/model/test_backbones.py \
-	tests/model/test_convert_hf.py tests/dynamic/test_inference.py tests/mma/test_inference.py
+SERVING_TESTS := tests/llava/model/test_decoding.py tests/llava/model/test_generation.py tests/llava/model/test_backbones.py \
+	tests/llava/convert/test_convert_hf.py tests/dynamic/test_inference.py tests/mma/test_inference.py
 
 test-serving-versions: install $(SERVING_VERSIONS:%=$(SERVING)-%/.installed) ## Test generation and conversion on transformers 5.19 and 5.20
 	for version in $(SERVING_VERSIONS); do \
@@ -66,7 +66,7 @@ test-latest: install ## Run all tests on what pip resolves today; never part of 
 	$(TEST_ENV) $(LATEST)/bin/python -m pytest -n $(WORKERS) -m "not network" $(ARGS)
 
 test-lmms: install $(LMMS)/.installed ## Test our model in lmms-eval itself
-	PYTHONPATH=$(CURDIR)/$(LMMS) $(TEST_ENV) $(BIN)/python -m pytest -q tests/eval/test_lmms.py $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(LMMS) $(TEST_ENV) $(BIN)/python -m pytest -q tests/llava/eval/test_lmms.py $(ARGS)
 
 test-wheel: install ## Build the wheel, install it in an empty environment and use it outside the repository
 	$(TEST_ENV) $(BIN)/python -m tests.wheel --environment $(WHEEL)
@@ -146,9 +146,9 @@ $(SERVING)-%/.installed: $(VENV)/.installed constraints-lowest.txt
 	@touch $@
 
 # A folder beside the environment: all that lmms-eval asks for would change versions that are tested here.
-$(LMMS)/.installed: $(VENV)/.installed tests/eval/lmms.txt
+$(LMMS)/.installed: $(VENV)/.installed tests/llava/eval/lmms.txt
 	rm -rf $(LMMS)
-	$(UV) pip install --quiet --python $(VENV) --target $(LMMS) --no-deps --requirement tests/eval/lmms.txt
+	$(UV) pip install --quiet --python $(VENV) --target $(LMMS) --no-deps --requirement tests/llava/eval/lmms.txt
 	@touch $@
 
 $(UPSTREAM_READY): $(VENV)/.installed $(UPSTREAM_PINS)

@@ -34,7 +34,7 @@ from llava.runtime.weights.torch_files import (
 from tests.bombs import CONTAINERS, Bomb, inside
 from tests.golden import golden_dir
 from tests.hydralora.text import test_finetune as text
-from tests.train.test_training import BASE, LLAVA, command_line
+from tests.llava.train.test_training import BASE, LLAVA, command_line
 
 MOHLE = golden_dir("mllm_hydralora") / "tiny-llava-v1.5-lora-mohle"
 
@@ -303,7 +303,7 @@ def test_what_nobody_opens_may_hold_anything(program: str, runs: Path, tmp_path:
 
 
 def deepspeed_checkpoint(folder: Path) -> Path:
-    """What DeepSpeed's files are made of; real ones are resumed in `tests/train/test_deepspeed.py`."""
+    """What DeepSpeed's files are made of; real ones are resumed in `tests/llava/train/test_deepspeed.py`."""
     enumeration, address, scale, dynamic = deepspeed_classes()
     step = folder / "global_step2"
     content = {

@@ -141,7 +141,7 @@ def finetune(folder: Path) -> tuple[str, ...]:
 
 
 def lavin(folder: Path) -> tuple[str, ...]:
-    from tests.mma.lavin_files import save_lavin_files, tiny_words
+    from tests.mma.lavin.lavin_files import save_lavin_files, tiny_words
 
     return tuple(tiny_words(save_lavin_files(folder / "lavin"), folder / "out", "--max_steps", "1"))
 

@@ -1,4 +1,4 @@
-"""Started by a launcher: `tests/train/several_runs.py` with Gumbel noise of zero, so that processes can be compared.
+"""Started by a launcher: `tests/llava/train/several_runs.py` with Gumbel noise of zero, to compare processes.
 
 Noise is drawn per process; without it, two processes decide as one does on the same rows.
 """
@@ -21,4 +21,4 @@ def no_noise(shape: Any, device: Any = None) -> torch.Tensor:
 
 if __name__ == "__main__":
     dynamic.training.gumbel_noise = no_noise
-    runpy.run_path(str(Path(__file__).parents[1] / "train" / "several_runs.py"), run_name="__main__")
+    runpy.run_path(str(Path(__file__).parents[1] / "llava" / "train" / "several_runs.py"), run_name="__main__")

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from dynamic.cache import SparseCache
 from llava.runtime.cache_name import cache_of
 from tests.dynamic.sparse_models import SHAPES, Dialogue, attach_predictors, embedded, new_cache, prefill, sparse_llava
-from tests.model.test_generation import prompts
+from tests.llava.model.test_generation import prompts
 
 HEADS, WIDTH, LAYERS, SPARSE = 2, 4, 4, 2
 

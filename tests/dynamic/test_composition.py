@@ -17,8 +17,8 @@ from llava.train.train import build_run, parse_args
 from llava.train.train_sparse import DEFAULTS
 from tests.dynamic.sparse_models import BASE, greedy
 from tests.dynamic.test_runs import sparse_line
-from tests.model.test_generation import distance, prompts
-from tests.train.test_training import HYDRA
+from tests.llava.model.test_generation import distance, prompts
+from tests.llava.train.test_training import HYDRA
 
 LORA: dict[str, Any] = {"lora_enable": True, "lora_r": 4}
 

@@ -14,8 +14,8 @@ from llava.model.formats import read_tensors
 from llava.train.train import main
 from tests.dynamic.quiet_runs import no_noise
 from tests.dynamic.test_runs import sparse_line
-from tests.train.launching import ROOT, launch_runs, mixed_rows
-from tests.train.test_training import HYDRA, losses
+from tests.llava.train.launching import ROOT, launch_runs, mixed_rows
+from tests.llava.train.test_training import HYDRA, losses
 
 KINDS = ("ddp", "zero2", "zero3")
 QUIET = Path(__file__).with_name("quiet_runs.py")

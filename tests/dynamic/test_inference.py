@@ -32,8 +32,8 @@ from tests.dynamic.sparse_models import (
     prefill,
     sparse_llava,
 )
+from tests.llava.model.test_generation import prompts
 from tests.model import backbones
-from tests.model.test_generation import prompts
 
 pytestmark = pytest.mark.versions
 

@@ -20,9 +20,9 @@ from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import bare_model, save_checkpoint
 from llava.serve.chat import Chat
 from tests.dynamic.sparse_models import BASE, SMALL, attach_predictors, greedy, sparse_llava
-from tests.eval.conftest import QUESTIONS
 from tests.golden import golden_dir
-from tests.model.test_generation import distance, prompts
+from tests.llava.eval.conftest import QUESTIONS
+from tests.llava.model.test_generation import distance, prompts
 
 IMAGES = golden_dir("llava") / "data" / "images"
 ROUTED = golden_dir("mllm_hydralora") / "tiny-llava-v1.5-lora-mohle"

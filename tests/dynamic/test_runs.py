@@ -21,7 +21,7 @@ from llava.train import continued
 from llava.train.continued import recorded_extensions
 from llava.train.train import Run, build_run, main, parse_args
 from llava.train.train_sparse import DEFAULTS
-from tests.train.test_training import HYDRA, LLAVA, command_line, logits, losses
+from tests.llava.train.test_training import HYDRA, LLAVA, command_line, logits, losses
 
 pytestmark = pytest.mark.versions
 

@@ -20,7 +20,7 @@ from hydralora.linears import added_parameters, attach, projections, routed_upda
 from llava.errors import CheckpointError
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from tests.golden import golden_dir
-from tests.model import towers
+from tests.llava.model import towers
 from tests.model.backbones import MODELS, plain_model
 
 NAMES = {"hydralora_A": "shared_A", "hydralora_B": "experts_B", "hydralora_router": "router"}

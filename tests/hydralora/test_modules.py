@@ -19,7 +19,7 @@ from llava.model.checkpoint import bare_model
 from llava.model.components import Component, components
 from llava.train.train import build_run, main, parse_args
 from tests.checkpointed import checkpoint_layers
-from tests.train.test_training import HYDRA, LLAVA, command_line, logits, losses
+from tests.llava.train.test_training import HYDRA, LLAVA, command_line, logits, losses
 
 ALL = HYDRA | {"hydralora_modules": "attention,vision"}
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")

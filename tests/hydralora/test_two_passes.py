@@ -15,7 +15,7 @@ from hydralora.patch import patch_llava
 from tests.checkpointed import checkpoint_layers
 from tests.dynamic.sparse_models import sparse_llava
 from tests.hydralora.tuner.models import IDS, MASK, tiny_llama
-from tests.model.test_precision import routed_llava
+from tests.llava.model.test_precision import routed_llava
 
 LABELS = torch.where(MASK.bool(), IDS, -100)
 TEXT = ({"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}, {"input_ids": IDS[:2, :4], "labels": IDS[:2, :4]})

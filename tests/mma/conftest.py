@@ -11,7 +11,7 @@ from torch import Tensor
 import mma.model
 
 if TYPE_CHECKING:
-    from tests.mma.lavin_files import LavinFiles
+    from tests.mma.lavin.lavin_files import LavinFiles
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def coupled(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def lavin_files(tmp_path_factory: pytest.TempPathFactory) -> LavinFiles:
     """Base weights as Meta publishes them, a tower, ScienceQA; read-only by convention."""
-    from tests.mma.lavin_files import save_lavin_files
+    from tests.mma.lavin.lavin_files import save_lavin_files
 
     return save_lavin_files(tmp_path_factory.mktemp("lavin"))
 
@@ -35,6 +35,6 @@ def lavin_files(tmp_path_factory: pytest.TempPathFactory) -> LavinFiles:
 @pytest.fixture(scope="session")
 def lavin_checkpoint(lavin_files: LavinFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of `mma.train`."""
-    from tests.mma.lavin_files import train_tiny
+    from tests.mma.lavin.lavin_files import train_tiny
 
     return train_tiny(lavin_files, tmp_path_factory.mktemp("trained") / "lavin")

@@ -20,9 +20,9 @@ from llava.runtime.cache_name import cache_of
 from mma.config import MmaConfig
 from mma.extension import MmaExtension
 from mma.model import EMBEDDING, adapters
+from tests.llava.model.test_generation import prompts
 from tests.mma.adapted_models import BASE, BLOCK, CLOSE, adapted_llava, attach_adapters
 from tests.model import backbones
-from tests.model.test_generation import prompts
 
 pytestmark = pytest.mark.versions
 

@@ -22,9 +22,9 @@ from mma.layer import RepAdapter
 from mma.model import adapters, attach, norms
 from tests.dynamic.test_inference import plain_flash_attention
 from tests.golden import golden_dir
+from tests.llava.model import towers
 from tests.mma.adapted_models import BASE, BLOCK, CLOSE, adapted_llava, shake
 from tests.mma.test_inference import logits_of
-from tests.model import towers
 
 PIXELS = torch.randn(2, 3, towers.IMAGE, towers.IMAGE, generator=torch.Generator().manual_seed(0))
 

@@ -23,10 +23,10 @@ from mma.lavin import demo
 from mma.lavin import eval as mma_eval
 from mma.lavin.convert import export_file, import_file, main, ready_folder
 from tests.golden import golden_dir, load_case
+from tests.llava.train.test_training import BASE, LLAVA, command_line
+from tests.llava.train.test_training import main as train
 from tests.mma.golden_model import golden_model, llama_tensors, spliced_rows, write_tower
 from tests.mma.test_golden_inference import prompt
-from tests.train.test_training import BASE, LLAVA, command_line
-from tests.train.test_training import main as train
 
 CASES = {"train_attn_mixed": ("attn", "router"), "train_block": ("block", "router"),
          "train_attn_visual_normal": ("attn", "normal")}  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from playground.tiny import TinyFolders
-from tests.mma.lavin_files import LavinFiles, save_lavin_files
+from tests.mma.lavin.lavin_files import LavinFiles, save_lavin_files
 from tests.reliability.programs import Program, Whole, programs
 
 

@@ -21,8 +21,8 @@ from llava.model.formats import read_tensors
 from llava.runtime.run_record import run_record
 from llava.runtime.weights.completeness import RECORD_FILE
 from playground.tiny import TinyFolders
-from tests.mma.lavin_files import LavinFiles, tiny_words
-from tests.train.test_training import HYDRA, command_line
+from tests.llava.train.test_training import HYDRA, command_line
+from tests.mma.lavin.lavin_files import LavinFiles, tiny_words
 
 STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 """What resuming needs besides weights."""

@@ -15,8 +15,8 @@ from llava.eval.answering import options as program
 from llava.eval.benchmarks import BENCHMARKS
 from mma.lavin import answering, eval_mme
 from mma.lavin import eval as mma_eval
-from tests.eval import benchmark_data
 from tests.golden import golden_dir
+from tests.llava.eval import benchmark_data
 from tests.reliability.hostile_files import FOREIGN, corpus
 from tests.reliability.snapshots import snapshot
 

@@ -15,7 +15,7 @@ from llava.eval.answering.generation import GenerationOptions
 from llava.eval.lmms.model import BatchedModel
 from llava.eval.lmms.requests import generation_options
 from tests.golden import golden_dir
-from tests.mma.lavin_files import LavinFiles
+from tests.mma.lavin.lavin_files import LavinFiles
 from tests.reliability.values import ABSENT, COUNTED, INF, NAN, POSITIVE_VALUES, SIGNLESS, rows
 
 IMAGES = golden_dir("llava") / "data" / "images"

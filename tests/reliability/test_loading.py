@@ -23,11 +23,11 @@ from llava.runtime.files import POINTER
 from llava.runtime.weights.completeness import RECORD_FILE
 from llava.runtime.weights.tensors import is_finite
 from llava.train.train import main
+from tests.llava.train.test_training import BASE, HYDRA, command_line
 from tests.reliability.choice import chosen
 from tests.reliability.damage import POINTER as POINTER_TEXT
 from tests.reliability.damage import Damage, damages
 from tests.reliability.loading import LLAVA, SUBJECTS, Subject, judge, numbers
-from tests.train.test_training import BASE, HYDRA, command_line
 
 OURS = "a run of ours"
 

@@ -36,9 +36,9 @@ from mma.lavin import eval as mma_eval
 from mma.lavin.chat import LavinChat
 from mma.lavin.page import Handlers
 from tests.dynamic.sparse_checkpoint import write_sparse_checkpoint
-from tests.eval.conftest import QUESTIONS
 from tests.golden import golden_dir
-from tests.mma.lavin_files import LavinFiles, save_lavin_files, train_tiny
+from tests.llava.eval.conftest import QUESTIONS
+from tests.mma.lavin.lavin_files import LavinFiles, save_lavin_files, train_tiny
 from tests.reliability.overflowing import FACTOR, overflowing_llava, poisoned
 
 INF, NAN = float("inf"), float("nan")

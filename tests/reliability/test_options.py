@@ -15,8 +15,8 @@ import pytest
 
 from llava.errors import CheckpointError, FlagError
 from llava.runtime.unchanged import differences, refuse_changes
+from tests.llava.train.test_training import BASE, LLAVA
 from tests.reliability.programs import PARTS, Program, Whole
-from tests.train.test_training import BASE, LLAVA
 
 TRAIN, LAVIN, TEXT = PARTS
 Changes = dict[str, Any]

@@ -20,9 +20,9 @@ from llava.errors import BadImageError, BadSampleError, FlagError, TrainingError
 from llava.runtime.failure import good_batches
 from llava.train.train import build_run, main, parse_args
 from playground.tiny import TinyFolders
-from tests.mma.lavin_files import LavinFiles, save_lavin_files, train_tiny
+from tests.llava.train.test_training import HYDRA, command_line
+from tests.mma.lavin.lavin_files import LavinFiles, save_lavin_files, train_tiny
 from tests.reliability.overflowing import overflow_in_float16
-from tests.train.test_training import HYDRA, command_line
 
 BROKEN_AT = 2
 """Updates that are made before something breaks."""

@@ -24,10 +24,10 @@ from llava.train.arguments import parse_args
 from llava.train.train import main as train
 from mma.config import MmaConfig
 from mma.lavin.train import main as train_lavin
-from tests.mma.lavin_files import LavinFiles, tiny_words
+from tests.llava.train.test_training import command_line
+from tests.mma.lavin.lavin_files import LavinFiles, tiny_words
 from tests.reliability.test_training_numbers import finetune_words
 from tests.reliability.values import ABSENT, COUNTED, INF, NAN, POSITIVE_VALUES, RATE, SHARE, SIGNLESS, rows
-from tests.train.test_training import command_line
 
 TRANSFORMERS: dict[str, Sequence[str]] = {
     "learning_rate": RATE,

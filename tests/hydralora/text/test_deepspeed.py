@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from hydralora.finetune import main, parse_args
 from llava.errors import FlagError
 from tests.hydralora.text.test_finetune import CASE, command_line, history, save_base, save_data
-from tests.train.launching import ROOT, launch_runs
+from tests.llava.train.launching import ROOT, launch_runs
 
 pytest.importorskip("deepspeed", reason="the extra 'train' is not installed")
 

@@ -33,7 +33,7 @@ from llava.errors import FlagError
 from llava.runtime import checkpointing
 from llava.runtime.retired_flags import MEANINGLESS, RENAMED, TRANSLATED
 from tests.golden import golden_dir, load_case
-from tests.train.test_interruptions import child, kill_me
+from tests.llava.train.test_interruptions import child, kill_me
 
 pytestmark = pytest.mark.versions
 

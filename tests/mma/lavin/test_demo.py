@@ -1,0 +1,250 @@
+"""LaVIN's demo: its prompts, its page's handlers, and the page itself over HTTP. No browser takes part."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llava.errors import FlagError, LlavaError
+from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.processes import Processes
+from llava.serve.engine import Engine
+from mma.lavin import demo
+from mma.lavin.answering import find_folders, given_options, load_lavin
+from mma.lavin.chat import LavinChat, chat_prompt, shown_answer
+from mma.lavin.convert import export_file
+from mma.lavin.page import MAX_UPLOAD_BYTES, Handlers, build_page
+from tests.golden import load_case
+from tests.mma.lavin.lavin_files import LavinFiles
+from tests.mma.lavin.test_data import IMAGES
+
+SCENARIOS = load_case("lavin", "chat_prompts")[0]["scenarios"]
+FLAGS = load_case("lavin", "cli_flags")[0]["demo_py"]
+PICTURE = str(IMAGES / "12.png")
+GREEDY = GenerationOptions(temperature=0, max_new_tokens=6)
+SETTINGS = (0.0, 0.75, 6, 0)
+
+
+def test_options_are_those_of_the_original() -> None:
+    ours = {action.option_strings[0]: action for action in demo.build_parser()._actions}
+    for flag in FLAGS:
+        action = ours[flag["flags"][0]]
+        assert action.default == flag["default"], flag["flags"]
+        assert not action.required
+    assert demo.build_parser().parse_args(["--use_vicuna"]).use_vicuna
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=["picture", "text"])
+def test_prompts_of_the_original(scenario: dict[str, Any]) -> None:
+    said: list[tuple[str, str]] = []
+    for turn in scenario["turns"]:
+        prompt = chat_prompt(said, turn["user"], has_image=scenario["image_uploaded"], as_original=True)
+        assert prompt == turn["call"]["prompt"]
+        assert shown_answer(turn["model_text"]) == turn["shown_answer"]
+        said.append((turn["user"], shown_answer(turn["model_text"])))
+
+
+def test_prompts_are_those_of_the_training() -> None:
+    assert chat_prompt([], "Why?", has_image=True) == "Instruction: Why?\nResponse:"
+    said = [("What is this?", " A red bus. ")]
+    expected = "Instruction: What is this?\nResponse: A red bus.\nInstruction: Why?\nResponse:"
+    assert chat_prompt(said, "Why?", has_image=True) == expected
+
+
+def test_the_routing_of_a_silent_file_is_as_in_the_originals_demo(
+    lavin_files: LavinFiles, lavin_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Published files do not say the temperature; the demo's default is another than that of the evaluation."""
+    file = export_file(lavin_checkpoint, tmp_path / "15-eph-pretrain.pth")
+    content = torch.load(file, weights_only=False)  # ours: holds `args` too
+    del content["args"]
+    torch.save(content, file)
+    words = ["--ckpt_dir", str(lavin_files.weights), "--llm_model", "7B", "--adapter_path", str(file)]
+    words += ["--vision_tower", str(lavin_files.tower)]
+    args, given = demo.build_parser().parse_args(words), given_options(demo.build_parser(), words)
+    folder = find_folders(args, given, Processes()).adapters
+    assert json.loads((folder / "extensions" / "mma" / "config.json").read_text())["temperature"] == 5.0
+
+
+# Conversations
+
+
+@pytest.fixture(scope="module")
+def chat(lavin_files: LavinFiles, lavin_checkpoint: Path) -> Iterator[LavinChat]:
+    words = ["--ckpt_dir", str(lavin_files.weights), "--llm_model", "7B", "--adapter_path", str(lavin_checkpoint)]
+    parser, words = demo.build_parser(), [*words, "--device", "cpu"]
+    args, given = parser.parse_args(words), given_options(demo.build_parser(), words)
+    engine = Engine(load_lavin(args, given, find_folders(args, given, Processes()), "cpu"))
+    engine.start()
+    yield LavinChat(engine)
+    engine.close()
+
+
+@pytest.mark.parametrize("image", [None, PICTURE], ids=["text", "picture"])
+def test_an_answer_comes_in_pieces(chat: LavinChat, image: str | None) -> None:
+    grown = list(chat.ask([], "What is this?", image, GREEDY))
+    assert len(grown) > 1
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(grown))
+    assert list(chat.ask([], "What is this?", image, GREEDY)) == grown
+
+
+def test_the_picture_reaches_the_model(chat: LavinChat) -> None:
+    """Another picture, another answer. The projector is made to matter: after four updates pictures hardly do."""
+    options = GenerationOptions(temperature=0, max_new_tokens=24)
+    last = list(chat.engine.loaded.model.get_model().mm_projector.modules())[-1].weight
+
+    def answers() -> list[str]:
+        return [list(chat.ask([], "?", str(IMAGES / name), options))[-1] for name in ("12.png", "2.png", "22.png")]
+
+    with torch.no_grad():
+        before = last.clone()
+        try:
+            last.mul_(100)
+            found = answers()
+            last.zero_()
+            blind = answers()
+        finally:
+            last.copy_(before)
+    assert len(set(found)) == 3
+    assert len(set(blind)) == 1, "nothing but the pictures made them differ"
+
+
+def test_whoever_leaves_is_not_answered_any_further(chat: LavinChat) -> None:
+    pieces = chat.ask([], "Hello", None, GenerationOptions(temperature=0, max_new_tokens=400))
+    next(pieces)
+    (row,) = chat.engine.answering
+    pieces.close()
+    assert row.cancelled
+    assert list(chat.ask([], "Hello", None, GREEDY))  # the engine goes on
+
+
+# Handlers
+
+
+def test_the_conversation_goes_on(chat: LavinChat) -> None:
+    handlers = Handlers(chat)
+    *_, (box, turns, shown) = handlers.ask("Hello", [], None, *SETTINGS)
+    assert box == ""
+    assert [message["role"] for message in shown] == ["user", "assistant"]
+    *_, (_, turns, shown) = handlers.ask("And then?", turns, None, *SETTINGS)
+    assert [question for question, _ in turns] == ["Hello", "And then?"]
+    assert len(shown) == 4
+    assert handlers.begin() == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("question", "picture", "settings", "message"),
+    [
+        (" ", None, SETTINGS, "there is no question"),
+        ("What?", "broken.png", SETTINGS, "the picture cannot be read: UnidentifiedImageError: it is of no"),
+        ("What?", "gone.png", SETTINGS, "the picture is on this server no more; upload it again"),
+        ("What?", None, (0.0, 0.75, 600, 0), "longer than the 511"),
+        ("What?", None, (-1.0, 0.75, 6, 0), "--temperature -1.0"),
+        ("What?", None, (0.0, 0.75, 6, None), "no number in the field 'Seed'"),  # gradio's value of a cleared field
+        ("What?", None, (0.0, None, 6, 0), "no number in the field 'Top p'"),
+    ],
+)
+def test_errors_are_shown_in_the_conversation(
+    chat: LavinChat, tmp_path: Path, question: str, picture: str | None, settings: tuple, message: str
+) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    image = None if picture is None else str(tmp_path / picture)
+    before = [("Hello", "Hi")]
+    ((box, turns, shown),) = Handlers(chat).ask(question, before, image, *settings)
+    assert (box, turns) == (question, before)  # nothing is lost, and the conversation is as it was
+    assert shown[-1]["content"].startswith("Error: ")
+    assert message in shown[-1]["content"]
+    assert "Traceback" not in shown[-1]["content"]
+    assert str(tmp_path) not in shown[-1]["content"], "where the server keeps its files is not the visitor's business"
+    assert len(shown) == 3 + bool(question.strip())
+
+
+def test_a_failing_model_is_an_error_in_the_conversation(chat: LavinChat, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("secret details")
+
+    monkeypatch.setattr(chat.engine.loaded.model, "generate", fail)
+    *_, (_, _, shown) = Handlers(chat).ask("Hello", [], None, *SETTINGS)
+    assert "the model failed" in shown[-1]["content"]
+    assert "secret" not in shown[-1]["content"]
+
+
+# The page
+
+
+def test_the_page_over_http(chat: LavinChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A visitor without a browser uploads a picture, asks twice, and sees an error as text."""
+    pytest.importorskip("gradio", reason="the extra `serve` is not installed")
+    gradio_client = pytest.importorskip("gradio_client")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    page = build_page(chat, max_new_tokens=64)
+    _, address, _ = page.launch(
+        server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, max_file_size=MAX_UPLOAD_BYTES
+    )
+    try:
+        visitor = gradio_client.Client(address, verbose=False)
+        shutil.copy(PICTURE, tmp_path / "mine.png")
+        picture = gradio_client.handle_file(tmp_path / "mine.png")
+        box, shown = visitor.predict("What is this?", picture, *SETTINGS, api_name="/ask")
+        assert box == ""
+        assert len(shown) == 2
+        _, shown = visitor.predict("Why?", picture, *SETTINGS, api_name="/ask")
+        assert len(shown) == 4  # the page remembers its visitor
+        (tmp_path / "broken.png").write_bytes(b"no picture")
+        broken = gradio_client.handle_file(tmp_path / "broken.png")
+        box, shown = visitor.predict("What?", broken, *SETTINGS, api_name="/ask")
+        assert box == "What?"
+        assert "the picture cannot be read" in str(shown[-1])
+        assert "Traceback" not in str(shown)
+        shown = visitor.predict(api_name="/begin")
+        assert not shown
+        (tmp_path / "large.png").write_bytes(bytes(MAX_UPLOAD_BYTES + 1))
+        with pytest.raises(Exception, match=f"maximum file size of {MAX_UPLOAD_BYTES} bytes"):
+            visitor.predict("What?", gradio_client.handle_file(tmp_path / "large.png"), *SETTINGS, api_name="/ask")
+        assert len(list((tmp_path / "uploads").rglob("*.png"))) == 2
+    finally:
+        page.close()
+    assert not list((tmp_path / "uploads").rglob("*.png")), "the pictures of visitors go with the page"
+
+
+def test_what_cannot_be_served_is_refused(lavin_files: LavinFiles, lavin_checkpoint: Path) -> None:
+    words = ["--ckpt_dir", str(lavin_files.weights), "--llm_model", "7B", "--adapter_path", str(lavin_checkpoint)]
+    with pytest.raises(FlagError, match="--options"):
+        demo.main([*words, "--options", "a=b"])
+    with pytest.raises(LlavaError, match="no such checkpoint folder"):
+        demo.main([*words[:-1], "missing", "--device", "cpu"])
+
+
+def test_the_original_command_starts_the_page(
+    lavin_files: LavinFiles, lavin_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gradio", reason="the extra `serve` is not installed")
+    import demo as original_program
+
+    launched = {}
+
+    class Page:
+        def launch(self, **options: Any) -> None:
+            launched.update(options, answer=list(self.chat.ask([], "Hello", None, GREEDY)))
+
+    def build(chat: LavinChat, max_new_tokens: int) -> Page:
+        Page.chat = chat
+        return Page()
+
+    monkeypatch.setattr("mma.lavin.page.build_page", build)
+    words = ["--ckpt_dir", str(lavin_files.weights), "--llm_model", "7B", "--adapter_path", str(lavin_checkpoint)]
+    original_program.main([*words, "--server_name", "127.0.0.1", "--device", "cpu"])
+    assert launched["server_name"] == "127.0.0.1"
+    assert launched["max_file_size"] == MAX_UPLOAD_BYTES
+    assert launched["answer"]
+    assert not Page.chat.engine.alive  # ended with the program
