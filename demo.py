@@ -1,6 +1,6 @@
 """LaVIN's demo under its original name: `torchrun --nproc_per_node 1 demo.py --server_name 127.0.0.1`."""
 
-from llava.utils import run_program
+from llava.runtime.program import run_program
 from mma.lavin.demo import build_parser, main
 
 __all__ = ["build_parser", "main"]

@@ -29,7 +29,7 @@ from benchmarks.record import check_run, provenance, show, write_files
 from dynamic import flops
 from dynamic.config import SparseConfig
 from llava.errors import FlagError
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 PROGRAM = "benchmarks.dynamic"
 SIZES = {"cpu": models.Size(), "cuda": models.Size(layers=32, width=4096, inner=11008, heads=32)}

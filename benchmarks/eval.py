@@ -28,16 +28,17 @@ from benchmarks.measuring import Clock, clock_for
 from benchmarks.record import check_run, provenance, show, write_files
 from llava.conversation import conv_templates
 from llava.data.images import load_image
+from llava.data.pixels import process_images
 from llava.errors import FlagError
 from llava.eval.answering.answers import AnswersFile, Task
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import LoadedModel
 from llava.eval.answering.prompts import add_image_markers, ask, prompt_ids
 from llava.eval.answering.runner import answer_tasks
-from llava.mm_utils import process_images
+from llava.runtime.program import run_program
 from llava.runtime.tokenizer import load_tokenizer
-from llava.train.train import build_model, parse_args
-from llava.utils import run_program
+from llava.train.build import build_model
+from llava.train.train import parse_args
 
 PROGRAM = "benchmarks.eval"
 TEMPLATE = "vicuna_v1"

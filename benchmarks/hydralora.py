@@ -25,7 +25,7 @@ from benchmarks.measuring import Clock, clock_for, interleaved_times, peak_bytes
 from benchmarks.methods import Case, build_methods, trained_parameters
 from benchmarks.record import RATIOS, aim_lines, check_run, provenance, show, table, write_record
 from llava.errors import FlagError
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 PROGRAM = "benchmarks.hydralora"
 SEED = 0

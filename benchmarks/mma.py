@@ -26,7 +26,7 @@ from benchmarks import mma_models as models
 from benchmarks import sparse_models
 from benchmarks.measuring import Clock, clock_for, run_once, saved_bytes
 from benchmarks.record import check_run, provenance, show, write_files
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 PROGRAM = "benchmarks.mma"
 SIZES = {

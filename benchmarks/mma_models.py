@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks import sparse_models
 from benchmarks.sparse_models import Prompt, Size
 from llava.constants import IGNORE_INDEX
-from llava.extension import Segments, Span
+from llava.segments import Segments, Span
 from mma.config import MmaConfig
 from mma.decoder_layer import FIRST_POSITION, ROUTING
 from mma.extension import MmaExtension

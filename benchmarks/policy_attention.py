@@ -34,7 +34,7 @@ from benchmarks.record import check_run
 from dynamic.attention import policy_attention
 from llava.errors import FlagError
 from llava.runtime.output import replace_text
-from llava.utils import package_versions, run_program
+from llava.runtime.program import package_versions, run_program
 
 PROGRAM = "benchmarks.policy_attention"
 METHODS = {"cpu": ("eager", "blockwise", "dense"), "cuda": ("eager", "blockwise", "triton", "dense")}

@@ -18,7 +18,7 @@ import torch
 
 from llava.errors import FlagError
 from llava.runtime.output import replace_text
-from llava.utils import package_versions
+from llava.runtime.program import package_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("python", "torch", "peft", "transformers", "llava-extensions")

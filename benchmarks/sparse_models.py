@@ -19,9 +19,9 @@ from dynamic.config import SparseConfig
 from dynamic.extension import DynamicExtension
 from dynamic.layer import KEEP, TextPredictor
 from dynamic.model import predictors
-from llava.extension import MultimodalInputs, Segments, Span
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.runtime.cache_name import cache_of
+from llava.segments import MultimodalInputs, Segments, Span
 
 VOCABULARY = 2_000
 POSITIONS = 8_192

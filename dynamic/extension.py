@@ -22,15 +22,14 @@ from dynamic.config import SparseConfig, SparseOptions
 from dynamic.statistics import KeepStatistics
 from dynamic.training import MaskedPass, TemperatureSchedule
 from llava.errors import CheckpointError, FlagError
-from llava.extension import Config, DecoderState, Extension, ImportedState, MultimodalInputs, ParameterGroup
+from llava.extension import Config, Extension, ImportedState, ParameterGroup, RunOptions
 from llava.model.language_model.decoder import layer_kinds
 from llava.runtime import checkpointing
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range, check_ranges
+from llava.segments import DecoderState, MultimodalInputs
 
 if TYPE_CHECKING:
     from transformers import Cache, TrainerCallback
-
-    from llava.train.arguments import RunArguments
 
 
 KEEP_RATE = Range(0, 1, above=True)
@@ -67,7 +66,7 @@ class DynamicExtension(Extension):
         self._schedules: WeakKeyDictionary[nn.Module, TemperatureSchedule] = WeakKeyDictionary()
         self._statistics: WeakKeyDictionary[nn.Module, KeepStatistics] = WeakKeyDictionary()
 
-    def configure(self, args: RunArguments) -> Config | None:
+    def configure(self, args: RunOptions) -> Config | None:
         """The configuration of the predictors if `--dynamic` is on.
 
         Raises:
@@ -157,13 +156,13 @@ class DynamicExtension(Extension):
         kept = self._statistics[model].pop() if model in self._statistics else {}
         return {**kept, "tau": self._schedule(model).tau}
 
-    def parameter_groups(self, model: nn.Module, config: Config, args: RunArguments) -> list[ParameterGroup]:
+    def parameter_groups(self, model: nn.Module, config: Config, args: RunOptions) -> list[ParameterGroup]:
         """The predictors with their own learning rate and weight decay."""
         options: SparseOptions = args.options[self.name]
         parameters = [parameter for _, parameter in sparse_model.added_parameters(model)]
         return [ParameterGroup("predictors", parameters, options.predictor_lr, options.predictor_weight_decay)]
 
-    def callbacks(self, model: nn.Module, config: Config, args: RunArguments) -> list[TrainerCallback]:
+    def callbacks(self, model: nn.Module, config: Config, args: RunOptions) -> list[TrainerCallback]:
         """The schedule of the temperature."""
         options: SparseOptions = args.options[self.name]
         self._schedules[model] = TemperatureSchedule(options.gumbel_start_tau, options.gumbel_end_tau)

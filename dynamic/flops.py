@@ -21,7 +21,8 @@ from pathlib import Path
 from dynamic.config import SparseConfig
 from dynamic.layer import kept_count
 from llava.errors import CheckpointError, FlagError
-from llava.utils import read_json, run_program
+from llava.runtime.files import read_json
+from llava.runtime.program import run_program
 
 
 @dataclass(frozen=True)

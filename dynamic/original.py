@@ -17,9 +17,8 @@ from torch import Tensor
 
 from dynamic.config import SparseConfig
 from dynamic.model import IMAGE, INSTRUCT, OUTPUT_TEXT
-from llava.runtime.files import READ_ERRORS, refuse_pointer
+from llava.runtime.files import READ_ERRORS, read_json, refuse_pointer
 from llava.runtime.weights.torch_files import load_plain
-from llava.utils import read_json
 
 CONFIG_FILE = "config.json"
 CONFIG_KEY = "sparse_config"

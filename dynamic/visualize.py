@@ -27,11 +27,11 @@ from llava.eval.answering.answers import Task
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import LoadedModel, load_model
 from llava.eval.answering.runner import image_arguments, load_pictures, make_prompt
-from llava.mm_utils import get_model_name_from_path
+from llava.runtime.hub import get_model_name_from_path
 from llava.runtime.output import replace_text, replacing
 from llava.runtime.places import Input, folder_problem, refuse_file
+from llava.runtime.program import run_program
 from llava.runtime.recognize import refuse_foreign, refuse_foreign_bytes
-from llava.utils import run_program
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -25,7 +25,7 @@ from hydralora.text.records import read_records
 from llava.errors import FlagError
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 RESULT_FILE = "components.json"
 EXAMPLES = 3

@@ -27,7 +27,7 @@ from llava.errors import CheckpointError, FlagError, NotFiniteError
 from llava.runtime.finite_logits import LogitsWatch, are_sound, no_answer
 from llava.runtime.hub import local_folder
 from llava.runtime.places import Input, refuse_additions, refuse_file
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,10 +23,8 @@ from hydralora.flags import settings_from_flags
 from hydralora.layer import expert_balance_loss
 from hydralora.statistics import RoutingStatistics
 from llava.errors import CheckpointError
-from llava.extension import Config, Extension, ImportedState, MultimodalInputs
-
-if TYPE_CHECKING:
-    from llava.train.arguments import RunArguments
+from llava.extension import Config, Extension, ImportedState, RunOptions
+from llava.segments import MultimodalInputs
 
 
 @dataclass
@@ -56,7 +54,7 @@ class HydraLoraExtension(Extension):
         # Per model, and gone with it: one extension may serve several models.
         self._watched: WeakKeyDictionary[nn.Module, list[_Watched]] = WeakKeyDictionary()
 
-    def configure(self, args: RunArguments) -> Config | None:
+    def configure(self, args: RunOptions) -> Config | None:
         """Switch LoRA on in the core, and return what the flags put beside it; None for nothing.
 
         Raises:

@@ -21,8 +21,9 @@ from torch import nn
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from hydralora.text.arguments import RunArguments, TrainingArguments, build_parser, inputs_of, parse_args
+from hydralora.text.arguments import build_parser, inputs_of, parse_args
 from hydralora.text.dataset import InstructionCollator, InstructionDataset, load_examples, training_files
+from hydralora.text.options import RunArguments, TrainingArguments
 from hydralora.text.training import (
     ADAPTER_FOLDER,
     HydraLoraTrainer,
@@ -35,12 +36,12 @@ from hydralora.tuner.original import OUR_WEIGHTS
 from llava.errors import FlagError
 from llava.runtime import checkpointing
 from llava.runtime.output import replace_text
+from llava.runtime.program import package_versions, run_program
 from llava.runtime.resume_check import check_resumable
 from llava.runtime.saving import prepare_folder
 from llava.runtime.unchanged import FINGERPRINTS, WORLD, fingerprints, flat, refuse_changes
 from llava.runtime.weights.completeness import RUN_FILE
 from llava.runtime.zero import join_processes, prepare_resume, set_precision
-from llava.utils import package_versions, run_program
 
 __all__ = ["Run", "build_parser", "build_run", "main", "parse_args"]
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.errors import BadSampleError, FlagError
+from llava.errors import BadSampleError
 
 TAGGED_IMAGE = f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>"
 """How `mmtag` templates write an image."""
@@ -301,31 +301,6 @@ conv_templates: dict[str, Conversation] = {
 
 default_conversation = _V1
 
-VERSIONS_WITHOUT_TEMPLATE = frozenset({"v0", "v0.5"})
-"""Values of `--version` that choose how the tokenizer is padded and leave the default template in place."""
-
 
 TOKENIZER_VERSION = "tokenizer"
 """Value of `--version` and `--conv-mode` that means the tokenizer's own chat template."""
-
-
-def select_template(version: str, tokenizer: Any = None) -> Conversation:
-    """The template of a `--version`, as a copy; `v0` and `v0.5` give the default one, as upstream.
-
-    Args:
-        version: name of a template, or `tokenizer`.
-        tokenizer: only needed for its own template.
-
-    Raises:
-        FlagError: there is no template of that name (upstream falls back to `vicuna_v1` silently).
-    """
-    if version == TOKENIZER_VERSION:
-        from llava.data.chat_template import chat_template
-
-        return chat_template(tokenizer)
-    if version in VERSIONS_WITHOUT_TEMPLATE:
-        return default_conversation.copy()
-    if version not in conv_templates:
-        known = ", ".join(sorted({TOKENIZER_VERSION} | VERSIONS_WITHOUT_TEMPLATE | set(conv_templates)))
-        raise FlagError(f"--version {version}: there is no conversation template of that name; known: {known}")
-    return conv_templates[version].copy()

@@ -1,7 +1,7 @@
 """`python -m llava.convert` under its former name."""
 
 from llava.convert.__main__ import build_parser, main
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 __all__ = ["build_parser", "main"]
 

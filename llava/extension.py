@@ -11,19 +11,18 @@ D width, r rank, E experts, H heads.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
 from llava.errors import FlagError
+from llava.segments import DecoderState, MultimodalInputs
 
 if TYPE_CHECKING:
     from transformers import Cache, TrainerCallback
-
-    from llava.train.arguments import RunArguments
 
 ENTRY_POINT_GROUP = "llava.extensions"
 
@@ -31,77 +30,22 @@ Config = dict[str, Any]
 """What an extension needs to rebuild itself: JSON values only. Stored in `config.json` under `extensions`."""
 
 
-class Span(NamedTuple):
-    """Half-open range of positions `[start, end)` in the multimodal sequence of one sample."""
-
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Segments:
-    """Where the parts of one sample lie in the spliced sequence, padding included (Dynamic-LLaVA, segment rules).
-
-    `instruct` reaches from the last image to the last answer and so holds earlier turns; `last_instruct` is the part
-    of it that begins at the last user marker. Empty spans have `start == end`.
-    """
-
-    system: Span
-    images: tuple[Span, ...]
-    instruct: Span
-    last_instruct: Span
-    answer: Span
-
-    @property
-    def has_image(self) -> bool:
-        """True if at least one image was spliced in."""
-        return bool(self.images)
-
-
-@dataclass
-class MultimodalInputs:
-    """A batch after images were spliced into text (seam 2).
+class RunOptions(Protocol):
+    """The options of a run as an extension sees them; `llava.train.options.RunArguments` in training.
 
     Attributes:
-        inputs_embeds: (B, L, D), padding positions zero.
-        labels: (B, L) int64 with -100 where ignored, or None.
-        attention_mask: (B, L) bool, False at padding, or None when nothing is padded.
-        position_ids: (B, L) int64 counting real tokens from 0, or None.
-        segments: one `Segments` per sample.
+        model: base model, tower, projector.
+        data: data files and image handling.
+        training: everything of transformers' Trainer, and LoRA.
+        options: parsed options of each installed extension, by its name.
+        given: names of the options that were written down.
     """
 
-    inputs_embeds: Tensor
-    labels: Tensor | None
-    attention_mask: Tensor | None
-    position_ids: Tensor | None
-    segments: list[Segments]
-
-
-@dataclass
-class DecoderState:
-    """Everything that travels from one decoder layer to the next (seam 4).
-
-    Attributes:
-        hidden_states: (B, L, D).
-        attention_mask: (B, L_total) 2-D mask that `causal_mask` was made from, or None.
-        position_ids: (B, L) or (1, L) int64.
-        position_embeddings: rotary cosine and sine, each (B or 1, L, D/H).
-        causal_mask: the mask in the form the attention implementation wants; None where it needs none.
-        cache: key-value cache, or None.
-        segments: one per sample during prefill and training, None while single tokens are decoded.
-        layer_kwargs: extra keyword arguments for every following layer; they reach the attention function.
-        carried: what an extension takes along from layer to layer, by the extension's name; it reaches no layer.
-    """
-
-    hidden_states: Tensor
-    attention_mask: Tensor | None
-    position_ids: Tensor
-    position_embeddings: tuple[Tensor, Tensor]
-    causal_mask: Any
-    cache: Cache | None
-    segments: list[Segments] | None
-    layer_kwargs: dict[str, Any] = field(default_factory=dict)
-    carried: dict[str, Any] = field(default_factory=dict)
+    model: Any
+    data: Any
+    training: Any
+    options: dict[str, Any]
+    given: frozenset[str]
 
 
 @dataclass
@@ -151,7 +95,7 @@ class Extension:
     """Settings that may be edited in a checkpoint's `extensions/<name>/config.json`, to use it in another way."""
 
     # 1. Flags
-    def configure(self, args: RunArguments) -> Config | None:
+    def configure(self, args: RunOptions) -> Config | None:
         """Turn the parsed flags into a configuration; None leaves the extension off. May set options of the core.
 
         `args.given` tells which options the user wrote down.
@@ -198,11 +142,11 @@ class Extension:
         return {}
 
     # 7. Training
-    def parameter_groups(self, model: nn.Module, config: Config, args: RunArguments) -> list[ParameterGroup]:
+    def parameter_groups(self, model: nn.Module, config: Config, args: RunOptions) -> list[ParameterGroup]:
         """Groups for the extension's own parameters that need another learning rate or weight decay."""
         return []
 
-    def callbacks(self, model: nn.Module, config: Config, args: RunArguments) -> list[TrainerCallback]:
+    def callbacks(self, model: nn.Module, config: Config, args: RunOptions) -> list[TrainerCallback]:
         """Trainer callbacks, for example a temperature schedule."""
         return []
 

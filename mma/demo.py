@@ -1,6 +1,6 @@
 """LaVIN's chat page under its original name; the program is `mma.lavin.demo`."""
 
-from llava.utils import run_program
+from llava.runtime.program import run_program
 from mma.lavin.demo import build_parser, main
 
 __all__ = ["build_parser", "main"]

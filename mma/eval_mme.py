@@ -1,6 +1,6 @@
 """LaVIN's MME evaluation under its original name; the program is `mma.lavin.eval_mme`."""
 
-from llava.utils import run_program
+from llava.runtime.program import run_program
 from mma.lavin.eval_mme import build_parser, main
 
 __all__ = ["build_parser", "main"]

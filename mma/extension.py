@@ -10,25 +10,22 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from llava.errors import CheckpointError, FlagError
-from llava.extension import Config, DecoderState, Extension, MultimodalInputs
+from llava.extension import Config, Extension, RunOptions
 from llava.runtime import checkpointing
 from llava.runtime.ranges import COUNT, POSITIVE, PROBABILITY, check_ranges
+from llava.segments import DecoderState, MultimodalInputs
 from mma import cache, modality
 from mma import model as adapted_model
 from mma.config import VISUAL_INPUTS, MmaConfig, MmaOptions
 from mma.decoder_layer import ROUTING
 from mma.modality import Routing, Table, Witness
-
-if TYPE_CHECKING:
-    from llava.train.arguments import RunArguments
-
 
 RANGES = {
     "adapter_dim": COUNT,
@@ -52,7 +49,7 @@ class MmaExtension(Extension):
         # Per model, and gone with it: one extension may serve several models.
         self._tables: WeakKeyDictionary[nn.Module, tuple[Table, Witness]] = WeakKeyDictionary()
 
-    def configure(self, args: RunArguments) -> Config | None:
+    def configure(self, args: RunOptions) -> Config | None:
         """The configuration of the adapters if `--mma` is on; freezes the language model, chooses LaVIN's picture.
 
         Raises:
@@ -193,7 +190,7 @@ PICTURE: dict[str, tuple[str, str, Any]] = {
 """LLaVA's flags for LaVIN's picture: where they are, their default, and LaVIN's value."""
 
 
-def _choose_visual_input(args: RunArguments, options: MmaOptions) -> None:
+def _choose_visual_input(args: RunOptions, options: MmaOptions) -> None:
     """Set LLaVA's own flags as LaVIN feeds pictures.
 
     Raises:

@@ -1,6 +1,6 @@
 """Adapters merged into the weights, for one modality; the program is `mma.lavin.merge`."""
 
-from llava.utils import run_program
+from llava.runtime.program import run_program
 from mma.lavin.merge import build_parser, main, merge, merge_checkpoint
 
 __all__ = ["build_parser", "main", "merge", "merge_checkpoint"]

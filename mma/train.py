@@ -1,6 +1,6 @@
 """LaVIN's training under its original name; the program is `mma.lavin.train`."""
 
-from llava.utils import run_program
+from llava.runtime.program import run_program
 from mma.lavin.train import build_parser, main, parse_args
 
 __all__ = ["build_parser", "main", "parse_args"]

@@ -1,6 +1,6 @@
 """Base weights for LaVIN; the program is `mma.lavin.weights.__main__`."""
 
-from llava.utils import run_program
+from llava.runtime.program import run_program
 from mma.lavin.weights.__main__ import build_parser, main
 
 __all__ = ["build_parser", "main"]

@@ -10,9 +10,9 @@ import shutil
 from pathlib import Path
 
 from llava.errors import FlagError, LlavaError
+from llava.runtime.files import read_json
 from llava.runtime.output import describe_entry, is_ours
 from llava.runtime.weights.completeness import RUN_FILE
-from llava.utils import read_json
 from playground.generate import BASE
 
 WRITTEN = (

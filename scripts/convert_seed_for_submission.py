@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 
 from llava.eval.eval_seed import evaluate
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 
 def build_parser() -> argparse.ArgumentParser:

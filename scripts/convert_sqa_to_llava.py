@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 
 from llava.eval.scoring import sqa_to_llava
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 COMMANDS = {
     "convert_to_llava": (sqa_to_llava.convert_to_llava, "QCM-LEA", "write llava_<split>_<format>.json: conversations"),

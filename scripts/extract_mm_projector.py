@@ -15,17 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llava.errors import CheckpointError, FlagError
-from llava.model.formats import (
-    NEWLINE,
-    inspect_checkpoint,
-    read_projector,
-    read_tensors,
-    strip_peft_prefix,
-    weight_files,
-)
+from llava.model.formats import NEWLINE, inspect_checkpoint, read_projector, read_tensors, strip_peft_prefix
 from llava.runtime.output import check_new, new_path
+from llava.runtime.program import run_program
 from llava.runtime.weights.tensors import check_numbers
-from llava.utils import run_program
+from llava.runtime.weights.weight_files import weight_files
 
 PREFIX = "model.mm_projector."
 FORMATS = (".bin", ".safetensors")

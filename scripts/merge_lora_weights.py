@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 
 from llava.model.full_weights import write_full_weights
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 
 def build_parser() -> argparse.ArgumentParser:

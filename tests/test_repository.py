@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,42 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("llava", "hydralora", "dynamic", "mma", "moe_patch", "playground")
 EXTENSIONS = ("hydralora", "dynamic", "mma", "moe_patch")
 MAX_LINES = 500
-WITHOUT_A_MODEL = {
-    "llava.errors",
-    "llava.runtime.hub",
-    "llava.runtime.quantization",
-    "llava.runtime.tokenizer",
-    "llava.utils",
-}
-WITHOUT_A_MODEL |= {"llava.runtime.partition", "llava.runtime.retired_flags", "llava.runtime.sampling"}
-WITHOUT_A_MODEL |= {
-    "llava.runtime.weights.torch_files",
-    "llava.runtime.saving",
-    "llava.runtime.zero",
-    "llava.runtime.resumable_trainer",
-}
-WITHOUT_A_MODEL |= {"llava.runtime.output", "llava.runtime.places", "llava.runtime.recognize"}
-WITHOUT_A_MODEL |= {
-    "llava.runtime.cache_name",
-    "llava.runtime.versions",
-    "llava.runtime.foreign_lines",
-    "llava.runtime.checkpointing",
-}
-WITHOUT_A_MODEL |= {
-    "llava.runtime.files",
-    "llava.runtime.finite_logits",
-    "llava.runtime.weights.adapter_counts",
-    "llava.runtime.weights.completeness",
-    "llava.runtime.weights.settings",
-}
-WITHOUT_A_MODEL |= {"llava.runtime.weights.tensors", "llava.runtime.ranges", "llava.runtime.values"}
-WITHOUT_A_MODEL |= {
-    "llava.runtime.resume_check",
-    "llava.runtime.unchanged",
-    "llava.runtime.weights.base_weights",
-    "llava.model.formats",
-}
-"""Modules of llava that know nothing of its model; anybody may use them."""
+WITHOUT_A_MODEL = ("llava.errors", "llava.segments", "llava.runtime")
+"""Modules and folders of llava that know nothing of its model; anybody may use them."""
+MAX_MODULES = 32
 
 
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -160,41 +129,79 @@ def test_layers_import_torch_and_the_standard_library_only(path: Path) -> None:
     assert not foreign, f"{_id(path)} holds mathematics and imports {sorted(foreign)}"
 
 
-PROGRAMS_ON_LLAVA = tuple(
-    ROOT / "mma" / name
-    for name in (
-        "data",
-        "weights",
-        "scoring",
-        "programs",
-        "original.py",
-        "merge.py",
-        "train.py",
-        "eval.py",
-        "eval_mme.py",
-        "demo.py",
-    )
-)
-"""LaVIN's own command lines: they start llava's training and evaluation; no module of the method imports them."""
+APPLICATIONS = (ROOT / "mma" / "lavin", ROOT / "dynamic" / "visualize.py")
+"""Programs on a LLaVA of their own: they start llava's training and evaluation; no module of a method imports them."""
 
 
-def _may_know_llava(path: Path) -> bool:
-    return path.name == "extension.py" or any(path.is_relative_to(program) for program in PROGRAMS_ON_LLAVA)
+def _is_door(path: Path) -> bool:
+    """Whether a module is nothing but another name of a program."""
+    return not any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.walk(ast.parse(path.read_text())))
 
 
-METHODS = [path for path in MODULES if path.relative_to(ROOT).parts[0] in EXTENSIONS and not _may_know_llava(path)]
+def _is_method(path: Path) -> bool:
+    return path.name != "extension.py" and not any(map(path.is_relative_to, APPLICATIONS)) and not _is_door(path)
+
+
+METHODS = [path for path in MODULES if path.relative_to(ROOT).parts[0] in EXTENSIONS and _is_method(path)]
+
+
+def _within(name: str, packages: Iterable[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
 @_each(METHODS)
 def test_only_extension_py_knows_the_seams_of_llava(path: Path) -> None:
     names = {name for name in _imported_modules(path) if name.partition(".")[0] == "llava"}
-    assert names <= WITHOUT_A_MODEL, f"{_id(path)} imports {sorted(names)}; only extension.py may"
+    foreign = sorted(name for name in names if not _within(name, WITHOUT_A_MODEL))
+    assert not foreign, f"{_id(path)} imports {foreign}; only extension.py may"
 
 
 @_each(METHODS)
 def test_methods_do_without_their_programs(path: Path) -> None:
-    programs = tuple(f"mma.{program.stem}." for program in PROGRAMS_ON_LLAVA)
-    assert not {name for name in _imported_modules(path) if f"{name}.".startswith(programs)}
+    assert not [name for name in _imported_modules(path) if _within(name, ["mma.lavin", "dynamic.visualize"])]
+
+
+@_each([path for path in MODULES if path.is_relative_to(ROOT / "llava" / "runtime")])
+def test_the_runtime_knows_nothing_of_a_llava(path: Path) -> None:
+    names = {name for name in _imported_modules(path) if name.partition(".")[0] in PACKAGES}
+    assert not [name for name in names if not _within(name, WITHOUT_A_MODEL)]
+
+
+def _graph() -> dict[str, set[str]]:
+    """Who imports whom among our modules, anywhere in a file."""
+    names = {_module_name(path): path for path in MODULES + PROGRAMS}
+    return {name: _imported_modules(path) & set(names) - {name} for name, path in names.items()}
+
+
+def _circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """The modules of one circle of imports, in their order; empty if there is none."""
+    sorter = graphlib.TopologicalSorter(graph)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_circle_of_imports() -> None:
+    """Imports within functions and under `TYPE_CHECKING` included."""
+    assert _circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})
+    assert not _circle(_graph())
+
+
+def test_no_folder_is_crowded() -> None:
+    folders = Counter(path.parent for path in MODULES + PROGRAMS if "golden" not in path.parts)
+    assert not {_id(folder): count for folder, count in folders.items() if count > MAX_MODULES}
+
+
+CONVERTERS = 1600
+"""Lines of Python in `scripts/`, where upstream's converters are and nothing else."""
+
+
+def test_scripts_hold_converters_only() -> None:
+    files = list((ROOT / "scripts").rglob("*.py"))
+    assert all(path.parent == ROOT / "scripts" for path in files)
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) < CONVERTERS
 
 
 @_each(MODULES)

@@ -20,7 +20,7 @@ from hydralora.analysis.figures import plot_matrices
 from hydralora.analysis.similarity import between_adapters, between_experts, mean_of
 from llava.errors import FlagError
 from llava.runtime.output import replace_text
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 RESULT_FILE = "similarity.json"
 NO_FIGURES = "none"

@@ -11,7 +11,7 @@ from torch import Tensor
 from hydralora.original import read_weights
 from hydralora.tuner.original import ORIGINAL_WEIGHTS, OUR_WEIGHTS, from_original, read_our_weights
 from llava.errors import CheckpointError
-from llava.utils import read_json
+from llava.runtime.files import read_json
 
 CONFIG_FILE = "adapter_config.json"
 

@@ -6,187 +6,31 @@ The classes and their order are the original's; options of transformers 4 that n
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
 
-import torch
 import transformers
 
 from hydralora.text.counts import row_problems
-from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
-from hydralora.tuner.loading import read_config
+from hydralora.text.options import (
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+    TrainingArguments,
+    module_names,
+    number_of_experts,
+    stored_config,
+)
+from hydralora.tuner.config import HydraLoraConfig
 from llava.errors import FlagError
-from llava.runtime.files import refuse_pointer
 from llava.runtime.places import Input, folder_problems
-from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, range_problems
+from llava.runtime.ranges import COUNT, PROBABILITY, range_problems
 from llava.runtime.retired_flags import translate_retired_flags
-from llava.runtime.values import check_values, parse, refuse
-from llava.runtime.zero import zero_settings, zero_stage
-
-AUTO = "auto:"
-"""`--lora_nums auto:FILE` takes the number from a file that `python -m hydralora.components` wrote."""
-
-
-def _option(help_text: str, default: Any = None, **metadata: Any) -> Any:
-    """A command-line option with its help text."""
-    return field(default=default, metadata={"help": help_text, **metadata})
-
-
-@dataclass
-class ModelArguments:
-    """The base model and its tokenizer."""
-
-    _argument_group_name: ClassVar[str] = "model"
-
-    model_name_or_path: str | None = _option("folder or hub id of the base: any causal language model of transformers")
-    tokenizer_name_or_path: str | None = _option("folder or hub id of the tokenizer; none given: that of the base")
-    config_overrides: str | None = _option("accepted for compatibility: refused unless empty, the base stays as it is")
-    config_name: str | None = _option("accepted for compatibility: refused unless empty, the base stays as it is")
-    tokenizer_name: str | None = _option("the same as --tokenizer_name_or_path")
-    cache_dir: str | None = _option("where files from a model hub are kept")
-    use_fast_tokenizer: bool = _option("accepted for compatibility: there is one kind of tokenizer today", True)
-    model_revision: str = _option("branch, tag or commit on the hub", "main")
-    use_auth_token: bool = _option("use the token that `hf auth login` stored", False)
-    torch_dtype: str | None = _option(
-        "dtype of the frozen base; none given: that of its files", choices=["auto", "bfloat16", "float16", "float32"]
-    )
-
-
-@dataclass
-class DataArguments:
-    """What is trained and evaluated on: JSON lists of instruction, input, output and, optionally, task_type."""
-
-    _argument_group_name: ClassVar[str] = "data"
-
-    dataset_dir: str | None = _option("folder whose .json files are trained on, the validation file left out")
-    train_file: str | None = _option("one file to train on, instead of --dataset_dir")
-    validation_file: str | None = _option("file to evaluate on")
-    overwrite_cache: bool = _option("tokenize again although a cache of the very same content exists", False)
-    validation_split_percentage: float = _option(
-        "share of the training records to evaluate on, with --do_eval and no --validation_file", 0.05
-    )
-    preprocessing_num_workers: int | None = _option("accepted for compatibility: tokenizers work in parallel already")
-    keep_linebreaks: bool = _option("accepted for compatibility: line breaks are kept", True)
-    data_cache_dir: str | None = _option("where tokenized data is kept; none given: a folder beside the data")
-    max_seq_length: int = _option("longest sequence in tokens; the rest is cut off", 1024)
-
-
-@dataclass
-class TrainingArguments(transformers.TrainingArguments):
-    """How it is trained; everything else is transformers' `TrainingArguments`."""
-
-    _argument_group_name: ClassVar[str] = "training (including every option of transformers' TrainingArguments)"
-
-    remove_unused_columns: bool = _option("drop columns that the model does not take; does not apply here", False)
-    trainable: str = _option("linear layers to adapt, by comma, or all-linear", "q_proj,v_proj")
-    lora_rank: int = _option("rank of A and of every B", 8)
-    lora_dropout: float = _option("dropout before A", 0.1)
-    lora_alpha: float = _option("the update is scaled by alpha / rank", 32.0)
-    lora_nums: str = _option("number of experts, or auto:FILE (see python -m hydralora.components)", "2")
-    routing: str = _option("what the router decides for: token (the paper) or sequence", RoutingUnit.TOKEN.value)
-    balance_weight: float | None = _option(
-        "weight of an expert-balance loss; 0: none, as the original; none given: that of --peft_path's adapter, or 0"
-    )
-    modules_to_save: str | None = _option("other modules to train in full, by comma")
-    peft_path: str | None = _option(
-        "adapter to start from: ours, or one of the original; it stays as it is, so flags that contradict its rank, "
-        "alpha, dropout, experts, routing or modules are refused"
-    )
-    flash_attn: bool = _option("use FlashAttention 2", False)
-    double_quant: bool = _option("4 bit: quantise the quantisation constants too", True)
-    quant_type: str = _option("4 bit: nf4 or fp4", "nf4")
-    load_in_kbits: int = _option("precision of the frozen base: 16, or 8 or 4 (QLoRA)", 16)
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that train nothing, and resolve `--deepspeed` before transformers reads it."""
-        check_values(self, OWN_RANGES)
-        self.deepspeed = zero_settings(self)
-        super().__post_init__()
-
-    @property
-    def device(self) -> torch.device:
-        """Device of this process. Accelerate numbers CPUs among several processes, which `torch.load` does not know."""
-        device = super().device
-        return torch.device("cpu") if device.type == "cpu" else device
-
-
-OWN_RANGES = {
-    "lora_rank": COUNT,
-    "lora_alpha": POSITIVE,
-    "lora_dropout": PROBABILITY,
-    "balance_weight": NOT_NEGATIVE,
-}
-"""What the numbers of `TrainingArguments` may be, where they are ours."""
+from llava.runtime.values import parse, refuse
+from llava.runtime.zero import zero_stage
 
 DATA_RANGES = {"max_seq_length": COUNT, "preprocessing_num_workers": COUNT, "validation_split_percentage": PROBABILITY}
-
-
-@dataclass
-class RunArguments:
-    """All options of one run."""
-
-    model: ModelArguments
-    data: DataArguments
-    training: TrainingArguments
-
-    @property
-    def experts(self) -> int:
-        """The number of experts: of `--peft_path`'s adapter, or else of `--lora_nums` or the file that it names."""
-        if self.training.peft_path:
-            return stored_config(self.training.peft_path).lora_nums
-        return number_of_experts(self.training.lora_nums)
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Folder or hub id of the tokenizer."""
-        return str(self.model.tokenizer_name_or_path or self.model.tokenizer_name or self.model.model_name_or_path)
-
-
-def number_of_experts(value: str) -> int:
-    """The number that `--lora_nums` means.
-
-    Raises:
-        FlagError: it is no positive number, or the file does not hold one.
-    """
-    source, number = "--lora_nums", value
-    if value.startswith(AUTO):
-        path = Path(value.removeprefix(AUTO))
-        refuse_pointer(path, FlagError)
-        source = f"--lora_nums {value}: 'suggested' in {path}"
-        try:
-            number = json.loads(path.read_text(encoding="utf-8"))["suggested"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FlagError(
-                f"--lora_nums {value}: {path} cannot be read or has no 'suggested' ({error}); "
-                "python -m hydralora.components writes such a file"
-            ) from error
-    if not str(number).isdecimal() or int(number) < 1:
-        raise FlagError(f"{source} is {number!r}, expected a number of experts of at least 1")
-    return int(number)
-
-
-def stored_config(folder: str) -> HydraLoraConfig:
-    """The configuration of the adapter that `--peft_path` names.
-
-    Raises:
-        FlagError: the folder holds no adapter, or one of another method.
-    """
-    try:
-        config = read_config(Path(folder))
-    except ValueError as error:
-        raise FlagError(f"--peft_path: {error}") from error
-    if not isinstance(config, HydraLoraConfig):
-        raise FlagError(f"--peft_path {folder}: is an adapter of another method than HydraLoRA")
-    return config
-
-
-def module_names(value: str | None) -> list[str]:
-    """The names in the value of `--trainable` or `--modules_to_save`, without blanks."""
-    return [name.strip() for name in (value or "").split(",") if name.strip()]
 
 
 def build_parser() -> transformers.HfArgumentParser:

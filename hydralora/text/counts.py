@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hydralora.text.dataset import training_files
+from hydralora.text.options import RunArguments
 from hydralora.text.records import read_records
 from llava.runtime.values import too_few_rows
-
-if TYPE_CHECKING:
-    from hydralora.text.arguments import RunArguments
 
 
 def row_problems(args: RunArguments) -> list[str]:

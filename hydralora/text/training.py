@@ -20,12 +20,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from hydralora.layer import expert_balance_loss
 from hydralora.model import RoutingRecorder, of_text
 from hydralora.statistics import TaskStatistics
-from hydralora.text.arguments import RunArguments, module_names
+from hydralora.text.options import RunArguments, module_names
 from hydralora.tuner import HydraLoraConfig, hydralora_layers
 from hydralora.tuner.loading import load_adapter
 from hydralora.tuner.original import CONFIG_FILE, OUR_WEIGHTS
 from llava.errors import CheckpointError, FlagError
-from llava.model.formats import check_base
 from llava.runtime.files import reading
 from llava.runtime.hub import TOKENIZER_FILES, local_folder
 from llava.runtime.partition import fetch
@@ -36,6 +35,7 @@ from llava.runtime.weights.adapter_counts import check_adapter
 from llava.runtime.weights.base_weights import read_base
 from llava.runtime.weights.completeness import RUN_FILE, require
 from llava.runtime.weights.torch_files import check_weights
+from llava.runtime.weights.weight_files import check_base
 from llava.runtime.zero import same_draws
 
 ADAPTER_FOLDER = "sft_lora_model"

@@ -21,12 +21,11 @@ from torch import Tensor
 from hydralora.original import read_weights
 from hydralora.tuner.config import HydraLoraConfig
 from llava.errors import CheckpointError
-from llava.runtime.files import check_torch_file, reading, refuse_pointer
+from llava.runtime.files import check_torch_file, read_json, reading, refuse_pointer
 from llava.runtime.output import check_new, new_path
 from llava.runtime.weights.adapter_counts import check_layers
 from llava.runtime.weights.settings import LORA, Rule, check_settings
 from llava.runtime.weights.tensors import check_numbers
-from llava.utils import read_json
 
 CONFIG_FILE = "adapter_config.json"
 ORIGINAL_WEIGHTS = "adapter_model.bin"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.convert.hf import DTYPES, to_hf
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 SERVING = """written: {folder}
 in Python: transformers.LlavaForConditionalGeneration.from_pretrained("{folder}"), with its AutoProcessor

@@ -23,13 +23,13 @@ from llava.errors import CheckpointError, FlagError
 from llava.model.builder import base_folder, load_pretrained_model
 from llava.model.formats import TOWER_FOLDER, CheckpointContents, inspect_checkpoint, weight_file_names
 from llava.model.language_model.backbones import CLASSES
-from llava.runtime.files import naming, reading
+from llava.runtime.files import naming, read_json, reading
 from llava.runtime.hub import local_folder
 from llava.runtime.output import check_new, new_path
+from llava.runtime.program import errors_only, run_program
 from llava.runtime.tokenizer import LlamaTokenizer, check_pieces
 from llava.runtime.weights.base_weights import read_base
 from llava.runtime.weights.settings import Rule, check_settings
-from llava.utils import errors_only, read_json, run_program
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

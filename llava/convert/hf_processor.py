@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, LlamaTokenizerFast, LlavaImageProcessor,
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, SeparatorStyle
+from llava.data.pixels import PLAIN_ASPECT_RATIOS
 from llava.data.tiling import output_size
 from llava.errors import FlagError
-from llava.mm_utils import PLAIN_ASPECT_RATIOS
 from llava.runtime.tokenizer import BLANK, LlamaTokenizer
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")

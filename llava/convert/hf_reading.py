@@ -17,22 +17,13 @@ from transformers import LlavaConfig as HfConfig
 
 from llava.convert.hf_format import DERIVED, RECORD
 from llava.errors import CheckpointError
-from llava.model.formats import check_weight_files
 from llava.model.multimodal_encoder.builder import KINDS
 from llava.model.multimodal_encoder.transformers_tower import TransformersTower, check_image_size
-from llava.runtime.files import reading, refuse_pointers
+from llava.model.settings import IMAGE_PROCESSOR, VISION_KEYS, VISION_TOWER
+from llava.runtime.files import read_json, reading, refuse_pointers
 from llava.runtime.hub import TOKENIZER_FILES
-from llava.runtime.weights.settings import (
-    IMAGE_PROCESSOR,
-    TOKEN,
-    VISION_KEYS,
-    VISION_TOWER,
-    Rule,
-    Rules,
-    check_language_model,
-    check_settings,
-)
-from llava.utils import read_json
+from llava.runtime.weights.settings import TOKEN, Rule, Rules, check_language_model, check_settings
+from llava.runtime.weights.weight_files import check_weight_files
 
 HF_LLAVA: Rules = {
     "image_token_index": Rule("int", 0, TOKEN, required=True),

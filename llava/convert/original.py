@@ -20,23 +20,17 @@ from llava.errors import CheckpointError, FlagError
 from llava.extension import installed_extensions
 from llava.model.builder import base_folder
 from llava.model.checkpoint import load_trained
-from llava.model.formats import (
-    NON_LORA_FILE,
-    CheckpointContents,
-    described_weights,
-    inspect_checkpoint,
-    read_projector,
-    read_tensors,
-    weight_files,
-)
+from llava.model.formats import NON_LORA_FILE, CheckpointContents, inspect_checkpoint, read_projector, read_tensors
 from llava.model.language_model.backbones import backbone_class, load_config
+from llava.runtime.files import read_json
 from llava.runtime.output import check_new, new_path
+from llava.runtime.program import run_program
 from llava.runtime.weights.adapter_counts import check_lora
 from llava.runtime.weights.base_weights import read_base
 from llava.runtime.weights.completeness import RECORD_FILE
 from llava.runtime.weights.settings import LORA, check_settings
 from llava.runtime.weights.tensors import check_dtype, check_finite, check_numbers
-from llava.utils import read_json, run_program
+from llava.runtime.weights.weight_files import described_weights, weight_files
 
 PEFT_PREFIX = "base_model.model."
 

@@ -16,7 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from llava.conversation import SYSTEM_TURN, TOKENIZER_VERSION, Conversation, Piece, SeparatorStyle
 from llava.errors import BadSampleError, FlagError
-from llava.extension import Span
+from llava.segments import Span
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 

@@ -26,19 +26,19 @@ from transformers import CLIPImageProcessorPil
 from transformers.hf_argparser import string_to_bool
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
-from llava.conversation import select_template
 from llava.data.check_page import PAGE_HEAD, write_page
 from llava.data.image_bounds import check_made
 from llava.data.inspection import EXPLANATIONS, TRAINABLE, Kind, RowReport, RowReports, Settings, mark_duplicates
 from llava.data.records import open_records
 from llava.data.statistics import PERCENTILES, DataSummary, summarise
+from llava.data.templates import select_template
 from llava.data.tiling import MERGE_TYPES, ImageLength, check_grid_pinpoints
 from llava.errors import FlagError
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file, same_place
+from llava.runtime.program import run_program
 from llava.runtime.recognize import refuse_foreign
 from llava.runtime.tokenizer import load_tokenizer
-from llava.utils import run_program
 
 ROWS_PER_STEP = 16
 

@@ -12,9 +12,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
+from llava.data.pixels import ASPECT_RATIOS, preprocess_image
 from llava.data.tiling import GridPinpoints, output_size, parse_grid_pinpoints
 from llava.errors import BadImageError, FlagError
-from llava.mm_utils import ASPECT_RATIOS, preprocess_image
 from llava.runtime.files import is_pointer, pointer_problem
 
 MAX_PIXELS = 160_000_000

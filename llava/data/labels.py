@@ -19,8 +19,8 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, Piece, SeparatorStyle
 from llava.data.turns import Turn, excerpt, place_image, training_pieces, turn_text
 from llava.errors import ImageCountError, NoTargetError, TokenBorderError
-from llava.extension import Span
 from llava.runtime.tokenizer import encode_with_spans, starts_with_bos
+from llava.segments import Span
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """POPE's scores (original `llava/dynamic_eval/eval_pope.py`)."""
 
 from llava.eval.eval_pope import build_parser, main
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 __all__ = ["build_parser", "main"]
 

@@ -1,7 +1,7 @@
 """ScienceQA's accuracy (original `llava/dynamic_eval/eval_science_qa.py`)."""
 
 from llava.eval.eval_science_qa import build_parser, main
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 __all__ = ["build_parser", "main"]
 

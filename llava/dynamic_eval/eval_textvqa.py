@@ -1,7 +1,7 @@
 """TextVQA's accuracy (original `llava/dynamic_eval/eval_textvqa.py`)."""
 
 from llava.eval.eval_textvqa import build_parser, main
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 __all__ = ["build_parser", "main"]
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.eval import long_answers
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 
 def build_parser() -> argparse.ArgumentParser:

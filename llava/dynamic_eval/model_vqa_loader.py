@@ -1,7 +1,7 @@
 """Answer a file of questions with a sparse model (original `llava/dynamic_eval/model_vqa_loader.py`)."""
 
 from llava.eval.model_vqa_loader import build_parser, main
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 __all__ = ["build_parser", "main"]
 

@@ -1,7 +1,7 @@
 """Answer ScienceQA's questions with a sparse model (original `llava/dynamic_eval/model_vqa_science.py`)."""
 
 from llava.eval.model_vqa_science import build_parser, main
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 __all__ = ["build_parser", "main"]
 

@@ -1,7 +1,7 @@
 """Ask a sparse model one question (original `llava/dynamic_eval/run_dynamic_llava.py`)."""
 
 from llava.eval.run_llava import build_parser, main
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 __all__ = ["build_parser", "main"]
 

@@ -1,7 +1,7 @@
 """`dynamic.visualize` under its original name (upstream `llava/dynamic_eval/visualize.py`)."""
 
 from dynamic.visualize import build_parser, main
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 __all__ = ["build_parser", "main"]
 

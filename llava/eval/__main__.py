@@ -30,8 +30,8 @@ from llava.eval.answering.processes import answer_share, joined
 from llava.eval.benchmarks import BENCHMARKS, Benchmark, find
 from llava.eval.outcomes import Run
 from llava.eval.reporting.results import report, summary_line, write_samples
-from llava.mm_utils import get_model_name_from_path
-from llava.utils import run_program
+from llava.runtime.hub import get_model_name_from_path
+from llava.runtime.program import run_program
 
 
 def build_parser() -> argparse.ArgumentParser:

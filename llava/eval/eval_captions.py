@@ -16,7 +16,7 @@ from llava.errors import BadSampleError
 from llava.eval.answering.answers import Task
 from llava.eval.answering.questions import read_json, read_jsonl
 from llava.eval.scoring.captions import TOKENIZERS, bleu4, cider, pair
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 PROMPT = "Provide a one-sentence caption for the provided image."
 

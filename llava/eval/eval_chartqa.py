@@ -15,7 +15,7 @@ from pathlib import Path
 from llava.errors import BadSampleError
 from llava.eval.answering.answers import Task
 from llava.eval.answering.questions import field, read_json, read_jsonl
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 KINDS = ("human", "augmented")
 TOLERANCE = 0.05

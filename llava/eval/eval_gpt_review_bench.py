@@ -24,7 +24,7 @@ from llava.errors import BadSampleError, FlagError
 from llava.eval.answering.questions import field, read_json, read_jsonl
 from llava.eval.answering.recognition import REVIEW_SHAPE, check_writable, recognize_rows, repair
 from llava.runtime.places import Input, refuse_file
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 BASE_URL = "https://api.openai.com/v1"
 MODEL = "gpt-4-0314"

@@ -21,7 +21,7 @@ from llava.errors import BadSampleError
 from llava.eval.answering.questions import read_json
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 OPEN = "query"
 """The structural type of an open question; all others are answered by yes or no or by a choice."""

@@ -20,7 +20,7 @@ from llava.errors import BadSampleError
 from llava.runtime.files import data_text
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 PERCEPTION = (
     *("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"),

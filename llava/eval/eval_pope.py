@@ -18,7 +18,7 @@ from pathlib import Path
 
 from llava.errors import BadSampleError
 from llava.eval.answering.questions import field, read_jsonl
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 PREFIX, SUFFIX = "coco_pope_", ".json"
 NO = frozenset({"No", "not", "no"})

@@ -15,7 +15,7 @@ from typing import Any
 from llava.errors import BadSampleError
 from llava.eval.answering.questions import read_jsonl
 from llava.eval.eval_science_qa import parse_answer
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 LETTERS = "ABCD"
 

@@ -20,7 +20,7 @@ from llava.errors import BadSampleError
 from llava.eval.answering.questions import field, read_json, read_jsonl
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 FAILED = "FAILED"
 # Upstream's pattern: one arbitrary character after the letter.

@@ -15,7 +15,7 @@ from typing import Any
 from llava.errors import BadSampleError, FlagError
 from llava.eval.answering.questions import field, read_json, read_jsonl
 from llava.eval.m4c_evaluator import Prediction, TextVQAAccuracyEvaluator
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 OCR_MARKER = "Reference OCR token: "
 OCR_PROMPT = "OCR tokens: "

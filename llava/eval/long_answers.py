@@ -25,7 +25,7 @@ from llava.eval.answering.runner import load_pictures, make_prompt
 from llava.eval.answering.stepwise import Stepper
 from llava.eval.scoring.meteor import find_wordnet, meteor
 from llava.eval.scoring.references import ReferenceConversation, read_conversations
-from llava.mm_utils import get_model_name_from_path
+from llava.runtime.hub import get_model_name_from_path
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, check_ranges
 from llava.runtime.weights.fingerprint import weights_fingerprint
 

@@ -14,7 +14,7 @@ from llava.errors import FlagError
 from llava.eval.answering.recognition import ANSWER_SHAPES, check_writable, recognize_rows, refuse_unless_rows
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 
 def build_parser() -> argparse.ArgumentParser:

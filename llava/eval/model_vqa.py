@@ -19,7 +19,7 @@ from llava.eval.answering.options import (
     answer_question_file,
 )
 from llava.eval.model_vqa_loader import make_task
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -21,7 +21,7 @@ from llava.eval.answering.options import (
     answer_question_file,
 )
 from llava.eval.answering.questions import Question
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 
 def build_parser() -> argparse.ArgumentParser:

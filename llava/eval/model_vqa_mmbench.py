@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llava.eval.answering.options import add_model_options, add_question_options, add_sampling_options, answer_questions
 from llava.eval.scoring.mmbench import open_image, read_tasks, to_row
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 
 def build_parser() -> argparse.ArgumentParser:

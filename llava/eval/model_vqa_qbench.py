@@ -19,7 +19,7 @@ from llava.errors import FlagError
 from llava.eval.answering.answers import Row, Task
 from llava.eval.answering.options import add_model_options, add_question_options, add_sampling_options, answer_questions
 from llava.eval.answering.questions import field, read_json
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 # The second is upstream's text: a backslash stands where a line feed was meant.
 REQUESTS = {"en": "\nChoose between one of the options as follows:\n", "zh": "\\在下列选项中选择一个:\n"}

@@ -20,7 +20,7 @@ from llava.eval.answering.answers import Task
 from llava.eval.answering.options import add_model_options, add_question_options, add_sampling_options, answer_questions
 from llava.eval.answering.questions import field, read_json
 from llava.eval.scoring.mmbench import INSTRUCTIONS
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 
 def read_tasks(path: str | Path, *, single_pred_prompt: bool = False) -> list[Task]:

@@ -18,7 +18,7 @@ from llava.eval.reporting.comparison import Group, difference, group_runs, mean_
 from llava.eval.reporting.report_page import page
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 
 def build_parser() -> argparse.ArgumentParser:

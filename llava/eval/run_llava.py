@@ -25,8 +25,8 @@ from llava.eval.answering.loading import load_model
 from llava.eval.answering.options import add_model_options, add_sampling_options
 from llava.eval.answering.prompts import check_conv_mode, infer_conv_mode
 from llava.eval.answering.runner import answer_batch, load_pictures, make_prompt
-from llava.mm_utils import get_model_name_from_path
-from llava.utils import run_program
+from llava.runtime.hub import get_model_name_from_path
+from llava.runtime.program import run_program
 
 DOWNLOAD_SECONDS = 60
 

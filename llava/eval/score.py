@@ -25,7 +25,7 @@ from llava.errors import BadSampleError
 from llava.eval.answering.questions import Question, field, read_jsonl, read_questions
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file
-from llava.utils import package_versions, run_program
+from llava.runtime.program import package_versions, run_program
 
 Z_95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llava.errors import BadSampleError, FlagError
 from llava.eval.answering.questions import field, read_jsonl
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 PREFIXES = ("gpt4_text", "reviews_", "review_")
 ALL = "all"

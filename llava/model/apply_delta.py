@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.model.delta import combine
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 
 def build_parser() -> argparse.ArgumentParser:

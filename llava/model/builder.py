@@ -25,17 +25,15 @@ from llava.model.checkpoint import load_extension_tensors, load_trained
 from llava.model.components import Component, components
 from llava.model.formats import (
     CheckpointContents,
-    check_base,
     inspect_checkpoint,
     projector_tensors,
     read_tensors,
     weight_file_names,
-    weight_files,
 )
 from llava.model.image_tokens import add_image_tokens, wanted_tokens
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.model.language_model.causal_lm import LlavaForCausalLM
-from llava.runtime.files import naming, reading
+from llava.runtime.files import naming, read_json, reading
 from llava.runtime.hub import local_folder
 from llava.runtime.offloading import (
     bring_in,
@@ -44,11 +42,12 @@ from llava.runtime.offloading import (
     is_offloaded,
     materialize,
 )
+from llava.runtime.program import errors_only
 from llava.runtime.quantization import choose_cpu_kernels, quantisation_config
 from llava.runtime.tokenizer import load_tokenizer
 from llava.runtime.weights.base_weights import read_base
 from llava.runtime.weights.settings import LORA, check_settings
-from llava.utils import errors_only, read_json
+from llava.runtime.weights.weight_files import check_base, weight_files
 
 DEFAULT_CONTEXT_LENGTH = 2048
 

@@ -30,15 +30,15 @@ from llava.model.formats import (
     read_projector,
     read_tensors,
     strip_peft_prefix,
-    weight_files,
 )
 from llava.model.image_tokens import image_token_rows, load_image_tokens
 from llava.model.language_model.causal_lm import LlavaForCausalLM
+from llava.runtime.files import read_json
 from llava.runtime.partition import fetch, full_shape, whole
 from llava.runtime.weights.adapter_counts import check_adapter
 from llava.runtime.weights.completeness import write_record
 from llava.runtime.weights.tensors import check_numbers, is_finite
-from llava.utils import read_json
+from llava.runtime.weights.weight_files import weight_files
 
 
 def bare_model(model: nn.Module) -> LlavaForCausalLM:

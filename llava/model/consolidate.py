@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from llava.errors import CheckpointError
 from llava.model.formats import inspect_checkpoint
 from llava.model.full_weights import write_full_weights
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """`python -m llava.convert.hf` under its former name."""
 
 from llava.convert.hf import build_parser, from_hf, main, to_hf
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 __all__ = ["build_parser", "from_hf", "main", "to_hf"]
 

@@ -13,21 +13,14 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from llava.errors import CheckpointError
-from llava.model.formats import (
-    NEWLINE,
-    WEIGHT_FILES,
-    inspect_checkpoint,
-    read_tensors,
-    weight_file_names,
-    weight_files,
-    weights_of,
-)
+from llava.model.formats import NEWLINE, inspect_checkpoint, read_tensors, weight_file_names
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.runtime.output import new_path
 from llava.runtime.tokenizer import load_tokenizer
 from llava.runtime.weights.base_weights import check_fit, check_generation
 from llava.runtime.weights.completeness import RECORD_FILE
 from llava.runtime.weights.tensors import check_numbers
+from llava.runtime.weights.weight_files import WEIGHT_FILES, weight_files, weights_of
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 """May have more rows than the base's: tokens were added behind."""

@@ -1,7 +1,7 @@
 """`python -m llava.convert.original` under its former name."""
 
 from llava.convert.original import build_parser, export_original, main
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 __all__ = ["build_parser", "export_original", "main"]
 

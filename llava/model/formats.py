@@ -11,21 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llava.errors import CheckpointError
-from llava.runtime.files import refuse_pointer, refuse_pointers
+from llava.runtime.files import read_json, refuse_pointers
 from llava.runtime.weights.completeness import RECORD_FILE, RUN_FILE, check_record, check_run_record, require
-from llava.runtime.weights.tensors import Entry, check_numbers, describe, read_tensors
-from llava.runtime.weights.torch_files import load_plain
-from llava.utils import read_json
+from llava.runtime.weights.tensors import check_numbers, read_tensors
+from llava.runtime.weights.weight_files import WEIGHT_FILES, first_file, listing, weight_files
 
-WEIGHT_FILES = (
-    *("model.safetensors", "model.safetensors.index.json"),
-    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
-"""Full weights, one file or the index of several, in the order in which transformers looks for them."""
 SHARDS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
 """Names of the files that such an index lists."""
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -46,10 +39,6 @@ _PEFT_PREFIX = "base_model.model."
 def strip_peft_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names relative to the LLaVA model, as `model.mm_projector.0.weight`."""
     return {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in tensors.items()}
-
-
-def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 @dataclass(frozen=True)
@@ -92,31 +81,31 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointContents:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: has no config.json, so it is no checkpoint (found: {_listing(folder)})")
+        raise CheckpointError(f"{folder}: has no config.json, so it is no checkpoint (found: {listing(folder)})")
     refuse_pointers(folder)
     check_record(folder)
     check_run_record(folder)
     contents = CheckpointContents(
         folder=folder,
-        weights=_first(folder, WEIGHT_FILES),
-        adapter=_first(folder, ADAPTER_FILES),
-        projector=_first(folder, PROJECTOR_FILES),
-        non_lora=_first(folder, (NON_LORA_FILE,)),
+        weights=first_file(folder, WEIGHT_FILES),
+        adapter=first_file(folder, ADAPTER_FILES),
+        projector=first_file(folder, PROJECTOR_FILES),
+        non_lora=first_file(folder, (NON_LORA_FILE,)),
         extensions={path.name: path for path in sorted((folder / EXTENSIONS_FOLDER).glob("*")) if path.is_dir()},
-        tower=folder / TOWER_FOLDER if _first(folder / TOWER_FOLDER, TOWER_MARKERS) else None,
-        image_tokens=_first(folder, (IMAGE_TOKENS_FILE,)),
+        tower=folder / TOWER_FOLDER if first_file(folder / TOWER_FOLDER, TOWER_MARKERS) else None,
+        image_tokens=first_file(folder, (IMAGE_TOKENS_FILE,)),
     )
     _check_named(contents, read_json(folder / "config.json"))
     parts = (contents.weights, contents.adapter, contents.projector, contents.non_lora, contents.image_tokens)
     if not any(parts) and not contents.extensions:
-        raise CheckpointError(f"{folder}: holds no weights of any known kind (found: {_listing(folder)})")
+        raise CheckpointError(f"{folder}: holds no weights of any known kind (found: {listing(folder)})")
     return contents
 
 
 def has_results(folder: Path) -> bool:
     """True if a folder contains trained weights of any kind."""
     names = (*WEIGHT_FILES, *ADAPTER_FILES, *PROJECTOR_FILES, NON_LORA_FILE)
-    return _first(folder, names) is not None or any((folder / EXTENSIONS_FOLDER).glob("*/model.safetensors"))
+    return first_file(folder, names) is not None or any((folder / EXTENSIONS_FOLDER).glob("*/model.safetensors"))
 
 
 def _check_named(contents: CheckpointContents, config: Mapping[str, Any]) -> None:
@@ -190,7 +179,7 @@ def projector_file(path: str | Path) -> Path:
     if path.is_file():
         return path
     folder = path if path.is_dir() else path.parent if path.name in PROJECTOR_FILES else None
-    found = None if folder is None else _first(folder, PROJECTOR_FILES)
+    found = None if folder is None else first_file(folder, PROJECTOR_FILES)
     if found is None:
         raise CheckpointError(f"{path}: no such file, and none of {PROJECTOR_FILES} in its place")
     return found
@@ -224,100 +213,6 @@ def read_projector(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def weight_files(weights: Path | None) -> list[Path]:
-    """The files of full weights, each there and of full length.
-
-    Args:
-        weights: a file of weights or the index of several; None for none.
-
-    Raises:
-        CheckpointError: the index names a file that is missing or lies elsewhere, or a file is damaged.
-    """
-    if weights is None:
-        return []
-    if weights.suffix != ".json":
-        files = [weights]
-    else:
-        table = read_json(weights).get("weight_map")
-        if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
-            raise CheckpointError(f"{weights}: has no 'weight_map' of file names, so it is not an index of weights")
-        names = sorted(set(table.values()))
-        elsewhere = [name for name in names if Path(name).name != name]
-        if elsewhere:
-            raise CheckpointError(f"{weights}: names files outside its folder: {elsewhere}")
-        missing = [name for name in names if not (weights.parent / name).is_file()]
-        if missing:
-            raise CheckpointError(f"{weights}: names {len(names)} files, of which {missing} are missing")
-        if not isinstance(read_json(weights).get("metadata"), dict):  # without it transformers reads no index
-            raise CheckpointError(f"{weights}: its 'metadata' is missing or not an object")
-        files = [weights.parent / name for name in names]
-    for path in files:
-        _check_length(path)
-    return files
-
-
-def check_weight_files(folder: str | Path) -> None:
-    """Look at the weights in a folder here that transformers is about to read; others are left to it.
-
-    Raises:
-        CheckpointError: as `weight_files`.
-    """
-    weight_files(_first(Path(folder), WEIGHT_FILES))
-
-
 def weight_file_names(folder: Path) -> str:
     """The files with the full weights of a folder, for messages."""
-    return ", ".join(path.name for path in weight_files(_first(folder, WEIGHT_FILES)))
-
-
-def described_weights(weights: Path | None) -> dict[str, Entry]:
-    """What the files of full weights contain, values not read.
-
-    Raises:
-        CheckpointError: as `weight_files`, or the index names a tensor that its file does not have.
-    """
-    entries = describe(weight_files(weights))
-    if weights is not None and weights.suffix == ".json":
-        for name, file in read_json(weights)["weight_map"].items():
-            if name not in entries or entries[name].path.name != file:
-                raise CheckpointError(f"{weights.parent / file}: lacks '{name}', which {weights} says is in it")
-    return entries
-
-
-def weights_of(folder: Path) -> dict[str, Entry]:
-    """As `described_weights`, of a folder; nothing if it has no full weights."""
-    return described_weights(_first(folder, WEIGHT_FILES))
-
-
-def check_base(folder: str | Path) -> None:
-    """Look at the weights of a base that is a folder here; one on a model hub is left to transformers.
-
-    Raises:
-        CheckpointError: it holds no weights, or as `weight_files`.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        return
-    weights = _first(folder, WEIGHT_FILES)
-    if weights is None:
-        raise CheckpointError(f"{folder}: holds none of {WEIGHT_FILES}, so it is no base (found: {_listing(folder)})")
-    check_record(folder)
-    refuse_pointers(folder)
-    weight_files(weights)
-
-
-def _check_length(path: Path) -> None:
-    """Refuse a file that was cut off, and a pickle that asks for more than tensors; most of it is not read."""
-    try:
-        if path.suffix == ".safetensors":
-            refuse_pointer(path)
-            with safe_open(path, "pt"):
-                return
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: is damaged or was cut off ({error})") from error
-    load_plain(path, mapped=True)
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "an empty folder"
+    return ", ".join(path.name for path in weight_files(first_file(folder, WEIGHT_FILES)))

@@ -14,8 +14,8 @@ from llava.model.builder import base_folder, load_pretrained_model
 from llava.model.components import Component, components
 from llava.model.formats import TOWER_FOLDER, inspect_checkpoint
 from llava.model.generation_defaults import mend_generation_config
+from llava.runtime.files import read_json
 from llava.runtime.output import check_new, new_path
-from llava.utils import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from llava.data.tiling import ImageLength, get_anyres_image_grid_shape
 from llava.errors import FlagError
-from llava.extension import ExtensionSet, MultimodalInputs
+from llava.extension import ExtensionSet
 from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.multimodal_encoder.builder import build_vision_tower, set_normalization
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import SpliceOptions, splice
 from llava.model.tiles import merge_tiles
 from llava.runtime.cache_name import takes_cache
+from llava.segments import MultimodalInputs
 
 Images = Tensor | Sequence[Tensor]
 """Pictures of a batch: (N, 3, H, W), or (N, tiles, 3, H, W), or a list of (3, H, W) and (tiles, 3, H, W)."""

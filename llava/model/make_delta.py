@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llava.errors import FlagError
 from llava.model.delta import combine
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 
 def build_parser() -> argparse.ArgumentParser:

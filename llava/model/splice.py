@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.extension import MultimodalInputs, Segments, Span
+from llava.segments import MultimodalInputs, Segments, Span
 
 
 @dataclass(frozen=True)

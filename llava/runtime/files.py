@@ -7,11 +7,13 @@ leaves small text files ("pointers") in the place of large ones; other readers w
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -166,3 +168,21 @@ def naming(config_file: Path, *others: type[LlavaError]) -> Iterator[None]:
         if str(config_file) in str(error):
             raise
         raise CheckpointError(f"{config_file}: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: the file is missing, is a Git LFS pointer or not JSON, or holds something else than an object.
+    """
+    refuse_pointer(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is no valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__} where a JSON object is expected")
+    return value

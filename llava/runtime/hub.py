@@ -6,7 +6,7 @@ Everything below works on folders; an id is fetched into the hub's cache first, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -63,3 +63,9 @@ def local_folder(
             f"({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
     return Path(found)
+
+
+def get_model_name_from_path(model_path: str) -> str:
+    """Last part of a path, with its parent's name in front for a `checkpoint-<step>` folder."""
+    path = PurePath(model_path)
+    return f"{path.parent.name}_{path.name}" if path.name.startswith("checkpoint-") else path.name

@@ -18,12 +18,11 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llava.errors import CheckpointError
-from llava.runtime.files import check_torch_file, reading, refuse_pointers
+from llava.runtime.files import check_torch_file, read_json, reading, refuse_pointers
 from llava.runtime.weights.completeness import RUN_FILE, check_record, require
 from llava.runtime.weights.settings import Rule, check_settings
 from llava.runtime.weights.tensors import is_finite
 from llava.runtime.weights.torch_files import load_plain, random_state_classes
-from llava.utils import read_json
 
 TRAINER_STATE = {
     "global_step": Rule("int", 1, 2**40, required=True),

@@ -7,15 +7,23 @@ import shutil
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from llava.runtime.output import replace_text
+from llava.runtime.program import package_versions
 from llava.runtime.unchanged import FINGERPRINTS, WORLD, fingerprints, flat
 from llava.runtime.weights.completeness import RUN_FILE
-from llava.train.arguments import RunArguments
-from llava.utils import package_versions
 
 __all__ = ["RUN_FILE", "copy_run_record", "run_record", "write_run_record"]
+
+
+class Options(Protocol):
+    """All options of one run of a training program."""
+
+    training: Any
+
+    def to_dict(self) -> dict[str, Any]:
+        """Resolved values as JSON types."""
 
 
 def _commit() -> str | None:
@@ -27,7 +35,7 @@ def _commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def run_record(args: RunArguments) -> dict[str, Any]:
+def run_record(args: Options) -> dict[str, Any]:
     """What `run.json` says of a run."""
     arguments = args.to_dict()
     return {
@@ -41,7 +49,7 @@ def run_record(args: RunArguments) -> dict[str, Any]:
     }
 
 
-def write_run_record(args: RunArguments, record: dict[str, Any] | None = None) -> Path:
+def write_run_record(args: Options, record: dict[str, Any] | None = None) -> Path:
     """Write `run.json` into the output folder of a run.
 
     Args:

@@ -20,10 +20,9 @@ import sentencepiece
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase
 
 from llava.errors import CheckpointError
-from llava.extension import Span
-from llava.runtime.files import reading, refuse_pointers
+from llava.runtime.files import read_json, reading, refuse_pointers
 from llava.runtime.hub import TOKENIZER_FILES, local_folder
-from llava.utils import read_json
+from llava.segments import Span
 
 BLANK = "\u2581"
 """SentencePiece writes a blank as this character."""

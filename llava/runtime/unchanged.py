@@ -15,9 +15,9 @@ from typing import Any
 
 from llava.errors import CheckpointError, FlagError
 from llava.runtime import checkpointing
+from llava.runtime.files import read_json
 from llava.runtime.weights.completeness import RUN_FILE
 from llava.runtime.weights.fingerprint import WEIGHT_SUFFIXES, weights_fingerprint
-from llava.utils import read_json
 
 LOGGING = frozenset(
     [

@@ -21,13 +21,13 @@ from llava.errors import FlagError
 from llava.eval.answering.loading import load_model
 from llava.eval.answering.options import add_model_options
 from llava.eval.run_llava import choose_conv_mode
-from llava.mm_utils import get_model_name_from_path
+from llava.runtime.hub import get_model_name_from_path
+from llava.runtime.program import run_program
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range, check_ranges
 from llava.serve.app import Settings, create_app
 from llava.serve.chat_request import Defaults
 from llava.serve.engine import Engine
 from llava.serve.image_urls import ImagePolicy
-from llava.utils import run_program
 
 KEY = "LLAVA_API_KEY"
 RANGES = {

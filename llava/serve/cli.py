@@ -20,10 +20,10 @@ from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import load_model
 from llava.eval.answering.options import add_model_options
 from llava.eval.run_llava import choose_conv_mode, open_image
-from llava.mm_utils import get_model_name_from_path
+from llava.runtime.hub import get_model_name_from_path
+from llava.runtime.program import run_program
 from llava.runtime.ranges import COUNT, check_ranges
 from llava.serve.chat import Chat
-from llava.utils import run_program
 
 HELP = "/image PATH ... shows images with your next message; /reset begins anew; /exit ends"
 

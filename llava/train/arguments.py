@@ -1,7 +1,7 @@
-"""Every option of a training run, defined once, with upstream's names and defaults.
+"""From a command line to the options of a run: one parser over llava's options and those of the installed extensions.
 
-`parse_args` composes the parser from upstream's three argument classes and the option classes of the installed
-extensions, translates options that transformers 5 dropped, and refuses what is contradictory or not carried out.
+`parse_args` translates options that transformers 5 dropped, lets each extension say what its options switch on, and
+refuses what is contradictory or not carried out.
 """
 
 from __future__ import annotations
@@ -10,161 +10,16 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 import transformers
 
 from llava.errors import FlagError
-from llava.extension import Config, Extension, installed_extensions
-from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY
+from llava.extension import Extension, installed_extensions
 from llava.runtime.retired_flags import translate_retired_flags
-from llava.runtime.values import check_values, parse
-from llava.runtime.zero import zero_settings
-
-
-def _option(help_text: str, default: Any = None) -> Any:
-    """A command-line option with its help text."""
-    return field(default=default, metadata={"help": help_text})
-
-
-@dataclass
-class ModelArguments:
-    """What is trained: base model, tower and projector."""
-
-    _argument_group_name: ClassVar[str] = "model"
-
-    model_name_or_path: str | None = _option(
-        "folder or hub id of the language model or LLaVA to start from", "facebook/opt-125m"
-    )
-    version: str | None = _option(
-        "conversation template: v1, vicuna_v1, plain, ...; tokenizer: the tokenizer's own chat template", "v0"
-    )
-    freeze_backbone: bool = _option("train nothing of the language model itself", False)
-    tune_mm_mlp_adapter: bool = _option("train the projector alone (stage 1)", False)
-    vision_tower: str | None = _option(
-        "folder or hub id of a CLIP or SigLIP, or open_clip:ARCH/TAG, open_clip:ARCH/FOLDER/FILE; none: text only"
-    )
-    mm_vision_select_layer: int | None = _option("hidden layer of the tower to use; -1 is the last", -1)
-    pretrain_mm_mlp_adapter: str | None = _option("projector of stage 1: its folder, or mm_projector.bin/.safetensors")
-    mm_projector_type: str | None = _option("linear, mlpNx_gelu, identity or bottleneckH_silu", "linear")
-    mm_use_im_start_end: bool = _option("write <im_start> and <im_end> around every image; they are trained", False)
-    mm_use_im_patch_token: bool = _option("add an <im_patch> token to the vocabulary (no prompt uses it)", True)
-    mm_patch_merge_type: str | None = _option("how tiles of one image are merged: flat, spatial, spatial_unpad", "flat")
-    mm_vision_select_feature: str | None = _option(
-        "patch, cls_patch to keep the class token, or cls_every_N: the class token after every Nth block alone", "patch"
-    )
-    mm_image_normalization: str = _option("mean and deviation of pixels: tower (its own), clip or imagenet", "tower")
-    unfreeze_mm_vision_tower: bool = _option("train the vision tower too; it is saved inside each checkpoint", False)
-    attn_implementation: str | None = _option("sdpa, eager or flash_attention_2; train_mem.py prefers the last")
-
-
-@dataclass
-class DataArguments:
-    """What it is trained on."""
-
-    _argument_group_name: ClassVar[str] = "data"
-
-    data_path: list[str] | None = field(
-        default=None, metadata={"help": "LLaVA conversations: a JSON list or JSON lines; several files are used as one"}
-    )
-    lazy_preprocess: bool = _option("accepted for compatibility: samples are always prepared when needed", False)
-    is_multimodal: bool = _option("accepted for compatibility: set whenever there is a vision tower", False)
-    image_folder: str | None = _option("folder that the image names in the data are relative to")
-    image_aspect_ratio: str = _option(
-        "square or resize (centre crop), pad (to a square), stretch (whole image), anyres (tiles)", "square"
-    )
-    image_grid_pinpoints: str | None = _option('anyres: possible sizes in pixels, "[(336, 672), (672, 336), ...]"')
-    requires_image: bool = _option("train on the rows with an image alone (llava.train.train_sparse: True)", False)
-    on_bad_sample: str = _option("stop: end with an error; skip: leave the sample out and list it in a file", "stop")
-
-
-@dataclass
-class TrainingArguments(transformers.TrainingArguments):
-    """How it is trained; everything else is transformers' `TrainingArguments`."""
-
-    _argument_group_name: ClassVar[str] = "training (including every option of transformers' TrainingArguments)"
-
-    remove_unused_columns: bool = _option("drop columns that the model does not take; does not apply here", False)
-    optim: str = _option("optimizer, by transformers' name", "adamw_torch")
-    cache_dir: str | None = _option("where files from a model hub are kept")
-    freeze_mm_mlp_adapter: bool = _option("do not train the projector", False)
-    mpt_attn_impl: str | None = _option("accepted for compatibility: no MPT model here", "triton")
-    model_max_length: int = _option("longest sequence in tokens and image patches; the rest is cut off", 512)
-    double_quant: bool = _option("4 bit: quantise the quantisation constants too", True)
-    quant_type: str = _option("4 bit: nf4 or fp4", "nf4")
-    bits: int = _option("precision of the frozen base: 16, or 8 or 4 (QLoRA; needs --lora_enable or --use_lora)", 16)
-    lora_enable: bool = _option("train LoRA adapters instead of the language model", False)
-    lora_r: int = _option("rank of the LoRA adapters", 64)
-    lora_alpha: int = _option("LoRA is scaled by alpha / rank", 16)
-    lora_dropout: float = _option("dropout before the LoRA adapters", 0.05)
-    lora_weight_path: str = _option("accepted for compatibility: the original never reads it", "")
-    lora_bias: str = _option("biases to train beside LoRA: none", "none")
-    lora_target_modules: str | None = _option("linear layers of the decoder that get LoRA, by comma; none given: all")
-    mm_projector_lr: float | None = _option("learning rate of the projector; none given: that of the run")
-    mm_vision_tower_lr: float | None = _option("learning rate of the tower; none given: that of the run")
-    group_by_modality_length: bool = _option("batches of similar length, image and text samples apart", False)
-    loss_reduction: str = _option(
-        "target: mean over the trained tokens of an update; micro_batch, all: as the originals do", "target"
-    )
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that train nothing, and resolve `--deepspeed` before transformers reads it."""
-        check_values(self, OWN_RANGES)
-        self.deepspeed = zero_settings(self)
-        super().__post_init__()
-
-    @property
-    def device(self) -> torch.device:
-        """Device of this process. Accelerate numbers CPUs among several processes, which `torch.load` does not know."""
-        device = super().device
-        return torch.device("cpu") if device.type == "cpu" else device
-
-
-OWN_RANGES = {
-    "lora_r": COUNT,
-    "lora_alpha": POSITIVE,
-    "lora_dropout": PROBABILITY,
-    "mm_projector_lr": NOT_NEGATIVE,
-    "mm_vision_tower_lr": NOT_NEGATIVE,
-    "model_max_length": COUNT,
-}
-"""What the numbers of `TrainingArguments` may be, where they are ours."""
-
-
-@dataclass
-class RunArguments:
-    """All options of one run.
-
-    Attributes:
-        model: base model, tower, projector.
-        data: data files and image handling.
-        training: optimisation and everything of transformers' Trainer.
-        options: parsed options of each installed extension, by its name.
-        extensions: configuration of each extension that the options switch on, by its name.
-        given: names of the options that were written down, be it with the value of their default.
-        program: options of a program around this one (`mma.train`), for `run.json`.
-    """
-
-    model: ModelArguments
-    data: DataArguments
-    training: TrainingArguments
-    options: dict[str, Any] = field(default_factory=dict)
-    extensions: dict[str, Config] = field(default_factory=dict)
-    given: frozenset[str] = frozenset()
-    program: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Resolved values as JSON types, for `run.json`."""
-        return {
-            "model": dataclasses.asdict(self.model),
-            "data": dataclasses.asdict(self.data),
-            "training": self.training.to_sanitized_dict(),
-            "options": {name: dataclasses.asdict(options) for name, options in self.options.items()},
-            "extensions": self.extensions,
-            "program": self.program,
-        }
+from llava.runtime.values import parse
+from llava.train.checks import check_arguments
+from llava.train.options import DataArguments, ModelArguments, RunArguments, TrainingArguments
 
 
 def build_parser(
@@ -234,8 +89,6 @@ def parse_args(
         FlagError: options are unknown, contradictory or not carried out; all problems are listed at once.
         SystemExit: a value is of the wrong type (argparse's message).
     """
-    from llava.train.checks import check_arguments
-
     extensions = installed_extensions() if extensions is None else extensions
     argv = translate_retired_flags(sys.argv[1:] if argv is None else list(argv))
     parser = build_parser(extensions, defaults)

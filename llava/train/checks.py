@@ -7,20 +7,20 @@ import importlib.util
 from pathlib import Path
 
 from llava.data.dataset import ON_BAD_SAMPLE, image_names
+from llava.data.pixels import ASPECT_RATIOS
 from llava.data.records import RecordFiles, open_records
 from llava.data.tiling import MERGE_TYPES, parse_grid_pinpoints
 from llava.errors import BadSampleError, CheckpointError, FlagError
 from llava.extension import installed_extensions
-from llava.mm_utils import ASPECT_RATIOS
 from llava.model.components import Component
 from llava.model.formats import projector_file
 from llava.model.loss import LossReduction
 from llava.runtime.quantization import QUANT_TYPES
 from llava.runtime.values import refuse, too_few_rows
 from llava.runtime.zero import zero_stage
-from llava.train.arguments import RunArguments
 from llava.train.freeze import trained_components
 from llava.train.inputs import output_problems
+from llava.train.options import RunArguments
 
 
 def _not_yet(args: RunArguments) -> list[str]:

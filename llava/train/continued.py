@@ -13,9 +13,10 @@ from torch import Tensor
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, installed_extensions
 from llava.model.checkpoint import load_extension_tensors, read_extensions
-from llava.model.formats import EXTENSIONS_FOLDER, check_base, inspect_checkpoint
+from llava.model.formats import EXTENSIONS_FOLDER, inspect_checkpoint
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.runtime.hub import local_folder
+from llava.runtime.weights.weight_files import check_base
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from llava.errors import FlagError
 from llava.model.checkpoint import bare_model
 from llava.model.components import Component, components
 from llava.runtime.quantization import parameter_count
-from llava.train.arguments import RunArguments
+from llava.train.options import RunArguments
 
 
 @dataclass(frozen=True)

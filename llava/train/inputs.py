@@ -5,7 +5,7 @@ from __future__ import annotations
 from llava.errors import LlavaError
 from llava.model.multimodal_encoder.builder import resolve_vision_tower
 from llava.runtime.places import Input, folder_problems
-from llava.train.arguments import RunArguments
+from llava.train.options import RunArguments
 
 
 def inputs_of(args: RunArguments) -> list[Input]:

@@ -21,8 +21,8 @@ from llava.model.splice import count_targets
 from llava.runtime.resumable_trainer import ResumableTrainer
 from llava.runtime.run_record import copy_run_record
 from llava.runtime.sampling import EpochSampler, modality_order
-from llava.train.arguments import RunArguments
 from llava.train.optimizer import BASE_GROUP, optimizer_groups
+from llava.train.options import RunArguments
 
 
 class LLaVATrainer(ResumableTrainer):

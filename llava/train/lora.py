@@ -12,7 +12,7 @@ from torch import nn
 
 from llava.errors import FlagError
 from llava.model.language_model.causal_lm import LlavaForCausalLM
-from llava.train.arguments import TrainingArguments
+from llava.train.options import TrainingArguments
 
 
 def decoder_linears(model: LlavaForCausalLM) -> dict[str, nn.Linear]:

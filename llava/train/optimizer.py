@@ -12,7 +12,7 @@ from torch import nn
 from llava.extension import ParameterGroup
 from llava.model.checkpoint import bare_model
 from llava.model.components import Component, components
-from llava.train.arguments import RunArguments
+from llava.train.options import RunArguments
 
 BASE_GROUP = "base"
 """Name of the group of everything that has the run's own learning rate."""

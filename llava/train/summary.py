@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
 
-from llava.conversation import VERSIONS_WITHOUT_TEMPLATE
 from llava.data.skipped import count_skipped
-
-if TYPE_CHECKING:
-    from llava.train.arguments import RunArguments
-    from llava.train.train import Run
+from llava.data.templates import VERSIONS_WITHOUT_TEMPLATE
+from llava.train.options import RunArguments
+from llava.train.run import Run
 
 
 def next_command(args: RunArguments) -> str:

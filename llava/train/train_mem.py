@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.runtime.program import run_program
 from llava.train.arguments import parse_args
 from llava.train.train import preferred_attention, train
-from llava.utils import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

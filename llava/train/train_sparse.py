@@ -9,8 +9,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from llava.runtime.program import run_program
 from llava.train.train import main
-from llava.utils import run_program
 
 DEFAULTS: dict[str, Any] = {"dynamic": True, "requires_image": True}
 """Options whose defaults are not those of `llava/train/train.py`."""

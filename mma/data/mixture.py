@@ -1,6 +1,6 @@
 """The chatbot mixture; the program is `mma.lavin.data.mixture`."""
 
-from llava.utils import run_program
+from llava.runtime.program import run_program
 from mma.lavin.data.mixture import build_parser, main
 
 __all__ = ["build_parser", "main"]

@@ -29,7 +29,7 @@ from llava.eval.answering.options import json_values
 from llava.eval.answering.processes import Processes, part_of, put_together
 from llava.eval.answering.questions import read_jsonl
 from llava.eval.answering.runner import Prompt, answer_tasks
-from llava.mm_utils import get_model_name_from_path
+from llava.runtime.hub import get_model_name_from_path
 from llava.runtime.places import Input, refuse_file, refuse_folder, same_place
 from llava.runtime.ranges import NOT_NEGATIVE, check_ranges
 from llava.runtime.weights.fingerprint import weights_fingerprint

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data.images import Picture, read_rgb
+from llava.data.pixels import process_images
 from llava.errors import BadImageError, BadSampleError, LlavaError
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import LoadedModel
-from llava.mm_utils import process_images
 from llava.serve.engine import End, Engine, Job, Row
 from mma.lavin.data.prompts import RESPONSE
 from mma.lavin.data.tokens import prompt_ids

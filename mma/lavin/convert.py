@@ -26,13 +26,13 @@ from llava.model.language_model.backbones import backbone_class, load_config
 from llava.runtime.files import reading
 from llava.runtime.hub import local_folder
 from llava.runtime.output import check_new, new_path
+from llava.runtime.program import run_program
 from llava.runtime.run_record import RUN_FILE
 from llava.runtime.tokenizer import load_tokenizer
 from llava.runtime.weights.fingerprint import weights_fingerprint
 from llava.runtime.weights.tensors import check_numbers
-from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments
-from llava.train.train import record_settings
-from llava.utils import run_program
+from llava.train.build import record_settings
+from llava.train.options import DataArguments, ModelArguments, RunArguments, TrainingArguments
 from mma import original as convert
 from mma.config import TOWER, MmaConfig
 from mma.extension import PICTURE, MmaExtension

@@ -16,9 +16,9 @@ from contextlib import closing
 from llava.errors import FlagError
 from llava.eval.answering.loading import choose_device
 from llava.eval.answering.processes import joined
+from llava.runtime.program import run_program
 from llava.runtime.ranges import COUNT, Range, check_ranges
 from llava.serve.engine import Engine
-from llava.utils import run_program
 from mma.lavin.answering import find_folders, given_options, load_lavin
 from mma.lavin.chat import LavinChat
 from mma.lavin.eval_options import MODEL_RANGES, add_model_options

@@ -20,7 +20,7 @@ from llava.eval.answering.answers import Task
 from llava.eval.answering.processes import joined
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input
-from llava.utils import run_program
+from llava.runtime.program import run_program
 from mma.lavin.answering import answer_all, generation_options, given_options, output_folder
 from mma.lavin.data.scienceqa import ScienceQA, check_prompt_format, read_split
 from mma.lavin.eval_options import add_answer_options, add_model_options, add_scienceqa_options

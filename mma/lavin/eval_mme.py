@@ -18,7 +18,7 @@ from llava.eval.answering.processes import joined
 from llava.eval.eval_mme import TaskScore, score_task, table, totals
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input
-from llava.utils import run_program
+from llava.runtime.program import run_program
 from mma.lavin.answering import answer_all, generation_options, given_options, output_folder
 from mma.lavin.data.prompts import instruction_prompt
 from mma.lavin.eval_options import add_answer_options, add_model_options, add_scienceqa_options

@@ -24,7 +24,7 @@ from llava.model.checkpoint import save_checkpoint
 from llava.model.components import Component, components
 from llava.model.formats import inspect_checkpoint
 from llava.runtime.output import check_new, new_path
-from llava.utils import run_program
+from llava.runtime.program import run_program
 from mma import folding
 from mma.config import MmaConfig
 from mma.extension import MmaExtension

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 from llava.data.records import RecordFiles
 from llava.model.language_model.causal_lm import LlavaForCausalLM
+from llava.runtime.program import run_program
 from llava.runtime.zero import join_processes
-from llava.train.arguments import RunArguments
-from llava.train.train import Parts, skipped_file, train
-from llava.utils import run_program
+from llava.train.build import skipped_file
+from llava.train.options import RunArguments
+from llava.train.train import Parts, train
 from mma.lavin.data.dataset import LavinDataset
 from mma.lavin.data.instructions import read_mixture
 from mma.lavin.data.prompts import OPTIONS

@@ -21,8 +21,8 @@ from llava.errors import FlagError
 from llava.runtime import checkpointing
 from llava.runtime.places import Input, folder_problems
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, Range, range_problems
-from llava.train.arguments import RunArguments
 from llava.train.arguments import parse_args as parse_llava
+from llava.train.options import RunArguments
 from mma.config import TOWER
 from mma.lavin.data.instructions import MIXTURE_FILE
 from mma.lavin.data.scienceqa import IMAGES_FOLDER, PROBLEMS_FILE, SPLITS_FILE

@@ -14,8 +14,8 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 from dynamic.config import SparseConfig
 from dynamic.extension import DynamicExtension
-from llava.extension import MultimodalInputs, Segments, Span
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.segments import MultimodalInputs, Segments, Span
 from tests.golden import golden_dir
 
 TOWER = "model.vision_tower.vision_tower.vision_model."

@@ -12,9 +12,9 @@ from dynamic.config import SparseConfig
 from dynamic.extension import DynamicExtension
 from dynamic.inspection import record_decisions
 from dynamic.layer import TextPredictor, VisionPredictor
-from llava.extension import Segments, Span
 from llava.model.builder import load_pretrained_model
 from llava.runtime.cache_name import cache_of
+from llava.segments import Segments, Span
 from tests.golden import golden_dir
 
 BASE = golden_dir("llava") / "tiny-llava-v1.5"

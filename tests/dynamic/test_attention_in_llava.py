@@ -13,7 +13,7 @@ from dynamic.attention.interface import NAME
 from dynamic.config import SparseOptions
 from dynamic.extension import DynamicExtension
 from llava.errors import FlagError
-from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments
+from llava.train.options import DataArguments, ModelArguments, RunArguments, TrainingArguments
 from tests.dynamic.golden_model import golden_model, inputs_of
 from tests.golden import load_case
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dynamic.cache import SparseCache
 from dynamic.inspection import DecisionLog, record_decisions
-from llava.extension import DecoderState, Extension
+from llava.extension import Extension
 from llava.runtime.cache_name import cache_of
+from llava.segments import DecoderState
 from tests.dynamic.golden_model import golden_model, segments_of
 from tests.golden import load_case
 

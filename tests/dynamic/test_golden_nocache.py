@@ -20,7 +20,8 @@ from dynamic.inspection import record_decisions
 from dynamic.layer import hard_keep, kept_count, top_keep
 from dynamic.model import predictors
 from dynamic.sequence import take_positions, with_mask
-from llava.extension import Attached, DecoderState, Extension, ExtensionSet
+from llava.extension import Attached, Extension, ExtensionSet
+from llava.segments import DecoderState
 from tests.dynamic.golden_model import golden_model
 from tests.golden import load_case
 

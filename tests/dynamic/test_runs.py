@@ -19,7 +19,8 @@ from llava.model.checkpoint import bare_model
 from llava.model.components import Component, components
 from llava.train import continued
 from llava.train.continued import recorded_extensions
-from llava.train.train import Run, build_run, main, parse_args
+from llava.train.run import Run
+from llava.train.train import build_run, main, parse_args
 from llava.train.train_sparse import DEFAULTS
 from tests.llava.train.test_training import HYDRA, LLAVA, command_line, logits, losses
 

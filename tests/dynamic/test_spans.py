@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dynamic.spans import gather, span_table, write
-from llava.extension import Span
+from llava.segments import Span
 
 CPU = torch.device("cpu")
 SPANS = [[Span(1, 4), Span(5, 6)], [], [Span(0, 2)]]  # two images, none, one

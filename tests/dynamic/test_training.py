@@ -13,7 +13,7 @@ from torch import Tensor
 import dynamic.training
 from dynamic.extension import DynamicExtension
 from dynamic.layer import gumbel_noise, kept_count
-from llava.extension import MultimodalInputs, Segments, Span
+from llava.segments import MultimodalInputs, Segments, Span
 from tests.checkpointed import keep_activations
 from tests.dynamic.golden_model import arch, golden_model
 from tests.dynamic.test_training_golden import LIKE_ORIGINAL, Recorded, golden_pass

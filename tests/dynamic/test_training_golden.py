@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import dynamic.training
 from dynamic.extension import DynamicExtension
-from llava.extension import MultimodalInputs
 from llava.model.language_model.causal_lm import LlavaOutput
+from llava.segments import MultimodalInputs
 from tests.checkpointed import checkpoint_layers
 from tests.dynamic.golden_model import golden_model, inputs_of
 from tests.golden import load_case

@@ -23,7 +23,7 @@ from hydralora.config import (
 from hydralora.extension import HydraLoraExtension
 from llava.errors import FlagError
 from llava.runtime import checkpointing
-from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments
+from llava.train.options import DataArguments, ModelArguments, RunArguments, TrainingArguments
 from tests.golden import golden_dir
 
 FLAGS = json.loads((golden_dir("mllm_hydralora") / "flags.json").read_text())

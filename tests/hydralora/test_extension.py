@@ -22,8 +22,8 @@ from hydralora.original import from_original, is_original_key, to_original
 from llava.errors import CheckpointError
 from llava.model.builder import load_pretrained_model
 from llava.model.loss import LossReduction
-from llava.train.arguments import TrainingArguments
 from llava.train.lora import add_lora
+from llava.train.options import TrainingArguments
 from tests.checkpointed import checkpoint_layers
 from tests.golden import golden_dir, load_case
 

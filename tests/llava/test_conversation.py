@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llava.conversation import Conversation, conv_templates, default_conversation, select_template
+from llava.conversation import Conversation, conv_templates, default_conversation
+from llava.data.templates import select_template
 from llava.errors import BadSampleError, FlagError
 from tests.golden import load_case
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path, tokenizer_image_token
+from llava.eval.answering.generation import KeywordsStoppingCriteria
+from llava.eval.answering.prompts import tokenizer_image_token
+from llava.runtime.hub import get_model_name_from_path
 from tests.golden import load_case
 from tests.llava.runtime.tokenizers import make_tokenizer
 

@@ -12,9 +12,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from llava.model.components import Component, components
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.train.arguments import ModelArguments, RunArguments
 from llava.train.freeze import freeze
 from llava.train.optimizer import optimizer_groups
+from llava.train.options import ModelArguments, RunArguments
 from mma.config import MmaConfig
 from mma.extension import MmaExtension
 from mma.original import original_names

@@ -15,8 +15,8 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 
 from llava.constants import IGNORE_INDEX
-from llava.extension import Segments, Span
 from llava.model.language_model.backbones import backbone_class, load_config
+from llava.segments import Segments, Span
 from mma.config import MmaConfig
 from mma.decoder_layer import FIRST_POSITION, ROUTING, AdaptedLayer, adapt, problem
 from mma.layer import RoutedRepAdapter

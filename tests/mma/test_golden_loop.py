@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava.train.arguments import ModelArguments, RunArguments
 from llava.train.freeze import freeze
 from llava.train.optimizer import optimizer_groups
+from llava.train.options import ModelArguments, RunArguments
 from mma.original import original_names
 from tests.mma.golden_model import golden_model, spliced_rows
 from tests.mma.test_counts import Training

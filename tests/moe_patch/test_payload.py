@@ -19,8 +19,8 @@ from hydralora.extension import HydraLoraExtension
 from hydralora.moe_args import read_training_arguments
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import save_checkpoint
-from llava.train.arguments import TrainingArguments
 from llava.train.lora import add_lora
+from llava.train.options import TrainingArguments
 from mma.config import MmaConfig
 from mma.extension import MmaExtension
 from moe_patch import operations

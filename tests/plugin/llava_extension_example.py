@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from llava.errors import FlagError
-from llava.extension import Config, DecoderState, Extension, MultimodalInputs, ParameterGroup
-
-if TYPE_CHECKING:
-    from llava.train.arguments import RunArguments
+from llava.extension import Config, Extension, ParameterGroup, RunOptions
+from llava.segments import DecoderState, MultimodalInputs
 
 
 @dataclass
@@ -51,7 +49,7 @@ class ScaleExtension(Extension):
     name: ClassVar[str] = "example_scale"
     options: ClassVar[type | None] = ScaleOptions
 
-    def configure(self, args: RunArguments) -> Config | None:
+    def configure(self, args: RunOptions) -> Config | None:
         """Off unless `--scale_layer` is given."""
         options: ScaleOptions = args.options[self.name]
         if options.scale_layer is None:
@@ -82,7 +80,7 @@ class ScaleExtension(Extension):
         """Largest factor."""
         return {"largest": model.get_model().example_scale.weight.max().item()}
 
-    def parameter_groups(self, model: nn.Module, config: Config, args: RunArguments) -> list[ParameterGroup]:
+    def parameter_groups(self, model: nn.Module, config: Config, args: RunOptions) -> list[ParameterGroup]:
         """The scale, with `--scale_lr` and without weight decay towards zero."""
         options: ScaleOptions = args.options[self.name]
         weight = model.get_model().example_scale.weight

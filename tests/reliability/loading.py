@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from llava.data.pixels import process_images
 from llava.errors import LlavaError
-from llava.mm_utils import process_images, tokenizer_image_token
+from llava.eval.answering.prompts import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from tests.golden import golden_dir
 from tests.reliability.damage import Damage

@@ -12,7 +12,7 @@ import pytest
 
 from hydralora import components
 from hydralora.original import read_weights
-from hydralora.text.arguments import number_of_experts
+from hydralora.text.options import number_of_experts
 from hydralora.text.records import read_records
 from llava.data import check
 from llava.data.images import image_size, load_image

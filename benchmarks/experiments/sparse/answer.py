@@ -25,8 +25,8 @@ from llava.eval.answering.loading import load_model
 from llava.eval.answering.options import answer_settings, json_values, sampling_options
 from llava.eval.answering.questions import read_questions
 from llava.eval.answering.runner import answer_tasks
-from llava.mm_utils import get_model_name_from_path
-from llava.utils import run_program
+from llava.runtime.hub import get_model_name_from_path
+from llava.runtime.program import run_program
 
 RULES = ("none", "random", "attention")
 

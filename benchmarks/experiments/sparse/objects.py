@@ -26,7 +26,7 @@ from llava.eval.answering.loading import load_model
 from llava.eval.answering.questions import read_questions
 from llava.eval.answering.runner import image_arguments, load_pictures, make_prompt
 from llava.eval.model_vqa_loader import make_task
-from llava.utils import run_program
+from llava.runtime.program import run_program
 
 COLOURFUL = 60
 """Difference of the largest and the smallest channel from which a pixel counts as yellow or blue."""

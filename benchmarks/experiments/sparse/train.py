@@ -15,10 +15,10 @@ from typing import Any
 
 from benchmarks.experiments.sparse.rules import NAME, Chance, LateReading, follow
 from llava.errors import FlagError
+from llava.runtime.program import run_program
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.train import Parts, parse_args
 from llava.train.train import train as train_as_said
-from llava.utils import run_program
 
 JUDGES = ("predictor", "random")
 

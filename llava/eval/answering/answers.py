@@ -24,8 +24,8 @@ from llava.eval.answering.recognition import (
     repair,
 )
 from llava.runtime.output import replace_text
+from llava.runtime.program import package_versions
 from llava.runtime.recognize import describe, is_plain_file
-from llava.utils import package_versions
 
 Row = dict[str, Any]
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
@@ -142,3 +144,41 @@ class RowSampler(LogitsProcessor):
         drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # (B, 1)
         drawn = tokens.gather(-1, drawn.clamp(max=tokens.shape[-1] - 1).to(tokens.device))
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
+
+
+class KeywordsStoppingCriteria(StoppingCriteria):
+    """Stops a row of a batch once it has generated one of several keywords.
+
+    A row stops if it ends with the ids of a keyword, or if the text of its last new tokens, as many as the longest
+    keyword has, contains one. Special tokens are no part of that text: `</s>` is only found by its id.
+
+    Args:
+        keywords: texts to stop at.
+        tokenizer: tokenizer of the model.
+        input_ids: (B, T) prompts; none of their tokens counts as new.
+    """
+
+    def __init__(self, keywords: Sequence[str], tokenizer: PreTrainedTokenizerBase, input_ids: Tensor) -> None:
+        self.keywords = list(keywords)
+        self.keyword_ids = [
+            torch.tensor(tokenizer(keyword, add_special_tokens=False).input_ids) for keyword in self.keywords
+        ]
+        self.max_keyword_len = max((len(ids) for ids in self.keyword_ids), default=0)
+        self.tokenizer = tokenizer
+        self.prompt = input_ids
+
+    def __call__(self, output_ids: Tensor, scores: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Which rows stop, as bool (B,), given the ids (B, T') so far, with or without the prompt in front."""
+        return torch.tensor([self._stops(row) for row in self._generated(output_ids)], device=output_ids.device)
+
+    def _generated(self, output_ids: Tensor) -> Tensor:
+        """The new ids: generation from embeddings passes no prompt, generation from ids does."""
+        start = self.prompt.shape[1]
+        has_prompt = output_ids.shape[1] >= start and torch.equal(output_ids[:, :start].cpu(), self.prompt.cpu())
+        return output_ids[:, start:] if has_prompt else output_ids
+
+    def _stops(self, row: Tensor) -> bool:
+        if any(torch.equal(row[-len(ids) :].cpu(), ids) for ids in self.keyword_ids):
+            return True
+        text = self.tokenizer.decode(row[max(0, len(row) - self.max_keyword_len) :], skip_special_tokens=True)
+        return any(keyword in text for keyword in self.keywords)

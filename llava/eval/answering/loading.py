@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from llava.errors import FlagError
-from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
 from llava.runtime.finite_logits import no_answer
+from llava.runtime.hub import get_model_name_from_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -23,7 +23,7 @@ from llava.eval.answering.loading import DTYPES, choose_device, choose_dtype, lo
 from llava.eval.answering.prompts import check_conv_mode, plain_conv_mode
 from llava.eval.answering.questions import MissingChunkError, Question, get_chunk, read_questions
 from llava.eval.answering.runner import OpenImage, Speed, answer_tasks
-from llava.mm_utils import get_model_name_from_path
+from llava.runtime.hub import get_model_name_from_path
 from llava.runtime.places import Input, refuse_file
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, check_ranges
 from llava.runtime.weights.fingerprint import weights_fingerprint

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_TOKEN,
     IMAGE_PLACEHOLDER,
+    IMAGE_TOKEN_INDEX,
 )
-from llava.conversation import TOKENIZER_VERSION, Conversation, conv_templates, select_template
+from llava.conversation import TOKENIZER_VERSION, Conversation, conv_templates
+from llava.data.templates import select_template
 from llava.errors import BadSampleError, FlagError
-from llava.mm_utils import tokenizer_image_token
+from llava.runtime.tokenizer import starts_with_bos
 
 CONV_MODE_RULES = (
     ("llama-2", "llava_llama_2"),
@@ -128,3 +132,34 @@ def check_conv_mode(conv_mode: str) -> None:
     known = sorted({TOKENIZER_VERSION, *conv_templates})
     if conv_mode not in known:
         raise FlagError(f"--conv-mode {conv_mode}: no such template; there are {known}")
+
+
+def tokenizer_image_token(
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    image_token_index: int = IMAGE_TOKEN_INDEX,
+    return_tensors: str | None = None,
+    *,
+    add_bos: bool = True,
+) -> list[int] | Tensor:
+    """Ids of a prompt in which each `<image>` is one `image_token_index`.
+
+    The text between two images is tokenized as a text of its own, so the text after an image begins with a blank.
+
+    Args:
+        prompt: text.
+        tokenizer: any tokenizer; one that puts `<s>` in front gives it once.
+        image_token_index: id of an image.
+        return_tensors: `pt` for an int64 tensor (T,), None for a list.
+        add_bos: put `<s>` in front, if the tokenizer does so at all; False for a prompt that has it already.
+
+    Raises:
+        ValueError: another `return_tensors`.
+    """
+    if return_tensors not in (None, "pt"):
+        raise ValueError(f"return_tensors is {return_tensors!r}; it may be 'pt' or None")
+    ids = [tokenizer.bos_token_id] if add_bos and starts_with_bos(tokenizer) else []
+    for number, chunk in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
+        ids += [image_token_index] * (number > 0)
+        ids += tokenizer(chunk, add_special_tokens=False).input_ids
+    return ids if return_tensors is None else torch.tensor(ids, dtype=torch.long)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from llava.conversation import Conversation
 from llava.data.images import Picture
+from llava.data.pixels import process_images
 from llava.errors import CheckpointError, NotFiniteError
 from llava.eval.answering.answers import AnswersFile, Task
 from llava.eval.answering.batches import Batches, first_batch_size
@@ -28,7 +29,6 @@ from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import LoadedModel
 from llava.eval.answering.prefetch import Prefetcher
 from llava.eval.answering.prompts import add_image_markers, ask, prompt_ids
-from llava.mm_utils import process_images
 
 OpenImage = Callable[[str, str], Image.Image]
 """From an entry of `Task.images` and `Task.where` to an RGB picture; its errors name both."""

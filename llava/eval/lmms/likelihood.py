@@ -20,8 +20,8 @@ from llava.data.images import Picture
 from llava.errors import BadSampleError, NotFiniteError
 from llava.eval.answering.answers import Task
 from llava.eval.answering.loading import LoadedModel
+from llava.eval.answering.prompts import tokenizer_image_token
 from llava.eval.answering.runner import Prompt, conversation_of, generate_batch, make_prompt, named
-from llava.mm_utils import tokenizer_image_token
 
 ANSWER = "<answer>"
 """Stands for the answer while a template is asked what it writes in front of it."""

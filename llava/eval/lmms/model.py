@@ -28,7 +28,7 @@ from llava.eval.answering.prompts import check_conv_mode, plain_conv_mode
 from llava.eval.answering.runner import answer_batch, make_prompt, most_together
 from llava.eval.lmms.likelihood import Likelihood, likelihoods, make_candidate
 from llava.eval.lmms.requests import Request, cut, generation_options, load_request, read_requests
-from llava.mm_utils import get_model_name_from_path
+from llava.runtime.hub import get_model_name_from_path
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, check_ranges
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from llava.eval.answering.runner import Speed
 from llava.eval.benchmarks import Benchmark
 from llava.eval.outcomes import Outcome
 from llava.runtime.output import replace_text
-from llava.utils import package_versions
+from llava.runtime.program import package_versions
 
 
 def beside(answers: AnswersFile, ending: str) -> Path:

@@ -18,9 +18,10 @@ from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.language_model.llava_qwen2 import LlavaQwen2ForCausalLM
 from llava.model.language_model.llava_qwen3 import LlavaQwen3ForCausalLM
-from llava.runtime.files import reading
-from llava.runtime.weights.settings import VISION_KEYS, check_language_model, check_settings
-from llava.utils import errors_only, read_json
+from llava.model.settings import VISION_KEYS
+from llava.runtime.files import read_json, reading
+from llava.runtime.program import errors_only
+from llava.runtime.weights.settings import check_language_model, check_settings
 
 CONFIG_FILE = "config.json"
 NEEDED_WITH_TOWER = ("mm_hidden_size", "mm_vision_select_layer")

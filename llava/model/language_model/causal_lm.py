@@ -16,7 +16,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llava.extension import ExtensionSet, MultimodalInputs, Segments
+from llava.extension import ExtensionSet
 from llava.model import decoding
 from llava.model.language_model.decoder import LlavaDecoder
 from llava.model.llava_arch import Images, LlavaMetaForCausalLM
@@ -25,6 +25,7 @@ from llava.runtime.cache_name import cache_argument, cache_keyword, cache_of, ta
 from llava.runtime.finite_logits import WatchedGeneration
 from llava.runtime.offloading import execution_device
 from llava.runtime.versions import warn_once
+from llava.segments import MultimodalInputs, Segments
 
 
 @dataclass

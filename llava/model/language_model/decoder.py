@@ -15,9 +15,10 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llava.errors import FlagError
-from llava.extension import DecoderState, ExtensionSet, Segments
+from llava.extension import ExtensionSet
 from llava.model.llava_arch import LlavaMetaModel
 from llava.runtime.cache_name import cache_keyword, layer_cache_keyword, takes_cache
+from llava.segments import DecoderState, Segments
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 """How the mask of a kind of layer is made, by transformers' name of the kind."""

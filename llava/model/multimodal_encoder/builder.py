@@ -20,9 +20,8 @@ from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_encoder.open_clip_encoder import OpenClipVisionTower
 from llava.model.multimodal_encoder.siglip_encoder import SiglipVisionTower
-from llava.runtime.files import reading
+from llava.runtime.files import read_json, reading
 from llava.runtime.hub import is_hub_id
-from llava.utils import read_json
 
 KINDS: dict[str, type[VisionTower]] = {
     "clip": CLIPVisionTower,

@@ -19,8 +19,8 @@ from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 from llava.errors import CheckpointError, FlagError
 from llava.model.formats import read_tensors
 from llava.model.multimodal_encoder.base import TowerShape, VisionTower
+from llava.runtime.files import read_json
 from llava.runtime.weights.tensors import check_numbers
-from llava.utils import read_json
 
 PREFIX = "open_clip:"
 CONFIG_FILE = "open_clip_config.json"

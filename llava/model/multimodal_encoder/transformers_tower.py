@@ -12,12 +12,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava.data.tiling import output_size
 from llava.errors import CheckpointError
-from llava.model.formats import weights_of
 from llava.model.multimodal_encoder.base import TowerShape, VisionTower
-from llava.runtime.files import reading, refuse_pointers
-from llava.runtime.weights.settings import IMAGE_PROCESSOR, VISION_TOWER, check_settings
+from llava.model.settings import IMAGE_PROCESSOR, VISION_TOWER
+from llava.runtime.files import read_json, reading, refuse_pointers
+from llava.runtime.program import errors_only
+from llava.runtime.weights.settings import check_settings
 from llava.runtime.weights.tensors import Entry, check_dtype, check_finite
-from llava.utils import errors_only, read_json
+from llava.runtime.weights.weight_files import weights_of
 
 
 class TransformersTower(VisionTower):

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from llava.errors import CheckpointError, FlagError, LlavaError
-from llava.model.formats import weights_of
-from llava.runtime.files import reading
+from llava.runtime.files import read_json, reading
 from llava.runtime.offloading import check_quantised_map, computed_map
 from llava.runtime.weights.settings import GENERATION, check_settings
 from llava.runtime.weights.tensors import Entry, check_dtype, check_finite
-from llava.utils import read_json
+from llava.runtime.weights.weight_files import weights_of
 
 
 def read_base(cls: Any, source: str | Path, config: Any, **options: Any) -> tuple[Any, set[str]]:

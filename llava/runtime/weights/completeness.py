@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import CheckpointError
-from llava.runtime.files import refuse_pointer
+from llava.runtime.files import read_json, refuse_pointer
 from llava.runtime.output import MARKER
-from llava.utils import read_json
 
 RECORD_FILE = "checkpoint_files.json"
 RUN_FILE = "run.json"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import CheckpointError
-from llava.mm_utils import ASPECT_RATIOS
 
 SIZE, COUNT, TOKEN = 2**17, 2**10, 2**31
 
@@ -101,25 +100,6 @@ GENERATION: Rules = {
 }
 """`generation_config.json`."""
 
-VISION_KEYS: Rules = {
-    "mm_vision_tower": Rule("str"),
-    "mm_hidden_size": Rule("int", 1, SIZE),
-    "mm_vision_select_layer": Rule("int", -COUNT, COUNT),
-    "mm_vision_select_feature": Rule("str"),
-    "mm_projector_type": Rule("str"),
-    "mm_patch_merge_type": Rule("str"),
-    "mm_image_normalization": Rule("str"),
-    "mm_use_im_start_end": Rule("bool"),
-    "mm_use_im_patch_token": Rule("bool"),
-    "use_mm_proj": Rule("bool"),
-    "tune_mm_mlp_adapter": Rule("bool"),
-    "image_aspect_ratio": Rule("str", choices=tuple(ASPECT_RATIOS)),
-    "max_sequence_length": Rule("int", 1, TOKEN),
-    "tokenizer_model_max_length": Rule("int", 1, TOKEN),
-    "tokenizer_padding_side": Rule("str", choices=("left", "right")),
-    "user_marker_ids": Rule("list of ids", 0, TOKEN),
-}
-"""What a LLaVA's has in addition."""
 
 ROPE: Rules = {
     "rope_theta": Rule("float", 1, 1e12),
@@ -137,34 +117,6 @@ NOT_NULL = (
 )
 """Keys that a file may lack, but that are never null where a program wrote them."""
 
-VISION_TOWER: Rules = {
-    "hidden_size": Rule("int", 1, SIZE, required=True),
-    "intermediate_size": Rule("int", 1, 8 * SIZE, required=True),
-    "num_hidden_layers": Rule("int", 1, COUNT, required=True),
-    "num_attention_heads": Rule("int", 1, COUNT, required=True),
-    "image_size": Rule("int", 1, 2**14, required=True),
-    "patch_size": Rule("int", 1, 2**12, required=True),
-    "layer_norm_eps": Rule("float", 1e-12, 1e-2, required=True),
-    "hidden_act": Rule("str", required=True),
-    "num_channels": Rule("int", 3, 3),
-    "attention_dropout": Rule("float", 0, 1),
-}
-"""`config.json` of a CLIP or SigLIP vision model by itself."""
-
-IMAGE_PROCESSOR: Rules = {
-    "do_resize": Rule("bool", required=True),
-    "do_normalize": Rule("bool", required=True),
-    "do_rescale": Rule("bool"),
-    "rescale_factor": Rule("float", 1e-6, 1),
-    "resample": Rule("int", 0, 5, required=True),
-    "image_mean": Rule("floats", -10, 10, required=True),
-    "image_std": Rule("floats", 1e-3, 10, required=True),
-    "do_center_crop": Rule("bool"),
-    "do_convert_rgb": Rule("bool"),
-    "size": Rule("pixels", 1, 2**14, required=True),
-    "crop_size": Rule("pixels", 1, 2**14),
-}
-"""`preprocessor_config.json`; what it makes is checked against the tower."""
 
 LORA: Rules = {
     "r": Rule("int", 1, SIZE, required=True),

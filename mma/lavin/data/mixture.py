@@ -18,7 +18,7 @@ from llava.errors import BadSampleError
 from llava.eval.answering.questions import read_json
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file
-from llava.utils import run_program
+from llava.runtime.program import run_program
 from mma.lavin.data.instructions import COCO, MIXTURE_FILE
 from mma.lavin.data.prompts import instruction_prompt
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.errors import FlagError
-from llava.utils import run_program
+from llava.runtime.program import run_program
 from mma.lavin.weights.base import AUTO, VICUNA_CHOICES, VICUNA_HELP, BaseWeights, convert, ready_folder
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from llava.errors import CheckpointError
-from llava.utils import read_json
+from llava.runtime.files import read_json
 from mma.lavin.weights.tensors import LazyTensor, map_torch_file
 
 PARAMS_FILE = "params.json"

@@ -20,10 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava.errors import CheckpointError
-from llava.model.formats import WEIGHT_FILES, inspect_checkpoint, weight_files
+from llava.model.formats import inspect_checkpoint
 from llava.runtime.files import reading
 from llava.runtime.weights.tensors import check_numbers
 from llava.runtime.weights.torch_files import load_plain
+from llava.runtime.weights.weight_files import WEIGHT_FILES, weight_files
 
 INDEX = "model.safetensors.index.json"
 

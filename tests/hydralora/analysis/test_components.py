@@ -12,7 +12,7 @@ import pytest
 
 from hydralora.analysis.clusters import dbscan, elbow, k_means
 from hydralora.components import main
-from hydralora.text.arguments import number_of_experts
+from hydralora.text.options import number_of_experts
 from llava.errors import FlagError
 from tests.golden import golden_dir
 

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from hydralora.finetune import build_run, main, parse_args
-from hydralora.text.arguments import build_parser, number_of_experts
+from hydralora.text.arguments import build_parser
+from hydralora.text.options import number_of_experts
 from hydralora.text.training import link_adapter
 from hydralora.tuner.original import to_original
 from llava.errors import FlagError

@@ -24,7 +24,7 @@ from hydralora import HydraLoraConfig
 from tests.hydralora.text.test_finetune import save_base, save_start
 
 ROOT = Path(__file__).resolve().parents[3]
-CONFIG = ROOT / "scripts" / "hydralora" / "opencompass_mmlu.py"
+CONFIG = ROOT / "benchmarks" / "opencompass" / "mmlu.py"
 MODEL = "benchmarks.opencompass.model"
 
 

@@ -22,8 +22,9 @@ from llava.convert import __main__ as export
 from llava.convert.hf import from_hf, main, to_hf
 from llava.convert.hf_format import RECORD, check_convertible
 from llava.convert.hf_processor import chat_template, hf_tokenizer
+from llava.data.pixels import process_images
 from llava.errors import CheckpointError, FlagError
-from llava.mm_utils import process_images, tokenizer_image_token
+from llava.eval.answering.prompts import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_encoder.open_clip_encoder import OpenClipVisionTower
 from llava.runtime.tokenizer import load_tokenizer

@@ -10,8 +10,8 @@ import pytest
 from llava.convert.original import export_original, main
 from llava.errors import CheckpointError
 from llava.model.formats import read_tensors
+from llava.runtime.files import read_json
 from llava.train.train import main as train
-from llava.utils import read_json
 from tests.golden import golden_dir
 from tests.llava.train.test_training import BASE, HYDRA, RECIPES, command_line, logits
 

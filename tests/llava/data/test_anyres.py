@@ -11,16 +11,10 @@ import torch
 from PIL import Image
 
 from llava.data.images import ImageTransform, load_image_processor
+from llava.data.pixels import process_image, process_images
 from llava.data.tiling import ImageLength, check_grid_pinpoints, parse_grid_pinpoints
 from llava.errors import FlagError
-from llava.mm_utils import (
-    divide_to_patches,
-    get_anyres_image_grid_shape,
-    process_image,
-    process_images,
-    resize_and_pad_image,
-    select_best_resolution,
-)
+from llava.mm_utils import divide_to_patches, get_anyres_image_grid_shape, resize_and_pad_image, select_best_resolution
 from llava.model.tiles import merge_tiles, unpad_image
 from tests.golden import golden_dir, load_case
 

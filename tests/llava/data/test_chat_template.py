@@ -9,8 +9,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.conversation import Conversation, select_template
+from llava.conversation import Conversation
 from llava.data.labels import TokenizedPrompt, tokenize_conversation
+from llava.data.templates import select_template
 from llava.errors import BadSampleError, FlagError
 from llava.eval.answering.prompts import ask, build_prompt, check_conv_mode, prompt_ids
 from llava.runtime.tokenizer import load_tokenizer

@@ -11,12 +11,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.conversation import select_template
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset
 from llava.data.images import load_image_processor
 from llava.data.records import open_records
 from llava.data.skipped import count_skipped, read_skipped
+from llava.data.templates import select_template
 from llava.errors import BadImageError, BadSampleError, FlagError
 from tests.golden import golden_dir, load_case
 from tests.llava.runtime.tokenizers import make_tokenizer

@@ -10,8 +10,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from llava.constants import IGNORE_INDEX
-from llava.conversation import SeparatorStyle, conv_templates, default_conversation, select_template
+from llava.conversation import SeparatorStyle, conv_templates, default_conversation
 from llava.data.labels import TokenizedPrompt, tokenize_conversation
+from llava.data.templates import select_template
 from llava.data.turns import place_image
 from llava.errors import BadSampleError, FlagError
 from tests.golden import load_case

@@ -17,11 +17,11 @@ from PIL import Image
 from llava.data.check import main as check
 from llava.data.image_bounds import ALWAYS_MADE, TIMES_OWN, check_made, made_size
 from llava.data.images import ImageTransform, load_image, load_image_processor
+from llava.data.pixels import ASPECT_RATIOS, preprocess_image
 from llava.errors import BadImageError, LlavaError
 from llava.eval.answering.answers import Task
 from llava.eval.answering.loading import LoadedModel
 from llava.eval.answering.runner import load_pictures
-from llava.mm_utils import ASPECT_RATIOS, preprocess_image
 from llava.serve.image_urls import ImagePolicy
 from llava.train.train import main as train
 from mma.lavin.chat import load_picture

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from llava.data.images import MAX_SIDE, load_image, load_image_processor
+from llava.data.pixels import ASPECT_RATIOS, preprocess_image
 from llava.errors import BadImageError
-from llava.mm_utils import ASPECT_RATIOS, preprocess_image
 from tests.golden import golden_dir
 
 GRADIENT = np.linspace(0, 255, 64, dtype=np.uint8).reshape(8, 8)

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from llava.data.images import ImageTransform, load_image, load_image_processor
+from llava.data.pixels import expand2square, process_images
 from llava.errors import BadImageError, BadSampleError, FlagError
-from llava.mm_utils import expand2square, process_images
 from tests.golden import golden_dir, load_case
 
 CASE, TENSORS = load_case("llava", "images")

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.conversation import select_template
 from llava.data.labels import TokenizedPrompt, tokenize_conversation
+from llava.data.templates import select_template
 from llava.errors import BadSampleError
 from llava.runtime.tokenizer import load_tokenizer
 from tests.llava.runtime.tokenizers import make_tokenizer

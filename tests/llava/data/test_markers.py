@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llava.conversation import select_template
 from llava.data.markers import user_marker_ids
+from llava.data.templates import select_template
 from tests.llava.runtime.tokenizers import make_tokenizer
 
 OPENINGS = {"v1": "USER:", "vicuna_v1": "USER:", "llama_2": "[INST]", "mpt": "<|im_start|>user"}

@@ -15,10 +15,9 @@ from llava.data.labels import tokenize_conversation
 from llava.errors import BadSampleError
 from llava.eval.answering.answers import Task
 from llava.eval.answering.loading import LoadedModel
-from llava.eval.answering.prompts import build_prompt
+from llava.eval.answering.prompts import build_prompt, tokenizer_image_token
 from llava.eval.answering.runner import generate_batch, image_arguments, load_pictures, make_prompt
 from llava.eval.lmms.likelihood import Candidate, Likelihood, likelihoods, make_candidate
-from llava.mm_utils import tokenizer_image_token
 from tests.golden import golden_dir
 from tests.llava.eval.conftest import QUESTIONS
 

@@ -14,12 +14,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 from llava.constants import IGNORE_INDEX
 from llava.conversation import conv_templates
 from llava.errors import CheckpointError, FlagError
-from llava.extension import DecoderState, Extension
+from llava.extension import Extension
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import bare_model
 from llava.model.components import Component, components
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.runtime.tokenizer import load_tokenizer
+from llava.segments import DecoderState
 from llava.train.optimizer import optimizer_groups
 from llava.train.train import build_run, parse_args
 from tests.llava.train.test_training import LLAVA, command_line

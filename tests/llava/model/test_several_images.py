@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from llava.constants import IGNORE_INDEX
-from llava.conversation import select_template
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset
 from llava.data.images import load_image_processor
+from llava.data.templates import select_template
 from llava.model.builder import load_pretrained_model
 from tests.golden import golden_dir
 from tests.llava.runtime.tokenizers import make_tokenizer

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList, TextIteratorStreamer, TextStreamer
 
-from llava.mm_utils import KeywordsStoppingCriteria
+from llava.eval.answering.generation import KeywordsStoppingCriteria
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.runtime.cache_name import cache_of

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import SiglipConfig, SiglipModel
 
+from llava.data.pixels import preprocess_image
 from llava.errors import CheckpointError, FlagError
-from llava.mm_utils import preprocess_image
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import bare_model
 from llava.model.multimodal_encoder.base import VisionTower

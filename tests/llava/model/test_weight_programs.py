@@ -16,7 +16,8 @@ from torch import Tensor
 from llava.errors import CheckpointError, FlagError
 from llava.model import apply_delta, consolidate, make_delta
 from llava.model.builder import load_pretrained_model
-from llava.model.formats import inspect_checkpoint, read_projector, read_tensors, weight_files
+from llava.model.formats import inspect_checkpoint, read_projector, read_tensors
+from llava.runtime.weights.weight_files import weight_files
 from scripts import extract_mm_projector, merge_lora_weights
 from tests.golden import golden_dir
 

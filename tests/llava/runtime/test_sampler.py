@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llava.data.sampler import (
+from llava.errors import FlagError
+from llava.runtime.sampling import (
     LengthGroupedSampler,
     get_length_grouped_indices,
     get_modality_length_grouped_indices,
     split_to_even_chunks,
 )
-from llava.errors import FlagError
 from tests.golden import load_case
 
 CASE, _ = load_case("llava", "length_grouping")

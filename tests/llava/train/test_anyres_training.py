@@ -20,7 +20,8 @@ from llava.eval.answering.runner import answer_batch, load_pictures, make_prompt
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import bare_model
 from llava.model.splice import count_targets
-from llava.train.train import Run, build_run, main, parse_args
+from llava.train.run import Run
+from llava.train.train import build_run, main, parse_args
 from tests.golden import golden_dir
 from tests.llava.train.test_training import BASE, LLAVA, command_line, losses
 

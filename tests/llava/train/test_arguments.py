@@ -16,7 +16,8 @@ from llava.errors import FlagError
 from llava.extension import Extension, installed_extensions
 from llava.runtime import checkpointing
 from llava.runtime.retired_flags import translate_retired_flags
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, build_parser, parse_args
+from llava.train.arguments import build_parser, parse_args
+from llava.train.options import DataArguments, ModelArguments, TrainingArguments
 from tests.golden import golden_dir
 
 GROUPS = {

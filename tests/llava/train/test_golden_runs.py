@@ -18,7 +18,8 @@ from llava.model.checkpoint import bare_model
 from llava.model.formats import read_tensors, strip_peft_prefix
 from llava.runtime.sampling import EpochSampler, modality_order, random_order
 from llava.train.optimizer import optimizer_groups
-from llava.train.train import Run, build_run, parse_args
+from llava.train.run import Run
+from llava.train.train import build_run, parse_args
 from tests.golden import golden_dir, load_case
 
 LLAVA = golden_dir("llava")

@@ -22,7 +22,8 @@ from llava.model.components import Component, components
 from llava.model.formats import IMAGE_TOKENS_FILE, TOKEN_TABLE, read_tensors
 from llava.model.image_tokens import BORDER_TOKENS, EmbeddingWithTrainedRows, add_image_tokens, train_image_tokens
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.train.train import Run, build_run, main, parse_args
+from llava.train.run import Run
+from llava.train.train import build_run, main, parse_args
 from tests.golden import golden_dir, load_case
 from tests.llava.runtime.tokenizers import make_tokenizer
 from tests.llava.train.test_training import BASE, command_line, losses

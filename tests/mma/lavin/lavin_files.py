@@ -12,8 +12,8 @@ from mma.lavin.train import main
 from mma.lavin.weights.meta import open_meta
 from tests.golden import golden_dir, load_case
 from tests.mma.golden_model import write_tower
+from tests.mma.lavin.base_files import META, META_TENSORS, save_vicuna, weights_root
 from tests.mma.lavin.test_data import save_problems
-from tests.mma.lavin.test_weights import META, META_TENSORS, save_vicuna, weights_root
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from llava.extension import installed_extensions
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import bare_model
 from llava.model.components import Component, components
-from llava.train.train import Run, build_run, main, parse_args
+from llava.train.run import Run
+from llava.train.train import build_run, main, parse_args
 from mma.config import MmaConfig, MmaOptions
 from mma.model import MODALITIES
 from tests.golden import load_case

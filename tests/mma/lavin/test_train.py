@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from llava.data.images import load_image
+from llava.data.pixels import process_images
 from llava.errors import FlagError
-from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.runtime import checkpointing
 from llava.runtime.tokenizer import load_tokenizer

@@ -11,8 +11,8 @@ import torch
 
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.model.loss import LossReduction
-from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments
 from llava.train.freeze import freeze
+from llava.train.options import DataArguments, ModelArguments, RunArguments, TrainingArguments
 from mma.lavin.schedule import Schedule, absolute_learning_rate
 from mma.lavin.trainer import LavinTrainer
 from mma.original import original_names

@@ -1,0 +1,32 @@
+"""Which conversation template a `--version` or `--conv-mode` means (upstream: the branches of `train.py`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llava.conversation import TOKENIZER_VERSION, Conversation, conv_templates, default_conversation
+from llava.data.chat_template import chat_template
+from llava.errors import FlagError
+
+VERSIONS_WITHOUT_TEMPLATE = frozenset({"v0", "v0.5"})
+"""Values of `--version` that choose how the tokenizer is padded and leave the default template in place."""
+
+
+def select_template(version: str, tokenizer: Any = None) -> Conversation:
+    """The template of a `--version`, as a copy; `v0` and `v0.5` give the default one, as upstream.
+
+    Args:
+        version: name of a template, or `tokenizer`.
+        tokenizer: only needed for its own template.
+
+    Raises:
+        FlagError: there is no template of that name (upstream falls back to `vicuna_v1` silently).
+    """
+    if version == TOKENIZER_VERSION:
+        return chat_template(tokenizer)
+    if version in VERSIONS_WITHOUT_TEMPLATE:
+        return default_conversation.copy()
+    if version not in conv_templates:
+        known = ", ".join(sorted({TOKENIZER_VERSION} | VERSIONS_WITHOUT_TEMPLATE | set(conv_templates)))
+        raise FlagError(f"--version {version}: there is no conversation template of that name; known: {known}")
+    return conv_templates[version].copy()

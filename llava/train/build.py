@@ -1,0 +1,216 @@
+"""The parts of a training run, each from the options: base, tower, projector, vocabulary, extensions, LoRA, data.
+
+`build_model` is the order in which weights come together (upstream `llava/train/train.py`, the middle of `train`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava.conversation import Conversation
+from llava.data.dataset import LazySupervisedDataset
+from llava.data.markers import user_marker_ids
+from llava.data.templates import select_template
+from llava.data.tiling import check_grid_pinpoints
+from llava.errors import CheckpointError
+from llava.extension import installed_extensions
+from llava.model.checkpoint import copy_tensors
+from llava.model.components import Component, components
+from llava.model.formats import IMAGE_TOKENS_FILE, NEWLINE, projector_file, read_projector
+from llava.model.generation_defaults import mend_generation_config
+from llava.model.image_tokens import (
+    BORDER_TOKENS,
+    add_image_tokens,
+    load_image_tokens,
+    train_image_tokens,
+    wanted_tokens,
+)
+from llava.model.language_model.backbones import backbone_class, load_config
+from llava.model.language_model.causal_lm import LlavaForCausalLM
+from llava.model.loss import LossReduction
+from llava.runtime.quantization import choose_cpu_kernels, quantisation_config
+from llava.runtime.weights.base_weights import read_base
+from llava.runtime.weights.weight_files import check_base
+from llava.runtime.zero import same_draws, set_precision, zero_stage
+from llava.train.continued import check_recorded, recorded_extensions, train_on
+from llava.train.freeze import freeze, print_trainable, trained_components
+from llava.train.lora import add_lora
+from llava.train.options import RunArguments, TrainingArguments
+
+
+def skipped_file(args: RunArguments) -> Path:
+    """Where the samples are listed that `--on_bad_sample skip` left out."""
+    return Path(args.training.output_dir) / "skipped_samples.jsonl"
+
+
+def weight_dtype(args: RunArguments) -> torch.dtype:
+    """Dtype in which the base is kept: half precision only for what is frozen.
+
+    Weights that are trained stay in fp32 under autocast; an optimizer step on bf16 weights would lose small updates.
+    """
+    base_is_frozen = args.training.lora_enable or args.model.freeze_backbone or args.model.tune_mm_mlp_adapter
+    if not base_is_frozen:
+        return torch.float32
+    return torch.bfloat16 if args.training.bf16 else torch.float16 if args.training.fp16 else torch.float32
+
+
+def load_base(args: RunArguments, attn_implementation: str | None) -> LlavaForCausalLM:
+    """The language model or LLaVA named by `--model_name_or_path`, without its tower."""
+    name = args.model.model_name_or_path
+    options: dict[str, Any] = {"dtype": weight_dtype(args), "cache_dir": args.training.cache_dir}
+    implementation = args.model.attn_implementation or attn_implementation
+    if implementation is not None:
+        options["attn_implementation"] = implementation
+    if args.training.bits != 16:
+        options["quantization_config"] = quantisation_config(
+            args.training.bits, weight_dtype(args), args.training.quant_type, args.training.double_quant
+        )
+        if args.training.device.type == "cuda":  # quantised weights cannot be moved there later
+            options["device_map"] = {"": args.training.device}
+    cache_dir = args.training.cache_dir
+    config = load_config(name, cache_dir)
+    check_base(name)
+    with same_draws(args.training):
+        model, missing = read_base(backbone_class(name, cache_dir), name, config, **options)
+    if missing:
+        raise CheckpointError(
+            f"{name}: lacks {len(missing)} weights that its config.json asks for: {sorted(missing)[:3]}"
+        )
+    mend_generation_config(model, str(name))
+    if args.training.bits == 4:
+        choose_cpu_kernels(model, trained=True)
+    model.config.use_cache = False
+    model.loss_reduction = LossReduction(args.training.loss_reduction)
+    return model
+
+
+def add_vision(model: LlavaForCausalLM, args: RunArguments) -> None:
+    """Tower and projector, the latter with the weights of `--pretrain_mm_mlp_adapter` if given.
+
+    Raises:
+        CheckpointError: tower or projector file is missing or does not fit.
+    """
+    near = [args.model.model_name_or_path]
+    model.get_model().initialize_vision_modules(args.model, near)
+    if args.model.pretrain_mm_mlp_adapter:
+        source = projector_file(args.model.pretrain_mm_mlp_adapter)
+        wanted, tensors = components(model)[Component.PROJECTOR], read_projector(source)
+        if f"model.{NEWLINE}" not in tensors:  # upstream's files never have it; a fresh one is trained then
+            wanted.pop(f"model.{NEWLINE}", None)
+        copy_tensors(wanted, tensors, source)
+        model.get_model().has_new_projector = True
+    if args.training.deepspeed:  # has one precision for all; see `set_precision`
+        return
+    if not args.model.unfreeze_mm_vision_tower:
+        model.get_vision_tower().to(dtype=weight_dtype(args))
+    # Trained in fp32; a base loaded in half precision brings a projector in half precision along.
+    model.get_model().mm_projector.to(torch.float32)
+
+
+def record_settings(model: LlavaForCausalLM, args: RunArguments, tokenizer: Any) -> None:
+    """Write into the configuration what evaluation needs to know about the training, under upstream's names."""
+    config = model.config
+    config.image_aspect_ratio = args.data.image_aspect_ratio
+    config.image_grid_pinpoints = None
+    tower = model.get_vision_tower()
+    if args.data.image_aspect_ratio == "anyres" and tower is not None:
+        config.image_grid_pinpoints = check_grid_pinpoints(args.data.image_grid_pinpoints, tower.image_size)
+    config.user_marker_ids = user_marker_ids(select_template(args.model.version, tokenizer), tokenizer)
+    config.tokenizer_padding_side = tokenizer.padding_side
+    config.tokenizer_model_max_length = tokenizer.model_max_length
+    config.tune_mm_mlp_adapter = args.model.tune_mm_mlp_adapter
+    config.freeze_mm_mlp_adapter = args.training.freeze_mm_mlp_adapter
+    config.mm_use_im_start_end = args.model.mm_use_im_start_end
+    config.mm_use_im_patch_token = args.model.mm_use_im_patch_token and args.model.vision_tower is not None
+    config.mm_projector_lr = args.training.mm_projector_lr
+
+
+def add_vocabulary(model: LlavaForCausalLM, args: RunArguments, tokenizer: Any) -> None:
+    """The image tokens that the options ask for, with the rows that stage 1 trained.
+
+    Raises:
+        CheckpointError: the projector file of stage 1 has no rows for them.
+        FlagError: they cannot be trained on this base.
+    """
+    new = add_image_tokens(model, tokenizer, wanted_tokens(args.model))
+    if args.model.pretrain_mm_mlp_adapter and set(new) & set(BORDER_TOKENS):
+        source = projector_file(args.model.pretrain_mm_mlp_adapter)
+        beside = source.with_name(IMAGE_TOKENS_FILE)
+        if not load_image_tokens(model, beside if beside.is_file() else source):
+            raise CheckpointError(
+                f"--mm_use_im_start_end True, but neither {source} nor {beside} holds the tokens {BORDER_TOKENS}; "
+                "train stage 1 with that option too, or pass False"
+            )
+    if args.model.mm_use_im_start_end and Component.LANGUAGE_MODEL not in trained_components(args):
+        train_image_tokens(model)
+
+
+def declare_parameters(llava: LlavaForCausalLM, training: TrainingArguments) -> None:
+    """Tell ZeRO-3 of parameters that are used outside of the module that owns them, so that they are whole in time."""
+    if zero_stage(training) != 3:
+        return
+    import deepspeed
+
+    register = deepspeed.zero.register_external_parameter
+    tower, newline = llava.get_vision_tower(), getattr(llava.get_model(), "image_newline", None)
+    if newline is not None:
+        register(llava, newline)
+    for part in [] if tower is None else tower.embedding_modules(tower.loaded()):
+        if isinstance(part, nn.Parameter):
+            register(tower, part)
+
+
+def build_model(args: RunArguments, tokenizer: Any, attn_implementation: str | None = None) -> nn.Module:
+    """Base, tower, projector, extensions and LoRA, frozen and unfrozen as the options say; prints the table.
+
+    Raises:
+        CheckpointError: weights are missing or do not fit.
+        FlagError: options that cannot be carried out on this model.
+    """
+    recorded = recorded_extensions(args.model.model_name_or_path, args.training.cache_dir)
+    check_recorded(args.model.model_name_or_path, recorded, args.extensions)
+    llava = load_base(args, attn_implementation)
+    if args.model.vision_tower is not None:
+        add_vision(llava, args)
+        add_vocabulary(llava, args, tokenizer)
+    record_settings(llava, args, tokenizer)
+    available = installed_extensions(list(args.extensions)) if args.extensions else {}
+    for name, config in args.extensions.items():
+        llava.extensions.attach(llava, available[name], config)
+    train_on(llava, recorded, announce=args.training.should_log)
+    model: nn.Module = add_lora(llava, args.training) if args.training.lora_enable else llava
+    counts = freeze(model, args)
+    set_precision(model, args.training)
+    declare_parameters(llava, args.training)
+    if args.training.should_log:
+        print_trainable(counts)
+    return model
+
+
+def build_dataset(args: RunArguments, tokenizer: Any, model: LlavaForCausalLM) -> LazySupervisedDataset:
+    """The training data of a run."""
+    template: Conversation = select_template(args.model.version, tokenizer)
+    tower = model.get_vision_tower()
+    dataset = LazySupervisedDataset(
+        args.data.data_path,
+        tokenizer,
+        None if tower is None else tower.image_processor,
+        template=template,
+        image_folder=args.data.image_folder,
+        image_aspect_ratio=args.data.image_aspect_ratio,
+        image_grid_pinpoints=model.config.image_grid_pinpoints,
+        is_multimodal=tower is not None,
+        mm_use_im_start_end=args.model.mm_use_im_start_end,
+        model_max_length=tokenizer.model_max_length,
+        image_length=None if tower is None else model.image_length(),
+        on_bad_sample=args.data.on_bad_sample,
+        skipped_file=skipped_file(args),
+        requires_image=args.data.requires_image,
+    )
+    if args.data.requires_image and args.training.should_log:
+        print(f"--requires_image True: {dataset.left_out} rows without image are left out, {len(dataset)} remain")
+    return dataset
