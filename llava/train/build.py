@@ -40,6 +40,7 @@ from llava.train.continued import check_recorded, recorded_extensions, train_on
 from llava.train.freeze import freeze, print_trainable, trained_components
 from llava.train.lora import add_lora
 from llava.train.options import RunArguments, TrainingArguments
+from llava.train.steps import say, say_base, say_tower
 
 
 def skipped_file(args: RunArguments) -> Path:
@@ -174,14 +175,17 @@ def build_model(args: RunArguments, tokenizer: Any, attn_implementation: str | N
     recorded = recorded_extensions(args.model.model_name_or_path, args.training.cache_dir)
     check_recorded(args.model.model_name_or_path, recorded, args.extensions)
     llava = load_base(args, attn_implementation)
+    say_base(args, llava)
     if args.model.vision_tower is not None:
         add_vision(llava, args)
         add_vocabulary(llava, args, tokenizer)
+    say_tower(args, llava)
     record_settings(llava, args, tokenizer)
     available = installed_extensions(list(args.extensions)) if args.extensions else {}
     for name, config in args.extensions.items():
         llava.extensions.attach(llava, available[name], config)
     train_on(llava, recorded, announce=args.training.should_log)
+    say(args, "extensions", ", ".join(llava.extensions.configs) or "none")
     model: nn.Module = add_lora(llava, args.training) if args.training.lora_enable else llava
     counts = freeze(model, args)
     set_precision(model, args.training)

@@ -36,6 +36,7 @@ from llava.train.inputs import inputs_of
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.options import DataArguments, ModelArguments, RunArguments, TrainingArguments
 from llava.train.run import Run
+from llava.train.steps import say, say_data, say_training
 from llava.train.summary import next_command, print_summary
 
 __all__ = ["DataArguments", "ModelArguments", "Run", "TrainingArguments", "build_run", "main", "parse_args"]
@@ -72,6 +73,7 @@ def build_run(args: RunArguments, attn_implementation: str | None = None, parts:
     model = build_model(args, tokenizer, attn_implementation)
     llava = model.get_base_model() if training.lora_enable else model
     dataset = parts.dataset(args, tokenizer, llava)
+    say_data(args, dataset)
     callbacks = [
         callback for item in llava.extensions for callback in item.extension.callbacks(llava, item.config, args)
     ]
@@ -127,7 +129,9 @@ def train(args: RunArguments, attn_implementation: str | None = None, parts: Par
         prepare_resume(args.training, Path(resume_from))
         check_resumable(Path(resume_from), args.training)
     run = build_run(args, attn_implementation, parts)
+    say_training(args, resume_from)
     result = run.trainer.train(resume_from_checkpoint=resume_from)
+    say(args, "saving", str(output))
     run.trainer.save_model()
     run.trainer.save_state()
     if args.training.should_save:

@@ -50,3 +50,16 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else real(name, *rest))
     with pytest.raises(FlagError, match="needs the package wandb"):
         parse_args(command_line(tmp_path, report_to="wandb"))
+
+
+def test_a_line_for_each_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Base, tower, extensions, data, training, saving, in this order; the second run says where it resumes."""
+    options = HYDRA | {"max_steps": 1, "save_steps": 1}
+    main(command_line(tmp_path / "out", **options))
+    first = capsys.readouterr().out
+    starts = ["base  ", "tower  ", "extensions  hydralora", "data        10 rows", "training    updates: 1", "saving  "]
+    lines = [line for line in first.splitlines() if line.startswith(tuple(starts))]
+    assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
+    main(command_line(tmp_path / "out", **options))
+    assert "resumed from checkpoint-1" in capsys.readouterr().out
+    assert "resumed" not in first

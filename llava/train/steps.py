@@ -1,0 +1,50 @@
+"""One line of log for each step of a training run: base, tower, extensions, data, training, saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llava.data.dataset import LazySupervisedDataset
+from llava.train.options import RunArguments
+
+
+def say(args: RunArguments, step: str, text: str) -> None:
+    """Print a step on the process that logs."""
+    if args.training.should_log:
+        print(f"{step:<12}{text}")
+
+
+def say_base(args: RunArguments, model: nn.Module) -> None:
+    """What was loaded as the base."""
+    kept = (
+        f"kept in {args.training.bits} bits" if args.training.bits != 16 else f"in {model.dtype}".replace("torch.", "")
+    )
+    say(args, "base", f"{args.model.model_name_or_path}: {type(model).__name__}, {kept}")
+
+
+def say_tower(args: RunArguments, model: Any) -> None:
+    """The tower and what comes between it and the language model."""
+    tower = model.get_vision_tower()
+    if tower is None:
+        say(args, "tower", "none: text only")
+        return
+    text = f"{args.model.vision_tower}: images of {tower.image_size} pixels, projector {args.model.mm_projector_type}"
+    say(args, "tower", text)
+
+
+def say_data(args: RunArguments, dataset: LazySupervisedDataset) -> None:
+    """How many rows are trained on."""
+    say(args, "data", f"{len(dataset):,} rows of {', '.join(map(str, args.data.data_path or []))}")
+
+
+def say_training(args: RunArguments, resume_from: str | None) -> None:
+    """How large an update is, and where the run starts."""
+    training = args.training
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    length = f"updates: {training.max_steps}" if training.max_steps > 0 else f"epochs: {training.num_train_epochs:g}"
+    start = "" if resume_from is None else f", resumed from {Path(resume_from).name}"
+    processes = f"processes: {training.world_size} ({training.device.type})"
+    say(args, "training", f"{length}, rows an update: {rows}, {processes}{start}")
