@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("llava", "hydralora", "dynamic", "mma", "moe_patch", "playground")
+from tests.structure import MODULES, PACKAGES, PROGRAMS, ROOT, imported_modules, is_door, module_name
+
 EXTENSIONS = ("hydralora", "dynamic", "mma", "moe_patch")
 MAX_LINES = 500
 WITHOUT_A_MODEL = ("llava.errors", "llava.segments", "llava.runtime")
@@ -23,8 +23,6 @@ WITHOUT_A_MODEL = ("llava.errors", "llava.segments", "llava.runtime")
 MAX_MODULES = 32
 
 
-MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-PROGRAMS = [path for folder in ("tests", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
 PYTHON_FILES = sorted(MODULES + PROGRAMS)
 LAYERS = [path for path in MODULES if path.name == "layer.py"]
 THIS_FILE = Path(__file__).resolve()
@@ -42,37 +40,13 @@ def _each(paths: list[Path]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("path", paths, ids=_id)
 
 
-def _module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def _imported_modules(path: Path) -> set[str]:
-    """Full names of the modules that a file imports anywhere, inside functions and `if TYPE_CHECKING` included."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            # A relative import stays inside the package of the file.
-            module = (node.module or "") if node.level == 0 else path.relative_to(ROOT).parts[0]
-            found.update(_module_of(module, alias.name) for alias in node.names)
-    return found
-
-
-def _module_of(package: str, name: str) -> str:
-    """The module that `from package import name` imports: `package.name` if that is one of ours."""
-    inner = ROOT.joinpath(*package.split("."), name)
-    return f"{package}.{name}" if inner.with_suffix(".py").is_file() or inner.is_dir() else package
-
-
 def _imported_packages(path: Path) -> set[str]:
-    return {name.partition(".")[0] for name in _imported_modules(path)}
+    return {name.partition(".")[0] for name in imported_modules(path)}
 
 
 def _written_files() -> list[Path]:
     """Everything people write: the files at the top and in the source folders, without golden data and outputs."""
-    paths = [path for path in ROOT.iterdir() if path.is_file()]
+    paths = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]  # a file in a worktree
     paths += [path for folder in SOURCE_FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
     skipped = [ROOT / folder for folder in NOT_WRITTEN]
     return sorted(
@@ -92,7 +66,7 @@ def _texts() -> Iterator[tuple[Path, str]]:
 
 def test_the_lists_of_cases_are_not_empty() -> None:
     """Without this, a renamed folder would turn the tests below into tests of nothing."""
-    assert {_module_name(path).partition(".")[0] for path in MODULES} == set(PACKAGES)
+    assert {module_name(path).partition(".")[0] for path in MODULES} == set(PACKAGES)
     assert len(MODULES) > 30
     assert [_id(path) for path in LAYERS] == ["dynamic/layer.py", "hydralora/layer.py", "mma/layer.py"]
     assert ROOT / "Makefile" in _written_files()
@@ -100,7 +74,7 @@ def test_the_lists_of_cases_are_not_empty() -> None:
 
 @_each(MODULES)
 def test_every_module_imports_and_says_what_it_is_for(path: Path) -> None:
-    module = importlib.import_module(_module_name(path))
+    module = importlib.import_module(module_name(path))
     assert module.__doc__, f"{_id(path)} has no docstring"
     assert (path.parent / "__init__.py").exists(), f"{_id(path)} lies in a folder without __init__.py"
 
@@ -120,7 +94,7 @@ EXTENSION_PROGRAMS = ROOT / "llava" / "dynamic_eval"
 @_each([path for path in MODULES if path.is_relative_to(ROOT / "llava") and path.parent != EXTENSION_PROGRAMS])
 def test_llava_knows_no_extension(path: Path) -> None:
     assert not _imported_packages(path) & {*EXTENSIONS, "playground"}
-    assert not {name for name in _imported_modules(path) if name.startswith("llava.dynamic_eval")}
+    assert not {name for name in imported_modules(path) if name.startswith("llava.dynamic_eval")}
 
 
 @_each(LAYERS)
@@ -133,13 +107,8 @@ APPLICATIONS = (ROOT / "mma" / "lavin", ROOT / "dynamic" / "visualize.py")
 """Programs on a LLaVA of their own: they start llava's training and evaluation; no module of a method imports them."""
 
 
-def _is_door(path: Path) -> bool:
-    """Whether a module is nothing but another name of a program."""
-    return not any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.walk(ast.parse(path.read_text())))
-
-
 def _is_method(path: Path) -> bool:
-    return path.name != "extension.py" and not any(map(path.is_relative_to, APPLICATIONS)) and not _is_door(path)
+    return path.name != "extension.py" and not any(map(path.is_relative_to, APPLICATIONS)) and not is_door(path)
 
 
 METHODS = [path for path in MODULES if path.relative_to(ROOT).parts[0] in EXTENSIONS and _is_method(path)]
@@ -151,26 +120,26 @@ def _within(name: str, packages: Iterable[str]) -> bool:
 
 @_each(METHODS)
 def test_only_extension_py_knows_the_seams_of_llava(path: Path) -> None:
-    names = {name for name in _imported_modules(path) if name.partition(".")[0] == "llava"}
+    names = {name for name in imported_modules(path) if name.partition(".")[0] == "llava"}
     foreign = sorted(name for name in names if not _within(name, WITHOUT_A_MODEL))
     assert not foreign, f"{_id(path)} imports {foreign}; only extension.py may"
 
 
 @_each(METHODS)
 def test_methods_do_without_their_programs(path: Path) -> None:
-    assert not [name for name in _imported_modules(path) if _within(name, ["mma.lavin", "dynamic.visualize"])]
+    assert not [name for name in imported_modules(path) if _within(name, ["mma.lavin", "dynamic.visualize"])]
 
 
 @_each([path for path in MODULES if path.is_relative_to(ROOT / "llava" / "runtime")])
 def test_the_runtime_knows_nothing_of_a_llava(path: Path) -> None:
-    names = {name for name in _imported_modules(path) if name.partition(".")[0] in PACKAGES}
+    names = {name for name in imported_modules(path) if name.partition(".")[0] in PACKAGES}
     assert not [name for name in names if not _within(name, WITHOUT_A_MODEL)]
 
 
 def _graph() -> dict[str, set[str]]:
     """Who imports whom among our modules, anywhere in a file."""
-    names = {_module_name(path): path for path in MODULES + PROGRAMS}
-    return {name: _imported_modules(path) & set(names) - {name} for name, path in names.items()}
+    names = {module_name(path): path for path in MODULES + PROGRAMS}
+    return {name: imported_modules(path) & set(names) - {name} for name, path in names.items()}
 
 
 def _circle(graph: Mapping[str, set[str]]) -> list[str]:

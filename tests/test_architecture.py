@@ -1,0 +1,104 @@
+"""The picture in `docs/architecture.md` is that of the imports: rooms, arrows, and the files that it names."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.structure import MODULES, ROOT, imported_modules, is_door, module_name
+
+TEXT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+ALIASES = {"llava.constants": "llava.errors"}
+OUTSIDE = ("llava.utils", "llava.mm_utils", "llava.dynamic_eval", "llava.scripts", "playground")
+PROGRAMS = ("mma.lavin", "dynamic.visualize")
+Arrows = dict[str, set[str]]
+
+
+def room(module: str) -> str | None:
+    """The part of the picture that a module is in; None: it is left out."""
+    for name in PROGRAMS:
+        if module == name or module.startswith(f"{name}."):
+            return name
+    if any(module == name or module.startswith(f"{name}.") for name in OUTSIDE) or module == "llava":
+        return None
+    parts = module.split(".")
+    name = ".".join(parts[:2]) if parts[0] == "llava" else parts[0]
+    return ALIASES.get(name, name)
+
+
+def measured() -> Arrows:
+    arrows: Arrows = {}
+    for path in MODULES:
+        start = room(module_name(path))
+        if start is None or (path.name != "__init__.py" and is_door(path)):
+            continue
+        ends = {room(name) for name in imported_modules(path) if name.partition(".")[0] in PACKAGES}
+        arrows.setdefault(start, set()).update(end for end in ends if end not in (None, start))
+    return arrows
+
+
+PACKAGES = {module_name(path).partition(".")[0] for path in MODULES}
+
+
+def reached(arrows: Arrows, start: str) -> set[str]:
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        for end in arrows.get(waiting.pop(), set()) - found:
+            found.add(end)
+            waiting.append(end)
+    return found
+
+
+def closure(arrows: Arrows) -> Arrows:
+    return {start: reached(arrows, start) for start in arrows}
+
+
+def drawn() -> Arrows:
+    picture = TEXT.partition("```mermaid\n")[2].partition("```")[0]
+    arrows: Arrows = {}
+    for start, end in re.findall(r"^ +(\S+) --> (\S+)$", picture, re.MULTILINE):
+        arrows.setdefault(start, set()).add(end)
+    return arrows
+
+
+def test_the_picture_is_that_of_the_code() -> None:
+    found = closure(measured())
+    assert {start: ends for start, ends in closure(drawn()).items() if ends} == {s: e for s, e in found.items() if e}
+
+
+def test_no_arrow_is_drawn_that_a_longer_path_explains() -> None:
+    arrows = drawn()
+    for start, ends in arrows.items():
+        for end in ends:
+            without = arrows | {start: ends - {end}}
+            assert end not in reached(without, start), f"{start} --> {end}"
+
+
+def test_no_room_reaches_itself() -> None:
+    assert not [start for start, ends in closure(measured()).items() if start in ends]
+    assert reached({"a": {"b"}, "b": {"a"}}, "a") == {"a", "b"}
+
+
+NAMED = re.compile(r"`((?:llava|hydralora|dynamic|mma|moe_patch|benchmarks|tests|scripts)/[\w/]+(?:\.\w+)?/?)")
+
+
+@pytest.mark.parametrize("path", sorted(set(NAMED.findall(TEXT))))
+def test_what_the_document_names_exists(path: str) -> None:
+    assert (ROOT / path).exists(), f"docs/architecture.md names {path}"
+
+
+def test_a_reader_opens_ten_files() -> None:
+    """The way from a command to a checkpoint, each file there and imported by another of them, or the first."""
+    table = TEXT.partition("## From a command to a checkpoint: ten files")[2].partition("\n\nWhat they stand on")[0]
+    files = [row for row in re.findall(r"\| `(llava/[\w/]+\.py)`", table)]
+    assert len(files) == 10
+    assert all((ROOT / file).is_file() for file in files)
+    names = {module_name(ROOT / file) for file in files}
+    assert names - {"llava.train.train"} <= reached_modules("llava.train.train")
+
+
+def reached_modules(start: str) -> set[str]:
+    graph = {module_name(path): imported_modules(path) for path in MODULES}
+    return reached(graph, start)
