@@ -53,7 +53,7 @@ test-lowest: install $(LOWEST)/.installed ## Run the tests marked `versions` on 
 # Versions of transformers that serving engines ask for; everything else as in the lowest set.
 SERVING_VERSIONS := 5.19 5.20
 SERVING_TESTS := tests/llava/model/test_decoding.py tests/llava/model/test_generation.py tests/llava/model/test_backbones.py \
-	tests/llava/convert/test_convert_hf.py tests/dynamic/test_inference.py tests/mma/test_inference.py
+	tests/llava/convert/test_hf.py tests/dynamic/test_inference.py tests/mma/test_inference.py
 
 test-serving-versions: install $(SERVING_VERSIONS:%=$(SERVING)-%/.installed) ## Test generation and conversion on transformers 5.19 and 5.20
 	for version in $(SERVING_VERSIONS); do \

@@ -18,7 +18,7 @@ import mma.lavin.convert
 import mma.lavin.weights.__main__
 from dynamic.original import CONFIG_KEY
 from hydralora.tuner.original import import_adapter
-from llava.convert.hf import main as convert_hf
+from llava.convert.__main__ import main as convert
 from llava.errors import CheckpointError, LlavaError
 from llava.model.builder import load_pretrained_model
 from llava.runtime.tokenizer import load_tokenizer
@@ -152,11 +152,11 @@ def sparse_folder(folder: Path) -> tuple[Path, Callable[[], Any]]:
 
 
 def hf_folder(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    convert_hf(["to-hf", str(BASE), str(folder / "hf")])
+    convert(["to-hf", str(BASE), str(folder / "hf")])
     for path in (folder / "hf").glob("*.safetensors*"):
         path.unlink()
     words = ["from-hf", str(folder / "hf"), str(folder / "ours")]
-    return folder / "hf" / "pytorch_model.bin", lambda: convert_hf(words)
+    return folder / "hf" / "pytorch_model.bin", lambda: convert(words)
 
 
 def tokenizer(name: str) -> Case:

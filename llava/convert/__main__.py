@@ -1,18 +1,21 @@
-"""A trained model for other servers: transformers' own LLaVA format (llava-hf), which vLLM and SGLang load.
+r"""Convert a trained model: to transformers' own LLaVA format (llava-hf) and back, or to upstream's layout.
 
-python -m llava.export --model-path ./checkpoints/llava-v1.5-7b-lora --out ./checkpoints/llava-v1.5-7b-lora-hf
+python -m llava.convert to-hf ./checkpoints/llava-v1.5-7b-lora ./checkpoints/llava-v1.5-7b-lora-hf
+python -m llava.convert from-hf ./checkpoints/llava-1.5-7b-hf ./checkpoints/llava-v1.5-7b-again
+python -m llava.convert to-original ./checkpoints/llava-v1.5-7b-lora-mohle ./checkpoints/original-lora-mohle
 
-LoRA is merged into the weights. Routed experts and predictors act on each token and have no place in that format; they
-are refused with the reason, and `python -m llava.serve.api` serves them. The work is that of `llava.model.convert_hf`.
+vLLM and SGLang load what to-hf writes, with LoRA merged into the weights. Routed experts and predictors act on each
+token and have no place in that format: they are refused with the reason, and `python -m llava.serve.api` serves them.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llava.convert.hf import DTYPES, to_hf
+from llava.convert.hf import DTYPES, from_hf, to_hf
+from llava.convert.original import export_original
 from llava.runtime.program import run_program
 
 SERVING = """written: {folder}
@@ -21,30 +24,91 @@ vLLM:      vllm serve {folder}
 SGLang:    python -m sglang.launch_server --model-path {folder}"""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Command line of this program."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model-path", required=True, help="full weights, or LoRA or a projector on top of a base")
-    parser.add_argument("--model-base", default=None, help="base of the checkpoint, where it is not the recorded one")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write; must not exist")
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names the base of a checkpoint."""
+    parser.add_argument("--model-base", help="base of the checkpoint, where it is not the recorded one")
+
+
+def add_hf_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `to-hf` that have a default."""
+    add_base(parser)
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: that of the weights")
     parser.add_argument("--conv-mode", default="vicuna_v1", help="template that becomes the chat template")
-    return parser
 
 
-def main(argv: Sequence[str] | None = None) -> Path:
-    """Run the program; returns the folder written.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be read, or the folder exists already.
-        FlagError: transformers' LLaVA cannot express the model.
-    """
-    args = build_parser().parse_args(argv)
-    written = to_hf(args.model_path, args.out, args.model_base, args.dtype, args.conv_mode)
+def write_hf(args: argparse.Namespace) -> Path:
+    """Run `to-hf` and print how to serve the folder."""
+    written = to_hf(args.checkpoint, args.output, args.model_base, args.dtype, args.conv_mode)
     print(SERVING.format(folder=written))
     return written
+
+
+def _read_hf(args: argparse.Namespace) -> Path:
+    written = from_hf(args.checkpoint, args.output, args.image_aspect_ratio)
+    print(f"written: {written}")
+    return written
+
+
+def _write_original(args: argparse.Namespace) -> Path:
+    written = export_original(args.checkpoint, args.output, args.model_base)
+    print(f"written: {written}")
+    return written
+
+
+ANY_CHECKPOINT = "full weights, or LoRA or a projector on top of a base"
+COMMANDS: dict[str, tuple[str, str, Callable[[argparse.Namespace], Path]]] = {
+    "to-hf": ("a checkpoint to transformers' format", ANY_CHECKPOINT, write_hf),
+    "from-hf": (
+        "transformers' format to ours",
+        "folder with a LlavaForConditionalGeneration and its processor",
+        _read_hf,
+    ),
+    "to-original": (
+        "a LoRA checkpoint, or full weights with extensions, to upstream's layout",
+        "folder that a training run has written",
+        _write_original,
+    ),
+}
+"""By command: what it converts, what CHECKPOINT is, and the function that does it."""
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Command line of this program.
+
+    Args:
+        command: the parser of this command alone; None is the whole program's.
+    """
+    whole = argparse.ArgumentParser(
+        prog="python -m llava.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = whole.add_subparsers(dest="command", required=True)
+    for name, (what, source, run) in COMMANDS.items():
+        parser = commands.add_parser(name, help=what, description=f"Convert {what}.")
+        parser.add_argument("checkpoint", help=source)
+        parser.add_argument("output", help="folder to write; must not exist")
+        parser.set_defaults(run=run)
+
+    add_hf_options(commands.choices["to-hf"])
+    commands.choices["from-hf"].add_argument(
+        "--image_aspect_ratio", help="how images are treated, where it is not as the processor says (llava-hf: pad)"
+    )
+    add_base(commands.choices["to-original"])
+    return whole if command is None else commands.choices[command]
+
+
+def main(argv: Sequence[str] | None = None, command: str | None = None) -> Path:
+    """Run the program; returns the folder written.
+
+    Args:
+        argv: command line; None is that of the process.
+        command: what to run where the command line does not begin with it.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or the output already exists.
+        FlagError: the format cannot express the model.
+    """
+    args = build_parser(command).parse_args(argv)
+    return args.run(args)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,10 @@
 """Converting a LLaVA to transformers' own format (`LlavaForConditionalGeneration`, for vLLM, SGLang, ...) and back.
 
-Usage: `python -m llava.model.convert_hf to-hf CHECKPOINT OUTPUT [--model-base BASE]` and
-`python -m llava.model.convert_hf from-hf FOLDER OUTPUT`. LoRA is merged; what cannot be expressed is refused.
+`python -m llava.convert to-hf` and `from-hf` are the programs. LoRA is merged; what cannot be expressed is refused.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +23,12 @@ from llava.model.language_model.backbones import CLASSES
 from llava.runtime.files import naming, read_json, reading
 from llava.runtime.hub import local_folder
 from llava.runtime.output import check_new, new_path
-from llava.runtime.program import errors_only, run_program
+from llava.runtime.program import errors_only
 from llava.runtime.tokenizer import LlamaTokenizer, check_pieces
 from llava.runtime.weights.base_weights import read_base
 from llava.runtime.weights.settings import Rule, check_settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Command line of this program."""
-    parser = argparse.ArgumentParser(prog="python -m llava.model.convert_hf", description=__doc__.splitlines()[0])
-    directions = parser.add_subparsers(dest="direction", required=True)
-    to_hf = directions.add_parser("to-hf", help="from our or upstream's layout to transformers' format")
-    to_hf.add_argument("checkpoint", help="full weights, or LoRA or a projector on top of a base")
-    to_hf.add_argument("output", help="folder to write; must not exist")
-    to_hf.add_argument("--model-base", help="base of the checkpoint, where it is not the recorded one")
-    to_hf.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: that of the weights")
-    to_hf.add_argument("--conv-mode", default="vicuna_v1", help="template that becomes the chat template")
-    from_hf = directions.add_parser("from-hf", help="from transformers' format to ours")
-    from_hf.add_argument("checkpoint", help="folder with a LlavaForConditionalGeneration and its processor")
-    from_hf.add_argument("output", help="folder to write; must not exist")
-    from_hf.add_argument(
-        "--image_aspect_ratio", help="how pictures are treated, where it is not as the processor says (llava-hf: pad)"
-    )
-    return parser
 
 
 def to_hf(
@@ -238,17 +216,3 @@ def _save_language_model(
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(ours.generation_config, name, getattr(given, name))
     ours.save_pretrained(folder)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the program."""
-    args = build_parser().parse_args(argv)
-    if args.direction == "to-hf":
-        written = to_hf(args.checkpoint, args.output, args.model_base, args.dtype, args.conv_mode)
-    else:
-        written = from_hf(args.checkpoint, args.output, args.image_aspect_ratio)
-    print(f"written: {written}")
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -1,16 +1,14 @@
 """Writing a checkpoint in upstream's layout, for programs that read only that.
 
-Usage: `python -m llava.model.export CHECKPOINT OUTPUT [--model-base BASE]`. LoRA folders get `non_lora_trainables.bin`
-beside the adapter, full weights are copied; extensions add what their original code wrote (MLLM-HydraLoRA:
-`moe_args.pth`; Dynamic-LLaVA: predictors among the weights).
+`python -m llava.convert to-original` is the program. LoRA folders get `non_lora_trainables.bin` next to the adapter;
+full weights are copied; extensions add what their original code wrote (MLLM-HydraLoRA: `moe_args.pth`; Dynamic-LLaVA:
+predictors among the weights).
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +22,6 @@ from llava.model.formats import NON_LORA_FILE, CheckpointContents, inspect_check
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.runtime.files import read_json
 from llava.runtime.output import check_new, new_path
-from llava.runtime.program import run_program
 from llava.runtime.weights.adapter_counts import check_lora
 from llava.runtime.weights.base_weights import read_base
 from llava.runtime.weights.completeness import RECORD_FILE
@@ -33,15 +30,6 @@ from llava.runtime.weights.tensors import check_dtype, check_finite, check_numbe
 from llava.runtime.weights.weight_files import described_weights, weight_files
 
 PEFT_PREFIX = "base_model.model."
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Command line of this program."""
-    parser = argparse.ArgumentParser(prog="python -m llava.model.export", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="folder written by llava/train/train.py")
-    parser.add_argument("output", help="folder to write; must not exist")
-    parser.add_argument("--model-base", help="base of the checkpoint, where it is not the recorded one")
-    return parser
 
 
 def _export_adapter(contents: CheckpointContents, output: Path) -> None:
@@ -160,13 +148,3 @@ def export_original(checkpoint: str | Path, output: str | Path, model_base: str 
             base = base_folder(contents, model_base) if contents.needs_base else str(contents.folder)
             _export_extensions(contents, str(base), folder)
     return Path(output)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the program."""
-    args = build_parser().parse_args(argv)
-    print(f"written: {export_original(args.checkpoint, args.output, args.model_base)}")
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -1,6 +1,7 @@
-"""`python -m llava.convert.hf` under its former name."""
+"""`python -m llava.convert` under its former name, with the commands `to-hf` and `from-hf`."""
 
-from llava.convert.hf import build_parser, from_hf, main, to_hf
+from llava.convert.__main__ import build_parser, main
+from llava.convert.hf import from_hf, to_hf
 from llava.runtime.program import run_program
 
 __all__ = ["build_parser", "from_hf", "main", "to_hf"]

@@ -103,7 +103,7 @@ class HydraLora(Extension):
         return original.is_original_key(key)
 
     def read_original(self, folder: Path) -> tuple[dict[str, Any], State] | None:
-        """Read a folder of MLLM-HydraLoRA, of a patched checkout, or of `llava.model.export`."""
+        """Read a folder of MLLM-HydraLoRA, of a patched checkout, or of `llava.convert to-original`."""
         path, arguments = folder / NON_LORA_FILE, folder / moe_args.ARGUMENTS_FILE
         if not path.is_file():
             return None

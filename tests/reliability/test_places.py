@@ -222,9 +222,9 @@ Write = Callable[[Path, Path, str], Any]
 """From an input, a second one and the output."""
 
 EXPORTERS: dict[str, Write] = {
-    "llava.model.export": lambda one, two, output: export_original(one, output, str(two)),
-    "convert_hf to-hf": lambda one, two, output: to_hf(one, output, str(two)),
-    "convert_hf from-hf": lambda one, two, output: from_hf(one, output),
+    "llava.convert to-original": lambda one, two, output: export_original(one, output, str(two)),
+    "llava.convert to-hf": lambda one, two, output: to_hf(one, output, str(two)),
+    "llava.convert from-hf": lambda one, two, output: from_hf(one, output),
     "merge_lora_weights, consolidate": lambda one, two, output: write_full_weights(one, output, str(two)),
     "make_delta": lambda one, two, output: combine(two, one, Path(output), operator.sub),
     "apply_delta": lambda one, two, output: combine(two, one, Path(output), operator.add),

@@ -64,7 +64,7 @@ def backbone_class(name_or_path: str | Path, cache_dir: str | None = None) -> ty
         if "text_config" in content:
             raise CheckpointError(
                 f"{name_or_path}: is a LLaVA in transformers' own format; turn it into ours first: "
-                "python -m llava.model.convert_hf from-hf FOLDER OUTPUT"
+                "python -m llava.convert from-hf FOLDER OUTPUT"
             )
         kind = LlavaLlamaForCausalLM.config_class.model_type  # what upstream called it at first
     if not isinstance(kind, str) or kind not in types:

@@ -188,7 +188,7 @@ def test_another_backbone_as_base_is_refused(bases: dict[str, Path], tmp_path: P
     ("content", "message"),
     [
         ({"model_type": "gpt2"}, "'gpt2'; backbones here are .*llava_llama.*llava_qwen3"),
-        ({"model_type": "llava", "text_config": {}}, "convert_hf from-hf"),
+        ({"model_type": "llava", "text_config": {}}, r"python -m llava\.convert from-hf"),
         ({"hidden_size": 3}, "None; backbones here"),
         (None, "holds no config.json"),
     ],

@@ -18,8 +18,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
-from llava.convert import __main__ as export
-from llava.convert.hf import from_hf, main, to_hf
+from llava.convert.hf import from_hf, to_hf
 from llava.convert.hf_format import RECORD, check_convertible
 from llava.convert.hf_processor import chat_template, hf_tokenizer
 from llava.data.pixels import process_images
@@ -27,7 +26,6 @@ from llava.errors import CheckpointError, FlagError
 from llava.eval.answering.prompts import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_encoder.open_clip_encoder import OpenClipVisionTower
-from llava.runtime.tokenizer import load_tokenizer
 from llava.train.train import main as train
 from tests.golden import golden_dir, load_case
 from tests.llava.model import towers
@@ -404,26 +402,3 @@ def test_missing_weights_are_refused(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"lacks the weights .*linear_2\.bias"):
         from_hf(folder, tmp_path / "back")
-
-
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["to-hf", str(BASE), str(tmp_path / "hf")])
-    main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "back")])
-    assert capsys.readouterr().out.count("written: ") == 2
-    with pytest.raises(CheckpointError, match="convert_hf from-hf"):
-        load_pretrained_model(str(tmp_path / "hf"), device="cpu")
-    assert load_tokenizer(tmp_path / "back").pad_token == "<unk>"
-
-
-def test_export_for_other_servers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`llava.export` writes what `to-hf` writes, says how to serve it, and refuses the same."""
-    checkpoint = golden_dir("llava") / "tiny-llava-v1.5"
-    written = export.main(["--model-path", str(checkpoint), "--out", str(tmp_path / "ours"), "--dtype", "bfloat16"])
-    assert f"vllm serve {tmp_path / 'ours'}" in capsys.readouterr().out
-    to_hf(checkpoint, tmp_path / "theirs", dtype="bfloat16")
-    for path in (tmp_path / "theirs").iterdir():
-        assert (written / path.name).read_bytes() == path.read_bytes(), path.name
-    routed = golden_dir("mllm_hydralora") / "tiny-llava-v1.5-lora-mohle"
-    with pytest.raises(FlagError, match="hydralora"):
-        export.main(["--model-path", str(routed), "--model-base", str(checkpoint), "--out", str(tmp_path / "none")])
-    assert not (tmp_path / "none").exists()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llava.convert.original import export_original, main
+from llava.convert.original import export_original
 from llava.errors import CheckpointError
 from llava.model.formats import read_tensors
 from llava.runtime.files import read_json
@@ -24,7 +24,7 @@ ORIGINAL = golden_dir("mllm_hydralora") / "tiny-llava-v1.5-lora-mohle"
 def test_export(recipe: str, tmp_path: Path) -> None:
     options: dict[str, Any] = RECIPES[recipe][0]
     train(command_line(tmp_path / "ours", save_strategy="no", **options))
-    main([str(tmp_path / "ours"), str(tmp_path / "theirs"), "--model-base", str(BASE)])
+    export_original(tmp_path / "ours", tmp_path / "theirs", str(BASE))
     assert (logits(tmp_path / "theirs") == logits(tmp_path / "ours")).all()
     files = {path.name for path in (tmp_path / "theirs").iterdir()}
     expected = {"config.json", "adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.bin"}
