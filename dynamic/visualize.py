@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from dynamic.inspection import DecisionLog, record_decisions
-from dynamic.pictures import KeptImage, Passage, Word, draw_sheet, page
+from dynamic.figures import KeptImage, Passage, Word, draw_sheet, page
 from llava.data.images import Picture
 from llava.errors import CheckpointError, FlagError
 from llava.eval import run_llava

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from dynamic.pictures import fade_dropped
+from dynamic.figures import fade_dropped
 from llava.eval.answering.questions import Question
 from llava.eval.score import Score, normalize
 from playground.charts import line_chart, share_bars

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dynamic.inspection import record_decisions
-from dynamic.pictures import KeptImage
+from dynamic.figures import KeptImage
 from dynamic.visualize import kept_images
 from llava.data.images import load_image
 from llava.eval.answering.generation import GenerationOptions

@@ -12,7 +12,7 @@ from PIL import Image, ImageChops
 
 from dynamic import visualize
 from dynamic.inspection import DecisionLog
-from dynamic.pictures import KeptImage, Passage, Word, draw_sheet, fade_dropped, page
+from dynamic.figures import KeptImage, Passage, Word, draw_sheet, fade_dropped, page
 from llava.errors import CheckpointError, FlagError
 from llava.eval.answering.loading import load_model
 from tests.dynamic.sparse_checkpoint import write_sparse_checkpoint

@@ -19,7 +19,7 @@ from PIL import Image
 
 from benchmarks.experiments.sparse.rules import NAME
 from dynamic.inspection import record_decisions
-from dynamic.pictures import KeptImage, draw_sheet
+from dynamic.figures import KeptImage, draw_sheet
 from llava.data.images import load_image
 from llava.errors import CheckpointError
 from llava.eval.answering.loading import load_model
