@@ -1,8 +1,8 @@
-"""Answers in batches against one question at a time, as upstream's programs ask: pictures a second, same answers.
+"""Answers in batches against one question at a time, as upstream's programs ask: images a second, same answers.
 
     python -m benchmarks.eval --output benchmarks/results/eval-cpu.json
 
-A LLaVA of random weights answers questions about drawn pictures: in upstream's way (open a picture, preprocess it, one
+A LLaVA of random weights answers questions about drawn images: in upstream's way (open an image, preprocess it, one
 `generate`), and by the runner of `llava/eval/answering/runner.py` with batches of several sizes. The ways take turns.
 """
 
@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, default=1, help="threads of torch on the CPU (default %(default)s)")
-    add("--questions", type=int, default=64, help="questions, each about a picture of its own (default %(default)s)")
+    add("--questions", type=int, default=64, help="questions, each about an image of its own (default %(default)s)")
     add("--tokens", type=int, nargs="+", default=[8, 32], help="tokens of an answer (default 8 32)")
     add("--batch-sizes", type=int, nargs="+", default=[1, 4, 16], help="of the runner (default 1 4 16)")
     add("--repeats", type=int, default=3, help="timed rounds (default %(default)s)")
@@ -119,19 +119,19 @@ def question(random: Random) -> str:
 
 
 def draw(folder: Path, count: int) -> list[Task]:
-    """Questions about pictures of noise of different sizes, as files."""
+    """Questions about images of noise of different sizes, as files."""
     random = Random(1)
     tasks = []
     for number in range(count):
         size = (random.randint(60, 200), random.randint(60, 200))
-        picture = Image.frombytes("RGB", size, random.randbytes(3 * size[0] * size[1]))
-        picture.save(folder / f"{number}.png")
+        image = Image.frombytes("RGB", size, random.randbytes(3 * size[0] * size[1]))
+        image.save(folder / f"{number}.png")
         tasks.append(Task(number, question(random), "", (f"{number}.png",), where=f"question {number}"))
     return tasks
 
 
 def one_by_one(tasks: Sequence[Task], loaded: LoadedModel, folder: Path, tokens: int) -> dict[int, str]:
-    """Upstream's loop: read a picture, preprocess it, generate, decode; the next one then."""
+    """Upstream's loop: read an image, preprocess it, generate, decode; the next one then."""
     answers = {}
     for task in tasks:
         text = add_image_markers(task.question, 1, mm_use_im_start_end=False, where=task.where)
@@ -168,7 +168,7 @@ def in_batches(
 
 
 def measure(model: Model, tokens: int, args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
-    """Pictures a second of each way, and how many answers are those of one at a time.
+    """Images a second of each way, and how many answers are those of one at a time.
 
     Raises:
         FlagError: an answer of the runner differs from that of one question at a time in float32.

@@ -3,7 +3,7 @@
     python -m benchmarks.mma --output benchmarks/results/mma-cpu.json
 
 One decoder of random weights, the measured passes taken in turns, ratios within a round. Training steps are forward and
-backward of a batch, half of it with pictures; inference is a prompt with one picture and then given tokens one by one.
+backward of a batch, half of it with images; inference is a prompt with one image and then given tokens one by one.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def loss_over(step: models.Step, x: Tensor, one: Tensor) -> None:
 
 
 def measure_inference(kind: str, args: argparse.Namespace, clock: Clock, progress: Any) -> dict[str, Any]:
-    """A prompt with a picture, and given tokens on top of it, of the unadapted, the adapted and the merged model."""
+    """A prompt with an image, and given tokens on top of it, of the unadapted, the adapted and the merged model."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     compared = {
         "unadapted": models.build(args.size, None, device, dtype),

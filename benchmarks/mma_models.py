@@ -46,7 +46,7 @@ def build(size: Size, kind: str | None, device: torch.device, dtype: torch.dtype
 
 
 def build_merged(size: Size, kind: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The same with its adapters merged for pictures."""
+    """The same with its adapters merged for images."""
     model = build(size, kind, device, dtype)
     merge(model, "image")
     return model
@@ -65,7 +65,7 @@ def with_lora(model: Any, size: Size, parameters: int) -> nn.Module:
 
 
 def mixed_prompt(model: Any, size: Size, batch: int) -> Prompt:
-    """Sequences of one length, every other one without a picture."""
+    """Sequences of one length, every other one without an image."""
     prompt = sparse_models.make_prompt(model, size, batch)
     length = prompt.embeddings.shape[1]
     text = Segments(Span(0, 0), (), Span(0, length), Span(0, length), Span(length, length))

@@ -1,4 +1,4 @@
-"""Pictures of what was kept: dropped patches faded over the image, dropped words crossed out, as PNG and as a page.
+"""Figures of what was kept: dropped patches faded over the image, dropped words crossed out, as PNG and as a page.
 
 Corresponds to `dynamic_eval/visualize.py` of the original, which blanks the dropped patches. Knows no model: it is
 given an image, indices and words.
@@ -73,20 +73,20 @@ class Passage:
         return f"{self.title}: {kept} of {len(self.words)} tokens kept"
 
 
-def fade_dropped(picture: KeptImage) -> Image.Image:
+def fade_dropped(kept_image: KeptImage) -> Image.Image:
     """The image with its dropped patches faded to white.
 
     Raises:
         ValueError: an index lies outside the grid.
     """
-    rows, columns = picture.grid
-    outside = [index for index in picture.kept if not 0 <= index < rows * columns]
+    rows, columns = kept_image.grid
+    outside = [index for index in kept_image.kept if not 0 <= index < rows * columns]
     if outside:
         raise ValueError(f"patch {outside[0]} lies outside a grid of {rows} x {columns} patches")
-    image = picture.image.convert("RGB")
+    image = kept_image.image.convert("RGB")
     faded = Image.blend(image, Image.new("RGB", image.size, FADED), FADED_SHARE)
     width, height = image.size
-    for index in set(range(rows * columns)) - set(picture.kept):
+    for index in set(range(rows * columns)) - set(kept_image.kept):
         row, column = divmod(index, columns)
         box = (
             *(column * width // columns, row * height // rows),
@@ -96,11 +96,11 @@ def fade_dropped(picture: KeptImage) -> Image.Image:
     return image
 
 
-def draw_sheet(pictures: Sequence[KeptImage], passages: Sequence[Passage], *, side: int = 336) -> Image.Image:
-    """One picture of everything: each image beside what is kept of it, and below the words, dropped ones crossed out.
+def draw_sheet(images: Sequence[KeptImage], passages: Sequence[Passage], *, side: int = 336) -> Image.Image:
+    """One figure of everything: each image beside what is kept of it, and below the words, dropped ones crossed out.
 
     Args:
-        pictures: images of the prompt.
+        images: images of the prompt.
         passages: texts.
         side: edge of a drawn image in pixels.
     """
@@ -108,13 +108,13 @@ def draw_sheet(pictures: Sequence[KeptImage], passages: Sequence[Passage], *, si
     font = ImageFont.load_default(size=15)
     lines = [line for passage in passages for line in _wrapped(passage, font, width - 2 * margin)]
     line_height = 24
-    height = margin + len(pictures) * (side + line_height + margin) + len(lines) * line_height + margin
+    height = margin + len(images) * (side + line_height + margin) + len(lines) * line_height + margin
     sheet = Image.new("RGB", (width, height), "white")
     draw, y = ImageDraw.Draw(sheet), margin
-    for picture in pictures:
-        for column, image in enumerate((picture.image.convert("RGB"), fade_dropped(picture))):
+    for kept_image in images:
+        for column, image in enumerate((kept_image.image.convert("RGB"), fade_dropped(kept_image))):
             sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (margin + column * (side + margin), y))
-        draw.text((margin, y + side + 3), picture.caption, fill=KEPT_COLOUR, font=font)
+        draw.text((margin, y + side + 3), kept_image.caption, fill=KEPT_COLOUR, font=font)
         y += side + line_height + margin
     for line in lines:
         x = float(margin)
@@ -149,13 +149,13 @@ GENERATOR = '<meta name="generator" content="Dynamic-LLaVA: kept tokens">'
 """By which an earlier page is known, whatever its title."""
 
 
-def page(title: str, pictures: Sequence[KeptImage], passages: Sequence[Passage]) -> str:
+def page(title: str, images: Sequence[KeptImage], passages: Sequence[Passage]) -> str:
     """An HTML page with everything inside, to be opened without a network."""
     parts = [f"<h1>{escape(title)}</h1>"]
-    for picture in pictures:
-        for image in (picture.image.convert("RGB"), fade_dropped(picture)):
+    for kept_image in images:
+        for image in (kept_image.image.convert("RGB"), fade_dropped(kept_image)):
             parts.append(f'<figure><img src="data:image/png;base64,{_png(image)}" alt=""></figure>')
-        parts.append(f"<p>{escape(picture.caption)}</p>")
+        parts.append(f"<p>{escape(kept_image.caption)}</p>")
     for passage in passages:
         words = "".join(
             f'<span class="{"kept" if word.kept else "dropped"}">{escape(word.text)}</span>' for word in passage.words

@@ -68,7 +68,7 @@ class Workload:
     """One prompt and its answer, in tokens.
 
     Attributes:
-        image: tokens of the picture.
+        image: tokens of the image.
         text: the other tokens of the prompt.
         generated: tokens of the answer.
         kept_output: share of the generated tokens that is remembered.
@@ -136,7 +136,7 @@ def _mixed(decoder: Decoder, config: SparseConfig, dense_layer: float, sparse_la
 
 
 def vision_predictor_flops(decoder: Decoder, config: SparseConfig, tokens: int) -> float:
-    """FLOPs of the vision predictor for one picture of `tokens` tokens."""
+    """FLOPs of the vision predictor for one image of `tokens` tokens."""
     n, d = tokens, config.d_model
     blocks = config.num_layers * (8 * n * d**2 + 4 * n**2 * d + 4 * n * d * config.dim_feedforward)
     return 2 * n * decoder.width * d + blocks + 2 * n * (d**2 / 2 + d**2 / 8 + d / 2)
@@ -162,7 +162,7 @@ def table(decoder: Decoder, config: SparseConfig, work: Workload) -> str:
     ]
     image = vision_predictor_flops(decoder, config, work.image) / 1e12
     text = text_predictor_flops(decoder, config) / 1e12
-    lines.append(f"predictors, not counted above: {image:.4f} TFLOPs a picture, {text:.7f} TFLOPs a text token")
+    lines.append(f"predictors, not counted above: {image:.4f} TFLOPs an image, {text:.7f} TFLOPs a text token")
     return "\n".join(lines)
 
 
@@ -202,8 +202,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="dynamic.flops", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="7b", help="7b or 13b (LLaVA-1.5), or a checkpoint folder")
-    parser.add_argument("--image-tokens", type=int, default=576, help="tokens of the picture")
-    parser.add_argument("--text-tokens", type=int, default=64, help="tokens of the prompt beside the picture")
+    parser.add_argument("--image-tokens", type=int, default=576, help="tokens of the image")
+    parser.add_argument("--text-tokens", type=int, default=64, help="tokens of the prompt beside the image")
     parser.add_argument("--dropped-instruction", type=int, default=0, help="how many of them are dropped")
     parser.add_argument("--generated", type=int, default=1000, help="tokens of the answer")
     parser.add_argument(

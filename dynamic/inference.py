@@ -126,7 +126,7 @@ def prompt_decision(
         newest = _last_position(valid)
         generated = [(sample.answer[0], end) for sample, end in zip(segments, newest, strict=True)]
         _keep_approved(judges.output_text, hidden, generated, keep)
-    # Generation starts from the last position, be it of a picture.
+    # Generation starts from the last position, be it of an image.
     keep[torch.arange(len(valid), device=valid.device), _last_position(valid)] = valid.any(dim=1)
     return keep
 

@@ -1,8 +1,8 @@
-"""Listening to what the predictors decide while a model generates, for pictures of it and for measurements.
+"""Listening to what the predictors decide while a model generates, for images of it and for measurements.
 
 with record_decisions(model) as log:
     model.generate(ids, images=images)
-log.prompts[0].images(0)  # which patches of each picture of sample 0 were kept
+log.prompts[0].images(0)  # which patches of each image of sample 0 were kept
 log.stored()              # which generated tokens entered the cache
 """
 
@@ -32,7 +32,7 @@ class PromptDecision:
     segments: Sequence[Parts]
 
     def images(self, row: int) -> list[Tensor]:
-        """Indices of the kept tokens of each picture, counted from the picture's first token, ascending."""
+        """Indices of the kept tokens of each image, counted from the image's first token, ascending."""
         return [self._within(row, span) for span in self.segments[row].images]
 
     def instruction(self, row: int) -> Tensor:

@@ -18,15 +18,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dynamic.inspection import DecisionLog, record_decisions
 from dynamic.figures import KeptImage, Passage, Word, draw_sheet, page
-from llava.data.images import Picture
+from dynamic.inspection import DecisionLog, record_decisions
+from llava.data.images import ProcessedImage
 from llava.errors import CheckpointError, FlagError
 from llava.eval import run_llava
 from llava.eval.answering.answers import Task
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import LoadedModel, load_model
-from llava.eval.answering.runner import image_arguments, load_pictures, make_prompt
+from llava.eval.answering.runner import image_arguments, load_images, make_prompt
 from llava.runtime.hub import get_model_name_from_path
 from llava.runtime.output import replace_text, replacing
 from llava.runtime.places import Input, folder_problem, refuse_file
@@ -51,7 +51,7 @@ def pixels_to_image(pixels: Tensor, image_processor: Any) -> Image.Image:
     return Image.fromarray((values * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
-def kept_images(log: DecisionLog, pictures: Sequence[Picture], loaded: LoadedModel) -> list[KeptImage]:
+def kept_images(log: DecisionLog, images: Sequence[ProcessedImage], loaded: LoadedModel) -> list[KeptImage]:
     """The images of the prompt with the patches that were kept; of a tiled one its overview alone.
 
     Raises:
@@ -60,14 +60,14 @@ def kept_images(log: DecisionLog, pictures: Sequence[Picture], loaded: LoadedMod
     tower = loaded.model.get_vision_tower()
     if tower.interval is not None:
         raise CheckpointError(
-            f"--mm_vision_select_feature {tower.select_feature} of this model: its tokens are no patches of a picture, "
+            f"--mm_vision_select_feature {tower.select_feature} of this model: its tokens are not patches of an image, "
             "so there is nothing to draw"
         )
     side = tower.num_patches_per_side
     first = tower.num_features - tower.num_patches  # 1 where the class token is kept, which comes before the patches
     shown = []
-    for picture, kept in zip(pictures, log.prompts[0].images(0), strict=True):
-        whole = picture.pixels if picture.pixels.ndim == 3 else picture.pixels[0]
+    for image, kept in zip(images, log.prompts[0].images(0), strict=True):
+        whole = image.pixels if image.pixels.ndim == 3 else image.pixels[0]
         # The tokens of the overview come first.
         indices = [index - first for index in kept.tolist() if first <= index < first + side * side]
         shown.append(KeptImage(pixels_to_image(whole, loaded.image_processor), (side, side), indices))
@@ -143,27 +143,27 @@ def main(argv: Sequence[str] | None = None) -> Path:
     loaded = load_model(args.model_path, args.model_base, device=args.device, torch_dtype=args.torch_dtype)
     if "dynamic" not in loaded.model.extensions.configs:
         raise CheckpointError(f"{args.model_path}: a dense model, which keeps everything; name a sparse one")
-    prompt, pictures = make_prompt("0", task, loaded, conv_mode), load_pictures(task, loaded, run_llava.open_image)
+    prompt, images = make_prompt("0", task, loaded, conv_mode), load_images(task, loaded, run_llava.open_image)
     with record_decisions(loaded.model) as log, torch.no_grad():
         output_ids = loaded.model.generate(
             prompt.input_ids[None].to(loaded.model.device),
-            **image_arguments([pictures], loaded),
+            **image_arguments([images], loaded),
             **options.arguments([prompt.key]),
         )[0].tolist()
     if not log.prompts:
         raise CheckpointError(
             f"{args.model_path}: its configuration keeps every token (vision_keep_rate 1, no text predictor)"
         )
-    images = kept_images(log, pictures, loaded)
+    shown = kept_images(log, images, loaded)
     passages = [
         instruction_passage(log, prompt.input_ids, loaded.tokenizer),
         answer_passage(log, output_ids, loaded.tokenizer),
     ]
     with replacing(args.output_dir / "kept.png") as partial:
-        draw_sheet(images, passages).save(partial)
-    replace_text(args.output_dir / "kept.html", page(args.query, images, passages), check=False)
+        draw_sheet(shown, passages).save(partial)
+    replace_text(args.output_dir / "kept.html", page(args.query, shown, passages), check=False)
     print(loaded.tokenizer.decode(output_ids, skip_special_tokens=True).strip())
-    for part in (*images, *passages):
+    for part in (*shown, *passages):
         print(part.caption)
     print(f"{args.output_dir / 'kept.png'}, {args.output_dir / 'kept.html'}")
     return Path(args.output_dir)

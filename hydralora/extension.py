@@ -198,7 +198,7 @@ def _tower_blocks(model: Any) -> list[nn.Module]:
 def _watch(model: Any, settings: HydraLoraSettings) -> list[_Watched]:
     """What is recorded of a model: its blocks, and the attention layers of its decoder.
 
-    The tower's layers are not: its tokens are no tokens of the text, and pictures that fill up rows of text alone run
+    The tower's layers are not: its tokens are no tokens of the text, and images that fill up rows of text alone run
     through it too.
     """
     found: list[_Watched] = []

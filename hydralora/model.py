@@ -138,7 +138,7 @@ def of_text(recorded: Mapping[str, Sequence[Routing]], batch: tuple[int, int]) -
     """The latest routing, (B, T, E), of every layer that saw the tokens of the text, by the layer's name.
 
     Some models flatten a batch before a layer, as OPT; (B * T, E) gets its shape back. Layers that did not run, or saw
-    other tokens (patches of a picture, a choice of the text's), are left out.
+    other tokens (patches of an image, a choice of the text's), are left out.
 
     Args:
         recorded: what `RoutingRecorder.stop` hands out.

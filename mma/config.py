@@ -157,7 +157,7 @@ class MmaOptions:
     adapter_dropout: float = _option(0.1, "dropout inside the adapters in training")
     visual_input: str = _option(
         "lavin",
-        "lavin: the class token after every fourth block of the tower through a narrow projector, whole pictures, "
+        "lavin: the class token after every fourth block of the tower through a narrow projector, whole images, "
         "ImageNet's mean and deviation; llava: what the other flags say",
     )
 

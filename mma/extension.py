@@ -50,7 +50,7 @@ class MmaExtension(Extension):
         self._tables: WeakKeyDictionary[nn.Module, tuple[Table, Witness]] = WeakKeyDictionary()
 
     def configure(self, args: RunOptions) -> Config | None:
-        """The configuration of the adapters if `--mma` is on; freezes the language model, chooses LaVIN's picture.
+        """The configuration of the adapters if `--mma` is on; freezes the language model, chooses LaVIN's image.
 
         Raises:
             FlagError: a value is refused, or flags contradict each other.
@@ -181,17 +181,17 @@ class MmaExtension(Extension):
         raise FlagError(str(self.export_problem(config)))
 
 
-PICTURE: dict[str, tuple[str, str, Any]] = {
+IMAGE_FLAGS: dict[str, tuple[str, str, Any]] = {
     "mm_vision_select_feature": ("model", "patch", "cls_every_4"),
     "mm_vision_select_layer": ("model", -1, -1),
     "mm_image_normalization": ("model", "tower", "imagenet"),
     "image_aspect_ratio": ("data", "square", "stretch"),
 }
-"""LLaVA's flags for LaVIN's picture: where they are, their default, and LaVIN's value."""
+"""LLaVA's flags for LaVIN's image: where they are, their default, and LaVIN's value."""
 
 
 def _choose_visual_input(args: RunOptions, options: MmaOptions) -> None:
-    """Set LLaVA's own flags as LaVIN feeds pictures.
+    """Set LLaVA's own flags as LaVIN feeds images.
 
     Raises:
         FlagError: one of them was given with another value.
@@ -205,13 +205,13 @@ def _choose_visual_input(args: RunOptions, options: MmaOptions) -> None:
                 "--vision_tower; otherwise --mm_projector_type decides (bottleneckH_silu is LaVIN's kind)"
             )
         return
-    wanted = {**PICTURE, "mm_projector_type": ("model", "linear", f"bottleneck{options.hidden_proj}_silu")}
+    wanted = {**IMAGE_FLAGS, "mm_projector_type": ("model", "linear", f"bottleneck{options.hidden_proj}_silu")}
     for name, (part, default, value) in wanted.items():
         chosen = getattr(getattr(args, part), name)
         if chosen != value and (chosen != default or name in args.given):
             raise FlagError(
                 f"--{name} {chosen}: --visual_input lavin has {value}; leave the flag out, or pass --visual_input "
-                "llava to feed pictures as LLaVA does"
+                "llava to feed images as LLaVA does"
             )
         setattr(getattr(args, part), name, value)
 

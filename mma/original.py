@@ -131,7 +131,7 @@ def original_names(model: Any) -> dict[str, str]:
     """The original's name of every parameter that it trains, by ours; found by module.
 
     Args:
-        model: LLaVA model with adapters, and the projector of LaVIN if its pictures enter as in LaVIN.
+        model: LLaVA model with adapters, and the projector of LaVIN if its images enter as in LaVIN.
     """
     decoder, tower = model.get_decoder(), model.get_vision_tower()
     places: dict[nn.Module, str] = {}

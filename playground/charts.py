@@ -16,8 +16,8 @@ def line_chart(series: Mapping[str, Points], *, x_label: str, width: int = 420, 
     Args:
         series: points (x, y) by name, in order of x.
         x_label: what x counts.
-        width: of the picture in pixels.
-        height: of the picture in pixels.
+        width: of the image in pixels.
+        height: of the image in pixels.
     """
     left, right, top, bottom = 42, 12, 12, 40
     points = [point for line in series.values() for point in line]
@@ -56,7 +56,7 @@ def share_bars(shares: Mapping[str, Sequence[float]], *, width: int = 420, bar: 
 
     Args:
         shares: share of each expert by the name of the row.
-        width: of the picture in pixels.
+        width: of the image in pixels.
         bar: height of a bar in pixels.
     """
     left, gap = 110, 6

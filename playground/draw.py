@@ -1,7 +1,7 @@
 """Drawing scenes with Pillow, without font files.
 
 Every cell of the grid is one square of `CELL` pixels, which is also the patch size of the tiny tower: one patch, one
-cell. The position inside the cell and the brightness vary with the random generator, so pictures of one scene differ.
+cell. The position inside the cell and the brightness vary with the random generator, so images of one scene differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CELL = 16
 """Side of a grid cell in pixels."""
 
 IMAGE_SIZE = 3 * CELL
-"""Side of a picture in pixels."""
+"""Side of an image in pixels."""
 
 Colour = tuple[int, int, int]
 
@@ -56,11 +56,11 @@ SHADE = 8
 
 
 def draw_scene(scene: Scene, random: Random) -> Image.Image:
-    """Draw a scene as an RGB picture of `IMAGE_SIZE` x `IMAGE_SIZE` pixels."""
+    """Draw a scene as an RGB image of `IMAGE_SIZE` x `IMAGE_SIZE` pixels."""
     shade = random.randint(-SHADE, SHADE)
     red, green, blue = (value + shade for value in BACKGROUND)
-    picture = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (red, green, blue))
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (red, green, blue))
+    pen = ImageDraw.Draw(image)
     for index, thing in enumerate(scene.cells):
         if thing is None:
             continue
@@ -69,7 +69,7 @@ def draw_scene(scene: Scene, random: Random) -> Image.Image:
         level = random.uniform(0.85, 1.0)
         red, green, blue = (int(value * level) for value in RGB[thing.colour])
         _draw_thing(pen, thing, left, top, (red, green, blue))
-    return picture
+    return image
 
 
 def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, left: int, top: int, colour: Colour) -> None:

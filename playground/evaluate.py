@@ -14,7 +14,7 @@ from llava.data.images import load_image
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import load_model
 from llava.eval.answering.questions import Question, read_questions
-from llava.eval.answering.runner import answer_batch, load_pictures, make_prompt
+from llava.eval.answering.runner import answer_batch, load_images, make_prompt
 from llava.eval.model_vqa_loader import main as answer_questions
 from llava.eval.model_vqa_loader import make_task
 from llava.eval.score import ALL, Score, report
@@ -52,7 +52,7 @@ def evaluate(model: Path, model_base: Path | None, question_file: Path, images: 
         model: checkpoint folder.
         model_base: its base, if the checkpoint holds only what was trained on top.
         question_file: with labels and categories.
-        images: folder of its pictures.
+        images: folder of its images.
         answers_file: where the answers go; earlier ones are replaced.
     """
     flags = {
@@ -87,7 +87,7 @@ def expert_shares(
         model: checkpoint with routed MLP blocks.
         model_base: its base.
         questions: of several families.
-        images: folder of their pictures.
+        images: folder of their images.
         per_family: questions of each family that are looked at, one at a time, so that no padding is counted.
 
     Returns:
@@ -104,9 +104,9 @@ def expert_shares(
         collected: list[torch.Tensor] = []
         for question in members:
             task = make_task(question)
-            pictures = load_pictures(task, loaded, lambda name, where: load_image(images, name, row=where))
+            shown = load_images(task, loaded, lambda name, where: load_image(images, name, row=where))
             with record_routing(loaded.model) as routing:
-                answer_batch([make_prompt("0", task, loaded, CONV_MODE)], [pictures], loaded, one_token)
+                answer_batch([make_prompt("0", task, loaded, CONV_MODE)], [shown], loaded, one_token)
             collected.append(torch.stack([passes[0][0].mean(dim=0) for passes in routing.values()]))  # (layers, E)
         shares[family] = torch.stack(collected).mean(dim=0).tolist()
     return shares

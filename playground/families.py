@@ -29,8 +29,8 @@ Asked = tuple[str, str] | None
 
 
 @dataclass(frozen=True)
-class PictureFamily:
-    """Questions about a picture; `ask` draws one for a scene, or None if none fits."""
+class ImageFamily:
+    """Questions about an image; `ask` draws one for a scene, or None if none fits."""
 
     name: str
     ask: Callable[[Scene, Random], Asked]
@@ -38,7 +38,7 @@ class PictureFamily:
 
 @dataclass(frozen=True)
 class TextFamily:
-    """Questions without a picture; `ask` draws one of `distinct` different ones, all equally likely."""
+    """Questions without an image; `ask` draws one of `distinct` different ones, all equally likely."""
 
     name: str
     ask: Callable[[Random], tuple[str, str]]
@@ -153,27 +153,27 @@ def _larger(random: Random) -> tuple[str, str]:
     return f"Which is larger, {first} or {second}?", max(first, second)
 
 
-BASE_PICTURE = (
-    PictureFamily("colour", _colour),
-    PictureFamily("shape", _shape),
-    PictureFamily("digit", _digit),
-    PictureFamily("position", _position),
-    PictureFamily("count", _count),
+BASE_IMAGE = (
+    ImageFamily("colour", _colour),
+    ImageFamily("shape", _shape),
+    ImageFamily("digit", _digit),
+    ImageFamily("position", _position),
+    ImageFamily("count", _count),
 )
 BASE_TEXT = (
     TextFamily("recall", _recall, distinct=perm(len(SHAPES), 3) * perm(len(COLOURS), 3) * 3),
     TextFamily("order", _order, distinct=perm(len(DIGITS), 2)),
 )
-NEW_PICTURE = (
-    PictureFamily("exists", _exists),
-    PictureFamily("colour-count", _colour_count),
-    PictureFamily("more", _more),
-    PictureFamily("largest", _largest),
+NEW_IMAGE = (
+    ImageFamily("exists", _exists),
+    ImageFamily("colour-count", _colour_count),
+    ImageFamily("more", _more),
+    ImageFamily("largest", _largest),
 )
 NEW_TEXT = (TextFamily("larger", _larger, distinct=perm(len(DIGITS), 2)),)
 
-BASE_FAMILIES = tuple(family.name for family in (*BASE_PICTURE, *BASE_TEXT))
-NEW_FAMILIES = tuple(family.name for family in (*NEW_PICTURE, *NEW_TEXT))
+BASE_FAMILIES = tuple(family.name for family in (*BASE_IMAGE, *BASE_TEXT))
+NEW_FAMILIES = tuple(family.name for family in (*NEW_IMAGE, *NEW_TEXT))
 
 
 def all_words() -> set[str]:

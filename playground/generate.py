@@ -1,4 +1,4 @@
-r"""Build the playground: pictures, questions, tokenizer and a small trained LLaVA, all from one seed.
+r"""Build the playground: images, questions, tokenizer and a small trained LLaVA, all from one seed.
 
 python -m playground.generate --output playground/data --seed 0
 
@@ -50,7 +50,7 @@ from playground.tiny import build_tiny
 
 DEFAULT_OUTPUT = Path("playground/data")
 DEFAULT_THREADS = 1
-"""Not the number of cores: the order of summation, and so the last digits, depend on it. Pictures are read by another
+"""Not the number of cores: the order of summation, and so the last digits, depend on it. Images are read by another
 process meanwhile, so that two cores are busy."""
 
 DATA = "tiny"
@@ -127,7 +127,7 @@ def build_steps(place: Playground) -> list[Step]:
     recipe, data, checkpoints = place.recipe, place.data, place.checkpoints
     files = (IMAGES, SCENES, CAPTIONS, BASE_TRAIN, NEW_TRAIN, BASE_QUESTIONS, NEW_QUESTIONS)
     return [
-        Step("data", "pictures and questions", data, files, lambda folder: DataWriter(folder, recipe).write()),
+        Step("data", "images and questions", data, files, lambda folder: DataWriter(folder, recipe).write()),
         Step(
             "untrained",
             "tokenizer and random weights",

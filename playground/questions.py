@@ -1,4 +1,4 @@
-"""Data files in LLaVA's formats: pictures, training conversations and question files with labels.
+"""Data files in LLaVA's formats: images, training conversations and question files with labels.
 
 Training data is a JSON list of rows with `id`, `image`, `task` and `conversations`; text-only rows have no `image`. A
 question file is JSON lines with `question_id`, `image`, `text`, `category` (the task family) and `label`. No scene and
@@ -16,11 +16,11 @@ from typing import Any
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from playground.draw import draw_scene
 from playground.families import (
-    BASE_PICTURE,
+    BASE_IMAGE,
     BASE_TEXT,
-    NEW_PICTURE,
+    NEW_IMAGE,
     NEW_TEXT,
-    PictureFamily,
+    ImageFamily,
     TextFamily,
     caption,
 )
@@ -62,10 +62,10 @@ class DataWriter:
 
     def write(self) -> None:
         """Write everything. Question files come first, so that training data can leave out their text questions."""
-        self._question_file(BASE_QUESTIONS, "eval-base", BASE_PICTURE, BASE_TEXT)
-        self._question_file(NEW_QUESTIONS, "eval-new", NEW_PICTURE, NEW_TEXT)
-        self._training_file(BASE_TRAIN, "base", self.recipe.base_rows, BASE_PICTURE, BASE_TEXT)
-        self._training_file(NEW_TRAIN, "new", self.recipe.new_rows, NEW_PICTURE, NEW_TEXT)
+        self._question_file(BASE_QUESTIONS, "eval-base", BASE_IMAGE, BASE_TEXT)
+        self._question_file(NEW_QUESTIONS, "eval-new", NEW_IMAGE, NEW_TEXT)
+        self._training_file(BASE_TRAIN, "base", self.recipe.base_rows, BASE_IMAGE, BASE_TEXT)
+        self._training_file(NEW_TRAIN, "new", self.recipe.new_rows, NEW_IMAGE, NEW_TEXT)
         self._caption_file()
         cells = {
             name: [None if thing is None else [thing.colour, thing.kind] for thing in scene.cells]
@@ -73,21 +73,19 @@ class DataWriter:
         }
         (self.folder / SCENES).write_text(json.dumps(cells) + "\n")
 
-    def _picture(self, scene: Scene, name: str) -> str:
+    def _image(self, scene: Scene, name: str) -> str:
         path = self.folder / IMAGES / name
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_scene(scene, self.random).save(path)
         self.scene_of[name] = scene
         return name
 
-    def _question_file(
-        self, file: str, prefix: str, picture: Sequence[PictureFamily], text: Sequence[TextFamily]
-    ) -> None:
+    def _question_file(self, file: str, prefix: str, image: Sequence[ImageFamily], text: Sequence[TextFamily]) -> None:
         rows: list[Row] = []
-        for family in picture:
+        for family in image:
             for _ in range(self.recipe.questions_per_family):
                 scene, (question, answer) = self._scene_for(family)
-                name = self._picture(scene, f"{prefix}/{len(rows):05d}.png")
+                name = self._image(scene, f"{prefix}/{len(rows):05d}.png")
                 rows.append({"image": name, "text": question, "category": family.name, "label": answer})
         for text_family in text:
             for question, answer in self._held_out(text_family):
@@ -95,7 +93,7 @@ class DataWriter:
         lines = [json.dumps({"question_id": index} | row) for index, row in enumerate(rows)]
         (self.folder / file).write_text("\n".join(lines) + "\n")
 
-    def _scene_for(self, family: PictureFamily) -> tuple[Scene, tuple[str, str]]:
+    def _scene_for(self, family: ImageFamily) -> tuple[Scene, tuple[str, str]]:
         for scene, _ in zip(self.scenes, range(GIVE_UP), strict=False):
             asked = family.ask(scene, self.random)
             if asked is not None:
@@ -117,7 +115,7 @@ class DataWriter:
         raise RuntimeError(f"task family '{family.name}': only {found} different questions in {GIVE_UP} draws")
 
     def _training_file(
-        self, file: str, prefix: str, count: int, picture: Sequence[PictureFamily], text: Sequence[TextFamily]
+        self, file: str, prefix: str, count: int, image: Sequence[ImageFamily], text: Sequence[TextFamily]
     ) -> None:
         rows: list[Row] = []
         for index in range(count):
@@ -125,8 +123,8 @@ class DataWriter:
             if self.random.random() < self.recipe.text_share:
                 turns = [self._text_turn(text) for _ in range(self.recipe.turns)]
             else:
-                scene, turns = self._picture_turns(picture)
-                row["image"] = self._picture(scene, f"{prefix}/{index:05d}.png")
+                scene, turns = self._image_turns(image)
+                row["image"] = self._image(scene, f"{prefix}/{index:05d}.png")
             rows.append(row | {"task": _tasks(turns), "conversations": _conversation(turns, "image" in row)})
         self._write_json(file, rows)
 
@@ -138,7 +136,7 @@ class DataWriter:
                 return family.name, question, answer
         raise RuntimeError("the question files have taken all text questions; lower Recipe.questions_per_family")
 
-    def _picture_turns(self, families: Sequence[PictureFamily]) -> tuple[Scene, list[tuple[str, str, str]]]:
+    def _image_turns(self, families: Sequence[ImageFamily]) -> tuple[Scene, list[tuple[str, str, str]]]:
         """A scene and questions about it, none twice in the same words and as many families as possible."""
         for scene in self.scenes:
             turns: dict[str, tuple[str, str, str]] = {}
@@ -154,7 +152,7 @@ class DataWriter:
         raise AssertionError("unreachable: the stream of scenes is endless")
 
     def _caption_file(self) -> None:
-        """Pictures with their captions, in the form of LLaVA's stage 1: no question, the marker alone."""
+        """Images with their captions, in the form of LLaVA's stage 1: no question, the marker alone."""
         rows = []
         for index in range(self.recipe.caption_rows):
             scene = next(self.scenes)
@@ -162,7 +160,7 @@ class DataWriter:
                 {"from": "human", "value": DEFAULT_IMAGE_TOKEN},
                 {"from": "gpt", "value": caption(scene, self.random)},
             ]
-            name = self._picture(scene, f"captions/{index:05d}.png")
+            name = self._image(scene, f"captions/{index:05d}.png")
             rows.append({"id": f"caption-{index:05d}", "image": name, "task": "caption", "conversations": turns})
         self._write_json(CAPTIONS, rows)
 

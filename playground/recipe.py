@@ -46,12 +46,12 @@ class Recipe:
     Attributes:
         seed: of data, tokenizer, initial weights and batches.
         sizes: of the tiny models.
-        caption_rows: pictures with a caption, for the first two stages.
+        caption_rows: images with a caption, for the first two stages.
         base_rows: conversations of the base families, for the third stage.
         new_rows: conversations of the new families, for fine-tuning the base.
         questions_per_family: rows of each family in a question file; fewer of a text family with few questions.
         turns: questions per conversation.
-        text_share: share of the conversations that have no picture.
+        text_share: share of the conversations that have no image.
         tower: stage 1, everything from random weights on captions.
         projector: stage 2, a new projector between the tower and the language model of stage 1.
         full: stage 3, language model and projector on conversations; its result is the base.

@@ -93,7 +93,7 @@ def _summary(run: DemoRun) -> Iterator[str]:
     yield (
         f"<p>Seed {run.place.recipe.seed}. {sum(run.trained.values()):,} trained parameters on top of a base of "
         f"{run.base_parameters:,}. An answer counts as right if it equals the label (white space, one full stop and "
-        "case aside); in parentheses the 95 % interval. The questions and pictures occur in no training data.</p>"
+        "case aside); in parentheses the 95 % interval. The questions and images occur in no training data.</p>"
     )
     yield "<h2>Task families that the base has not seen</h2>"
     yield _score_table(run.new)
@@ -163,24 +163,24 @@ def _examples(run: DemoRun) -> Iterator[str]:
 
 
 def _example(run: DemoRun, question: Question) -> str:
-    picture = '<p class="none">(no picture)</p>'
+    image = '<p class="none">(no image)</p>'
     if question.images:
         data = base64.b64encode((run.place.images / question.images[0]).read_bytes()).decode("ascii")
-        picture = f'<img alt="{escape(question.images[0])}" src="data:image/png;base64,{data}">'
+        image = f'<img alt="{escape(question.images[0])}" src="data:image/png;base64,{data}">'
     answers = [
         f"{when}: {_marked(result.answers[question.question_id], question.label or '')}"
         for when, result in (("before", run.new.before), ("after", run.new.after))
     ]
-    return f"<figure>{picture}<figcaption>{escape(question.text)}<br>{'<br>'.join(answers)}</figcaption></figure>"
+    return f"<figure>{image}<figcaption>{escape(question.text)}<br>{'<br>'.join(answers)}</figcaption></figure>"
 
 
 def _sparse(run: SparseRun) -> Iterator[str]:
     yield "<h1>The same base with predictors that drop image tokens</h1>"
     yield (
         f"<p>Trained for {run.updates} updates more than the base, on the same conversations. Of the nine patches of "
-        f"a picture {100 * run.patches_kept:.0f} % are kept, of those that show something "
+        f"an image {100 * run.patches_kept:.0f} % are kept, of those that show something "
         f"{100 * run.things_kept:.0f} %: text has looked at all of them in the layer below, so a kept patch need not "
-        "show anything. A picture is nine tokens here and 576 in LLaVA-1.5, so little is saved, and the time says what "
+        "show anything. An image is nine tokens here and 576 in LLaVA-1.5, so little is saved, and the time says what "
         "the predictor costs.</p>"
     )
     headings = ("dense", "sparse", "difference")
@@ -199,12 +199,12 @@ def _sparse(run: SparseRun) -> Iterator[str]:
 
 def _kept(one: Example) -> str:
     buffer = io.BytesIO()
-    fade_dropped(one.picture).save(buffer, "PNG")
+    fade_dropped(one.image).save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     answer = _marked(one.answer, one.question.label or "")
     return (
         f'<figure><img class="kept" alt="kept patches" src="data:image/png;base64,{data}">'
-        f"<figcaption>{escape(one.picture.caption)}<br>{escape(one.question.text)}<br>{answer}</figcaption></figure>"
+        f"<figcaption>{escape(one.image.caption)}<br>{escape(one.question.text)}<br>{answer}</figcaption></figure>"
     )
 
 

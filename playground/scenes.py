@@ -1,6 +1,6 @@
-"""Scenes: what a synthetic picture shows, as data.
+"""Scenes: what a synthetic image shows, as data.
 
-A scene is a 3 x 3 grid with a few coloured things in it, shapes or digits. Everything that is asked about a picture is
+A scene is a 3 x 3 grid with a few coloured things in it, shapes or digits. Everything that is asked about an image is
 computed from the scene, never from pixels, so every label is right by construction. `playground/draw.py` draws it.
 """
 

@@ -1,6 +1,6 @@
 """The second half of the demo: predictors that drop image tokens, trained on the tiny base, against the base itself.
 
-A picture of the playground is nine patches, one for each cell, so it can be said how many of the patches that stay show
+An image of the playground is nine patches, one for each cell, so it can be said how many of the patches that stay show
 something.
 """
 
@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from dynamic.inspection import record_decisions
 from dynamic.figures import KeptImage
+from dynamic.inspection import record_decisions
 from dynamic.visualize import kept_images
 from llava.data.images import load_image
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import LoadedModel, load_model
 from llava.eval.answering.questions import Question
-from llava.eval.answering.runner import answer_batch, image_arguments, load_pictures, make_prompt, pad_left
+from llava.eval.answering.runner import answer_batch, image_arguments, load_images, make_prompt, pad_left
 from llava.eval.model_vqa_loader import make_task
 from llava.runtime.cache_name import cache_of
 from llava.train.train import main as train
@@ -54,7 +54,7 @@ class Example:
 
     question: Question
     answer: str
-    picture: KeptImage
+    image: KeptImage
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Cost:
     """What a batch of prompts costs.
 
     Attributes:
-        milliseconds: from ids and pictures to the first token, tower included; median.
+        milliseconds: from ids and images to the first token, tower included; median.
         cache_bytes: of the key-value cache afterwards.
     """
 
@@ -133,7 +133,7 @@ def train_sparse(place: Playground, output: Path, stage: Stage) -> None:
 
 
 def compare(place: Playground, tuned: Path, dense_result: Result, sparse_result: Result) -> SparseRun:
-    """Costs of both models on a batch of questions about pictures, and what the sparse one keeps."""
+    """Costs of both models on a batch of questions about images, and what the sparse one keeps."""
     dense, sparse = (load_model(str(path), device="cpu") for path in (place.base, tuned))
     questions = [question for question in dense_result.questions if question.images]
     costs, speedup = prefill_costs([dense, sparse], questions[:BATCH_SIZE], place.images)
@@ -165,9 +165,9 @@ def prompt_arguments(loaded: LoadedModel, questions: Sequence[Question], images:
     """Arguments of a pass of the model over the prompts of some questions."""
     tasks = [make_task(question) for question in questions]
     prompts = [make_prompt(str(index), task, loaded, CONV_MODE) for index, task in enumerate(tasks)]
-    pictures = [load_pictures(task, loaded, lambda name, where: load_image(images, name, row=where)) for task in tasks]
+    shown = [load_images(task, loaded, lambda name, where: load_image(images, name, row=where)) for task in tasks]
     ids, mask = pad_left([prompt.input_ids for prompt in prompts], loaded.tokenizer.pad_token_id)
-    return {"input_ids": ids, "attention_mask": mask, **image_arguments(pictures, loaded)}
+    return {"input_ids": ids, "attention_mask": mask, **image_arguments(shown, loaded)}
 
 
 @torch.no_grad()
@@ -215,8 +215,8 @@ def kept_shares(sparse: LoadedModel, questions: Sequence[Question], place: Playg
 def example(sparse: LoadedModel, question: Question, images: Path) -> Example:
     """One question, answered by the sparse model."""
     task = make_task(question)
-    pictures = load_pictures(task, sparse, lambda name, where: load_image(images, name, row=where))
+    shown = load_images(task, sparse, lambda name, where: load_image(images, name, row=where))
     options = GenerationOptions(temperature=0, max_new_tokens=MAX_NEW_TOKENS)
     with record_decisions(sparse.model) as log:
-        answers = answer_batch([make_prompt("0", task, sparse, CONV_MODE)], [pictures], sparse, options)
-    return Example(question, answers["0"], kept_images(log, pictures, sparse)[0])
+        answers = answer_batch([make_prompt("0", task, sparse, CONV_MODE)], [shown], sparse, options)
+    return Example(question, answers["0"], kept_images(log, shown, sparse)[0])

@@ -78,7 +78,7 @@ def train_tower(data: Path, untrained: Path, output: Path, recipe: Recipe) -> No
     shutil.move(whole / TOWER_FOLDER, output / TRAINED_TOWER)
     language_model = output / TRAINED_LANGUAGE_MODEL
     language_model.mkdir()
-    # A Llama of its own, as Vicuna is before it meets a picture: no projector, no word of LLaVA in its configuration.
+    # A Llama of its own, as Vicuna is before it meets an image: no projector, no word of LLaVA in its configuration.
     weights = load_file(whole / "model.safetensors")
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith(PROJECTOR_PREFIX)}
     save_file(weights, language_model / "model.safetensors", {"format": "pt"})

@@ -16,7 +16,7 @@ from random import Random
 import sentencepiece
 
 from llava.conversation import conv_templates
-from playground.families import BASE_PICTURE, BASE_TEXT, NEW_PICTURE, NEW_TEXT
+from playground.families import BASE_IMAGE, BASE_TEXT, NEW_IMAGE, NEW_TEXT
 from playground.scenes import distinct_scenes
 
 VOCABULARY_SIZE = 544
@@ -37,7 +37,7 @@ def corpus(seed: int) -> list[str]:
     user, assistant = template.roles
     lines = [template.system] * SYSTEM_REPEATS
     for scene, _ in zip(distinct_scenes(random), range(CORPUS_SCENES), strict=False):
-        asked = [family.ask(scene, random) for family in (*BASE_PICTURE, *NEW_PICTURE)]
+        asked = [family.ask(scene, random) for family in (*BASE_IMAGE, *NEW_IMAGE)]
         asked += [family.ask(random) for family in (*BASE_TEXT, *NEW_TEXT)]
         for question, answer in filter(None, asked):
             lines.append(f".{user}: {question} {assistant}: {answer}")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Answer the questions of TextVQA with a model that scripts/MLLM_HydraLoRA.sh trained, one JSON line per answer.
 #
-# The command of the original's README with its flags and values; questions and pictures are those of LLaVA's own
+# The command of the original's README with its flags and values; questions and images are those of LLaVA's own
 # TextVQA evaluation. Hardware: one GPU; the time of a full run has not been measured with this code.
 #
 # Paths and program come from the environment, further flags are appended and win over those below.

@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _fixed_seeds_and_clean_state() -> Iterator[None]:
     """Every test starts from the same seeds and leaves the default dtype as it found it."""
     random.seed(SEED)
-    np.random.seed(SEED)  # the pictures of some tests come from numpy's global generator
+    np.random.seed(SEED)  # the images of some tests come from numpy's global generator
     torch.manual_seed(SEED)
     dtype = torch.get_default_dtype()
     yield

@@ -43,7 +43,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with four one-colour pictures and a conversation about each."""
+    """Folder with four one-colour images and a conversation about each."""
     folder = tmp_path_factory.mktemp("data")
     rows: list[dict[str, Any]] = []
     for index, colour in enumerate(["red", "green", "blue", "white"]):

@@ -128,7 +128,7 @@ def _literal(text: str) -> str:
 
 
 def hf_image_processor(image_processor: Any, aspect_ratio: str | None) -> LlavaImageProcessor:
-    """Transformers' processor that treats pictures as `--image_aspect_ratio` does.
+    """Transformers' processor that treats images as `--image_aspect_ratio` does.
 
     Raises:
         FlagError: it cannot.

@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--version", default="v1", help="conversation template")
     add("--model_max_length", type=int, default=2048, help="longest sample in tokens and image patches")
     add("--image_length", type=int, default=576, help="patches of one image or tile: 576 for CLIP-L with 336 pixels")
-    add("--image_aspect_ratio", default="pad", help="as in training; anyres takes as many tiles as the picture needs")
+    add("--image_aspect_ratio", default="pad", help="as in training; anyres takes as many tiles as the image needs")
     add("--image_grid_pinpoints", help="anyres: possible resolutions, '[(336, 672), ...]'")
     add("--mm_patch_merge_type", choices=MERGE_TYPES, default="flat", help="anyres: how tiles are merged")
     add("--tile_size", type=int, default=336, help="pixels that images are scaled to; anyres: side of a tile")

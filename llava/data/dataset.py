@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llava.conversation import Conversation
-from llava.data.images import ImageTransform, Picture, load_image
+from llava.data.images import ImageTransform, ProcessedImage, load_image
 from llava.data.labels import tokenize_conversation
 from llava.data.records import RecordFiles, Row, open_records
 from llava.data.skipped import append_skipped
@@ -45,7 +45,7 @@ class LazySupervisedDataset(Dataset[Item]):
 
     An item has `input_ids` and `labels`, int64 (T,), and `image`, float32 (3, H, W), or (k, 3, H, W) with k > 1 images.
     With `anyres` it is a list of (tiles, 3, H, W), and `image_sizes` gives each image's width and height in pixels.
-    With `is_multimodal` a row without image has a black picture; it adds nothing but keeps batches equal in kind.
+    With `is_multimodal` a row without image has a black image; it adds nothing but keeps batches equal in kind.
 
     Args:
         data_path: JSON list or JSONL file, or several of them; or rows that were opened already.
@@ -203,13 +203,13 @@ class LazySupervisedDataset(Dataset[Item]):
         try:
             names = image_names(row)
             # Tiles are cut first: how long a prompt becomes depends on their number.
-            pictures = self._load_images(names, name) if names and self._tiled else None
-            input_ids, labels = self.tokenize(row, len(names), self._lengths(pictures))
+            images = self._load_images(names, name) if names and self._tiled else None
+            input_ids, labels = self.tokenize(row, len(names), self._lengths(images))
         except BadSampleError as error:
             raise _with_row(error, name) from error
         item: Item = {"input_ids": input_ids, "labels": labels}
         if names:
-            item |= self._collated(self._load_images(names, name) if pictures is None else pictures)
+            item |= self._collated(self._load_images(names, name) if images is None else images)
         elif self.transform is not None:
             item |= self._collated([self.transform.dummy()])
         return item
@@ -240,15 +240,15 @@ class LazySupervisedDataset(Dataset[Item]):
     def _tiled(self) -> bool:
         return self.transform is not None and self.transform.tiled
 
-    def _lengths(self, pictures: list[Picture] | None) -> int | list[int]:
+    def _lengths(self, images: list[ProcessedImage] | None) -> int | list[int]:
         """Embeddings of each image, or of every image if all have the same number."""
         if self.image_length is None:
             return 1
-        if pictures is None:
+        if images is None:
             return self.image_length.features
-        return [self.image_length(picture.pixels, picture.size) for picture in pictures]
+        return [self.image_length(image.pixels, image.size) for image in images]
 
-    def _load_images(self, names: list[str], row_name: str) -> list[Picture]:
+    def _load_images(self, names: list[str], row_name: str) -> list[ProcessedImage]:
         if self.transform is None:
             raise FlagError(f"{row_name} has an image but the model has no vision tower; set --vision_tower")
         if self.image_folder is None:
@@ -257,11 +257,11 @@ class LazySupervisedDataset(Dataset[Item]):
             self.transform(load_image(self.image_folder, name, row_name), f"{row_name}: image {name}") for name in names
         ]
 
-    def _collated(self, pictures: list[Picture]) -> Item:
+    def _collated(self, images: list[ProcessedImage]) -> Item:
         """What an item says of its images."""
-        pixels = [picture.pixels for picture in pictures]
+        pixels = [image.pixels for image in images]
         if self._tiled:
-            return {"image": pixels, "image_sizes": [picture.size for picture in pictures]}
+            return {"image": pixels, "image_sizes": [image.size for image in images]}
         return {"image": pixels[0] if len(pixels) == 1 else torch.stack(pixels)}
 
     def _skip(self, index: int, error: BadSampleError) -> None:

@@ -1,7 +1,7 @@
 """How large an image may be: bounded by what is made of it on the way to pixel values.
 
 A file of two kilobytes can hold 50 x 10,000 pixels, of which padding makes a square of 100 million. So the largest
-picture that is made counts, and is compared with the image itself: photographs of any resolution pass.
+image that is made counts, and is compared with the image itself: photographs of any resolution pass.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def resized_size(size: Size, image_processor: Any) -> Size:
 def made_size(
     size: Size, image_processor: Any, aspect_ratio: str | None, grid_pinpoints: GridPinpoints | None = None
 ) -> Size:
-    """Width and height of the largest picture that `preprocess_image` makes of an image.
+    """Width and height of the largest image that `preprocess_image` makes of an image.
 
     Args:
         size: width and height of the image.

@@ -134,7 +134,7 @@ def read_rgb(file: Path | BinaryIO, name: str) -> Image.Image:
         raise BadImageError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def picture_rgb(image: Image.Image, name: str) -> Image.Image:
+def convert_rgb(image: Image.Image, name: str) -> Image.Image:
     """An image that somebody else has opened, as RGB; arguments and errors as `read_rgb`."""
     try:
         _check_shape(image)
@@ -173,7 +173,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-class Picture(NamedTuple):
+class ProcessedImage(NamedTuple):
     """Pixel values of an image, (3, H, W) or with tiles (tiles, 3, H, W), and its width and height in the file."""
 
     pixels: Tensor
@@ -200,17 +200,17 @@ class ImageTransform:
         self.tiled = aspect_ratio == "anyres"
         self.grid_pinpoints = parse_grid_pinpoints(grid_pinpoints) if self.tiled else None
 
-    def __call__(self, image: Image.Image, name: str = "the image") -> Picture:
+    def __call__(self, image: Image.Image, name: str = "the image") -> ProcessedImage:
         """Pixel values of one image.
 
         Raises:
             BadImageError: see `preprocess_image`; calls it `name`.
         """
         pixels = preprocess_image(image, self.image_processor, self.aspect_ratio, self.grid_pinpoints, name=name)
-        return Picture(pixels, image.size)
+        return ProcessedImage(pixels, image.size)
 
-    def dummy(self) -> Picture:
-        """The black picture that stands in for a row without image; one tile for `anyres`."""
+    def dummy(self) -> ProcessedImage:
+        """The black image that stands in for a row without image; one tile for `anyres`."""
         height, width = output_size(self.image_processor)
         pixels = torch.zeros(3, height, width)
-        return Picture(pixels[None] if self.tiled else pixels, (width, height))
+        return ProcessedImage(pixels[None] if self.tiled else pixels, (width, height))

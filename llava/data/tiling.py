@@ -1,6 +1,6 @@
-"""Pictures of any resolution as tiles (`--image_aspect_ratio anyres`; upstream keeps these in `llava/mm_utils.py`).
+"""Images of any resolution as tiles (`--image_aspect_ratio anyres`; upstream keeps these in `llava/mm_utils.py`).
 
-A picture is scaled into the best of several resolutions, cut into tiles of the tower's size, and preceded by itself in
+An image is scaled into the best of several resolutions, cut into tiles of the tower's size, and preceded by itself in
 small. Sizes are always (width, height) in pixels.
 """
 
@@ -62,10 +62,10 @@ def check_grid_pinpoints(pinpoints: GridPinpoints | None, tile_size: int) -> lis
 
 
 def select_best_resolution(original_size: Size, possible_resolutions: Sequence[Size]) -> Size:
-    """Resolution that keeps most of a picture's pixels, then wastes least, then stands first.
+    """Resolution that keeps most of an image's pixels, then wastes least, then stands first.
 
     Args:
-        original_size: of the picture.
+        original_size: of the image.
         possible_resolutions: to choose from.
     """
     width, height = original_size
@@ -79,10 +79,10 @@ def select_best_resolution(original_size: Size, possible_resolutions: Sequence[S
 
 
 def get_anyres_image_grid_shape(image_size: Size, grid_pinpoints: GridPinpoints, patch_size: int) -> Size:
-    """Tiles across and down that a picture is cut into.
+    """Tiles across and down that an image is cut into.
 
     Args:
-        image_size: of the picture.
+        image_size: of the image.
         grid_pinpoints: possible resolutions.
         patch_size: side of a tile in pixels.
     """
@@ -95,7 +95,7 @@ def unpad_margins(features: Size, original_size: Size) -> tuple[int, int]:
 
     Args:
         features: columns and rows of the map.
-        original_size: of the picture.
+        original_size: of the image.
     """
     (columns, rows), (width, height) = features, original_size
     if width / height > columns / rows:
@@ -105,7 +105,7 @@ def unpad_margins(features: Size, original_size: Size) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class ImageLength:
-    """Says how many positions a picture will take in the sequence, from its pixels alone.
+    """Says how many positions an image will take in the sequence, from its pixels alone.
 
     Attributes:
         features: P, rows that one tile has.
@@ -123,15 +123,15 @@ class ImageLength:
         """Length of what `merge_tiles` of `llava/model/tiles.py` will give.
 
         Args:
-            pixels: (3, H, W), or (tiles, 3, H, W) with the whole picture in small first.
-            size: width and height of the picture in pixels.
+            pixels: (3, H, W), or (tiles, 3, H, W) with the whole image in small first.
+            size: width and height of the image in pixels.
         """
         if self.resolutions is None and pixels.ndim == 3:
             return self.features
         return self._merged(1 if pixels.ndim == 3 else len(pixels), size)
 
     def of_size(self, size: tuple[int, int]) -> int:
-        """The same, from width and height of the picture in pixels alone."""
+        """The same, from width and height of the image in pixels alone."""
         if self.resolutions is None:
             return self.features
         columns, rows = get_anyres_image_grid_shape(size, self.resolutions, self.tile_size)
@@ -180,7 +180,7 @@ def output_size(image_processor: Any) -> Size:
 
 
 def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: GridPinpoints) -> Tensor:
-    """Pixel values of a picture and of its tiles.
+    """Pixel values of an image and of its tiles.
 
     Args:
         image: RGB image.
@@ -188,7 +188,7 @@ def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: Gri
         grid_pinpoints: possible resolutions.
 
     Returns:
-        float32 (1 + tiles, 3, H, W); element 0 is the whole picture, squeezed to a square.
+        float32 (1 + tiles, 3, H, W); element 0 is the whole image, squeezed to a square.
 
     Raises:
         FlagError: the resolutions are missing or malformed.

@@ -2,7 +2,7 @@
 
 python -m llava.eval.eval_textvqa --annotation-file TextVQA_0.5.1_val.json --result-file answers/llava-v1.5-7b.jsonl
 
-Prints the same lines as upstream. An answer belongs to the question of the same picture that its prompt holds.
+Prints the same lines as upstream. An answer belongs to the question of the same image that its prompt holds.
 """
 
 from __future__ import annotations

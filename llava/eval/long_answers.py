@@ -21,7 +21,7 @@ from llava.eval.answering.loading import LoadedModel, choose_device, choose_dtyp
 from llava.eval.answering.options import add_model_options, refuse_input_as_answers
 from llava.eval.answering.prompts import check_conv_mode
 from llava.eval.answering.questions import get_chunk
-from llava.eval.answering.runner import load_pictures, make_prompt
+from llava.eval.answering.runner import load_images, make_prompt
 from llava.eval.answering.stepwise import Stepper
 from llava.eval.scoring.meteor import find_wordnet, meteor
 from llava.eval.scoring.references import ReferenceConversation, read_conversations
@@ -99,8 +99,8 @@ def measure_conversation(
     for number, turn in enumerate(conversation.turns[:rounds]):
         if number == 0:
             task = _task(conversation, suffix)
-            pictures = load_pictures(task, loaded, lambda name, where: load_image(args.image_folder, name, row=where))
-            stepper.feed(make_prompt("", task, loaded, args.conv_mode).input_ids, pictures)
+            images = load_images(task, loaded, lambda name, where: load_image(args.image_folder, name, row=where))
+            stepper.feed(make_prompt("", task, loaded, args.conv_mode).input_ids, images)
         else:
             text = f"USER:{turn.question}{suffix}ASSISTANT:"
             stepper.feed(loaded.tokenizer(text, add_special_tokens=False).input_ids)

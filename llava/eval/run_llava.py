@@ -24,7 +24,7 @@ from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import load_model
 from llava.eval.answering.options import add_model_options, add_sampling_options
 from llava.eval.answering.prompts import check_conv_mode, infer_conv_mode
-from llava.eval.answering.runner import answer_batch, load_pictures, make_prompt
+from llava.eval.answering.runner import answer_batch, load_images, make_prompt
 from llava.runtime.hub import get_model_name_from_path
 from llava.runtime.program import run_program
 
@@ -108,7 +108,7 @@ def eval_model(args: Any) -> str:
         torch_dtype=getattr(args, "torch_dtype", "auto"),
     )
     prompt = make_prompt("0", task, loaded, conv_mode)
-    answer = answer_batch([prompt], [load_pictures(task, loaded, open_image)], loaded, options)[prompt.key]
+    answer = answer_batch([prompt], [load_images(task, loaded, open_image)], loaded, options)[prompt.key]
     print(answer)
     return answer
 

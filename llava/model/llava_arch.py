@@ -1,4 +1,4 @@
-"""The multimodal parts of a LLaVA: tower, projector, and the step from ids and pictures to embeddings.
+"""The multimodal parts of a LLaVA: tower, projector, and the step from ids and images to embeddings.
 
 Mixins for a decoder and its causal language model, with upstream's method names (`llava/model/llava_arch.py`).
 """
@@ -25,7 +25,7 @@ from llava.runtime.cache_name import takes_cache
 from llava.segments import MultimodalInputs
 
 Images = Tensor | Sequence[Tensor]
-"""Pictures of a batch: (N, 3, H, W), or (N, tiles, 3, H, W), or a list of (3, H, W) and (tiles, 3, H, W)."""
+"""Images of a batch: (N, 3, H, W), or (N, tiles, 3, H, W), or a list of (3, H, W) and (tiles, 3, H, W)."""
 
 
 class LlavaMetaModel:
@@ -109,7 +109,7 @@ class LlavaMetaModel:
 
 
 class LlavaMetaForCausalLM:
-    """Turns ids and pictures into the embeddings that the decoder reads."""
+    """Turns ids and images into the embeddings that the decoder reads."""
 
     config: Any
     extensions: ExtensionSet
@@ -123,7 +123,7 @@ class LlavaMetaForCausalLM:
         return self.get_model().get_vision_tower()
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Project pictures into the language model's width.
+        """Project images into the language model's width.
 
         Args:
             images: (N, 3, H, W).
@@ -136,14 +136,14 @@ class LlavaMetaForCausalLM:
         return model.mm_projector(features)  # (N, P, D)
 
     def image_features(self, images: Images, image_sizes: Sequence[tuple[int, int]] | None = None) -> list[Tensor]:
-        """Features of every picture, tiles merged.
+        """Features of every image, tiles merged.
 
         Args:
             images: see `Images`.
-            image_sizes: width and height in pixels of each picture; needed by the spatial merge types.
+            image_sizes: width and height in pixels of each image; needed by the spatial merge types.
 
         Returns:
-            One (P_i, D) per picture.
+            One (P_i, D) per image.
         """
         if isinstance(images, Tensor) and images.ndim == 4:
             return list(self.encode_images(images))
@@ -158,21 +158,21 @@ class LlavaMetaForCausalLM:
         return merged
 
     def _tile_grid(self, size: tuple[int, int] | None) -> tuple[int, int] | None:
-        """Tiles across and down of an `anyres` picture; None for any other aspect setting."""
+        """Tiles across and down of an `anyres` image; None for any other aspect setting."""
         if getattr(self.config, "image_aspect_ratio", None) != "anyres" or size is None:
             return None
         tower = self.get_vision_tower()
         return get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, tower.image_size)
 
     def image_lengths(self, images: Images, image_sizes: Sequence[tuple[int, int]] | None = None) -> list[int]:
-        """Positions that each picture will take in the sequence; arguments as of `image_features`."""
+        """Positions that each image will take in the sequence; arguments as of `image_features`."""
         length = self.image_length()
         if image_sizes is None:
             image_sizes = [(1, 1)] * len(images)
         return [length(image, tuple(size)) for image, size in zip(images, image_sizes, strict=True)]
 
     def image_length(self) -> ImageLength:
-        """What says how many positions a picture takes; knows the configuration and no weights."""
+        """What says how many positions an image takes; knows the configuration and no weights."""
         tower = self.get_vision_tower()
         anyres = getattr(self.config, "image_aspect_ratio", None) == "anyres"
         return ImageLength(
@@ -205,18 +205,18 @@ class LlavaMetaForCausalLM:
             input_ids: (B, T) with image tokens.
             attention_mask: (B, T), zero at padding, or None.
             labels: (B, T) or None.
-            images: pictures in row order, or None.
+            images: images in row order, or None.
             image_sizes: see `image_features`.
             padding_side: overrides the configuration; generation pads on the left.
 
         Raises:
-            ValueError: pictures and image tokens do not match in number.
+            ValueError: images and image tokens do not match in number.
         """
         features = None
         if images is not None and self.get_vision_tower() is not None:
             features = self.image_features(images, image_sizes)
         options = self.splice_options()
-        # Upstream cuts a batch where it splices pictures in; text alone goes to the language model as it is.
+        # Upstream cuts a batch where it splices images in; text alone goes to the language model as it is.
         options = replace(
             options,
             max_length=None if features is None else options.max_length,

@@ -39,13 +39,13 @@ class _Row:
 
 
 def _check_image_count(rows: Sequence[Tensor], available: int) -> None:
-    """Every image token takes one image; a row without any takes its dummy picture."""
+    """Every image token takes one image; a row without any takes its dummy image."""
     per_row = [int((ids == IMAGE_TOKEN_INDEX).sum()) for ids in rows]
     needed = sum(max(1, count) for count in per_row)
     if needed != available:
         raise ValueError(
             f"the batch needs {needed} images (image tokens per row: {per_row}; a row without any takes one dummy "
-            f"picture), but {available} were given. Pass one picture per <image>, in row order."
+            f"image), but {available} were given. Pass one image per <image>, in row order."
         )
 
 
@@ -157,7 +157,7 @@ def splice(
         labels: (B, T) or None (inference: everything counts as ignored).
         attention_mask: (B, T), zero at padding, or None.
         images: features (P_i, D), consumed in row order, one per image token; a row without image token consumes one
-            and adds nothing. None for a batch that never had pictures.
+            and adds nothing. None for a batch that never had images.
         embed_tokens: embedding table of the language model.
         options: lengths, sides and marker.
 
@@ -201,9 +201,9 @@ def count_targets(input_ids: Tensor, labels: Tensor, image_lengths: Sequence[int
     Args:
         input_ids: (B, T) with image tokens, padded on the right.
         labels: (B, T).
-        image_lengths: sequence positions that each picture takes, in row order; a row without image token has one
-            entry, its dummy picture. Empty for a batch that never had pictures.
-        max_length: as in `SpliceOptions`; None for a batch that never had pictures, which is not cut.
+        image_lengths: sequence positions that each image takes, in row order; a row without image token has one
+            entry, its dummy image. Empty for a batch that never had images.
+        max_length: as in `SpliceOptions`; None for a batch that never had images, which is not cut.
 
     Returns:
         int64 scalar; the first position of a row is never a target, since nothing predicts it.

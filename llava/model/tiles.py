@@ -1,6 +1,6 @@
 """Merging the features of an image that was cut into tiles (`mm_patch_merge_type`; upstream's `llava_arch.py`).
 
-`flat` lines the tiles up; `spatial` puts them back into raster order over the whole picture; `spatial_unpad` also
+`flat` lines the tiles up; `spatial` puts them back into raster order over the whole image; `spatial_unpad` also
 removes the rows or columns that are padding and ends every row with the learned newline vector.
 """
 
@@ -18,7 +18,7 @@ def unpad_image(features: Tensor, original_size: tuple[int, int]) -> Tensor:
 
     Args:
         features: (D, h, w).
-        original_size: width and height of the picture in pixels.
+        original_size: width and height of the image in pixels.
     """
     rows, columns = features.shape[1:]
     above, left = unpad_margins((columns, rows), original_size)
@@ -32,17 +32,17 @@ def merge_tiles(
     original_size: tuple[int, int] | None = None,
     newline: Tensor | None = None,
 ) -> Tensor:
-    """Features of one picture as one sequence.
+    """Features of one image as one sequence.
 
     Args:
-        features: (tiles, P, D); tile 0 is the whole picture in small.
+        features: (tiles, P, D); tile 0 is the whole image in small.
         merge_type: one of `MERGE_TYPES`.
         grid: tiles across and down; needed by the spatial types when there is more than one tile.
         original_size: width and height in pixels; needed by `spatial_unpad`.
         newline: (D,) learned vector; needed by `spatial_unpad`.
 
     Returns:
-        (positions, D), the base picture first.
+        (positions, D), the base image first.
 
     Raises:
         FlagError: unknown type, or a part that the type needs is missing.

@@ -2,7 +2,7 @@ r"""A server with OpenAI's chat API, for VLMEvalKit, the `openai` client and wha
 
 python -m llava.serve.api --model-path checkpoints/llava-v1.5-7b
 
-Then `POST http://127.0.0.1:8000/v1/chat/completions`, `GET /v1/models`, `GET /health`. Pictures come inside the request
+Then `POST http://127.0.0.1:8000/v1/chat/completions`, `GET /v1/models`, `GET /health`. Images come inside the request
 (`data:image/...;base64,...`). Requests of the same moment are answered in one batch. A key that clients have to give
 is read from the environment (LLAVA_API_KEY).
 """
@@ -69,9 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-waiting", type=int, default=64, help="requests that may wait; further ones are told to come back (429)")
     add("--gather-ms", type=float, default=10, help="milliseconds that a first request waits for others")
     add("--request-timeout", type=float, default=300, help="seconds for a whole answer, waiting included")
-    add("--max-images", type=int, default=16, help="pictures in one request")
-    add("--max-image-mb", type=float, default=20, help="size of one picture as it comes")
-    add("--max-image-pixels", type=int, default=200_000_000, help="pixels of one picture, padded if it is")
+    add("--max-images", type=int, default=16, help="images in one request")
+    add("--max-image-mb", type=float, default=20, help="size of one image as it comes")
+    add("--max-image-pixels", type=int, default=200_000_000, help="pixels of one image, padded if it is")
     add("--max-body-mb", type=float, default=64, help="size of one request")
     add("--image-folder", type=Path, default=None, help="open file: addresses below this folder; default: none")
     add(
@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="HOST",
-        help="fetch pictures from this host (name, or name:port); may be given several times; default: none",
+        help="fetch images from this host (name, or name:port); may be given several times; default: none",
     )
     return parser
 

@@ -1,6 +1,6 @@
 """The routes of the server: OpenAI's chat completions and list of models, and a health check.
 
-A request is read and its pictures are opened beside the event loop; the engine's thread hands pieces of the answer
+A request is read and its images are opened beside the event loop; the engine's thread hands pieces of the answer
 back. Whoever goes away, or whose time is over, is cancelled, so that nothing is generated for nobody.
 """
 
@@ -22,7 +22,7 @@ from llava.errors import LlavaError
 from llava.eval.answering.answers import Task
 from llava.eval.answering.loading import LoadedModel
 from llava.eval.answering.prompts import prompt_ids
-from llava.eval.answering.runner import load_pictures
+from llava.eval.answering.runner import load_images
 from llava.serve.chat import stop_strings
 from llava.serve.chat_request import ChatRequest, Defaults, RequestError, conversation_of, read_request
 from llava.serve.engine import BusyError, End, Engine, EngineError, Job, Row
@@ -41,7 +41,7 @@ class Settings:
     Attributes:
         conv_mode: conversation template.
         defaults: of requests, and their limits.
-        images: which pictures are opened.
+        images: which images are opened.
         seconds: for a whole answer, waiting included.
         max_body: bytes of a request.
         api_key: what `Authorization: Bearer` must say; None: nothing is asked.
@@ -100,17 +100,17 @@ class Answer:
 
     @property
     def usage(self) -> dict[str, int]:
-        """Numbers of tokens; a picture counts as the positions it takes."""
-        pictures, prompt = self.job.positions, len(self.job.input_ids) - len(self.job.pictures)
+        """Numbers of tokens; an image counts as the positions it takes."""
+        images, prompt = self.job.positions, len(self.job.input_ids) - len(self.job.images)
         return {
-            "prompt_tokens": prompt + pictures,
+            "prompt_tokens": prompt + images,
             "completion_tokens": self.row.tokens,
-            "total_tokens": prompt + pictures + self.row.tokens,
+            "total_tokens": prompt + images + self.row.tokens,
         }
 
 
 def make_job(request: ChatRequest, loaded: LoadedModel, settings: Settings) -> Job:
-    """Open the pictures, build the prompt and check its length.
+    """Open the images, build the prompt and check its length.
 
     Raises:
         LlavaError: what the request has wrong.
@@ -121,15 +121,15 @@ def make_job(request: ChatRequest, loaded: LoadedModel, settings: Settings) -> J
     )
     ids = prompt_ids(conversation, loaded.tokenizer)
     task = Task(0, "", "", request.images, where="messages")
-    pictures = load_pictures(task, loaded, settings.images.open_for(loaded))
-    sizes = [picture.size for picture in pictures]
-    positions = sum(loaded.model.image_lengths([picture.pixels for picture in pictures], sizes)) if pictures else 0
+    images = load_images(task, loaded, settings.images.open_for(loaded))
+    sizes = [image.size for image in images]
+    positions = sum(loaded.model.image_lengths([image.pixels for image in images], sizes)) if images else 0
     length = len(ids) - int((ids == IMAGE_TOKEN_INDEX).sum()) + positions
     limit = getattr(config, "tokenizer_model_max_length", None)
     if limit is not None and length > limit:
         raise RequestError(f"the conversation has {length} positions, and the model takes {limit}", "messages")
     stops = (*request.stops, *stop_strings(conversation, loaded.tokenizer))
-    return Job(ids, pictures, request.options, stops, positions)
+    return Job(ids, images, request.options, stops, positions)
 
 
 def create_app(loaded: LoadedModel, engine: Engine, settings: Settings) -> FastAPI:
@@ -202,7 +202,7 @@ async def _body(request: Request, limit: int) -> Any:
     async for chunk in request.stream():
         content += chunk
         if len(content) > limit:
-            raise RequestError(f"the body has more than {limit} bytes; send smaller or fewer pictures", status=413)
+            raise RequestError(f"the body has more than {limit} bytes; send smaller or fewer images", status=413)
     try:
         return json.loads(content)
     except ValueError as error:

@@ -18,13 +18,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
-from llava.data.images import Picture
+from llava.data.images import ProcessedImage
 from llava.errors import BadSampleError, NotFiniteError
 from llava.eval.answering.answers import Task
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import LoadedModel
 from llava.eval.answering.prompts import add_image_markers, new_conversation, prompt_ids
-from llava.eval.answering.runner import OpenImage, image_arguments, load_pictures
+from llava.eval.answering.runner import OpenImage, image_arguments, load_images
 from llava.runtime.finite_logits import LogitsWatch
 from llava.serve.streaming import TokenDecoder, until_stop
 
@@ -84,7 +84,7 @@ class Chat:
         options: decoding options; a turn's random stream follows from their seed and the number of the turn.
         open_image: opens an image by its name.
         conversation: what was said so far.
-        pictures: the images that were shown, in the order of their markers.
+        images: the images that were shown, in the order of their markers.
         waiting: images that the next message shows.
     """
 
@@ -93,8 +93,8 @@ class Chat:
     options: GenerationOptions
     open_image: OpenImage
     conversation: Conversation = field(init=False)
-    pictures: list[Picture] = field(init=False, default_factory=list)
-    waiting: list[Picture] = field(init=False, default_factory=list)
+    images: list[ProcessedImage] = field(init=False, default_factory=list)
+    waiting: list[ProcessedImage] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.reset()
@@ -102,7 +102,7 @@ class Chat:
     def reset(self) -> None:
         """Forget everything that was said and shown."""
         self.conversation = new_conversation(self.conv_mode, self.loaded.tokenizer)
-        self.pictures, self.waiting = [], []
+        self.images, self.waiting = [], []
 
     def show(self, names: Sequence[str]) -> None:
         """Have images shown with the next message.
@@ -112,7 +112,7 @@ class Chat:
             CheckpointError: the model has no vision tower.
         """
         task = Task(0, "", "", tuple(names), where="image")
-        self.waiting += load_pictures(task, self.loaded, self.open_image)
+        self.waiting += load_images(task, self.loaded, self.open_image)
 
     def ask(self, message: str) -> Iterator[str]:
         """Say something; the result yields the answer as it comes.
@@ -126,33 +126,33 @@ class Chat:
         """
         wrap = bool(getattr(self.loaded.model.config, "mm_use_im_start_end", False))
         text = add_image_markers(message, len(self.waiting), mm_use_im_start_end=wrap, where="message")
-        conversation, pictures = self.conversation.copy(), [*self.pictures, *self.waiting]
+        conversation, images = self.conversation.copy(), [*self.images, *self.waiting]
         conversation.append_message(conversation.roles[0], text)
         conversation.append_message(conversation.roles[1], None)
         ids = prompt_ids(conversation, self.loaded.tokenizer)
-        self._check_length(ids, pictures)
-        return self._answer(ids, conversation, pictures)
+        self._check_length(ids, images)
+        return self._answer(ids, conversation, images)
 
-    def _answer(self, ids: Tensor, conversation: Conversation, pictures: list[Picture]) -> Iterator[str]:
-        before = self.conversation, self.pictures, self.waiting
-        self.conversation, self.pictures, self.waiting = conversation, pictures, []
+    def _answer(self, ids: Tensor, conversation: Conversation, images: list[ProcessedImage]) -> Iterator[str]:
+        before = self.conversation, self.images, self.waiting
+        self.conversation, self.images, self.waiting = conversation, images, []
         answer: list[str] = []
         try:
             for piece in self._generate(ids):
                 answer.append(piece)
                 yield piece
         except NotFiniteError:
-            self.conversation, self.pictures, self.waiting = before
+            self.conversation, self.images, self.waiting = before
             raise
         finally:
             conversation.messages[-1][1] = "".join(answer).strip()
 
-    def _check_length(self, ids: Tensor, pictures: Sequence[Picture]) -> None:
+    def _check_length(self, ids: Tensor, images: Sequence[ProcessedImage]) -> None:
         limit = getattr(self.loaded.model.config, "tokenizer_model_max_length", None)
         length = len(ids) - int((ids == IMAGE_TOKEN_INDEX).sum())
-        if pictures:
-            sizes = [picture.size for picture in pictures]
-            length += sum(self.loaded.model.image_lengths([picture.pixels for picture in pictures], sizes))
+        if images:
+            sizes = [image.size for image in images]
+            length += sum(self.loaded.model.image_lengths([image.pixels for image in images], sizes))
         if limit is not None and length > limit:
             raise BadSampleError(
                 f"the conversation has {length} positions now, and the model takes {limit}; begin a new one with /reset"
@@ -165,7 +165,7 @@ class Chat:
         streamer = TokenQueue(tokenizer)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         arguments: dict[str, Any] = {
-            **image_arguments([self.pictures], self.loaded),
+            **image_arguments([self.images], self.loaded),
             **self.options.arguments([str(len(self.conversation.messages))]),
             "attention_mask": torch.ones(1, len(ids), dtype=torch.bool, device=model.device),
             "stopping_criteria": StoppingCriteriaList([interruption]),

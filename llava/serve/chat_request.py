@@ -62,7 +62,7 @@ class Defaults:
         temperature: of sampling; 0 is greedy.
         max_new_tokens: tokens of an answer.
         token_limit: the most that a request may ask for.
-        max_images: pictures of one request.
+        max_images: images of one request.
     """
 
     temperature: float = 0.2
@@ -102,7 +102,7 @@ class ChatRequest:
 
     @property
     def images(self) -> tuple[str, ...]:
-        """Addresses of all pictures, in the order of their markers."""
+        """Addresses of all images, in the order of their markers."""
         return tuple(url for message in self.messages for url in message.images)
 
 
@@ -118,7 +118,7 @@ def read_request(body: Any, defaults: Defaults) -> ChatRequest:
     messages = _messages(body.get("messages"))
     count = sum(len(message.images) for message in messages)
     if count > defaults.max_images:
-        raise RequestError(f"{count} pictures; this server takes up to {defaults.max_images}", "messages")
+        raise RequestError(f"{count} images; this server takes up to {defaults.max_images}", "messages")
     stream = _typed(body, "stream", bool, False)
     stream_options = body.get("stream_options") or {}
     return ChatRequest(
@@ -134,11 +134,11 @@ def read_request(body: Any, defaults: Defaults) -> ChatRequest:
 def conversation_of(request: ChatRequest, conv_mode: str, tokenizer: Any, mm_use_im_start_end: bool) -> Conversation:
     """The conversation with the answer still open.
 
-    Pictures of a message come before its text, each on a line of its own, unless the text says by
+    Images of a message come before its text, each on a line of its own, unless the text says by
     `<image-placeholder>` where they go.
 
     Raises:
-        BadSampleError: markers in a text do not fit its pictures.
+        BadSampleError: markers in a text do not fit its images.
         RequestError: the template has no system text.
     """
     conversation = new_conversation(conv_mode, tokenizer)
@@ -221,7 +221,7 @@ def _messages(value: Any) -> tuple[Message, ...]:
         )
     for index, message in enumerate(messages):
         if message.images and message.role != "user":
-            raise RequestError(f"messages[{index}]: only the user shows pictures", "messages")
+            raise RequestError(f"messages[{index}]: only the user shows images", "messages")
     return tuple(messages)
 
 

@@ -122,7 +122,7 @@ def answer(chat: Chat, message: str, *, debug: bool) -> None:
             print(" [stopped]", end="")
     print()
     if debug:
-        print(f"\n{ {'conversation': chat.conversation.get_prompt(), 'images': len(chat.pictures)} }\n")
+        print(f"\n{ {'conversation': chat.conversation.get_prompt(), 'images': len(chat.images)} }\n")
 
 
 def main(argv: Sequence[str] | None = None) -> Chat:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from llava.data.images import Picture
+from llava.data.images import ProcessedImage
 from llava.errors import LlavaError
 from llava.eval.answering.generation import GenerationOptions, RowSampler
 from llava.eval.answering.loading import LoadedModel
@@ -47,14 +47,14 @@ class Job:
 
     Attributes:
         input_ids: (T,) int64 with `IMAGE_TOKEN_INDEX` for each image.
-        pictures: its images.
+        images: its images.
         options: temperature, top_p, limit and seed; without beams.
         stops: strings that end the answer and are not part of it.
-        positions: what the pictures take in the sequence.
+        positions: what the images take in the sequence.
     """
 
     input_ids: Tensor
-    pictures: Sequence[Picture]
+    images: Sequence[ProcessedImage]
     options: GenerationOptions
     stops: tuple[str, ...] = ()
     positions: int = 0
@@ -272,7 +272,7 @@ class Engine:
         except torch.OutOfMemoryError:
             halves = [rows[: len(rows) // 2], rows[len(rows) // 2 :]] if len(rows) > 1 else []
             if not halves or any(row.tokens for row in rows):  # what was sent cannot be taken back
-                self._fail(rows, "the device ran out of memory; ask for fewer tokens or smaller pictures")
+                self._fail(rows, "the device ran out of memory; ask for fewer tokens or smaller images")
                 return
         except Exception:  # the thread must outlive a bad batch; the log has the trace
             logger.exception("a batch of %d requests failed", len(rows))
@@ -299,7 +299,7 @@ class Engine:
             model.generate(
                 input_ids.to(model.device),
                 attention_mask=attention_mask.to(model.device),
-                **image_arguments([row.job.pictures for row in rows], self.loaded),
+                **image_arguments([row.job.images for row in rows], self.loaded),
                 do_sample=False,
                 max_new_tokens=max(row.job.options.max_new_tokens for row in rows),
                 logits_processor=LogitsProcessorList([watch, _Samplers(rows)]),

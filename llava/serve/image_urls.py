@@ -1,4 +1,4 @@
-"""Pictures of a request: from `data:` addresses always, from elsewhere only where the server allows it.
+"""Images of a request: from `data:` addresses always, from elsewhere only where the server allows it.
 
 A server that opens whatever address it is sent can be made to read its own files and the network behind it, so files
 need `--image-folder` and each remote host has to be named by `--allow-image-host`.
@@ -19,18 +19,18 @@ from urllib.parse import unquote, urlsplit
 from PIL import Image, UnidentifiedImageError
 
 from llava.data.image_bounds import check_made
-from llava.data.images import load_image, picture_rgb
+from llava.data.images import convert_rgb, load_image
 from llava.errors import BadImageError
 from llava.eval.answering.loading import LoadedModel
 
 
 @dataclass(frozen=True)
 class ImagePolicy:
-    """What pictures a server opens.
+    """What images a server opens.
 
     Attributes:
-        max_bytes: size of one picture as it comes, decoded from base64.
-        max_pixels: width times height, looked up before anything is decoded; of what is made of a picture, too.
+        max_bytes: size of one image as it comes, decoded from base64.
+        max_pixels: width times height, looked up before anything is decoded; of what is made of an image, too.
         folder: `file:` addresses are paths below it; None: refused.
         hosts: names (`host` or `host:port`) from which http and https addresses are fetched.
         seconds: for one fetch.
@@ -43,14 +43,14 @@ class ImagePolicy:
     seconds: float = 10.0
 
     def open(self, url: str, where: str) -> Image.Image:
-        """The picture at an address, as RGB.
+        """The image at an address, as RGB.
 
         Args:
             url: `data:image/...;base64,...`, or where allowed `file:NAME`, `http://...`, `https://...`.
             where: the place in the request, for errors.
 
         Raises:
-            BadImageError: not allowed, too large, or no picture.
+            BadImageError: not allowed, too large, or no image.
         """
         scheme = url.partition(":")[0].lower()
         if scheme == "data":
@@ -60,7 +60,7 @@ class ImagePolicy:
         if scheme in ("http", "https"):
             return self._decode(self._fetch(url, where), where)
         raise BadImageError(
-            f"{where}: '{url[:40]}' is no picture address; send the picture itself: data:image/png;base64,..."
+            f"{where}: '{url[:40]}' is not an image address; send the image itself: data:image/png;base64,..."
         )
 
     def open_for(self, loaded: LoadedModel) -> Callable[[str, str], Image.Image]:
@@ -100,7 +100,7 @@ class ImagePolicy:
     def _file(self, url: str, where: str) -> Image.Image:
         if self.folder is None:
             raise BadImageError(
-                f"{where}: this server opens no files; send the picture itself (data:...), or start it with "
+                f"{where}: this server opens no files; send the image itself (data:...), or start it with "
                 "--image-folder"
             )
         name = unquote(url.partition(":")[2]).lstrip("/")
@@ -113,14 +113,14 @@ class ImagePolicy:
             with opener.open(url, timeout=self.seconds) as response:
                 content = bytes(response.read(self.max_bytes + 1))
         except (OSError, ValueError) as error:
-            raise BadImageError(f"{where}: cannot read a picture from {url[:200]}: {error}") from error
+            raise BadImageError(f"{where}: cannot read an image from {url[:200]}: {error}") from error
         return content
 
     def _check_host(self, url: str, where: str) -> None:
         host = urlsplit(url).netloc.lower()
         if host not in self.hosts:
             raise BadImageError(
-                f"{where}: this server does not fetch from '{host}'; send the picture itself (data:...), or start it "
+                f"{where}: this server does not fetch from '{host}'; send the image itself (data:...), or start it "
                 f"with --allow-image-host {host}"
             )
 
@@ -130,24 +130,22 @@ class ImagePolicy:
         try:
             image = Image.open(io.BytesIO(content))
         except UnidentifiedImageError as error:  # its own message holds nothing but an address in memory
-            raise BadImageError(f"{where}: is no picture of a known format") from error
+            raise BadImageError(f"{where}: is not an image of a known format") from error
         except Exception as error:  # Pillow's decoders raise many kinds for broken files
-            raise BadImageError(f"{where}: is no picture: {error}") from error
+            raise BadImageError(f"{where}: is not an image: {error}") from error
         with image:
-            return picture_rgb(self._sized(image, where), where)
+            return convert_rgb(self._sized(image, where), where)
 
     def _sized(self, image: Image.Image, where: str) -> Image.Image:
         if image.width * image.height > self.max_pixels:
             raise BadImageError(
                 f"{where}: {image.width} x {image.height} pixels; this server takes up to {self.max_pixels}, make the "
-                "picture smaller, or start the server with a higher --max-image-pixels"
+                "image smaller, or start the server with a higher --max-image-pixels"
             )
         return image
 
     def _too_large(self, size: int, where: str) -> None:
-        raise BadImageError(
-            f"{where}: {size} bytes; this server takes up to {self.max_bytes}, make the picture smaller"
-        )
+        raise BadImageError(f"{where}: {size} bytes; this server takes up to {self.max_bytes}, make the image smaller")
 
 
 class _SameRules(urllib.request.HTTPRedirectHandler):

@@ -66,8 +66,8 @@ class LLaVATrainer(ResumableTrainer):
         limit = getattr(llava.config, "tokenizer_model_max_length", None)
         counts = []
         for batch in batch_samples:
-            pictures, sizes = batch.get("images"), batch.get("image_sizes")
-            lengths = [] if pictures is None else llava.image_lengths(pictures, sizes)
+            images, sizes = batch.get("images"), batch.get("image_sizes")
+            lengths = [] if images is None else llava.image_lengths(images, sizes)
             counts.append(count_targets(batch["input_ids"], batch["labels"], lengths, limit if lengths else None))
         total = torch.stack(counts).sum().to(device) if counts else torch.zeros((), dtype=torch.long, device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:

@@ -1,7 +1,7 @@
-"""A conversation with LaVIN about one picture or none, as in its demo (`conversation/conversation.py`, `demo.py`).
+"""A conversation with LaVIN about one image or none, as in its demo (`conversation/conversation.py`, `demo.py`).
 
 The turns stand in front of a question as text. The original writes `Responese:` in front of an answer and a blank too
-many behind the picture, although it trains on `Response:`; here the words are those of the training.
+many behind the image, although it trains on `Response:`; here the words are those of the training.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.data.images import Picture, read_rgb
+from llava.data.images import ProcessedImage, read_rgb
 from llava.data.pixels import process_images
 from llava.errors import BadImageError, BadSampleError, LlavaError
 from llava.eval.answering.generation import GenerationOptions
@@ -37,7 +37,7 @@ def chat_prompt(turns: Sequence[Turn], question: str, *, has_image: bool, as_ori
     Args:
         turns: what was said before.
         question: what is asked now.
-        has_image: the conversation is about a picture.
+        has_image: the conversation is about an image.
         as_original: the words of the original's demo.
     """
     word = MISSPELT if as_original else RESPONSE
@@ -56,7 +56,7 @@ def shown_answer(text: str) -> str:
     return text.strip()
 
 
-def load_picture(path: str | Path, loaded: LoadedModel) -> Picture:
+def load_chat_image(path: str | Path, loaded: LoadedModel) -> ProcessedImage:
     """Pixels of an uploaded file.
 
     Raises:
@@ -66,10 +66,10 @@ def load_picture(path: str | Path, loaded: LoadedModel) -> Picture:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise BadImageError("the picture is on this server no more; upload it again") from error
-    image = read_rgb(io.BytesIO(content), "the picture")
-    pixels = process_images([image], loaded.image_processor, loaded.model.config, name="the picture")[0]
-    return Picture(pixels, image.size)
+        raise BadImageError("the image is on this server no more; upload it again") from error
+    image = read_rgb(io.BytesIO(content), "the image")
+    pixels = process_images([image], loaded.image_processor, loaded.model.config, name="the image")[0]
+    return ProcessedImage(pixels, image.size)
 
 
 def stream(engine: Engine, job: Job) -> Iterator[str]:
@@ -115,23 +115,23 @@ class LavinChat:
         Args:
             turns: what was said before.
             question: what is asked now.
-            image: file of the picture that the conversation is about.
+            image: file of the image that the conversation is about.
             options: how the answer is generated.
 
         Raises:
-            BadImageError: the picture cannot be read.
+            BadImageError: the image cannot be read.
             BadSampleError: the question is empty, or the conversation longer than the model takes.
             LlavaError: the engine could not answer.
         """
         if not question.strip():
             raise BadSampleError("there is no question")
         loaded = self.engine.loaded
-        pictures = [] if image is None else [load_picture(image, loaded)]
-        prompt = chat_prompt(turns, question.strip(), has_image=bool(pictures), as_original=self.as_original)
-        ids = prompt_ids(loaded.tokenizer, prompt, bool(pictures))
-        self._check_length(ids, len(pictures), options)
+        images = [] if image is None else [load_chat_image(image, loaded)]
+        prompt = chat_prompt(turns, question.strip(), has_image=bool(images), as_original=self.as_original)
+        ids = prompt_ids(loaded.tokenizer, prompt, bool(images))
+        self._check_length(ids, len(images), options)
         text = ""
-        for piece in stream(self.engine, Job(ids, pictures, options, stops=(f"\n{QUESTION}",))):
+        for piece in stream(self.engine, Job(ids, images, options, stops=(f"\n{QUESTION}",))):
             text += piece
             yield shown_answer(text)
 

@@ -35,7 +35,7 @@ from llava.train.build import record_settings
 from llava.train.options import DataArguments, ModelArguments, RunArguments, TrainingArguments
 from mma import original as convert
 from mma.config import TOWER, MmaConfig
-from mma.extension import PICTURE, MmaExtension
+from mma.extension import IMAGE_FLAGS, MmaExtension
 
 MAX_LENGTH = 511
 """Longest sequence of the published adapters' training, 512 with the modality token."""
@@ -195,16 +195,16 @@ def ready_folder(
 
 def _arguments(base: str, vision_tower: str, hidden: int) -> RunArguments:
     """Options of the run of ours that would have led to such a checkpoint."""
-    picture = {name: value for name, (part, _, value) in PICTURE.items() if part == "model"}
+    flags = {name: value for name, (part, _, value) in IMAGE_FLAGS.items() if part == "model"}
     model = ModelArguments(
         model_name_or_path=base,
         version="plain",
         vision_tower=vision_tower,
         mm_projector_type=f"bottleneck{hidden}_silu",
         mm_use_im_patch_token=False,
-        **picture,
+        **flags,
     )
-    data = DataArguments(image_aspect_ratio=PICTURE["image_aspect_ratio"][2])
+    data = DataArguments(image_aspect_ratio=IMAGE_FLAGS["image_aspect_ratio"][2])
     return RunArguments(model, data, TrainingArguments(output_dir="unused", use_cpu=True, report_to="none"))
 
 

@@ -1,4 +1,4 @@
-"""Talking with LaVIN in a browser, about a picture or without one (LaVIN's `demo.py`).
+"""Talking with LaVIN in a browser, about an image or without one (LaVIN's `demo.py`).
 
 python -m mma.demo --ckpt_dir ../data/weights --llm_model 13B --adapter_path ./LaVIN-13B-VLIT --server_name 127.0.0.1
 

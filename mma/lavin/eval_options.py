@@ -76,7 +76,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--temperature", type=float, default=10.0, help="of the routing; default: what the checkpoint says")
     add("--hidden_proj", type=int, default=128, help="hidden width of the projector")
-    add("--n_prompt", type=int, default=10, help="without effect: the tower says how many features a picture has")
+    add("--n_prompt", type=int, default=10, help="without effect: the tower says how many features an image has")
     add("--max_seq_len", type=int, required=True, help="positions of a prompt, the modality token included")
     add(
         "--vision_tower",

@@ -1,4 +1,4 @@
-"""The page of the demo: a picture or none, a conversation, and how answers are generated (LaVIN's `demo.py`).
+"""The page of the demo: an image or none, a conversation, and how answers are generated (LaVIN's `demo.py`).
 
 Every error that a user can mend is shown in the conversation. gradio is imported when a page is built.
 """
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     import gradio as gr
 
 TITLE = "LaVIN"
-WORDS = "Ask about a picture, or without one. Another picture begins a new conversation."
+WORDS = "Ask about an image, or without one. Another image begins a new conversation."
 
 FIELDS = ("Temperature", "Top p", "Longest answer in tokens", "Seed")
 """Labels of the numbers that say how answers are generated."""
 
 MAX_UPLOAD_BYTES = ImagePolicy.max_bytes
-"""Of a picture, as it comes; the page is to be launched with it."""
+"""Of an image, as it comes; the page is to be launched with it."""
 
 UPLOADS_LOOKED_AT, UPLOADS_KEPT = 3600, 24 * 3600
-"""Seconds: every hour, pictures of visitors that are older than a day are deleted; all of them when the page ends."""
+"""Seconds: every hour, images of visitors that are older than a day are deleted; all of them when the page ends."""
 
 Messages = list[dict[str, str]]
 """What the page shows: `{"role": "user" | "assistant", "content": text}`."""
@@ -112,7 +112,7 @@ def build_page(chat: LavinChat, max_new_tokens: int) -> gr.Blocks:
         turns = gr.State([])
         with gr.Row():
             with gr.Column(scale=1):
-                image = gr.Image(type="filepath", label="Picture", sources=["upload", "clipboard"])
+                image = gr.Image(type="filepath", label="Image", sources=["upload", "clipboard"])
                 # The file as it was uploaded: gradio would write it anew, and fail on a broken one without a word.
                 image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
                 with gr.Accordion("Answers", open=False):

@@ -1,6 +1,6 @@
 """Mixture-of-Modality Adaptation in a patched checkout: flags, adapters, and the routing of each pass.
 
-Adapters and projector are trained on a frozen model, on the pictures as LLaVA feeds them (`--visual_input llava`). A
+Adapters and projector are trained on a frozen model, on the images as LLaVA feeds them (`--visual_input llava`). A
 sample's modality is read off its token ids, see `modalities.py`. The folder written is that of llava-extensions, since
 the original's file has no place for LLaVA's projector.
 """
@@ -41,7 +41,7 @@ class Mma(Extension):
             return
         if training_args.visual_input != "llava":
             raise ValueError(
-                f"--visual_input {training_args.visual_input}: upstream's LLaVA does not feed pictures as LaVIN does; "
+                f"--visual_input {training_args.visual_input}: upstream's LLaVA does not feed images as LaVIN does; "
                 "pass --visual_input llava, or train in llava-extensions"
             )
         if model_args.vision_tower is None:
@@ -105,7 +105,7 @@ class Mma(Extension):
         return {self._our_name(model, name): tensor for name, tensor in state.items() if name in names}
 
     def refuse(self, config: Any) -> None:
-        """LaVIN's own picture is not to be had in upstream's LLaVA."""
+        """LaVIN's own image is not to be had in upstream's LLaVA."""
         feature = getattr(config, "mm_vision_select_feature", "patch")
         pixels = getattr(config, "mm_image_normalization", "tower")
         if feature not in ("patch", "cls_patch") or pixels != "tower":

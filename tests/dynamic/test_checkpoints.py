@@ -104,14 +104,14 @@ def test_there_and_back_is_exact(kind: str, golden_tower: Path, tmp_path: Path) 
     original = write_original(tmp_path / "original", golden_tower)
     model = load(original)
     ids = torch.tensor([[1, 20, -200, 30, 40, 50]])
-    pictures = torch.randn(1, 3, 16, 16)
-    expected = model(input_ids=ids, images=pictures).logits
+    images = torch.randn(1, 3, 16, 16)
+    expected = model(input_ids=ids, images=images).logits
     model.requires_grad_(True)
     model.get_vision_tower().requires_grad_(False)
     tokenizer = load_pretrained_model(str(original), device="cpu")[0]
     save_checkpoint(model, tmp_path / "ours", tokenizer)
     assert (tmp_path / "ours" / "extensions" / "dynamic" / "model.safetensors").is_file()
-    assert torch.equal(load(tmp_path / "ours")(input_ids=ids, images=pictures).logits, expected)
+    assert torch.equal(load(tmp_path / "ours")(input_ids=ids, images=images).logits, expected)
     if kind == "sharded":
         split_weights(tmp_path / "ours")
     exported = export_original(tmp_path / "ours", tmp_path / "back")
@@ -127,7 +127,7 @@ def test_there_and_back_is_exact(kind: str, golden_tower: Path, tmp_path: Path) 
     assert config["architectures"] == ["DynamicLlavaLlamaForCausalLM"]
     assert config["model_type"] == "llava_llama"
     assert "extensions" not in config
-    assert torch.equal(load(exported)(input_ids=ids, images=pictures).logits, expected)
+    assert torch.equal(load(exported)(input_ids=ids, images=images).logits, expected)
 
 
 def split_weights(folder: Path) -> None:

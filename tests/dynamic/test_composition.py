@@ -52,13 +52,13 @@ def test_trained_and_generated(method: str, tmp_path: Path) -> None:
     model = load_pretrained_model(str(tmp_path / "checkpoint-3"), str(BASE), device="cpu", **loading)[1]
     batch = prompts()
     together = greedy(model, batch.ids, batch.images, attention_mask=batch.mask)
-    for number, (row, pictures) in enumerate(zip(batch.rows, batch.pictures, strict=True)):
-        alone = greedy(model, row[None], pictures)
+    for number, (row, images) in enumerate(zip(batch.rows, batch.images, strict=True)):
+        alone = greedy(model, row[None], images)
         assert distance(together.logits[number], alone.logits[0]) < IN_BATCH
         assert torch.equal(together.tokens[number], alone.tokens[0])
         assert [kept[number] for kept in together.cache.report().lengths] == [
             kept[0] for kept in alone.cache.report().lengths
         ]
-        if pictures is not None and len(pictures):
+        if images is not None and len(images):
             first, last = alone.cache.report().lengths[0][0], alone.cache.report().lengths[-1][0]
             assert last < first, "tokens must have been dropped"

@@ -27,15 +27,15 @@ def check(cost: Cost, expected: dict[str, float]) -> None:
 @pytest.mark.parametrize("name", DECODERS)
 def test_the_table(name: str) -> None:
     expected, exact, config = dict(TABLE[name]), DECODERS[name], SparseConfig()
-    paper, picture = exact.paper(), Workload()
+    paper, image = exact.paper(), Workload()
     assert exact == Decoder(
         expected.pop("hidden"), expected.pop("layers"), expected.pop("intermediate"), *[exact.width] * 2
     )
     assert config.sparse_layer == expected.pop("sparse_layer")
-    assert picture.image == expected.pop("image_tokens")
-    assert picture.kept_prompt(config.vision_keep_rate) == expected.pop("kept_image_tokens")
-    check(flops.prefill(paper, config, picture), expected.pop("prefill_image_tokens_only_paper_convention_flops"))
-    check(flops.prefill(exact, config, picture), expected.pop("prefill_image_tokens_only_exact_llama_flops"))
+    assert image.image == expected.pop("image_tokens")
+    assert image.kept_prompt(config.vision_keep_rate) == expected.pop("kept_image_tokens")
+    check(flops.prefill(paper, config, image), expected.pop("prefill_image_tokens_only_paper_convention_flops"))
+    check(flops.prefill(exact, config, image), expected.pop("prefill_image_tokens_only_exact_llama_flops"))
     assert flops.vision_predictor_flops(exact, config, 576) == expected.pop("vision_predictor_flops")
     assert flops.text_predictor_flops(exact, config) == expected.pop("text_predictor_flops_per_token")
     example = expected.pop("example_decode")

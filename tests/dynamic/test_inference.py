@@ -68,12 +68,12 @@ def distance(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_row_does_not_depend_on_its_batch(precision: str, side: str) -> None:
-    """One picture, two and none; greedy, with the decisions of all predictors."""
+    """One image, two and none; greedy, with the decisions of all predictors."""
     model, batch, limit = load(precision), prompts(side), PRECISIONS[precision].in_batch
     together = greedy(model, batch.ids, batch.images, attention_mask=batch.mask)
     decisions = []
-    for number, (row, pictures) in enumerate(zip(batch.rows, batch.pictures, strict=True)):
-        alone = greedy(model, row[None], pictures)
+    for number, (row, images) in enumerate(zip(batch.rows, batch.images, strict=True)):
+        alone = greedy(model, row[None], images)
         # In half precision rounding may decide between two tokens, and what follows differs.
         same = (alone.tokens[0] == together.tokens[number]).long().cumprod(0)
         count = min(len(same), int(same.sum()) + 1)
@@ -110,7 +110,7 @@ def test_a_prompt_of_any_shape(side: str, with_cache: bool) -> None:
     assert len(set(kept)) > 2
 
 
-def test_a_prompt_that_ends_in_a_picture() -> None:
+def test_a_prompt_that_ends_in_a_image() -> None:
     """Its last token stays even where the predictor would drop it: generation starts from it."""
     model, beyond = load(), 0
     for size in (9, 10, 11, 12):
@@ -171,8 +171,8 @@ def test_beams() -> None:
     beams = model.generate(batch.ids, images=batch.images, attention_mask=batch.mask, **options)
     whole = model.generate(batch.ids, images=batch.images, attention_mask=batch.mask, use_cache=False, **options)
     assert torch.equal(beams, whole)
-    for number, (row, pictures) in enumerate(zip(batch.rows, batch.pictures, strict=True)):
-        assert torch.equal(beams[number], model.generate(row[None], images=pictures, **options)[0])
+    for number, (row, images) in enumerate(zip(batch.rows, batch.images, strict=True)):
+        assert torch.equal(beams[number], model.generate(row[None], images=images, **options)[0])
     greedily = greedy(model, batch.ids, batch.images, attention_mask=batch.mask).tokens
     assert not torch.equal(beams, greedily)
 
@@ -195,7 +195,7 @@ def test_several_answers_to_one_prompt() -> None:
     model, batch = load(), prompts()
     torch.manual_seed(0)
     options = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 5, "min_new_tokens": 5}
-    assert len(model.generate(batch.rows[0][None], images=batch.pictures[0], **options).unique(dim=0)) == 3
+    assert len(model.generate(batch.rows[0][None], images=batch.images[0], **options).unique(dim=0)) == 3
 
 
 @pytest.mark.parametrize("kind", backbones.MODELS)

@@ -57,7 +57,7 @@ def test_evaluation_in_batches(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_conversations_are_read_anew_every_turn(checkpoint: Path) -> None:
-    """Of earlier turns nothing but pictures is judged; the last instruction is."""
+    """Of earlier turns nothing but images is judged; the last instruction is."""
     loaded = load_model(str(checkpoint), str(BASE), device="cpu")
     loaded.model.config.user_marker_ids = loaded.tokenizer("</s>USER:", add_special_tokens=False).input_ids[1:]
     chat = Chat(loaded, "vicuna_v1", GenerationOptions(temperature=0, max_new_tokens=4), open_image)
@@ -86,8 +86,8 @@ def test_beside_routed_experts_and_lora(options: dict[str, Any]) -> None:
     routed = load_pretrained_model(str(ROUTED), str(BASE), device="cpu", **options)[1]
     model, batch = attach_predictors(bare_model(routed)), prompts()
     together = greedy(model, batch.ids, batch.images, attention_mask=batch.mask)
-    for number, (row, pictures) in enumerate(zip(batch.rows, batch.pictures, strict=True)):
-        alone = greedy(model, row[None], pictures)
+    for number, (row, images) in enumerate(zip(batch.rows, batch.images, strict=True)):
+        alone = greedy(model, row[None], images)
         assert distance(together.logits[number], alone.logits[0]) < 2e-6
     plain = greedy(sparse_llava(), batch.ids, batch.images, attention_mask=batch.mask)
     assert distance(plain.logits, together.logits) > 0.01, "the experts must matter"
@@ -103,8 +103,8 @@ def test_an_attention_that_was_asked_for_stays(checkpoint: Path) -> None:
     torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=1e-5)
     row = batch.rows[0][None]
     with pytest.raises(FlagError, match=r"'eager', which knows no policy; call model\.set_attn_implementation"):
-        model(input_ids=row, images=batch.pictures[0], labels=row)
-    assert torch.isfinite(usual(input_ids=row, images=batch.pictures[0], labels=row).loss)
+        model(input_ids=row, images=batch.images[0], labels=row)
+    assert torch.isfinite(usual(input_ids=row, images=batch.images[0], labels=row).loss)
 
 
 def test_switches_are_independent() -> None:
@@ -114,7 +114,7 @@ def test_switches_are_independent() -> None:
     for switch in off:
         model = sparse_llava(SparseConfig(**SMALL.to_dict() | off | {switch: True}))
         with record_decisions(model) as log:
-            model.generate(batch.rows[0][None], images=batch.pictures[0], max_new_tokens=12, min_new_tokens=12)
+            model.generate(batch.rows[0][None], images=batch.images[0], max_new_tokens=12, min_new_tokens=12)
         decision, segments = log.prompts[0], log.prompts[0].segments[0]
         assert (len(decision.images(0)[0]) < segments.images[0].end - segments.images[0].start) == (
             switch == "use_vision_predictor"

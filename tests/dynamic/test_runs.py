@@ -71,9 +71,9 @@ def test_recipe(recipe: str, tmp_path: Path) -> None:
     live = bare_model(run.model)
     assert set(live.extensions.configs) == {"dynamic", *(["hydralora"] if recipe == "hydralora" else [])}
     ids = torch.tensor([[1, 350, -200, 400, 500, 13]])
-    picture = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(3))
+    image = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        expected = live.eval()(input_ids=ids, images=picture).logits
+        expected = live.eval()(input_ids=ids, images=image).logits
     image_tokens = live.get_vision_tower().num_features
     assert expected.shape[1] < 5 + image_tokens, "tokens must have been dropped"
     torch.testing.assert_close(logits(tmp_path / "out" / "checkpoint-3"), expected, rtol=0, atol=1e-5)

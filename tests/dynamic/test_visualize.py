@@ -1,4 +1,4 @@
-"""The pictures of what was kept: fading, words, the program on a tiny sparse model."""
+"""The images of what was kept: fading, words, the program on a tiny sparse model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from PIL import Image, ImageChops
 
 from dynamic import visualize
-from dynamic.inspection import DecisionLog
 from dynamic.figures import KeptImage, Passage, Word, draw_sheet, fade_dropped, page
+from dynamic.inspection import DecisionLog
 from llava.errors import CheckpointError, FlagError
 from llava.eval.answering.loading import load_model
 from tests.dynamic.sparse_checkpoint import write_sparse_checkpoint
@@ -48,16 +48,16 @@ def test_a_patch_outside_the_grid_is_refused() -> None:
 
 def test_page_and_sheet_show_words_and_escape_them() -> None:
     passage = Passage("Answer", [Word("<b>", True), Word(" gone", False), Word("\nnext", True)])
-    picture = KeptImage(Image.new("RGB", (8, 8), "blue"), (2, 2), [0])
-    text = page("Q & A", [picture], [passage])
+    image = KeptImage(Image.new("RGB", (8, 8), "blue"), (2, 2), [0])
+    text = page("Q & A", [image], [passage])
     assert "Q &amp; A" in text
     assert '<span class="kept">&lt;b&gt;</span><span class="dropped"> gone</span>' in text
     assert "Answer: 2 of 3 tokens kept" in text
     assert "1 of 4 patches kept (25%)" in text
-    with_words, without = (draw_sheet([picture], passages, side=64) for passages in ([passage], []))
+    with_words, without = (draw_sheet([image], passages, side=64) for passages in ([passage], []))
     assert with_words.height > without.height
     long = Passage("Answer", [Word(" word", index % 2 == 0) for index in range(60)])
-    assert draw_sheet([picture], [long], side=64).height > with_words.height
+    assert draw_sheet([image], [long], side=64).height > with_words.height
 
 
 def test_the_program_shows_what_the_model_kept(
@@ -85,7 +85,7 @@ def with_feature(sparse: Path, folder: Path, feature: str) -> Path:
 
 
 def test_a_class_token_is_no_patch(sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the tower's class token is kept, patch i is token i + 1 of the picture."""
+    """Where the tower's class token is kept, patch i is token i + 1 of the image."""
     shown, logs, kept_images = [], [], visualize.kept_images
 
     def watched(log: DecisionLog, *others: Any) -> list[KeptImage]:
@@ -105,7 +105,7 @@ def test_a_class_token_is_no_patch(sparse: Path, tmp_path: Path, monkeypatch: py
 
 def test_class_tokens_alone_are_refused(sparse: Path, tmp_path: Path) -> None:
     model = with_feature(sparse, tmp_path / "tiny-sparse-v1", "cls_every_1")
-    with pytest.raises(CheckpointError, match="cls_every_1 of this model: its tokens are no patches"):
+    with pytest.raises(CheckpointError, match="cls_every_1 of this model: its tokens are not patches"):
         visualize.main(arguments(model, tmp_path / "kept"))
 
 

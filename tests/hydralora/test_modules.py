@@ -55,7 +55,7 @@ def expected_names(recipe: str) -> set[str]:
 
 
 def batch(text_only: bool = False) -> dict[str, Tensor]:
-    """One row; the picture of a row of text alone takes no place in it, as in training."""
+    """One row; the image of a row of text alone takes no place in it, as in training."""
     ids = torch.tensor([[1, 350, 350 if text_only else -200, 400, 500, 13]])
     images = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(3))
     return {"input_ids": ids, "labels": torch.where(ids > 0, ids, -100), "images": images}
@@ -110,7 +110,7 @@ def test_a_frozen_tower_without_updates_passes_no_gradient(tmp_path: Path) -> No
 
 
 def test_rows_of_text_alone_run_the_same_modules(tmp_path: Path) -> None:
-    """Data parallelism needs a gradient of every parameter, also of the tower's, from a batch without pictures."""
+    """Data parallelism needs a gradient of every parameter, also of the tower's, from a batch without images."""
     model = build_run(parse_args(command_line(tmp_path, **ALL))).model
     found = gradients(model, text_only=True)
     assert found.keys() == {name for name, weight in model.named_parameters() if weight.requires_grad}

@@ -1,4 +1,4 @@
-"""Fixtures of the tests on LaVIN: the original's coupling of pictures, tiny files, a checkpoint trained on them."""
+"""Fixtures of the tests on LaVIN: the original's coupling of images, tiny files, a checkpoint trained on them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def coupled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In models built from now on the first picture of a batch routes all of them, as in the original."""
+    """In models built from now on the first image of a batch routes all of them, as in the original."""
 
     def adapt(norm: Any, args: Any, output: Tensor) -> Tensor:
         return norm.adapter(output, norm.adapter.route(output[:1]).expand(len(output), -1, -1))

@@ -21,7 +21,7 @@ FORWARD = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def prompt(case: dict, tokens: Tensor, row: int, length: int) -> Tensor:
-    """The first `length` tokens of a finished sequence; the places of the picture become one image token."""
+    """The first `length` tokens of a finished sequence; the places of the image become one image token."""
     ids = tokens[row, :length].tolist()
     if not case["indicators"][row]:
         return torch.tensor(ids)

@@ -1,6 +1,6 @@
 """Training against the original's numbers: loss, logits, routing and every gradient.
 
-Where the original routes all pictures of a batch by the first one, the comparison is made twice: with that coupling put
+Where the original routes all images of a batch by the first one, the comparison is made twice: with that coupling put
 in by the test, and with ours against each sample alone in the original.
 """
 

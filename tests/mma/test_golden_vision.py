@@ -1,7 +1,7 @@
 """The vision side against the original's numbers: class tokens of every fourth block, adapters, routing, gradients.
 
-The original routes all pictures of a batch by the first one; ours routes each by itself, as the original does for a
-picture alone (`feats_single`). Its gradients are those of a batch, and are compared with that coupling put in.
+The original routes all images of a batch by the first one; ours routes each by itself, as the original does for a
+image alone (`feats_single`). Its gradients are those of a batch, and are compared with that coupling put in.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def test_features(variant: str, tmp_path: Path) -> None:
     torch.testing.assert_close(tower(images[order]), features[order], **FORWARD)
     if variant.startswith("router"):
         difference = (features - tensors[f"{variant}/out/feats_batch"])[1:].abs().max()
-        assert difference > 1, "the original's pictures depend on the first one of the batch"
+        assert difference > 1, "the original's images depend on the first one of the batch"
     if variant != "none":
         assert not torch.allclose(features, tensors["none/out/feats_single"], atol=0.1)
 

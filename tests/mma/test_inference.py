@@ -61,11 +61,11 @@ def table_of(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_row_does_not_depend_on_its_batch(model: Any, side: str) -> None:
-    """A picture, two of them and none: rows of both modalities, padded."""
+    """An image, two of them and none: rows of both modalities, padded."""
     batch = prompts(side)
     logits, tokens = scores(model, batch.ids, batch.images, attention_mask=batch.mask)
-    for number, (row, pictures) in enumerate(zip(batch.rows, batch.pictures, strict=True)):
-        alone, own = scores(model, row[None], pictures)
+    for number, (row, images) in enumerate(zip(batch.rows, batch.images_of_rows, strict=True)):
+        alone, own = scores(model, row[None], images)
         torch.testing.assert_close(logits[number], alone[0], **CLOSE)
         assert torch.equal(tokens[number], own[0])
 
@@ -85,12 +85,12 @@ def test_beams_and_several_answers(model: Any) -> None:
     together = model.generate(batch.ids, images=batch.images, attention_mask=batch.mask, **options)
     uncached = model.generate(batch.ids, images=batch.images, attention_mask=batch.mask, use_cache=False, **options)
     assert torch.equal(together, uncached)
-    for number, (row, pictures) in enumerate(zip(batch.rows, batch.pictures, strict=True)):
-        assert torch.equal(model.generate(row[None], images=pictures, **options), together[2 * number : 2 * number + 2])
+    for number, (row, images) in enumerate(zip(batch.rows, batch.images_of_rows, strict=True)):
+        assert torch.equal(model.generate(row[None], images=images, **options), together[2 * number : 2 * number + 2])
 
 
 def test_the_modality_decides(model: Any) -> None:
-    """Swapping the rows of the embedding changes text and pictures alike, and swapping back restores them."""
+    """Swapping the rows of the embedding changes text and images alike, and swapping back restores them."""
     before = logits_of(model)
     table = table_of(model)
     assert (table[:, 0] - table[:, 1]).abs().max() > 0.1
@@ -156,7 +156,7 @@ def train_a_step(model: Any) -> None:
     weight = model.get_decoder().layers[0].self_attn.v_proj.weight.requires_grad_()
     batch = prompts()
     ids = batch.rows[2][None]
-    model(input_ids=ids, images=batch.pictures[2], labels=ids).loss.backward()
+    model(input_ids=ids, images=batch.images_of_rows[2], labels=ids).loss.backward()
     weight.data.add_(0.3 * torch.ones_like(weight))
     weight.requires_grad_(False)
     weight.grad = None
@@ -199,12 +199,12 @@ def test_switching_lora_is_noticed() -> None:
 
 
 def test_threads_do_not_meet(model: Any) -> None:
-    """Two threads in the same layers at once, one with a picture and one without, as a server may have them."""
+    """Two threads in the same layers at once, one with an image and one without, as a server may have them."""
     batch = prompts()
 
     def answer(number: int) -> Tensor:
         with torch.no_grad():
-            return model(input_ids=batch.rows[number][None], images=batch.pictures[number]).logits
+            return model(input_ids=batch.rows[number][None], images=batch.images_of_rows[number]).logits
 
     numbers = (0, 2)
     expected = [answer(number) for number in numbers]
@@ -312,6 +312,6 @@ def test_four_bits() -> None:
     model = adapted_llava(BLOCK, load_4bit=True)
     batch = prompts()
     logits, tokens = scores(model, batch.ids, batch.images, attention_mask=batch.mask)
-    alone, own = scores(model, batch.rows[0][None], batch.pictures[0])
+    alone, own = scores(model, batch.rows[0][None], batch.images_of_rows[0])
     assert torch.equal(tokens[0], own[0])
     torch.testing.assert_close(logits[0], alone[0], rtol=1e-3, atol=1e-3)

@@ -45,7 +45,7 @@ class Host(nn.Module):
 @pytest.mark.parametrize("visual_type", ["normal", "router", "router_block"])
 @pytest.mark.parametrize("kind", ["clip", "siglip", "open_clip"])
 def test_every_kind_of_tower(kind: str, visual_type: str, tmp_path: Path) -> None:
-    """Fresh routed adapters change nothing, fresh plain ones feed attention with zeros; pictures are independent."""
+    """Fresh routed adapters change nothing, fresh plain ones feed attention with zeros; images are independent."""
     folder = {"clip": lambda: golden_dir("llava") / "tiny-clip", "siglip": lambda: towers.siglip(tmp_path),
               "open_clip": lambda: towers.open_clip(tmp_path)}[kind]()  # fmt: skip
     tower = build_vision_tower(SimpleNamespace(mm_vision_tower=str(folder), mm_vision_select_layer=-2))

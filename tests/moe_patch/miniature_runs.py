@@ -54,7 +54,7 @@ def logits(folder: Path, base: Path, **inputs: torch.Tensor) -> tuple[torch.Tens
 
 
 def gradients(base: Path, ours: Path, images: torch.Tensor, waiting: bool) -> dict[str, torch.Tensor]:
-    """Of adapters and projector, as in a run with checkpointing, for a batch with pictures and one without.
+    """Of adapters and projector, as in a run with checkpointing, for a batch with images and one without.
 
     With `waiting` the first backward pass begins after both forward passes.
     """
@@ -159,7 +159,7 @@ def main() -> None:
     }
     messages = {name: refusal(base, work / "refused", *flags) for name, flags in refused.items()}
     alone: dict[str, list[str]] = {
-        "mma-picture": ["--mma", "True", "--vision_tower", str(tower)],
+        "mma-image": ["--mma", "True", "--vision_tower", str(tower)],
         "mma-tower": MMA,
         "mma-idle": ["--adapter_dim", "4"],
         "mma-values": [*MMA, "--vision_tower", str(tower), "--adapter_type", "everywhere"],

@@ -149,7 +149,7 @@ class TestTraining:
             ("projector", "--tune_mm_mlp_adapter True"),
             ("reentrant", "use_reentrant"),
             ("beside", "--mma True beside LoRA is not carried by moe_patch"),
-            ("mma-picture", "pass --visual_input llava"),
+            ("mma-image", "pass --visual_input llava"),
             ("mma-tower", "--mma True needs --vision_tower"),
             ("mma-idle", "--adapter_dim: without effect; pass --mma True too"),
             ("mma-values", "adapter_type is 'everywhere'"),
@@ -181,7 +181,7 @@ class TestLoading:
 
 
 class TestModalities:
-    """Adapters of LaVIN: what the checkout trained, and what ours did, on text and on pictures."""
+    """Adapters of LaVIN: what the checkout trained, and what ours did, on text and on images."""
 
     @pytest.mark.parametrize("name", ["mma", "ours-mma"])
     @pytest.mark.parametrize("kind", ["text", "image"])

@@ -187,7 +187,7 @@ def trained(applied: Upstream) -> Upstream:
 
 def our_logits(upstream: Upstream, folder: str, name: str = "inputs") -> Tensor:
     inputs = load_file(upstream.work / f"{name}.safetensors")
-    if name == "text":  # upstream gives a row without image a picture all the same
+    if name == "text":  # upstream gives a row without image an image all the same
         del inputs["images"]
     base = str(upstream.work / "tiny-llava-v1.5")
     _, model, _, _ = load_pretrained_model(str(upstream.work / folder), base, device="cpu")

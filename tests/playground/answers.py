@@ -15,7 +15,7 @@ GRID = ["northwest", "north", "northeast", "west", "center", "east", "southwest"
 
 
 def _things(cells: Cells) -> list[tuple[str, str, str]]:
-    """(place, colour, kind) of everything in the picture."""
+    """(place, colour, kind) of everything in the image."""
     return [(GRID[index], cell[0], cell[1]) for index, cell in enumerate(cells) if cell is not None]
 
 
@@ -30,7 +30,7 @@ def _more(cells: Cells, first: str, second: str) -> str:
     return max(counts, key=lambda colour: counts[colour])
 
 
-PICTURE_RULES: list[tuple[str, Callable[..., str]]] = [
+IMAGE_RULES: list[tuple[str, Callable[..., str]]] = [
     (r"What colour is the (\w+)\?", lambda cells, kind: _only([c for _, c, k in _things(cells) if k == kind])),
     (r"Which shape is (\w+)\?", lambda cells, place: _only([k for p, _, k in _things(cells) if p == place])),
     (r"Which digit is (?!the)(\w+)\?", lambda cells, place: _only([k for p, _, k in _things(cells) if p == place])),
@@ -54,7 +54,7 @@ TEXT_RULES: list[tuple[str, Callable[..., str]]] = [
 
 def right_answer(question: str, cells: Cells | None) -> str:
     """The answer to a question of any family; fails if no rule or several rules know the wording."""
-    rules = TEXT_RULES if cells is None else PICTURE_RULES
+    rules = TEXT_RULES if cells is None else IMAGE_RULES
     found = [(rule, match) for pattern, rule in rules if (match := re.fullmatch(pattern, question))]
     assert len(found) == 1, f"{len(found)} rules know the question {question!r}"
     rule, match = found[0]

@@ -76,8 +76,8 @@ def test_same_seed_same_bytes_other_seed_other_bytes(data: Path, tmp_path: Path)
     for file in (*TRAIN_FILES, *QUESTION_FILES, CAPTIONS, SCENES):
         assert first[file] != other[file]
     shared = first.keys() & other.keys()
-    same_pictures = sum(first[name] == other[name] for name in shared if name.endswith(".png"))
-    assert same_pictures == 0
+    same_images = sum(first[name] == other[name] for name in shared if name.endswith(".png"))
+    assert same_images == 0
 
 
 @pytest.mark.parametrize("file", TRAIN_FILES)
@@ -111,8 +111,8 @@ def test_captions_name_what_is_there(data: Path, scenes: dict[str, Cells]) -> No
     assert complete > 20  # those that name by kind leave out kinds that occur twice
 
 
-def test_an_answer_to_another_picture_is_noticed(data: Path, scenes: dict[str, Cells]) -> None:
-    """Without this, the tests of labels could pass because the answers do not depend on the picture."""
+def test_an_answer_to_another_image_is_noticed(data: Path, scenes: dict[str, Cells]) -> None:
+    """Without this, the tests of labels could pass because the answers do not depend on the image."""
     questions = [q for q in read_questions(data / BASE_QUESTIONS) if q.category == "count"]
     answers = [right_answer(question.text, scenes[question.images[0]]) for question in questions]
     assert len(set(answers)) > 1

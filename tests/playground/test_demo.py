@@ -135,9 +135,9 @@ def test_dropping_saves_what_it_drops(demo: DemoRun) -> None:
 def test_examples_show_what_was_kept(demo: DemoRun) -> None:
     assert 0 < len(demo.sparse.examples) <= EXAMPLES
     for example in demo.sparse.examples:
-        assert example.picture.image.size == (IMAGE_SIZE, IMAGE_SIZE)
-        assert example.picture.grid == (3, 3)
-        assert len(example.picture.kept) == 4
+        assert example.image.image.size == (IMAGE_SIZE, IMAGE_SIZE)
+        assert example.image.grid == (3, 3)
+        assert len(example.image.kept) == 4
         assert example.answer == demo.sparse.sparse_result.answers[example.question.question_id]
 
 

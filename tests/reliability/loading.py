@@ -48,7 +48,7 @@ class Subject:
         return folder / self.damaged
 
 
-def picture() -> Image.Image:
+def image() -> Image.Image:
     """Noise, so that every pixel matters."""
     generator = torch.Generator().manual_seed(3)
     return Image.fromarray(torch.randint(256, (40, 50, 3), generator=generator, dtype=torch.uint8).numpy())
@@ -60,7 +60,7 @@ def numbers(folder: Path, subject: Subject) -> dict[str, Tensor]:
     base = None if subject.base is None else str(folder / subject.base)
     tokenizer, model, processor, length = load_pretrained_model(str(folder / subject.model), base, device="cpu")
     ids = tokenizer_image_token(PROMPT, tokenizer, return_tensors="pt")[None]
-    pixels = process_images([picture()], processor, model.config)
+    pixels = process_images([image()], processor, model.config)
     output = model(input_ids=ids, images=pixels)
     tokens = model.generate(ids, images=pixels, do_sample=False, max_new_tokens=4)
     return {"ids": ids, "pixels": pixels, "logits": output.logits, "tokens": tokens, "length": torch.tensor(length)}

@@ -24,7 +24,7 @@ from llava.model.delta import combine
 from llava.model.full_weights import write_full_weights
 from tests.reliability.choice import chosen
 from tests.reliability.damage import Damage, damages
-from tests.reliability.loading import LLAVA, PROMPT, SUBJECTS, Subject, numbers, picture, verdict
+from tests.reliability.loading import LLAVA, PROMPT, SUBJECTS, Subject, image, numbers, verdict
 from tests.reliability.test_loading import matters, undetectable
 
 FULL, BASE, CLIP = (LLAVA / name for name in ("tiny-llava-v1.5", "tiny-vicuna", "tiny-clip"))
@@ -36,7 +36,7 @@ Numbers = dict[str, Tensor]
 def hf_numbers(folder: Path) -> Numbers:
     """What plain transformers computes from a converted folder."""
     model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
-    inputs = AutoProcessor.from_pretrained(folder)(text=PROMPT, images=[picture()], return_tensors="pt")
+    inputs = AutoProcessor.from_pretrained(folder)(text=PROMPT, images=[image()], return_tensors="pt")
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=4)
     found = {"ids": inputs.input_ids, "pixels": inputs.pixel_values, "tokens": tokens}
     return found | {"logits": model(**inputs).logits}

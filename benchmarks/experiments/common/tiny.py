@@ -1,7 +1,7 @@
 """The untrained base: a square CLIP tower, a Llama and a tokenizer, all from configurations and the training text.
 
 Pieces of the tokenizer may span blanks and punctuation, so a question that is asked often is a single token together
-with the `ASSISTANT:` behind it. Questions of fifteen tokens would cost more time than the picture, and a decoder of
+with the `ASSISTANT:` behind it. Questions of fifteen tokens would cost more time than the image, and a decoder of
 three layers learns to count much later when the question has to be carried over many tokens to the place of the answer.
 """
 

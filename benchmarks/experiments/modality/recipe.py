@@ -75,7 +75,7 @@ class Recipe:
         candidates: rates that the pilots try.
         rank: of LoRA; the widths of the adapters follow.
         temperature: of MMA's routers; LaVIN's own.
-        every: one in so many test pictures is asked about.
+        every: one in so many test images is asked about.
         held_out: test lists, each with one question of every kind.
     """
 

@@ -1,4 +1,4 @@
-"""MMA, adapters without router and LoRA on rows with and without a picture: base, runs, answers, `docs/experiments.md`.
+"""MMA, adapters without router and LoRA on rows with and without an image: base, runs, answers, `docs/experiments.md`.
 
     python -m benchmarks.experiments.modality.table --data ../shared/data/nlvr --output-dir checkpoints/modality
 
@@ -88,7 +88,7 @@ def prepare(recipe: Recipe, data: Path, folder: Path) -> None:
 
 
 def image_rows(asked: Sequence[Asked], recipe: Recipe, seed: int) -> list[dict[str, Any]]:
-    """LLaVA rows of one picture, with questions of all kinds that its scene has."""
+    """LLaVA rows of one image, with questions of all kinds that its scene has."""
     wanted = [one for one in asked if one.task in KINDS]
     rows = conversation_rows(wanted, recipe.turns, recipe.rows, seed)
     return [row | {"id": f"image-{row['id']}"} for row in rows]
@@ -173,8 +173,8 @@ def write_document(document: Path, recipe: Recipe, data: Path, folder: Path) -> 
         DocumentError: it lacks the marked places.
     """
     asked = asked_questions(folder)
-    pictures, lists = [one for one in asked if one.image], [one for one in asked if not one.image]
-    blind = blind_accuracy(read_train(data / "train.json"), pictures)
+    images, lists = [one for one in asked if one.image], [one for one in asked if not one.image]
+    blind = blind_accuracy(read_train(data / "train.json"), images)
     blind |= blind_accuracy(trained_about_lists(folder, lists), lists)
     references = {
         "majority answer": report.columns(majority_accuracy(asked)),

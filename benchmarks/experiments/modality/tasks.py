@@ -1,8 +1,8 @@
-"""The two halves of the mixture: questions about a picture, and the same questions about a list of objects in words.
+"""The two halves of the mixture: questions about an image, and the same questions about a list of objects in words.
 
-A list ("blue square black circle") is drawn by a program and stands in the prompt where a picture would, before the
-first question. The base of the experiment has seen the questions with pictures, and neither the words nor any row
-without a picture. Wordings and answers are those of the NLVR files.
+A list ("blue square black circle") is drawn by a program and stands in the prompt where an image would, before the
+first question. The base of the experiment has seen the questions with images, and neither the words nor any row
+without an image. Wordings and answers are those of the NLVR files.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class Sizes:
     """Sizes of the untrained base.
 
     Attributes:
-        image: side of the square that the 400 x 100 pixel pictures are stretched to.
+        image: side of the square that the 400 x 100 pixel images are stretched to.
         patch: side of a patch, in pixels of that square.
         width: hidden size of tower and decoder.
         layers: layers of the tower, and of the decoder.

@@ -33,7 +33,7 @@ class Recipe:
             task makes as many updates and sees as many rows of the task as a run on the mixture.
         rate: peak learning rate.
         rank: r of the table; the adapters of LoRA-split have rank r / tasks.
-        every: one in so many test pictures is asked about.
+        every: one in so many test images is asked about.
     """
 
     sizes: Sizes = field(default_factory=lambda: Sizes(patch=12))

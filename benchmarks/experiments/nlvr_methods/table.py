@@ -84,7 +84,7 @@ def mixture(asked: Sequence[Asked], recipe: Recipe, seed: int) -> dict[str, list
 
 
 def chosen_questions(data: Path, every: int) -> dict[str, list[str]]:
-    """Lines of `val.jsonl` of each task, those of one in `every` test pictures."""
+    """Lines of `val.jsonl` of each task, those of one in `every` test images."""
     images: dict[str, int] = {}
     lines: dict[str, list[str]] = {task: [] for task in TASKS}
     for line in (data / "val.jsonl").read_text(encoding="utf-8").splitlines():

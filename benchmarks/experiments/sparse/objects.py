@@ -1,4 +1,4 @@
-r"""How many of the image tokens that a sparse model keeps lie on an object, in pictures of NLVR.
+r"""How many of the image tokens that a sparse model keeps lie on an object, in images of NLVR.
 
 python -m benchmarks.experiments.sparse.objects --model-path checkpoints/sparse/late-learned-0.2-0 \
     --question-file checkpoints/sparse/questions.jsonl --image-folder ../shared/data/nlvr --figure kept.png
@@ -18,13 +18,13 @@ import torch
 from PIL import Image
 
 from benchmarks.experiments.sparse.rules import NAME
-from dynamic.inspection import record_decisions
 from dynamic.figures import KeptImage, draw_sheet
+from dynamic.inspection import record_decisions
 from llava.data.images import load_image
 from llava.errors import CheckpointError
 from llava.eval.answering.loading import load_model
 from llava.eval.answering.questions import read_questions
-from llava.eval.answering.runner import image_arguments, load_pictures, make_prompt
+from llava.eval.answering.runner import image_arguments, load_images, make_prompt
 from llava.eval.model_vqa_loader import make_task
 from llava.runtime.program import run_program
 
@@ -41,11 +41,11 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", required=True, help="sparse checkpoint")
-    parser.add_argument("--question-file", required=True, help="questions whose pictures are looked at, each once")
+    parser.add_argument("--question-file", required=True, help="questions whose images are looked at, each once")
     parser.add_argument("--image-folder", required=True, help="folder that image names are relative to")
     parser.add_argument("--conv-mode", default="v1", help="conversation template")
-    parser.add_argument("--limit", type=int, default=100, help="pictures")
-    parser.add_argument("--figure", type=Path, default=None, help="draw the first pictures into this PNG")
+    parser.add_argument("--limit", type=int, default=100, help="images")
+    parser.add_argument("--figure", type=Path, default=None, help="draw the first images into this PNG")
     return parser
 
 
@@ -75,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     drawn: list[KeptImage] = []
     for name, question in list(by_image.items())[: args.limit]:
         task = make_task(question)
-        pictures = load_pictures(task, loaded, lambda image, where: load_image(args.image_folder, image, row=where))
+        images = load_images(task, loaded, lambda image, where: load_image(args.image_folder, image, row=where))
         prompt = make_prompt("0", task, loaded, args.conv_mode)
         with torch.no_grad(), record_decisions(loaded.model) as log:
-            loaded.model(input_ids=prompt.input_ids[None], **image_arguments([pictures], loaded), logits_to_keep=1)
+            loaded.model(input_ids=prompt.input_ids[None], **image_arguments([images], loaded), logits_to_keep=1)
         image = load_image(args.image_folder, name, row=question.where)
         chosen, shown = log.prompts[0].images(0)[0].tolist(), object_patches(image, side)
         patches, objects = patches + side**2, objects + len(shown)

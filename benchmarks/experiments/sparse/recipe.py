@@ -30,7 +30,7 @@ class Setting:
         title: as in the document.
         groups: what is shown, each with its categories of questions; the first is drawn.
         updates: of every run.
-        read_from: first layer in which text sees the picture.
+        read_from: first layer in which text sees the image.
         rates: keep rates below 1.
         control_rates: those at which a model is also trained with chance as its judge.
     """
@@ -45,7 +45,7 @@ class Setting:
 
 
 NLVR_TASKS = {"count": ("count",), "exist": ("exist",)}
-TINY_TASKS = {"questions about pictures": ("colour", "shape", "digit", "position", "count")}
+TINY_TASKS = {"questions about images": ("colour", "shape", "digit", "position", "count")}
 SETTINGS = (
     Setting("nlvr", "NLVR", NLVR_TASKS, 80),
     Setting("late", "NLVR, late reading", NLVR_TASKS, 160, read_from=SPARSE_LAYER, control_rates=(0.2,)),
@@ -68,7 +68,7 @@ class Recipe:
         mask_loss_weight: of the keep-rate loss. The default of 100 is for runs of ten thousand updates: its gradient
             follows the noise of the decisions, and so few updates do not average it away (see the document).
         predictor: its sizes.
-        every: for each task of NLVR, one in so many test pictures is asked about.
+        every: for each task of NLVR, one in so many test images is asked about.
     """
 
     base: BaseRecipe = field(default_factory=BaseRecipe)
@@ -91,8 +91,8 @@ class Place(NamedTuple):
     Attributes:
         base: what every run starts from.
         tower: its vision tower.
-        images: folder of the pictures.
-        flags: how pictures are read.
+        images: folder of the images.
+        flags: how images are read.
     """
 
     base: Path

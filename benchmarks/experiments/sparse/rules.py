@@ -87,7 +87,7 @@ class LastTokenAttention:
         model: with `get_decoder()`.
         sparse_layer: of the model.
         layer: whose attention counts: the layer below the sparse one (FastV's), or the sparse layer itself, which is
-            the first that reads the picture where those below are blind to it.
+            the first that reads the image where those below are blind to it.
     """
 
     def __init__(self, model: Any, sparse_layer: int, layer: int) -> None:
@@ -151,9 +151,9 @@ def last_token_attention(
 
 
 class LateReading:
-    """Text does not see pictures below layer `first`: all that it learns of them it learns from there on.
+    """Text does not see images below layer `first`: all that it learns of them it learns from there on.
 
-    Made for a model whose text has read the picture before anything is dropped. Patches see each other as before.
+    Made for a model whose text has read the image before anything is dropped. Patches see each other as before.
     """
 
     def __init__(self, model: Any, first: int) -> None:

@@ -98,7 +98,7 @@ def prepare(recipe: Recipe, data: Path, folder: Path) -> None:
 
 
 def place_of(setting: Setting, data: Path, folder: Path) -> Place:
-    """Where base and pictures of a setting lie."""
+    """Where base and images of a setting lie."""
     if setting.name == "tiny":
         checkpoints = folder / PLAYGROUND / "checkpoints"
         flags = ("--mm_vision_select_layer", "-2", "--image_aspect_ratio", "square")

@@ -37,7 +37,7 @@ class LoadedModel:
 
     @property
     def patches_per_image(self) -> int:
-        """Positions that one picture of the crop size takes in the sequence; 0 without a vision tower."""
+        """Positions that one image of the crop size takes in the sequence; 0 without a vision tower."""
         tower = self.model.get_vision_tower()
         return 0 if tower is None else int(tower.num_features)
 

@@ -1,4 +1,4 @@
-"""Pictures read ahead of the model: a queue of prompts that gives batches of changing size."""
+"""Images read ahead of the model: a queue of prompts that gives batches of changing size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
 
 BATCHES_AHEAD = 2
-"""Batches whose pictures are read while the model works."""
+"""Batches whose images are read while the model works."""
 
 
 class Prefetcher(Generic[Item, Loaded]):

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava.conversation import Conversation
-from llava.data.images import Picture
+from llava.data.images import ProcessedImage
 from llava.data.pixels import process_images
 from llava.errors import CheckpointError, NotFiniteError
 from llava.eval.answering.answers import AnswersFile, Task
@@ -31,7 +31,7 @@ from llava.eval.answering.prefetch import Prefetcher
 from llava.eval.answering.prompts import add_image_markers, ask, prompt_ids
 
 OpenImage = Callable[[str, str], Image.Image]
-"""From an entry of `Task.images` and `Task.where` to an RGB picture; its errors name both."""
+"""From an entry of `Task.images` and `Task.where` to an RGB image; its errors name both."""
 
 
 LONGEST_NAME = 1000
@@ -147,17 +147,17 @@ def answer_tasks(
     speed, started = Speed(batch_size=size), time.monotonic()
     failures: list[UnansweredError] = []
 
-    def answer(batch: list[tuple[Prompt, list[Picture]]]) -> dict[str, str]:
-        group, pictures = zip(*batch, strict=True)
+    def answer(batch: list[tuple[Prompt, list[ProcessedImage]]]) -> dict[str, str]:
+        group, images = zip(*batch, strict=True)
         try:
-            return answer_batch(group, pictures, loaded, options, to_text)
+            return answer_batch(group, images, loaded, options, to_text)
         except UnansweredError as error:
             failures.append(error)
             return error.answers
 
     with (
         tqdm(total=len(answers.keys), initial=len(answers.rows), unit="question", smoothing=0.1) as progress,
-        Prefetcher(prompts, lambda prompt: load_pictures(prompt.task, loaded, open_image), workers) as queue,
+        Prefetcher(prompts, lambda prompt: load_images(prompt.task, loaded, open_image), workers) as queue,
     ):
         batches = Batches(queue, answer, size, fixed=batch_size is not None, say=progress.write)
         for batch, texts in batches:
@@ -166,7 +166,7 @@ def answer_tasks(
                 raise failures[0]
             speed.batch_size = batches.size
             speed.questions += len(batch)
-            speed.images += sum(len(pictures) for _, pictures in batch)
+            speed.images += sum(len(images) for _, images in batch)
             speed.seconds = time.monotonic() - started
             progress.set_postfix_str(f"{speed.images / speed.seconds:.2f} images/s", refresh=False)
             progress.update(len(batch))
@@ -198,7 +198,7 @@ def conversation_of(task: Task, loaded: LoadedModel, conv_mode: str) -> Conversa
 
 def answer_batch(
     prompts: Sequence[Prompt],
-    pictures: Sequence[Sequence[Picture]],
+    images: Sequence[Sequence[ProcessedImage]],
     loaded: LoadedModel,
     options: GenerationOptions,
     to_text: ToText = stripped_text,
@@ -207,7 +207,7 @@ def answer_batch(
 
     Args:
         prompts: B prompts.
-        pictures: for each of them its images.
+        images: for each of them its images.
         loaded: model and tokenizer.
         options: decoding options.
         to_text: makes the text of an answer from its token ids.
@@ -220,7 +220,7 @@ def answer_batch(
     """
     broken: Sequence[int] = ()
     try:
-        output_ids = generate_batch(prompts, pictures, loaded, options.arguments([prompt.key for prompt in prompts]))
+        output_ids = generate_batch(prompts, images, loaded, options.arguments([prompt.key for prompt in prompts]))
     except NotFiniteError as error:
         output_ids, broken = error.output, error.rows
     rows = list(zip(prompts, output_ids.tolist(), strict=True))
@@ -237,7 +237,7 @@ def named(tasks: Iterable[Task]) -> str:
 
 def generate_batch(
     prompts: Sequence[Prompt],
-    pictures: Sequence[Sequence[Picture]],
+    images: Sequence[Sequence[ProcessedImage]],
     loaded: LoadedModel,
     arguments: Mapping[str, Any],
 ) -> Tensor:
@@ -246,7 +246,7 @@ def generate_batch(
     Raises:
         NotFiniteError: the logits of a row are not numbers; holds the rows, and the ids of all.
     """
-    warn_if_cut(prompts, pictures, loaded)
+    warn_if_cut(prompts, images, loaded)
     device, tokenizer = loaded.model.device, loaded.tokenizer
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     input_ids, attention_mask = pad_left([prompt.input_ids for prompt in prompts], pad)
@@ -254,7 +254,7 @@ def generate_batch(
         return loaded.model.generate(
             input_ids.to(device),
             attention_mask=attention_mask.to(device),
-            **image_arguments(pictures, loaded),
+            **image_arguments(images, loaded),
             **arguments,
             use_cache=True,
             pad_token_id=pad,
@@ -280,25 +280,27 @@ def pad_left(rows: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
     return input_ids, attention_mask
 
 
-def image_arguments(pictures: Sequence[Sequence[Picture]], loaded: LoadedModel) -> dict[str, Any]:
+def image_arguments(images: Sequence[Sequence[ProcessedImage]], loaded: LoadedModel) -> dict[str, Any]:
     """`images` and `image_sizes` of `generate` for the rows of a batch.
 
-    Images are consumed in row order, and a row without one consumes a picture too: it gets a black dummy, which enters
+    Images are consumed in row order, and a row without one consumes an image too: it gets a black dummy, which enters
     no sequence. A batch of text-only rows passes no images at all.
     """
-    present = [picture for row in pictures for picture in row]
+    present = [image for row in images for image in row]
     if not present:
         return {"images": None, "image_sizes": None}
     tiles = present[0].pixels
-    # Like one whole picture: (3, H, W), or one tile (1, 3, H, W) in the anyres mode.
-    dummy = Picture(torch.zeros_like(tiles if tiles.ndim == 3 else tiles[:1]), (tiles.shape[-1], tiles.shape[-2]))
-    flat = [picture for row in pictures for picture in (row or [dummy])]
-    pixels = [picture.pixels.to(loaded.model.device, loaded.model.dtype) for picture in flat]
-    same_shape = len({image.shape for image in pixels}) == 1
-    return {"images": torch.stack(pixels) if same_shape else pixels, "image_sizes": [picture.size for picture in flat]}
+    # Like one whole image: (3, H, W), or one tile (1, 3, H, W) in the anyres mode.
+    dummy = ProcessedImage(
+        torch.zeros_like(tiles if tiles.ndim == 3 else tiles[:1]), (tiles.shape[-1], tiles.shape[-2])
+    )
+    flat = [image for row in images for image in (row or [dummy])]
+    batch = [image.pixels.to(loaded.model.device, loaded.model.dtype) for image in flat]
+    same_shape = len({pixels.shape for pixels in batch}) == 1
+    return {"images": torch.stack(batch) if same_shape else batch, "image_sizes": [image.size for image in flat]}
 
 
-def load_pictures(task: Task, loaded: LoadedModel, open_image: OpenImage) -> list[Picture]:
+def load_images(task: Task, loaded: LoadedModel, open_image: OpenImage) -> list[ProcessedImage]:
     """Open and preprocess the images of one task, each by itself so that the batch has no influence.
 
     Raises:
@@ -309,25 +311,25 @@ def load_pictures(task: Task, loaded: LoadedModel, open_image: OpenImage) -> lis
         raise CheckpointError(
             f"{task.where}: the question has an image, but the model '{loaded.name}' has no vision tower"
         )
-    pictures = []
+    images = []
     for number, name in enumerate(task.images, start=1):
         image = open_image(name, task.where)
         said = f"{task.where}: image {name if len(name) <= LONGEST_NAME else number}"
         pixels = process_images([image], loaded.image_processor, loaded.model.config, name=said)[0]
-        pictures.append(Picture(pixels, image.size))
-    return pictures
+        images.append(ProcessedImage(pixels, image.size))
+    return images
 
 
-def warn_if_cut(prompts: Sequence[Prompt], pictures: Sequence[Sequence[Picture]], loaded: LoadedModel) -> None:
+def warn_if_cut(prompts: Sequence[Prompt], images: Sequence[Sequence[ProcessedImage]], loaded: LoadedModel) -> None:
     """Warn of prompts that the model will cut at its `tokenizer_model_max_length`, as upstream does silently."""
     limit = getattr(loaded.model.config, "tokenizer_model_max_length", None)
     if limit is None:
         return
-    for prompt, row in zip(prompts, pictures, strict=True):
+    for prompt, row in zip(prompts, images, strict=True):
         length = len(prompt.input_ids) - len(row)
         if row:
-            sizes = [picture.size for picture in row]
-            length += sum(loaded.model.image_lengths([picture.pixels for picture in row], sizes))
+            sizes = [image.size for image in row]
+            length += sum(loaded.model.image_lengths([image.pixels for image in row], sizes))
         if length > limit:
             warnings.warn(
                 f"{prompt.task.where}: the prompt has {length} positions, the model keeps {limit} "

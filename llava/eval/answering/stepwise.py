@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from llava.data.images import Picture
+from llava.data.images import ProcessedImage
 from llava.errors import NotFiniteError
 from llava.eval.answering.loading import LoadedModel
 from llava.eval.answering.runner import image_arguments
@@ -63,20 +63,20 @@ class Stepper:
         return int(self.cache.get_seq_length(self.loaded.model.config.num_hidden_layers - 1))
 
     @torch.no_grad()
-    def feed(self, ids: Tensor | Sequence[int], pictures: Sequence[Picture] = ()) -> Tensor:
+    def feed(self, ids: Tensor | Sequence[int], images: Sequence[ProcessedImage] = ()) -> Tensor:
         """Run the next ids through the model.
 
         Args:
-            ids: (n,) with an image token for each picture; pictures only in the first call.
-            pictures: of the first call.
+            ids: (n,) with an image token for each image; images only in the first call.
+            images: of the first call.
 
         Returns:
             (V,) float32 logits of the token that comes next.
         """
         model = self.loaded.model
         rows = torch.as_tensor(ids, dtype=torch.long, device=model.device)[None]  # (1, n)
-        images = image_arguments([pictures], self.loaded) if pictures else {}
-        output = model(input_ids=rows, cache=self.cache, use_cache=True, logits_to_keep=1, **images)
+        arguments = image_arguments([images], self.loaded) if images else {}
+        output = model(input_ids=rows, cache=self.cache, use_cache=True, logits_to_keep=1, **arguments)
         self.logits = output.logits[0, -1].float()
         return self.logits
 

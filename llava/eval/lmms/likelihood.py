@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.data.images import Picture
+from llava.data.images import ProcessedImage
 from llava.errors import BadSampleError, NotFiniteError
 from llava.eval.answering.answers import Task
 from llava.eval.answering.loading import LoadedModel
@@ -99,13 +99,13 @@ def _end_ids(loaded: LoadedModel) -> list[int]:
 
 
 def likelihoods(
-    candidates: Sequence[Candidate], pictures: Sequence[Sequence[Picture]], loaded: LoadedModel
+    candidates: Sequence[Candidate], images: Sequence[Sequence[ProcessedImage]], loaded: LoadedModel
 ) -> list[Likelihood]:
     """The probabilities of one batch of answers.
 
     Args:
         candidates: B prompts with an answer each.
-        pictures: for each of them its images.
+        images: for each of them its images.
         loaded: model and tokenizer.
 
     Raises:
@@ -119,7 +119,7 @@ def likelihoods(
         "logits_processor": LogitsProcessorList([forced]),
     }
     try:
-        generate_batch([candidate.prompt for candidate in candidates], pictures, loaded, arguments)
+        generate_batch([candidate.prompt for candidate in candidates], images, loaded, arguments)
     except NotFiniteError as error:
         tasks = named(candidates[row].prompt.task for row in error.rows)
         raise NotFiniteError(loaded.no_answer(tasks), error.rows) from error

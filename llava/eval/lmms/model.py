@@ -1,6 +1,6 @@
 """The model type `llava_extensions` of lmms-eval: any checkpoint of ours, in batches, by the runner of `llava.eval`.
 
-Corresponds to lmms-eval's own `llava`, which wraps upstream's package. Prompts, pictures, decoding and batches are
+Corresponds to lmms-eval's own `llava`, which wraps upstream's package. Prompts, images, decoding and batches are
 those of `llava.eval`, and so are the answers. Only `LlavaExtensions` needs lmms-eval to be installed.
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from tqdm import tqdm
 
-from llava.data.images import Picture
+from llava.data.images import ProcessedImage
 from llava.errors import FlagError
 from llava.eval.answering.answers import Task
 from llava.eval.answering.batches import Batches, first_batch_size
@@ -34,8 +34,8 @@ from llava.runtime.ranges import COUNT, NOT_NEGATIVE, check_ranges
 if TYPE_CHECKING:
     from lmms_eval.api.instance import GenerationResult, Instance
 
-Asked = tuple[Request, Task, list[Picture]]
-"""A request, its task, and the pictures of the task."""
+Asked = tuple[Request, Task, list[ProcessedImage]]
+"""A request, its task, and the images of the task."""
 
 Answer = TypeVar("Answer")
 
@@ -128,7 +128,7 @@ class BatchedModel:
 
             def work(batch: list[Asked], options: GenerationOptions = options) -> list[str]:
                 prompts = [make_prompt(request.key, task, self.loaded, self.conv_mode) for request, task, _ in batch]
-                answers = answer_batch(prompts, [pictures for *_, pictures in batch], self.loaded, options)
+                answers = answer_batch(prompts, [images for *_, images in batch], self.loaded, options)
                 return [answers[prompt.key] for prompt in prompts]
 
             texts |= self._in_batches(group, work, "answers", limit=most_together(options))
@@ -151,7 +151,7 @@ class BatchedModel:
             for request, task, _ in batch:
                 answer = request.what if isinstance(request.what, str) else request.what(request.document())
                 candidates.append(make_candidate(request.key, task, answer, self.loaded, self.conv_mode))
-            return likelihoods(candidates, [pictures for *_, pictures in batch], self.loaded)
+            return likelihoods(candidates, [images for *_, images in batch], self.loaded)
 
         found = self._in_batches(asked, work, "log-likelihoods")
         return [GenerationResult(Loss(-found[request.key].log, found[request.key].is_greedy)) for request in asked]
@@ -187,8 +187,8 @@ class BatchedModel:
             Prefetcher(ordered, lambda request: load_request(request, self.loaded), self.workers) as queue,
         ):
 
-            def carry_out(batch: list[tuple[Request, tuple[Task, list[Picture]]]]) -> list[Answer]:
-                return work([(request, task, pictures) for request, (task, pictures) in batch])
+            def carry_out(batch: list[tuple[Request, tuple[Task, list[ProcessedImage]]]]) -> list[Answer]:
+                return work([(request, task, images) for request, (task, images) in batch])
 
             for batch, answers in Batches(
                 queue, carry_out, size, fixed=self.batch_size is not None, say=progress.write

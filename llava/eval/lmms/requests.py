@@ -10,12 +10,12 @@ from typing import Any
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
-from llava.data.images import Picture, picture_rgb
+from llava.data.images import ProcessedImage, convert_rgb
 from llava.errors import BadSampleError, FlagError
 from llava.eval.answering.answers import Task
 from llava.eval.answering.generation import TOP_K, GenerationOptions
 from llava.eval.answering.loading import LoadedModel
-from llava.eval.answering.runner import load_pictures
+from llava.eval.answering.runner import load_images
 
 MAX_NEW_TOKENS = 1024
 """Limit for tasks that name none, that of lmms-eval's own LLaVA."""
@@ -34,7 +34,7 @@ WITHOUT_EFFECT = {
 """Generation arguments that are not carried out, with the values that ask for nothing."""
 
 IGNORED = {"image_aspect_ratio", "skip_special_tokens"}
-"""How a picture is cut is part of the checkpoint, as in lmms-eval's own LLaVA; answers never show special tokens."""
+"""How an image is cut is part of the checkpoint, as in lmms-eval's own LLaVA; answers never show special tokens."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def read_requests(instances: Iterable[Any], documents: Mapping[str, Any]) -> lis
     return requests
 
 
-def load_request(request: Request, loaded: LoadedModel) -> tuple[Task, list[Picture]]:
+def load_request(request: Request, loaded: LoadedModel) -> tuple[Task, list[ProcessedImage]]:
     """The task of a request, and its images made ready for the model.
 
     `<image>` in the context is the place of an image; without any, the images stand in front.
@@ -96,7 +96,7 @@ def load_request(request: Request, loaded: LoadedModel) -> tuple[Task, list[Pict
     question = request.context.replace(DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER)
     task = Task(request.key, question, request.context, tuple(map(str, range(len(visuals)))), request.where)
     names = f"{request.where}: image"
-    return task, load_pictures(task, loaded, lambda name, _: picture_rgb(visuals[int(name)], f"{names} {name}"))
+    return task, load_images(task, loaded, lambda name, _: convert_rgb(visuals[int(name)], f"{names} {name}"))
 
 
 def generation_options(

@@ -51,7 +51,7 @@ class _Questions:
             seen[name] += 1
         self.open_image: OpenImage = benchmark.open_images(Path(arguments["image_folder"]))
 
-    def pictures(self, key: Key) -> Iterator[str]:
+    def images(self, key: Key) -> Iterator[str]:
         """The images of a question as HTML."""
         task = self.tasks.get(key)
         for name in task.images if task else ():
@@ -107,7 +107,7 @@ def _pair(first: Scored, second: Scored, samples: int, images: bool) -> Iterator
         one, other = first.samples[key], second.samples[key]
         yield '<div class="question"><div>'
         if questions is not None:
-            yield from questions.pictures(key)
+            yield from questions.images(key)
         text = (questions.text(key) if questions else "") or str(one.get("prompt", ""))
         yield f'</div><div><div class="text"><b>{escape(str(key[0]))}</b> {escape(text)}</div>'
         if one.get("label") is not None:

@@ -106,7 +106,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             labels: (B, T), -100 where ignored; (B, L) beside `inputs_embeds`.
             use_cache: see `LlavaDecoder.forward`.
             images: see `Images`.
-            image_sizes: width and height per picture, for tiled pictures.
+            image_sizes: width and height per image, for tiled images.
             logits_to_keep: as in transformers.
             segments: beside `inputs_embeds`: what `build_inputs` returned.
             num_items_in_batch: target positions of the whole global batch, to divide the LM loss by.
@@ -116,7 +116,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             `loss` is the sum of `losses`; `logits` is (B, L, vocabulary).
 
         Raises:
-            ValueError: pictures and image tokens do not match in number.
+            ValueError: images and image tokens do not match in number.
         """
         inputs: MultimodalInputs | None = None
         starts_sequence = cache is None or cache.get_seq_length() == 0
@@ -172,8 +172,8 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
 
         Args:
             inputs: (B, T) prompts with image tokens; shorter rows padded (any side) and masked by `attention_mask`.
-            images: pictures in row order; a row without image token takes one dummy if any pictures are passed.
-            image_sizes: width and height per picture, for tiled pictures.
+            images: images in row order; a row without image token takes one dummy if any images are passed.
+            image_sizes: width and height per image, for tiled images.
             cache: to fill, or to continue: `inputs` and `images` are then the whole conversation, whose beginning the
                 cache holds. Also under the name that transformers uses.
             kwargs: `attention_mask` and everything that transformers' `generate` knows; with `use_cache=False` every
@@ -184,7 +184,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
 
         Raises:
             ValueError: `inputs_embeds` is given: the prompt enters as ids.
-            FlagError: the options ask for a search that a prompt with pictures cannot follow, or contradict each other.
+            FlagError: the options ask for a search that a prompt with images cannot follow, or contradict each other.
             NotFiniteError: logits of a row are NaN or infinite; holds the rows, and the ids of all.
         """
         if "inputs_embeds" in kwargs:

@@ -211,7 +211,7 @@ class VisionTower(nn.Module, abc.ABC):
         return super().train(mode and self.trainable)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features of a batch of pictures.
+        """Features of a batch of images.
 
         Args:
             images: (N, 3, H, W) normalised pixels, any floating dtype.
@@ -256,17 +256,17 @@ class VisionTower(nn.Module, abc.ABC):
 
     @property
     def num_patches_per_side(self) -> int:
-        """Patches along one side of the picture."""
+        """Patches along one side of the image."""
         return self.shape.image_size // self.shape.patch_size
 
     @property
     def num_patches(self) -> int:
-        """P: patches of one picture, the class token not counted."""
+        """P: patches of one image, the class token not counted."""
         return self.num_patches_per_side**2
 
     @property
     def num_features(self) -> int:
-        """Rows that one picture takes in the sequence: P, P + 1 with the class token, or class tokens alone."""
+        """Rows that one image takes in the sequence: P, P + 1 with the class token, or class tokens alone."""
         if self.interval is not None:
             return self.num_blocks // self.interval
         return self.num_patches + (self.select_feature == "cls_patch")

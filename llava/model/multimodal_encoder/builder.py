@@ -111,7 +111,7 @@ def build_vision_tower(config: Any, near: Iterable[str | Path] = ()) -> VisionTo
 
     Raises:
         CheckpointError: the tower cannot be found, or is of an unknown kind.
-        FlagError: the selected layer or feature does not exist, or the tower is to see a picture in several scales.
+        FlagError: the selected layer or feature does not exist, or the tower is to see an image in several scales.
     """
     if getattr(config, "s2", False):
         raise FlagError("the configuration asks for a tower in several scales (s2), which is not carried out here")

@@ -172,7 +172,7 @@ class OpenClipVisionTower(VisionTower):
         It crops as CLIP's processor does: where an odd number of pixels is cut off, open_clip cuts one more at the top.
 
         Raises:
-            FlagError: the model wants its pictures in another way.
+            FlagError: the model wants its images in another way.
         """
         from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
@@ -180,7 +180,7 @@ class OpenClipVisionTower(VisionTower):
         interpolation, mode = settings.get("interpolation", "bicubic"), settings.get("resize_mode", "shortest")
         if interpolation not in RESAMPLE or mode not in ("shortest", "squash"):
             raise FlagError(
-                f"{self.vision_tower_name}: pictures resized by '{interpolation}', '{mode}' are not supported"
+                f"{self.vision_tower_name}: images resized by '{interpolation}', '{mode}' are not supported"
             )
         side = self.shape.image_size
         square = {"height": side, "width": side}

@@ -22,7 +22,7 @@ from llava.errors import NoTargetError
 from mma.lavin.data.tokens import sample_ids
 
 ASPECT_RATIO = "stretch"
-"""In the original pictures are squashed to the square that the tower sees."""
+"""In the original images are squashed to the square that the tower sees."""
 
 
 class LavinDataset(LazySupervisedDataset):
@@ -34,7 +34,7 @@ class LavinDataset(LazySupervisedDataset):
         image_processor: of the tower; normalises as the checkpoint was trained.
         image_folder: folder that image names are relative to.
         max_length: positions of a sample without the modality token; the rest is cut off.
-        image_aspect_ratio: how pictures become square, see `preprocess_image`; that of the checkpoint.
+        image_aspect_ratio: how images become square, see `preprocess_image`; that of the checkpoint.
         image_grid_pinpoints: possible resolutions of `anyres`.
         image_length: embeddings of an image, see `LazySupervisedDataset`.
         on_bad_sample: `stop` or `skip`.

@@ -159,7 +159,7 @@ def test_a_row_of_the_mixture_is_of_one_task() -> None:
     assert mixture != table.mixture(asked_of_all_tasks(), recipe, 1)
 
 
-def test_one_picture_in_so_many_is_asked_about(tmp_path: Path) -> None:
+def test_one_image_in_so_many_is_asked_about(tmp_path: Path) -> None:
     rows = [{"image": f"{n}.png", "category": task, "question_id": f"{n}{task}"} for n in range(5) for task in TASKS]
     (tmp_path / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     chosen = table.chosen_questions(tmp_path, 2)

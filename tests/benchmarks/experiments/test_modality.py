@@ -1,4 +1,4 @@
-"""The mixture of rows with and without a picture: its rows, equal parameters, flags, learnt routing, and the tables."""
+"""The mixture of rows with and without an image: its rows, equal parameters, flags, learnt routing, and the tables."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_text_rows_could_ask_of_what_is_held_out() -> None:
     assert lists & {scene.words for scene in held_out_scenes(100)}
 
 
-def test_wordings_are_those_of_the_pictures() -> None:
+def test_wordings_are_those_of_the_images() -> None:
     """The base knows the questions as single pieces of its tokenizer, and only if they are equal to the letter."""
     data = ROOT.parent / "shared" / "data" / "nlvr" / "train.json"
     if not data.is_file():
@@ -188,7 +188,7 @@ def test_flags_are_accepted(name: str, tmp_path: Path) -> None:
         config = MmaConfig.from_dict(args.extensions["mma"])
         assert config.temperature == (recipe.temperature if name == "mma" else NO_ROUTING)
         assert (config.visual_adapter_type, config.adapter_dim) == ("none", METHODS[name].width)
-        assert args.model.mm_vision_select_feature == "patch"  # LLaVA's picture, not LaVIN's
+        assert args.model.mm_vision_select_feature == "patch"  # LLaVA's image, not LaVIN's
 
 
 def train_a_little(model: Any) -> None:

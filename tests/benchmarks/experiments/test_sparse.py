@@ -32,7 +32,7 @@ def dense() -> LoadedModel:
 
 
 def prompts(loaded: LoadedModel, seed: int = 0) -> dict[str, Any]:
-    """Two prompts of different lengths, padded on the left, with pictures of noise."""
+    """Two prompts of different lengths, padded on the left, with images of noise."""
     side = loaded.model.get_vision_tower().image_size
     generator = torch.Generator().manual_seed(seed)
     ids = torch.tensor([[1, IMAGE_TOKEN_INDEX, 20, 30, 40, 50], [0, 0, 1, IMAGE_TOKEN_INDEX, 25, 35]])
@@ -99,7 +99,7 @@ def test_chance_keeps_the_share_and_nothing_else(dense: LoadedModel) -> None:
     assert torch.allclose(logits.softmax(dim=-1)[..., 0], torch.tensor(0.2))
 
 
-def test_late_text_learns_nothing_of_the_picture_below(dense: LoadedModel) -> None:
+def test_late_text_learns_nothing_of_the_image_below(dense: LoadedModel) -> None:
     model = dense.model
     entered: list[torch.Tensor] = []
     model.get_decoder().layers[1].register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))

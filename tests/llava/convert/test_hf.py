@@ -71,20 +71,23 @@ def expand(ids: list[int], image_token: int, count: int) -> Tensor:
     )
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (33, 50)) -> Image.Image:
+def drawn_image(seed: int = 0, size: tuple[int, int] = (33, 50)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
 def assert_same_logits(ours: tuple[Any, Any, Any], theirs: tuple[Any, Any], atol: float = 2e-5) -> None:
-    """Same logits for text alone and with one and two pictures; the pictures must matter."""
+    """Same logits for text alone and with one and two images; the images must matter."""
     (tokenizer, model, image_processor), (hf, processor) = ours, theirs
     image_token, count = hf.config.image_token_index, model.get_vision_tower().num_features
-    pixels = process_images([picture(0), picture(1)], image_processor, model.config)
+    pixels = process_images([drawn_image(0), drawn_image(1)], image_processor, model.config)
     for prompt in ("No picture at all.", PROMPT, f"{PROMPT} Yes.</s>USER: <image>\nAnd this?"):
         ids = tokenizer_image_token(prompt, tokenizer)
         images = ids.count(IMAGE_TOKEN_INDEX)
         expanded = expand(ids, image_token, count)
-        assert processor(text=prompt, images=[picture(0), picture(1)][:images] or None).input_ids == expanded.tolist()
+        assert (
+            processor(text=prompt, images=[drawn_image(0), drawn_image(1)][:images] or None).input_ids
+            == expanded.tolist()
+        )
         with torch.no_grad():
             expected = model(input_ids=torch.tensor([ids]), images=pixels[:images] if images else None).logits
             result = hf(input_ids=expanded, pixel_values=pixels[:images] if images else None).logits
@@ -108,7 +111,7 @@ def assert_same_checkpoint(first: tuple[Any, Any, Any], second: tuple[Any, Any, 
     for text in TEXTS:
         assert tokenizer_image_token(text, first[0]) == tokenizer_image_token(text, second[0])
     assert first[0].pad_token_id == second[0].pad_token_id
-    pixels = [process_images([picture()], processor, model.config) for _, model, processor in (first, second)]
+    pixels = [process_images([drawn_image()], processor, model.config) for _, model, processor in (first, second)]
     assert torch.equal(*pixels)
 
 
@@ -135,12 +138,12 @@ def test_pixels(tmp_path: Path) -> None:
     """Padding is on. With Pillow they are ours exactly; transformers' default resizes with torchvision."""
     _, model, image_processor = load(BASE)
     _, processor = converted(BASE, tmp_path / "hf")
-    expected = process_images([picture()], image_processor, model.config)
-    result = torch.as_tensor(np.asarray(processor.image_processor(picture()).pixel_values))
+    expected = process_images([drawn_image()], image_processor, model.config)
+    result = torch.as_tensor(np.asarray(processor.image_processor(drawn_image()).pixel_values))
     assert (result - expected).abs().max() < 0.03
     pillow = LlavaImageProcessorPil.from_pretrained(tmp_path / "hf")
-    torch.testing.assert_close(pillow(picture(), return_tensors="pt").pixel_values, expected, rtol=0, atol=1e-5)
-    cropped = process_images([picture()], image_processor, None)
+    torch.testing.assert_close(pillow(drawn_image(), return_tensors="pt").pixel_values, expected, rtol=0, atol=1e-5)
+    cropped = process_images([drawn_image()], image_processor, None)
     assert (cropped - expected).abs().max() > 0.5
 
 
@@ -149,8 +152,8 @@ def test_aspect_ratios(aspect: str, tmp_path: Path) -> None:
     folder = edited(tmp_path, image_aspect_ratio=aspect)
     ours = load(folder)
     to_hf(folder, tmp_path / "hf")
-    pixels = LlavaImageProcessorPil.from_pretrained(tmp_path / "hf")(picture(), return_tensors="pt").pixel_values
-    torch.testing.assert_close(pixels, process_images([picture()], ours[2], ours[1].config), rtol=0, atol=1e-5)
+    pixels = LlavaImageProcessorPil.from_pretrained(tmp_path / "hf")(drawn_image(), return_tensors="pt").pixel_values
+    torch.testing.assert_close(pixels, process_images([drawn_image()], ours[2], ours[1].config), rtol=0, atol=1e-5)
     from_hf(tmp_path / "hf", tmp_path / "back")
     assert_same_checkpoint(ours, load(tmp_path / "back"))
 
@@ -218,7 +221,7 @@ def test_image_border_tokens(tmp_path: Path) -> None:
     assert "<im_start><image><im_end>" in prompt
     ids = tokenizer_image_token(prompt, ours[0])
     expanded = expand(ids, 898, 4)
-    assert processor(text=prompt, images=[picture()]).input_ids == expanded.tolist()
+    assert processor(text=prompt, images=[drawn_image()]).input_ids == expanded.tolist()
     from_hf(tmp_path / "hf", tmp_path / "back")
     assert_same_checkpoint(ours, load(tmp_path / "back"))
 
@@ -238,16 +241,16 @@ def test_dtype(tmp_path: Path) -> None:
 
 
 def test_generation(tmp_path: Path) -> None:
-    """A batch of two prompts of different length, padded on the left, pictures through the processor."""
+    """A batch of two prompts of different length, padded on the left, images through the processor."""
     tokenizer, model, image_processor = load(BASE)
     hf, processor = converted(BASE, tmp_path / "hf")
     prompts = [PROMPT, PROMPT.replace("What is shown?", "What is shown here, and what beside it?")]
-    pictures = [picture(3), picture(4)]
-    inputs = processor(text=prompts, images=pictures, padding=True, return_tensors="pt")
-    inputs["pixel_values"] = process_images(pictures, image_processor, model.config)
+    images = [drawn_image(3), drawn_image(4)]
+    inputs = processor(text=prompts, images=images, padding=True, return_tensors="pt")
+    inputs["pixel_values"] = process_images(images, image_processor, model.config)
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     result = hf.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
-    for row, (prompt, image) in enumerate(zip(prompts, pictures, strict=True)):
+    for row, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
         ids = torch.tensor([tokenizer_image_token(prompt, tokenizer)])
         pixels = process_images([image], image_processor, model.config)
         assert torch.equal(model.generate(ids, images=pixels, **options)[0], result[row])

@@ -1,4 +1,4 @@
-"""Pictures as tiles, against the golden numbers; what the options of `anyres` refuse; the demos' image modes."""
+"""Images as tiles, against the golden numbers; what the options of `anyres` refuse; the demos' image modes."""
 
 from __future__ import annotations
 
@@ -95,17 +95,17 @@ def test_image_modes_of_the_demos() -> None:
 
 @pytest.mark.parametrize("merge_type", ["flat", "spatial", "spatial_unpad"])
 def test_lengths_are_those_of_the_merged_features(merge_type: str, processor: Any) -> None:
-    """For every golden size, and for pictures so narrow that unpadding leaves nothing."""
+    """For every golden size, and for images so narrow that unpadding leaves nothing."""
     sizes = [tuple(size) for size in CASE["sizes"]] + [(1, 400), (400, 1), (17, 90), (99, 100)]
     length = ImageLength(features=4, merge_type=merge_type, resolutions=PINPOINTS, tile_size=28)
     transform = ImageTransform(processor, "anyres", PINPOINTS)
     seen = set()
     for size in sizes:
-        picture = transform(Image.new("RGB", size))
+        image = transform(Image.new("RGB", size))
         grid = get_anyres_image_grid_shape(size, PINPOINTS, 28)
-        features = torch.randn(len(picture.pixels), 4, 5)
+        features = torch.randn(len(image.pixels), 4, 5)
         merged = merge_tiles(features, merge_type, grid, size, torch.randn(5))
-        assert length(picture.pixels, picture.size) == len(merged)
+        assert length(image.pixels, image.size) == len(merged)
         seen.add(len(merged))
     assert len(seen) > 2
     dummy = transform.dummy()

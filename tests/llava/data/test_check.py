@@ -34,7 +34,7 @@ LONG = "word " * 200
 # The kinds that a row must be reported with, and the row.
 ROWS: list[tuple[set[Kind], Any]] = [
     (set(), row("good", "Hi", "Hello")),
-    (set(), row("picture", "<image>\nWhat?", "A bus.", image="im0.png")),
+    (set(), row("image", "<image>\nWhat?", "A bus.", image="im0.png")),
     ({Kind.UNREADABLE_ROW}, [1, 2]),
     ({Kind.BAD_TURNS}, {"id": "no turns"}),
     ({Kind.BAD_TURNS}, {"id": "speakers", "conversations": [{"from": "human", "value": "a"}] * 2}),
@@ -228,7 +228,7 @@ def test_image_tokens_count_as_tokens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("merge_type", MERGE_TYPES)
-def test_lengths_of_tiled_pictures_are_those_of_training(merge_type: str, tmp_path: Path) -> None:
+def test_lengths_of_tiled_images_are_those_of_training(merge_type: str, tmp_path: Path) -> None:
     """Every row has as many positions as its spliced sequence in a training run with the same options."""
     tiles = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": merge_type}
     tiles["image_grid_pinpoints"] = "[(28, 56), (56, 28), (56, 56)]"
@@ -241,8 +241,8 @@ def test_lengths_of_tiled_pictures_are_those_of_training(merge_type: str, tmp_pa
     lengths = []
     for row in range(10):
         item = run.dataset[row]
-        pictures = run.dataset._load_images(image_names(run.dataset.records[row]), str(row))
-        places = sum(run.dataset.image_length(picture.pixels, picture.size) for picture in pictures)
-        lengths.append(len(item["input_ids"]) - len(pictures) + places)
+        images = run.dataset._load_images(image_names(run.dataset.records[row]), str(row))
+        places = sum(run.dataset.image_length(image.pixels, image.size) for image in images)
+        lengths.append(len(item["input_ids"]) - len(images) + places)
     assert [report.tokens for report in reports] == lengths
     assert len({report.tokens - report.trained for report in reports}) > 3

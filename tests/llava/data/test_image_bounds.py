@@ -21,10 +21,10 @@ from llava.data.pixels import ASPECT_RATIOS, preprocess_image
 from llava.errors import BadImageError, LlavaError
 from llava.eval.answering.answers import Task
 from llava.eval.answering.loading import LoadedModel
-from llava.eval.answering.runner import load_pictures
+from llava.eval.answering.runner import load_images
 from llava.serve.image_urls import ImagePolicy
 from llava.train.train import main as train
-from mma.lavin.chat import load_picture
+from mma.lavin.chat import load_chat_image
 from tests.golden import golden_dir
 from tests.llava.model.towers import siglip
 from tests.llava.train.test_training import BASE, command_line
@@ -57,7 +57,7 @@ def test_photographs_pass(size: tuple[int, int], aspect_ratio: str, processor: A
 
 
 def test_what_is_made_is_what_is_counted(processor: Any, tmp_path: Path) -> None:
-    """The largest picture that Pillow makes on the way, for every setting and two kinds of processors."""
+    """The largest image that Pillow makes on the way, for every setting and two kinds of processors."""
     siglip_processor = load_pil(siglip(tmp_path / "siglip"))
     for size in ((40, 300), (300, 40), (5, 500), (64, 64)):
         for aspect_ratio in ASPECT_RATIOS:
@@ -81,7 +81,7 @@ def product(size: tuple[int, int]) -> int:
 
 
 def made_by_pillow(image: Image.Image, processor: Any, aspect_ratio: str) -> list[tuple[int, int]]:
-    """Sizes of all pictures that `resize` and `new` give while an image becomes pixel values."""
+    """Sizes of all images that `resize` and `new` give while an image becomes pixel values."""
     seen: list[tuple[int, int]] = []
     resize, new = Image.Image.resize, Image.new
 
@@ -120,8 +120,8 @@ def test_others_are_not(size: tuple[int, int], processor: Any) -> None:
 
 def test_a_photograph_costs_no_multiple_of_itself(processor: Any) -> None:
     """24 megapixels: numpy's and Python's memory stays small, and the pixels are those of the processor alone."""
-    picture = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 60, 3), dtype=np.uint8))
-    large = picture.resize((6000, 4000))
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    large = image.resize((6000, 4000))
     tracemalloc.start()
     for aspect_ratio in ("square", "pad", "stretch"):
         preprocess_image(large, processor, aspect_ratio)
@@ -179,8 +179,8 @@ def test_training_check_and_evaluation_follow_links_out_of_the_folder(tmp_path: 
     asked = [str(data), "--image_folder", str(folder), "--model_name_or_path", str(BASE), "--num_workers", "0"]
     assert check([*asked, "--allow", "duplicate id"]) == 0
     task = Task(0, "", "", ("coco/a.png",), where="questions.jsonl:1")
-    pictures = load_pictures(task, loaded(processor, "pad"), lambda name, where: load_image(folder, name, where))
-    assert pictures[0].size == (60, 40)
+    images = load_images(task, loaded(processor, "pad"), lambda name, where: load_image(folder, name, where))
+    assert images[0].size == (60, 40)
     for name in ("coco/../secret.png", "../disk/secret.png"):
         options["data_path"] = rows(tmp_path, name)
         with pytest.raises(LlavaError, match=r"secret\.png"):
@@ -191,13 +191,13 @@ def test_training_check_and_evaluation_follow_links_out_of_the_folder(tmp_path: 
 def test_evaluation_refuses_a_strip(strip: Path, processor: Any) -> None:
     task = Task(0, "", "", (strip.name,), where="questions.jsonl:1")
     said = refused(
-        lambda: load_pictures(task, loaded(processor, "pad"), lambda name, where: load_image(strip.parent, name, where))
+        lambda: load_images(task, loaded(processor, "pad"), lambda name, where: load_image(strip.parent, name, where))
     )
     assert "questions.jsonl:1: image strip.png" in said
 
 
 def test_the_demo_of_lavin_refuses_a_strip(strip: Path, processor: Any) -> None:
-    refused(lambda: load_picture(strip, loaded(processor, "pad")))
+    refused(lambda: load_chat_image(strip, loaded(processor, "pad")))
 
 
 def test_the_server_refuses_a_strip_and_has_a_limit_of_its_own(strip: Path, processor: Any) -> None:

@@ -1,4 +1,4 @@
-"""Image files of every kind: each becomes the right RGB picture, or an error that names row and file."""
+"""Image files of every kind: each becomes the right RGB image, or an error that names row and file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLOURS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 
 
 def saved(folder: Path, image: Image.Image, name: str, **options: object) -> np.ndarray:
-    """Pixels of the picture after writing and loading it; no warning may be given on the way."""
+    """Pixels of the image after writing and loading it; no warning may be given on the way."""
     image.save(folder / name, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -191,7 +191,7 @@ def test_a_name_does_not_leave_the_folder(follow_links: bool, linked: Path) -> N
 
 @pytest.mark.parametrize("aspect_ratio", ASPECT_RATIOS)
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (2, 200), (200, 3), (3, 5)])
-def test_tiny_and_thin_pictures_keep_their_colours(aspect_ratio: str, size: tuple[int, int]) -> None:
+def test_tiny_and_thin_images_keep_their_colours(aspect_ratio: str, size: tuple[int, int]) -> None:
     """A side of 1 or 3 pixels could be taken for the colour channels."""
     processor = load_image_processor(golden_dir("llava") / "tiny-clip")
     pixels = preprocess_image(Image.new("RGB", size, (255, 0, 0)), processor, aspect_ratio, [(28, 56), (56, 28)])
@@ -199,7 +199,7 @@ def test_tiny_and_thin_pictures_keep_their_colours(aspect_ratio: str, size: tupl
     assert tile.shape == (3, 28, 28)
     mean, std = np.array(processor.image_mean), np.array(processor.image_std)
     red, green, blue = tile[:, 14, 14].numpy() * std + mean
-    if aspect_ratio == "pad":  # a thin picture is mixed with the padding
+    if aspect_ratio == "pad":  # a thin image is mixed with the padding
         assert red > max(green, blue) + 0.1
     else:
         assert (red, green, blue) == pytest.approx((1, 0, 0), abs=1e-5)

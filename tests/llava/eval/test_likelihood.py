@@ -10,13 +10,13 @@ from torch import Tensor
 
 from llava.constants import IGNORE_INDEX
 from llava.conversation import conv_templates
-from llava.data.images import Picture, load_image
+from llava.data.images import ProcessedImage, load_image
 from llava.data.labels import tokenize_conversation
 from llava.errors import BadSampleError
 from llava.eval.answering.answers import Task
 from llava.eval.answering.loading import LoadedModel
 from llava.eval.answering.prompts import build_prompt, tokenizer_image_token
-from llava.eval.answering.runner import generate_batch, image_arguments, load_pictures, make_prompt
+from llava.eval.answering.runner import generate_batch, image_arguments, load_images, make_prompt
 from llava.eval.lmms.likelihood import Candidate, Likelihood, likelihoods, make_candidate
 from tests.golden import golden_dir
 from tests.llava.eval.conftest import QUESTIONS
@@ -39,9 +39,9 @@ def task_of(number: int) -> Task:
     return Task(number, row["text"], row["text"], (names,) if isinstance(names, str) else tuple(names), "q.jsonl:1")
 
 
-def pictures_of(loaded: LoadedModel, number: int) -> list[Picture]:
+def images_of(loaded: LoadedModel, number: int) -> list[ProcessedImage]:
     folder = golden_dir("llava") / "data" / "images"
-    return load_pictures(task_of(number), loaded, lambda image, where: load_image(folder, image, row=where))
+    return load_images(task_of(number), loaded, lambda image, where: load_image(folder, image, row=where))
 
 
 def inputs(loaded: LoadedModel, number: int, choice: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -51,7 +51,7 @@ def inputs(loaded: LoadedModel, number: int, choice: str) -> tuple[Tensor, Tenso
     message = "<image>\n" * len(task.images) + task.question
     whole = tokenizer_image_token(f"{build_prompt(message, 'vicuna_v1')} {choice}", loaded.tokenizer)
     assert whole[: prompt.shape[1]] == prompt[0].tolist()
-    return prompt, torch.tensor([whole[prompt.shape[1] :]]), image_arguments([pictures_of(loaded, number)], loaded)
+    return prompt, torch.tensor([whole[prompt.shape[1] :]]), image_arguments([images_of(loaded, number)], loaded)
 
 
 def in_one_pass(loaded: LoadedModel, prompt: Tensor, answer: Tensor, images: dict[str, Any]) -> Likelihood:
@@ -92,10 +92,10 @@ def reference(loaded: LoadedModel, name: str) -> list[Likelihood]:
 def in_a_batch(loaded: LoadedModel, *, turned: bool = False) -> list[Likelihood]:
     """Of every choice, all at once."""
     asked = [make_candidate("0", task_of(number), choice, loaded, "vicuna_v1") for number, choice in choices()]
-    pictures = [pictures_of(loaded, number) for number, _ in choices()]
+    images = [images_of(loaded, number) for number, _ in choices()]
     if turned:
-        pictures = [[Picture(one.pixels.flip(-1) + 1, one.size) for one in row] for row in pictures]
-    return likelihoods(asked, pictures, loaded)
+        images = [[ProcessedImage(one.pixels.flip(-1) + 1, one.size) for one in row] for row in images]
+    return likelihoods(asked, images, loaded)
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -111,14 +111,14 @@ def test_likelihoods_are_those_of_the_model(name: str, models: dict[str, LoadedM
 def test_what_greedy_decoding_writes_is_greedy(loaded: LoadedModel) -> None:
     """And with another last token it is not."""
     prompts = [make_prompt(str(number), task_of(number), loaded, "vicuna_v1") for number in range(len(QUESTIONS))]
-    pictures = [pictures_of(loaded, number) for number in range(len(QUESTIONS))]
-    made = generate_batch(prompts, pictures, loaded, {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4})
+    images = [images_of(loaded, number) for number in range(len(QUESTIONS))]
+    made = generate_batch(prompts, images, loaded, {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4})
     made = made[:, :3]
     asked = [Candidate(prompt, answer) for prompt, answer in zip(prompts, made, strict=True)]
-    found = likelihoods(asked, pictures, loaded)
+    found = likelihoods(asked, images, loaded)
     assert all(one.is_greedy for one in found)
     made[:, -1] += 1
-    others = likelihoods(asked, pictures, loaded)
+    others = likelihoods(asked, images, loaded)
     assert not any(one.is_greedy for one in others)
     assert all(other.log < one.log for one, other in zip(found, others, strict=True))
 

@@ -28,7 +28,7 @@ from llava.eval.answering.answers import AnswersFile, Task
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import LoadedModel, load_model
 from llava.eval.answering.questions import read_questions
-from llava.eval.answering.runner import answer_batch, answer_tasks, image_arguments, load_pictures, make_prompt
+from llava.eval.answering.runner import answer_batch, answer_tasks, image_arguments, load_images, make_prompt
 from llava.eval.lmms import model as lmms_model
 from llava.eval.lmms.manifest import MODEL_ID
 from llava.eval.lmms.model import own_device, read_batch_size
@@ -250,13 +250,13 @@ def test_base_and_precision_reach_the_model(options: dict[str, Any], checkpoint:
         pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")
     folder = str(golden_dir("mllm_hydralora") / "tiny-llava-v1.5-lora-mohle")
     model = lmms_model.model_class()(folder, str(checkpoint), device="cpu", **options)
-    picture = Image.new("RGB", (40, 30), "red")
-    model.task_dict["t"] = {"test": [{"shown": [picture]}]}
+    image = Image.new("RGB", (40, 30), "red")
+    model.task_dict["t"] = {"test": [{"shown": [image]}]}
     loaded = load_model(folder, str(checkpoint), device="cpu", **options)
     task = Task("0", "What is it?", "What is it?", ("red",), "here")
     prompts = [make_prompt("0", task, loaded, "vicuna_v1")]
-    pictures = [load_pictures(task, loaded, lambda name, where: picture)]
-    expected = answer_batch(prompts, pictures, loaded, GenerationOptions(temperature=0, max_new_tokens=8))
+    images = [load_images(task, loaded, lambda name, where: image)]
+    expected = answer_batch(prompts, images, loaded, GenerationOptions(temperature=0, max_new_tokens=8))
     assert model.generate_until([instance(0, task.question, GREEDY)]) == list(expected.values())
     kinds = [{type(module) for module in each.model.modules()} for each in (model.loaded, loaded)]
     assert kinds[0] == kinds[1]

@@ -18,7 +18,7 @@ from llava.data.images import load_image
 from llava.errors import BadSampleError, FlagError
 from llava.eval import long_answers
 from llava.eval.answering.loading import LoadedModel
-from llava.eval.answering.runner import image_arguments, load_pictures, make_prompt
+from llava.eval.answering.runner import image_arguments, load_images, make_prompt
 from llava.eval.scoring import meteor
 from llava.eval.scoring.references import _conversation, read_conversations
 from tests.golden import golden_dir
@@ -82,7 +82,7 @@ def perplexity_in_one_pass(loaded: LoadedModel, image_folder: Path, row: int, tu
     """Of the reference of a turn, by a single forward pass over everything up to its end."""
     conversation = _conversation(CONVERSATIONS[row], row, f"row {row}")
     task = long_answers._task(conversation)
-    pictures = load_pictures(task, loaded, lambda name, where: load_image(str(image_folder), name, row=where))
+    images = load_images(task, loaded, lambda name, where: load_image(str(image_folder), name, row=where))
     tokenizer = loaded.tokenizer
 
     def encode(text: str) -> list[int]:
@@ -94,9 +94,9 @@ def perplexity_in_one_pass(loaded: LoadedModel, image_folder: Path, row: int, tu
         ids += encode(conversation.turns[index].reference + tokenizer.eos_token)[:-1]
         ids += encode(f"USER:{conversation.turns[index + 1].question}ASSISTANT:")
     answer = encode(conversation.turns[turn].reference + tokenizer.eos_token)
-    images = image_arguments([pictures], loaded) if pictures else {}
+    arguments = image_arguments([images], loaded) if images else {}
     with torch.no_grad():
-        logits = loaded.model(input_ids=torch.tensor([ids + answer]), **images).logits[0, -len(answer) - 1 : -1]
+        logits = loaded.model(input_ids=torch.tensor([ids + answer]), **arguments).logits[0, -len(answer) - 1 : -1]
     return float(F.cross_entropy(logits, torch.tensor(answer)).exp())
 
 

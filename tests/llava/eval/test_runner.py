@@ -207,8 +207,8 @@ def test_every_row_sees_its_own_image(
     right = ask(random_model, tasks, tmp_path / "a.jsonl", image_folder, batch_size=7)
     image_arguments = runner.image_arguments
 
-    def turned(pictures: Any, loaded: LoadedModel) -> dict[str, Any]:
-        arguments = image_arguments(pictures, loaded)
+    def turned(images: Any, loaded: LoadedModel) -> dict[str, Any]:
+        arguments = image_arguments(images, loaded)
         return arguments | {"images": arguments["images"].roll(1, 0)}
 
     monkeypatch.setattr(runner, "image_arguments", turned)

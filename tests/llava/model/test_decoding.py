@@ -147,23 +147,23 @@ def one_row(model: Any, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
 def test_a_filled_cache_is_continued(host: str) -> None:
     """The second turn reads the cache of the first, and answers as if it had read the whole conversation."""
     model, images = load(host), prompts().images[:1]
-    row, pictures = one_row(model, images)
-    first = model.generate(row, **pictures, **FIXED, return_dict_in_generate=True)
+    row, arguments = one_row(model, images)
+    first = model.generate(row, **arguments, **FIXED, return_dict_in_generate=True)
     cache = cache_of(first)
     stored = cache.get_seq_length()
     follow = torch.tensor([[31, 7, 60]])
     whole = torch.cat([row, first.sequences, follow], dim=1)
     with monkey_forward(model) as lengths:
-        continued = model.generate(whole, **pictures, **FIXED, cache=cache)
+        continued = model.generate(whole, **arguments, **FIXED, cache=cache)
     assert lengths[0] == whole.shape[1] - row.shape[1] - 5, "only what the cache does not hold may be computed"
     assert cache.get_seq_length() > stored
     if host == "dynamic":  # a later turn is judged by itself: the same as feeding it to the model
-        expected = by_hand(model, row, pictures, [first.sequences, follow])
+        expected = by_hand(model, row, arguments, [first.sequences, follow])
     else:
-        expected = model.generate(whole, **pictures, **FIXED)
+        expected = model.generate(whole, **arguments, **FIXED)
     assert torch.equal(continued, expected)
     if host != "dynamic":
-        other = model.generate(whole, images=-pictures["images"], **FIXED)
+        other = model.generate(whole, images=-arguments["images"], **FIXED)
         assert not torch.equal(expected, other), "the image must matter"
 
 
@@ -183,11 +183,11 @@ class monkey_forward:  # noqa: N801 (a context manager that reads as a verb)
         self.hook.remove()
 
 
-def by_hand(model: Any, row: Tensor, pictures: dict[str, Any], turns: list[Tensor]) -> Tensor:
+def by_hand(model: Any, row: Tensor, arguments: dict[str, Any], turns: list[Tensor]) -> Tensor:
     """Greedy tokens after feeding a prompt, its answer token by token, and a later turn at once."""
     cache = model.extensions.make_cache(model)
     with torch.no_grad():
-        model(input_ids=row, **pictures, cache=cache, use_cache=True)
+        model(input_ids=row, **arguments, cache=cache, use_cache=True)
         answer, follow = turns
         for token in answer[0, :-1]:
             model(input_ids=token.reshape(1, 1), cache=cache, use_cache=True)
@@ -207,18 +207,18 @@ def by_hand(model: Any, row: Tensor, pictures: dict[str, Any], turns: list[Tenso
 )
 def test_continuing_is_refused_where_rows_would_part(options: dict[str, Any], message: str) -> None:
     model = load("llava")
-    row, pictures = one_row(model, prompts().images[:1])
-    cache = cache_of(model.generate(row, **pictures, **FIXED, return_dict_in_generate=True))
+    row, arguments = one_row(model, prompts().images[:1])
+    cache = cache_of(model.generate(row, **arguments, **FIXED, return_dict_in_generate=True))
     whole = torch.cat([row, torch.full((1, 9), 7)], dim=1)
     with pytest.raises(FlagError, match=message):
-        model.generate(whole, **pictures, cache=cache, **{**FIXED, **options})
+        model.generate(whole, **arguments, cache=cache, **{**FIXED, **options})
     with pytest.raises(FlagError, match=r"the cache holds \d+ positions, but the prompt has \d+"):
-        model.generate(row, **pictures, cache=cache, **FIXED)
+        model.generate(row, **arguments, cache=cache, **FIXED)
     batch = prompts()
     filled = cache_of(generate(model, batch, return_dict_in_generate=True))
     longer = Prompts(
         batch.rows,
-        batch.pictures,
+        batch.images_of_rows,
         torch.cat([batch.ids, torch.full((3, 9), 7)], dim=1),
         torch.cat([batch.mask, torch.ones(3, 9, dtype=torch.long)], dim=1),
     )

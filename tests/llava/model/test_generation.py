@@ -1,6 +1,6 @@
 """Generation in every precision, with and without the routed blocks: batches, beams, sampling, precision itself.
 
-A batch mixes a prompt with one picture, one with two and one with none, so that every row but one is padded.
+A batch mixes a prompt with one image, one with two and one with none, so that every row but one is padded.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ def load(name: str, precision: str) -> Any:
 
 
 class Prompts(NamedTuple):
-    """Rows on their own, their pictures, and the batch of all of them."""
+    """Rows on their own, their images, and the batch of all of them."""
 
     rows: list[Tensor]
-    pictures: list[Tensor]
+    images_of_rows: list[Tensor]
     ids: Tensor
     mask: Tensor
 
     @property
     def images(self) -> Tensor:
-        return torch.cat(self.pictures)
+        return torch.cat(self.images_of_rows)
 
 
 def prompts(padding_side: str = "left") -> Prompts:
@@ -80,7 +80,7 @@ def prompts(padding_side: str = "left") -> Prompts:
     for number, row in enumerate(rows):
         place = slice(longest - len(row), None) if padding_side == "left" else slice(None, len(row))
         ids[number, place], mask[number, place] = row, 1
-    return Prompts(rows, [pool[0:1], pool[1:3], pool[3:4]], ids, mask)  # the row without picture takes a dummy
+    return Prompts(rows, [pool[0:1], pool[1:3], pool[3:4]], ids, mask)  # the row without image takes a dummy
 
 
 def scores(model: Any, ids: Tensor, images: Tensor, **options: Any) -> Tensor:
@@ -108,21 +108,21 @@ def distance(a: Tensor, b: Tensor) -> float:
 def test_a_row_does_not_depend_on_its_batch(name: str, precision: str, padding_side: str) -> None:
     model, batch, limit = load(name, precision), prompts(padding_side), PRECISIONS[precision].in_batch
     together = scores(model, batch.ids, batch.images, attention_mask=batch.mask)
-    for number, (row, pictures) in enumerate(zip(batch.rows, batch.pictures, strict=True)):
-        ours, alone = together[number], scores(model, row[None], pictures)[0]
+    for number, (row, images) in enumerate(zip(batch.rows, batch.images_of_rows, strict=True)):
+        ours, alone = together[number], scores(model, row[None], images)[0]
         same = ours.argmax(-1) == alone.argmax(-1)  # rounding may decide between two tokens; what follows then differs
         steps = len(same) if same.all() else int((~same).nonzero()[0]) + 1
         assert distance(ours[:steps], alone[:steps]) <= limit
         assert steps == len(same) or limit > 1e-3
     other = scores(model, batch.ids, batch.images.flip(0), attention_mask=batch.mask)
-    assert distance(other, together) > 2 * limit, "the pictures must matter"
+    assert distance(other, together) > 2 * limit, "the images must matter"
 
 
 @each_model
 @each_precision
 def test_distance_from_fp32(name: str, precision: str) -> None:
     model, exact, batch = load(name, precision), load(name, "fp32"), prompts()
-    ids, images = batch.rows[0][None], batch.pictures[0]
+    ids, images = batch.rows[0][None], batch.images_of_rows[0]
     ours, reference = (each(input_ids=ids, images=images.to(each.dtype)).logits.float() for each in (model, exact))
     moved = distance(ours, reference)
     assert moved <= PRECISIONS[precision].from_fp32
@@ -135,17 +135,17 @@ def test_beams_in_a_batch(name: str) -> None:
     model, batch = load(name, "fp32"), prompts()
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "length_penalty": 0.0}
 
-    def likelihood(row: Tensor, pictures: Tensor, new: Tensor) -> float:
-        logits = model(input_ids=torch.cat([row, new])[None], images=pictures).logits[0, -len(new) - 1 : -1]
+    def likelihood(row: Tensor, images: Tensor, new: Tensor) -> float:
+        logits = model(input_ids=torch.cat([row, new])[None], images=images).logits[0, -len(new) - 1 : -1]
         return float(logits.log_softmax(-1).gather(-1, new[:, None]).sum())
 
     beams = model.generate(batch.ids, images=batch.images, attention_mask=batch.mask, num_beams=3, **options)
     gained = []
-    for number, (row, pictures) in enumerate(zip(batch.rows, batch.pictures, strict=True)):
-        alone = model.generate(row[None], images=pictures, num_beams=3, **options)[0]
+    for number, (row, images) in enumerate(zip(batch.rows, batch.images_of_rows, strict=True)):
+        alone = model.generate(row[None], images=images, num_beams=3, **options)[0]
         assert torch.equal(beams[number], alone)
-        greedy = model.generate(row[None], images=pictures, **options)[0]
-        gained.append(likelihood(row, pictures, alone) - likelihood(row, pictures, greedy))
+        greedy = model.generate(row[None], images=images, **options)[0]
+        gained.append(likelihood(row, images, alone) - likelihood(row, images, greedy))
     assert sum(gained) > 0.5  # measured: 1.9 at least; a single row may lose, since beams are pruned on the way
 
 
@@ -164,8 +164,8 @@ def test_sampling(name: str) -> None:
     assert torch.equal(sample(0, top_k=1), sample(1, do_sample=False, temperature=None))
 
 
-def test_beams_see_the_pictures() -> None:
-    """The negative control: swapped pictures change what beam search finds."""
+def test_beams_see_the_images() -> None:
+    """The negative control: swapped images change what beam search finds."""
     model, batch = load("llava", "fp32"), prompts()
     options = {"attention_mask": batch.mask, "max_new_tokens": 6, "num_beams": 3, "do_sample": False}
     found = model.generate(batch.ids, images=batch.images, **options)

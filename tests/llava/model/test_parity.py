@@ -54,8 +54,8 @@ def model(loaded: LlavaLlamaForCausalLM) -> Any:
     loaded.zero_grad(set_to_none=True)
 
 
-def pictures(pool: Tensor, images: dict[str, Any] | None) -> Any:
-    """Pictures of a case: a batch, or a list of single and tiled ones."""
+def images(pool: Tensor, images: dict[str, Any] | None) -> Any:
+    """Images of a case: a batch, or a list of single and tiled ones."""
     if images is None:
         return None
     if "tensor" in images:
@@ -107,7 +107,7 @@ def test_splice(model: LlavaLlamaForCausalLM, variant: dict[str, Any]) -> None:
             tensors.get(f"in/{name}/attention_mask"),
             None,
             tensors.get(f"in/{name}/labels"),
-            pictures(tensors["in/pool"], variant["images"]),
+            images(tensors["in/pool"], variant["images"]),
             variant["image_sizes"],
         )
 
@@ -170,7 +170,7 @@ def test_generate(model: LlavaLlamaForCausalLM, variant: dict[str, Any]) -> None
     expected = next(result for result in case["out"]["results"] if result["name"] == variant["name"])
     tokens = model.generate(
         tensors[f"in/{variant['name']}/input_ids"],
-        images=pictures(tensors["in/pool"], variant["images"]),
+        images=images(tensors["in/pool"], variant["images"]),
         image_sizes=variant["image_sizes"],
         max_new_tokens=variant["max_new_tokens"],
         num_beams=variant["num_beams"],
@@ -192,8 +192,8 @@ def test_batched_generation_equals_single(model: LlavaLlamaForCausalLM) -> None:
     mask = torch.stack([torch.arange(longest) >= longest - len(row) for row in rows]).long()
     options = {"max_new_tokens": 8, "do_sample": False, "min_new_tokens": 8}
     together = model.generate(batch, images=torch.cat(images), attention_mask=mask, **options)
-    for row, picture, result in zip(rows, images, together, strict=True):
-        alone = model.generate(row[None], images=picture, **options)
+    for row, image, result in zip(rows, images, together, strict=True):
+        alone = model.generate(row[None], images=image, **options)
         assert torch.equal(alone[0], result)
     other = model.generate(batch, images=torch.cat(images).flip(0), attention_mask=mask, **options)
-    assert not torch.equal(other[0], together[0]), "the pictures must matter"
+    assert not torch.equal(other[0], together[0]), "the images must matter"

@@ -50,10 +50,10 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def logits_of(model: Any) -> Tensor:
-    """Logits (L, V) of a prompt with a picture."""
-    picture = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(3))
+    """Logits (L, V) of a prompt with an image."""
+    image = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        return model(input_ids=IDS, images=picture.to(model.dtype)).logits[0].float()
+        return model(input_ids=IDS, images=image.to(model.dtype)).logits[0].float()
 
 
 def dtypes(model: Any) -> tuple[set[torch.dtype], set[torch.dtype]]:

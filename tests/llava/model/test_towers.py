@@ -152,13 +152,13 @@ def test_class_tokens_of_several_blocks(name: str, folders: dict[str, Path]) -> 
 
 def test_normalization_of_pixels(folders: dict[str, Path]) -> None:
     processor = build(folders["clip"]).image_processor
-    own = preprocess_image(picture(), processor, "square")
+    own = preprocess_image(image(), processor, "square")
     set_normalization(processor, "tower")
-    assert torch.equal(preprocess_image(picture(), processor, "square"), own)
+    assert torch.equal(preprocess_image(image(), processor, "square"), own)
     pixels = own * torch.tensor(processor.image_std)[:, None, None] + torch.tensor(processor.image_mean)[:, None, None]
     set_normalization(processor, "imagenet")
     mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
-    torch.testing.assert_close(preprocess_image(picture(), processor, "square"), (pixels - mean) / deviation)
+    torch.testing.assert_close(preprocess_image(image(), processor, "square"), (pixels - mean) / deviation)
     with pytest.raises(FlagError, match="'mean'; known values"):
         set_normalization(processor, "mean")
 
@@ -174,7 +174,7 @@ def test_bottleneck_projector() -> None:
     torch.testing.assert_close(projector(x), expected)
 
 
-def picture() -> Image.Image:
+def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(1).integers(0, 256, (44, 66, 3), dtype=np.uint8))
 
 
@@ -190,17 +190,17 @@ def test_open_clip_pixels(mode: str, folders: dict[str, Path], tmp_path: Path) -
     transform = open_clip.image_transform(
         28, is_train=False, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), resize_mode=mode, interpolation="bicubic"
     )
-    ours = preprocess_image(picture(), tower.image_processor, "square")
-    torch.testing.assert_close(ours, transform(picture()), rtol=0, atol=1e-5)
+    ours = preprocess_image(image(), tower.image_processor, "square")
+    torch.testing.assert_close(ours, transform(image()), rtol=0, atol=1e-5)
     tower.save(tmp_path / "saved")
-    again = preprocess_image(picture(), build(tmp_path / "saved").image_processor, "square")
+    again = preprocess_image(image(), build(tmp_path / "saved").image_processor, "square")
     assert torch.equal(ours, again)
 
 
 @pytest.mark.parametrize("aspect", ["square", "pad", "stretch", "anyres"])
 def test_siglip_pixels(aspect: str, folders: dict[str, Path]) -> None:
     processor = build(folders["siglip"]).image_processor
-    pixels = preprocess_image(picture(), processor, aspect, [(56, 28)])
+    pixels = preprocess_image(image(), processor, aspect, [(56, 28)])
     assert pixels.shape == ((3, 3, 28, 28) if aspect == "anyres" else (3, 28, 28))
     assert pixels.abs().max() <= 1
 

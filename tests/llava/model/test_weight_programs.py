@@ -46,7 +46,7 @@ def test_flags_are_upstreams(name: str) -> None:
 
 @torch.no_grad()
 def logits(folder: Path, base: Path | None = None) -> Tensor:
-    """Logits for a fixed prompt with a picture."""
+    """Logits for a fixed prompt with an image."""
     _, model, _, _ = load_pretrained_model(str(folder), None if base is None else str(base), device="cpu")
     generator = torch.Generator().manual_seed(3)
     ids = torch.tensor([[1, 350, -200, 400, 500, 13]])

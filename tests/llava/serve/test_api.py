@@ -23,7 +23,7 @@ from llava.errors import FlagError
 from llava.eval.answering.answers import Task
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import LoadedModel, load_model
-from llava.eval.answering.runner import answer_batch, load_pictures, make_prompt
+from llava.eval.answering.runner import answer_batch, load_images, make_prompt
 from llava.eval.run_llava import open_image
 from llava.serve import api
 from llava.serve.app import Settings, create_app
@@ -84,7 +84,7 @@ def data_url(path: Path) -> str:
 
 
 def shown(text: str, *urls: str) -> list[dict[str, Any]]:
-    """One user message with pictures."""
+    """One user message with images."""
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return [{"role": "user", "content": [{"type": "text", "text": text}, *parts]}]
 
@@ -98,7 +98,7 @@ def expected(loaded: LoadedModel, question: str, *names: str, **options: Any) ->
     task = Task(0, question, question, tuple(str(IMAGES / name) for name in names), where="test")
     prompt = make_prompt("request", task, loaded, SETTINGS.conv_mode)
     chosen = GenerationOptions(**({"temperature": 0.0, "max_new_tokens": 8} | options))
-    return answer_batch([prompt], [load_pictures(task, loaded, open_image)], loaded, chosen)["request"]
+    return answer_batch([prompt], [load_images(task, loaded, open_image)], loaded, chosen)["request"]
 
 
 CASES = [
@@ -191,7 +191,7 @@ def test_a_conversation(client: Any, loaded: LoadedModel) -> None:
     assert len(set(texts)) == 4
 
 
-PICTURE = data_url(IMAGES / "im0.png")
+IMAGE = data_url(IMAGES / "im0.png")
 HELLO = [{"role": "user", "content": "Hello"}]
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two answers": ({"n": 2}, "n = 2"),
@@ -207,12 +207,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "last is the model": ({"messages": [*HELLO, {"role": "assistant", "content": "Hi"}]}, "first and last"),
     "audio": ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "a text or an image_url"),
     "a marker": ({"messages": [{"role": "user", "content": "<image> what?"}]}, "literal"),
-    "too many pictures": ({"messages": shown("?", *[PICTURE] * 4)}, "4 pictures; this server takes up to 3"),
+    "too many images": ({"messages": shown("?", *[IMAGE] * 4)}, "4 images; this server takes up to 3"),
     "a file": ({"messages": shown("?", f"file://{IMAGES / 'im0.png'}")}, "opens no files"),
     "a host": ({"messages": shown("?", "http://169.254.169.254/x.png")}, "does not fetch from '169.254.169.254'"),
-    "another scheme": ({"messages": shown("?", "ftp://host/x.png")}, "no picture address"),
+    "another scheme": ({"messages": shown("?", "ftp://host/x.png")}, "is not an image address"),
     "no base64": ({"messages": shown("?", "data:image/png;base64,@@@@")}, "no base64"),
-    "no picture": ({"messages": shown("?", "data:image/png;base64,AAAA")}, "no picture"),
+    "not an image": ({"messages": shown("?", "data:image/png;base64,AAAA")}, "is not an image"),
     "too long": ({"messages": [{"role": "user", "content": "word " * 3000}]}, "positions, and the model takes"),
 }
 
@@ -235,7 +235,7 @@ def test_models_and_health(client: Any) -> None:
     assert (response.status_code, response.json()) == (200, {"status": "ok", "answering": 0, "waiting": 0})
 
 
-def test_body_and_picture_sizes(loaded: LoadedModel) -> None:
+def test_body_and_image_sizes(loaded: LoadedModel) -> None:
     file = io.BytesIO()
     Image.new("RGB", (300, 200)).save(file, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -260,7 +260,7 @@ def test_key(loaded: LoadedModel) -> None:
 
 
 def test_files_below_a_folder(loaded: LoadedModel, tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     (folder / "a b.png").write_bytes((IMAGES / "im0.png").read_bytes())
     (tmp_path / "secret.png").write_bytes((IMAGES / "im1.png").read_bytes())
@@ -270,14 +270,14 @@ def test_files_below_a_folder(loaded: LoadedModel, tmp_path: Path) -> None:
         (folder / "link.png").symlink_to(tmp_path / "secret.png")
         (folder / "link").symlink_to(tmp_path)
         names = ("file:../secret.png", "file:%2e%2e/secret.png", f"file://{tmp_path}/secret.png")
-        for name in (*names, "file:link.png", "file:link/secret.png", "file:link/pictures/../secret.png"):
+        for name in (*names, "file:link.png", "file:link/secret.png", "file:link/images/../secret.png"):
             with pytest.raises(openai.BadRequestError, match=r"outside the image folder|is missing"):
                 ask(client, shown("?", name))
 
 
 @contextmanager
-def picture_host(redirect: str | None = None) -> Iterator[str]:
-    """A web server with one picture; or one that sends everybody elsewhere."""
+def image_host(redirect: str | None = None) -> Iterator[str]:
+    """A web server with one image; or one that sends everybody elsewhere."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -303,7 +303,7 @@ def picture_host(redirect: str | None = None) -> Iterator[str]:
 
 def test_named_hosts(loaded: LoadedModel) -> None:
     """A host that is allowed is asked, and may not send the server on to one that is not."""
-    with picture_host() as host, picture_host(f"http://{host}/x.png") as sender:
+    with image_host() as host, image_host(f"http://{host}/x.png") as sender:
         for allowed, asked, fine in (({host}, host, True), ({sender}, sender, False), ({host, sender}, sender, True)):
             settings = replace(SETTINGS, images=ImagePolicy(hosts=frozenset(allowed)))
             with running(loaded, settings) as (client, _):

@@ -92,7 +92,7 @@ def test_history_and_images_of_later_turns_reach_the_model(chat: Chat, loaded: L
     chat.show([image("im1.png"), image("im3.png")])
     say(chat, "And <image-placeholder> or <image-placeholder>?")
     prompt = chat.conversation.get_prompt()
-    assert prompt.count("<image>") == len(chat.pictures) == 3
+    assert prompt.count("<image>") == len(chat.images) == 3
     assert (
         f"USER: <image>\nWhat is it? ASSISTANT: {said(chat)[1]}</s>USER: And <image> or <image>? ASSISTANT:" in prompt
     )
@@ -106,7 +106,7 @@ def test_reset_forgets_everything(chat: Chat) -> None:
     chat.show([image("im0.png")])
     say(chat, "What is it?")
     chat.reset()
-    assert (said(chat), chat.pictures, chat.waiting) == ([], [], [])
+    assert (said(chat), chat.images, chat.waiting) == ([], [], [])
     assert say(chat, "Name a bird.") == first
 
 
@@ -219,7 +219,7 @@ def test_reset_shows_the_first_images_again(talk: Talk) -> None:
     assert [message for role, message in chat.conversation.messages if role == "USER"] == ["<image>\nWhat?"]
     first, _, again = (line for line in out.splitlines() if "ASSISTANT: " in line)
     assert again == first
-    assert len(chat.pictures) == 1
+    assert len(chat.images) == 1
 
 
 def test_text_alone_and_the_end_of_input(talk: Talk) -> None:

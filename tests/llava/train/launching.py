@@ -65,14 +65,14 @@ def launch_runs(
 
 
 def mixed_rows(folder: Path) -> Path:
-    """A data file in which rows with a picture and rows of text alone alternate.
+    """A data file in which rows with an image and rows of text alone alternate.
 
     Of two processes with one row each, the second one gets text alone.
     """
     rows = json.loads((golden_dir("llava") / "data" / "finetune.json").read_text())
-    pictures = [row for row in rows if isinstance(row.get("image"), str)]
+    images = [row for row in rows if isinstance(row.get("image"), str)]
     texts = [row for row in rows if "image" not in row]
-    mixed = [row for pair in zip(pictures * 8, texts * 8, strict=False) for row in pair][:16]
+    mixed = [row for pair in zip(images * 8, texts * 8, strict=False) for row in pair][:16]
     path = folder / "mixed.json"
     path.write_text(json.dumps(mixed))
     return path

@@ -1,4 +1,4 @@
-"""Training and answering with pictures as tiles: the newline vector, the lengths, and batches of any size."""
+"""Training and answering with images as tiles: the newline vector, the lengths, and batches of any size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llava.errors import BadSampleError, FlagError
 from llava.eval.answering.answers import Task
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import load_model
-from llava.eval.answering.runner import answer_batch, load_pictures, make_prompt
+from llava.eval.answering.runner import answer_batch, load_images, make_prompt
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import bare_model
 from llava.model.splice import count_targets
@@ -56,7 +56,7 @@ def test_checkpoint_is_the_trained_model(merge_type: str, options: dict[str, Any
     batch = batch_of(run)
     assert isinstance(batch["images"], list)
     assert {image.shape[1:] for image in batch["images"]} == {(3, 28, 28)}
-    assert len({len(image) for image in batch["images"]}) > 1, "pictures of different shapes have different tiles"
+    assert len({len(image) for image in batch["images"]}) > 1, "images of different shapes have different tiles"
     at_first = loss_of(model, batch)
     run.trainer.train()
     run.trainer.save_model()
@@ -177,9 +177,9 @@ def test_batched_answers_equal_single_ones(merge_type: str, tmp_path: Path) -> N
     ]
     options = GenerationOptions(temperature=0, max_new_tokens=10)
     prompts = [make_prompt(str(task.question_id), task, loaded, "vicuna_v1") for task in tasks]
-    pictures = [load_pictures(task, loaded, lambda name, where: load_image(IMAGES, name, where)) for task in tasks]
-    together = answer_batch(prompts, pictures, loaded, options)
-    for prompt, row in zip(prompts, pictures, strict=True):
+    shown = [load_images(task, loaded, lambda name, where: load_image(IMAGES, name, where)) for task in tasks]
+    together = answer_batch(prompts, shown, loaded, options)
+    for prompt, row in zip(prompts, shown, strict=True):
         assert answer_batch([prompt], [row], loaded, options)[prompt.key] == together[prompt.key]
-    turned = [pictures[2], *pictures[1:2], pictures[0], pictures[3]]
-    assert answer_batch(prompts, turned, loaded, options) != together, "the pictures must matter"
+    turned = [shown[2], *shown[1:2], shown[0], shown[3]]
+    assert answer_batch(prompts, turned, loaded, options) != together, "the images must matter"

@@ -44,7 +44,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def logits(model: Any, start: int = WORDS) -> Tensor:
-    """Logits for a prompt whose picture stands between the two tokens."""
+    """Logits for a prompt whose image stands between the two tokens."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.tensor([[1, 350, start, -200, start + 1, 500, 13]])
     with torch.no_grad():

@@ -95,7 +95,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def logits(folder: Path | str) -> Tensor:
-    """Logits of the model in a folder for a fixed prompt with a picture."""
+    """Logits of the model in a folder for a fixed prompt with an image."""
     _, model, _, _ = load_pretrained_model(str(folder), device="cpu")
     generator = torch.Generator().manual_seed(3)
     ids = torch.tensor([[1, 350, -200, 400, 500, 13]])

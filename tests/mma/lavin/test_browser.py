@@ -11,7 +11,7 @@ import pytest
 
 from mma.lavin.chat import LavinChat
 from mma.lavin.page import build_page
-from tests.mma.lavin.test_demo import PICTURE, chat
+from tests.mma.lavin.test_demo import IMAGE, chat
 
 __all__ = ["chat"]  # a fixture
 
@@ -59,23 +59,23 @@ def settled(tab: Any, count: int) -> list[str]:
 
 
 def test_a_visit(tab: Any, tmp_path: Path) -> None:
-    """A question without a picture, a picture, a question about it, and a file that is no picture."""
+    """A question without an image, an image, a question about it, and a file that is not an image."""
     ask(tab, "What is a lake?")
     first = settled(tab, 2)
     assert first[0] == "What is a lake?"
     assert first[1], "the answer is shown"
 
     upload = tab.locator("input[type=file]").first
-    upload.set_input_files(PICTURE)
+    upload.set_input_files(IMAGE)
     tab.wait_for_function("() => document.querySelectorAll('[data-testid=bot]').length === 0")
     ask(tab, "What is shown?")
     shown = settled(tab, 2)
-    assert shown[0] == "What is shown?", "another picture begins a new conversation"
+    assert shown[0] == "What is shown?", "another image begins a new conversation"
     tab.screenshot(path=str(tmp_path / "page.png"))
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     tab.get_by_role("button", name="Clear").or_(tab.get_by_label("Remove Image")).first.click()
     upload.set_input_files(str(broken))
     tab.wait_for_function("() => document.querySelectorAll('[data-testid=bot]').length === 0")

@@ -19,7 +19,7 @@ from llava.data.images import ImageTransform, load_image
 from llava.errors import BadSampleError, FlagError, NoTargetError
 from llava.model.multimodal_encoder.builder import set_normalization
 from llava.runtime.tokenizer import load_tokenizer
-from mma.extension import PICTURE
+from mma.extension import IMAGE_FLAGS
 from mma.lavin.data import mixture
 from mma.lavin.data.dataset import ASPECT_RATIO, LavinDataset
 from mma.lavin.data.instructions import read_mixture
@@ -52,7 +52,7 @@ def clip_processor(side: int = 224) -> CLIPImageProcessorPil:
 
 def lavin_processor(side: int = 224) -> CLIPImageProcessorPil:
     processor = clip_processor(side)
-    set_normalization(processor, PICTURE["mm_image_normalization"][2])
+    set_normalization(processor, IMAGE_FLAGS["mm_image_normalization"][2])
     return processor
 
 
@@ -72,8 +72,8 @@ def save_problems(root: Path, images: Path | None = None) -> None:
             target = root / "images" / split / qid / "image.png"
             target.parent.mkdir(parents=True)
             source = images / f"{qid}.png"
-            picture = Image.open(source) if source.exists() else Image.new("RGB", (30, 20), (90, 90, 90))
-            picture.save(target)
+            image = Image.open(source) if source.exists() else Image.new("RGB", (30, 20), (90, 90, 90))
+            image.save(target)
 
 
 # Prompts

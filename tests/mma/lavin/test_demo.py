@@ -27,7 +27,7 @@ from tests.mma.lavin.test_data import IMAGES
 
 SCENARIOS = load_case("lavin", "chat_prompts")[0]["scenarios"]
 FLAGS = load_case("lavin", "cli_flags")[0]["demo_py"]
-PICTURE = str(IMAGES / "12.png")
+IMAGE = str(IMAGES / "12.png")
 GREEDY = GenerationOptions(temperature=0, max_new_tokens=6)
 SETTINGS = (0.0, 0.75, 6, 0)
 
@@ -44,7 +44,7 @@ def test_options_are_those_of_the_original() -> None:
 # Prompts
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=["picture", "text"])
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=["image", "text"])
 def test_prompts_of_the_original(scenario: dict[str, Any]) -> None:
     said: list[tuple[str, str]] = []
     for turn in scenario["turns"]:
@@ -90,7 +90,7 @@ def chat(lavin_files: LavinFiles, lavin_checkpoint: Path) -> Iterator[LavinChat]
     engine.close()
 
 
-@pytest.mark.parametrize("image", [None, PICTURE], ids=["text", "picture"])
+@pytest.mark.parametrize("image", [None, IMAGE], ids=["text", "image"])
 def test_an_answer_comes_in_pieces(chat: LavinChat, image: str | None) -> None:
     grown = list(chat.ask([], "What is this?", image, GREEDY))
     assert len(grown) > 1
@@ -98,8 +98,8 @@ def test_an_answer_comes_in_pieces(chat: LavinChat, image: str | None) -> None:
     assert list(chat.ask([], "What is this?", image, GREEDY)) == grown
 
 
-def test_the_picture_reaches_the_model(chat: LavinChat) -> None:
-    """Another picture, another answer. The projector is made to matter: after four updates pictures hardly do."""
+def test_the_image_reaches_the_model(chat: LavinChat) -> None:
+    """Another image, another answer. The projector is made to matter: after four updates images hardly do."""
     options = GenerationOptions(temperature=0, max_new_tokens=24)
     last = list(chat.engine.loaded.model.get_model().mm_projector.modules())[-1].weight
 
@@ -116,7 +116,7 @@ def test_the_picture_reaches_the_model(chat: LavinChat) -> None:
         finally:
             last.copy_(before)
     assert len(set(found)) == 3
-    assert len(set(blind)) == 1, "nothing but the pictures made them differ"
+    assert len(set(blind)) == 1, "nothing but the images made them differ"
 
 
 def test_whoever_leaves_is_not_answered_any_further(chat: LavinChat) -> None:
@@ -143,11 +143,11 @@ def test_the_conversation_goes_on(chat: LavinChat) -> None:
 
 
 @pytest.mark.parametrize(
-    ("question", "picture", "settings", "message"),
+    ("question", "upload", "settings", "message"),
     [
         (" ", None, SETTINGS, "there is no question"),
-        ("What?", "broken.png", SETTINGS, "the picture cannot be read: UnidentifiedImageError: it is of no"),
-        ("What?", "gone.png", SETTINGS, "the picture is on this server no more; upload it again"),
+        ("What?", "broken.png", SETTINGS, "the image cannot be read: UnidentifiedImageError: it is of no"),
+        ("What?", "gone.png", SETTINGS, "the image is on this server no more; upload it again"),
         ("What?", None, (0.0, 0.75, 600, 0), "longer than the 511"),
         ("What?", None, (-1.0, 0.75, 6, 0), "--temperature -1.0"),
         ("What?", None, (0.0, 0.75, 6, None), "no number in the field 'Seed'"),  # gradio's value of a cleared field
@@ -155,10 +155,10 @@ def test_the_conversation_goes_on(chat: LavinChat) -> None:
     ],
 )
 def test_errors_are_shown_in_the_conversation(
-    chat: LavinChat, tmp_path: Path, question: str, picture: str | None, settings: tuple, message: str
+    chat: LavinChat, tmp_path: Path, question: str, upload: str | None, settings: tuple, message: str
 ) -> None:
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    image = None if picture is None else str(tmp_path / picture)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    image = None if upload is None else str(tmp_path / upload)
     before = [("Hello", "Hi")]
     ((box, turns, shown),) = Handlers(chat).ask(question, before, image, *settings)
     assert (box, turns) == (question, before)  # nothing is lost, and the conversation is as it was
@@ -183,7 +183,7 @@ def test_a_failing_model_is_an_error_in_the_conversation(chat: LavinChat, monkey
 
 
 def test_the_page_over_http(chat: LavinChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A visitor without a browser uploads a picture, asks twice, and sees an error as text."""
+    """A visitor without a browser uploads an image, asks twice, and sees an error as text."""
     pytest.importorskip("gradio", reason="the extra `serve` is not installed")
     gradio_client = pytest.importorskip("gradio_client")
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
@@ -193,18 +193,18 @@ def test_the_page_over_http(chat: LavinChat, tmp_path: Path, monkeypatch: pytest
     )
     try:
         visitor = gradio_client.Client(address, verbose=False)
-        shutil.copy(PICTURE, tmp_path / "mine.png")
-        picture = gradio_client.handle_file(tmp_path / "mine.png")
-        box, shown = visitor.predict("What is this?", picture, *SETTINGS, api_name="/ask")
+        shutil.copy(IMAGE, tmp_path / "mine.png")
+        image = gradio_client.handle_file(tmp_path / "mine.png")
+        box, shown = visitor.predict("What is this?", image, *SETTINGS, api_name="/ask")
         assert box == ""
         assert len(shown) == 2
-        _, shown = visitor.predict("Why?", picture, *SETTINGS, api_name="/ask")
+        _, shown = visitor.predict("Why?", image, *SETTINGS, api_name="/ask")
         assert len(shown) == 4  # the page remembers its visitor
-        (tmp_path / "broken.png").write_bytes(b"no picture")
+        (tmp_path / "broken.png").write_bytes(b"no image")
         broken = gradio_client.handle_file(tmp_path / "broken.png")
         box, shown = visitor.predict("What?", broken, *SETTINGS, api_name="/ask")
         assert box == "What?"
-        assert "the picture cannot be read" in str(shown[-1])
+        assert "the image cannot be read" in str(shown[-1])
         assert "Traceback" not in str(shown)
         shown = visitor.predict(api_name="/begin")
         assert not shown
@@ -214,7 +214,7 @@ def test_the_page_over_http(chat: LavinChat, tmp_path: Path, monkeypatch: pytest
         assert len(list((tmp_path / "uploads").rglob("*.png"))) == 2
     finally:
         page.close()
-    assert not list((tmp_path / "uploads").rglob("*.png")), "the pictures of visitors go with the page"
+    assert not list((tmp_path / "uploads").rglob("*.png")), "the images of visitors go with the page"
 
 
 def test_what_cannot_be_served_is_refused(lavin_files: LavinFiles, lavin_checkpoint: Path) -> None:

@@ -289,7 +289,7 @@ def test_mme(
     assert (folder / "mme_eval.txt").read_text().count("accuracy+") == len(scores)
     assert "Cognition" in capsys.readouterr().out
     first = sorted(root.rglob("*.jpg"))[0]
-    first.write_bytes(b"no picture")
+    first.write_bytes(b"no image")
     with pytest.raises(BadImageError, match=first.name):
         eval_mme.main(mme_words(lavin_files, lavin_checkpoint, root, tmp_path / "broken"))
 

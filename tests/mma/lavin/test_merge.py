@@ -33,9 +33,9 @@ PROMPT_OF = {"image": 0, "text": 2}
 
 def logits_of(model: Any, modality: str) -> Tensor:
     batch = prompts()
-    row, pictures = batch.rows[PROMPT_OF[modality]][None], batch.pictures[PROMPT_OF[modality]]
+    row, images = batch.rows[PROMPT_OF[modality]][None], batch.images_of_rows[PROMPT_OF[modality]]
     with torch.no_grad():
-        return model(input_ids=row, images=pictures).logits
+        return model(input_ids=row, images=images).logits
 
 
 @pytest.mark.parametrize("modality", PROMPT_OF)
@@ -81,7 +81,7 @@ def test_a_merged_checkpoint(name: str, plain: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(logits_of(merged, "image"), logits_of(model, "image"), **CLOSE)
     batch = prompts()
     fixed = {"do_sample": False, "max_new_tokens": 5}
-    tokens = [each.generate(batch.rows[0][None], images=batch.pictures[0], **fixed) for each in (model, merged)]
+    tokens = [each.generate(batch.rows[0][None], images=batch.images_of_rows[0], **fixed) for each in (model, merged)]
     assert torch.equal(*tokens)
 
 
@@ -95,7 +95,7 @@ def test_in_half_precision_it_is_rounded_once(tmp_path: Path) -> None:
     assert 0 < distance < 5e-3  # measured: 1.6e-3
 
 
-def test_transformers_own_llava_reads_what_was_merged_for_pictures(tmp_path: Path) -> None:
+def test_transformers_own_llava_reads_what_was_merged_for_images(tmp_path: Path) -> None:
     """On LLaVA's own patches nothing of the method is left: biases in the attention, in their usual places."""
     model = adapted_llava(CONFIGS["block, plain vision"])
     save_checkpoint(model, tmp_path / "adapters", load_pretrained_model(str(BASE), device="cpu")[0])
@@ -104,11 +104,11 @@ def test_transformers_own_llava_reads_what_was_merged_for_pictures(tmp_path: Pat
     to_hf(tmp_path / "merged", tmp_path / "hf")
     hf = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
     count = model.get_vision_tower().num_features
-    ids, picture = [1, 350, IMAGE_TOKEN_INDEX, 400, 500, 13], torch.randn(1, 3, 28, 28)
+    ids, image = [1, 350, IMAGE_TOKEN_INDEX, 400, 500, 13], torch.randn(1, 3, 28, 28)
     expanded = [place for index in ids for place in ([hf.config.image_token_index] * count if index < 0 else [index])]
     with torch.no_grad():
-        expected = model(input_ids=torch.tensor([ids]), images=picture).logits
-        result = hf(input_ids=torch.tensor([expanded]), pixel_values=picture).logits
+        expected = model(input_ids=torch.tensor([ids]), images=image).logits
+        result = hf(input_ids=torch.tensor([expanded]), pixel_values=image).logits
     torch.testing.assert_close(result[..., : expected.shape[-1]], expected, **CLOSE)
 
 

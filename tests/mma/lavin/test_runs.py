@@ -77,15 +77,15 @@ def test_recipe(recipe: str, tmp_path: Path) -> None:
     expected_names = {"mma", "hydralora", "dynamic"} if recipe == "all three" else {"mma"}
     assert set(live.extensions.configs) == expected_names
     ids = torch.tensor([[1, 350, -200, 400, 500, 13]])
-    picture = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(3))
+    image = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        expected = live.eval()(input_ids=ids, images=picture).logits
+        expected = live.eval()(input_ids=ids, images=image).logits
     torch.testing.assert_close(logits(tmp_path / "out" / "checkpoint-3"), expected, rtol=0, atol=1e-5)
     batch = prompts()
     fixed = {"do_sample": False, "max_new_tokens": 4}
     together = live.generate(batch.ids, images=batch.images, attention_mask=batch.mask, **fixed)
-    for number, (row, pictures) in enumerate(zip(batch.rows, batch.pictures, strict=True)):
-        assert torch.equal(live.generate(row[None], images=pictures, **fixed)[0], together[number])
+    for number, (row, images) in enumerate(zip(batch.rows, batch.images_of_rows, strict=True)):
+        assert torch.equal(live.generate(row[None], images=images, **fixed)[0], together[number])
 
 
 @pytest.mark.parametrize("recipe", ["attn, router", "tower too", "all three"])
@@ -109,7 +109,7 @@ def test_checkpointing_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_as_published(tmp_path: Path) -> None:
-    """Six class tokens (two here) of a text model's first pictures: what LaVIN's flags alone give."""
+    """Six class tokens (two here) of a text model's first images: what LaVIN's flags alone give."""
     case, _ = load_case("lavin", "clip_base")
     tower = write_tower(tmp_path / "tower", case["config"])
     options = {
@@ -164,7 +164,7 @@ def test_a_quantised_base(bits: int, tmp_path: Path) -> None:
 
 
 def test_batches_of_one_modality_train_that_row_alone(tmp_path: Path) -> None:
-    """A batch of text sends no gradient into the row of pictures, and every parameter gets one all the same."""
+    """A batch of text sends no gradient into the row of images, and every parameter gets one all the same."""
     run = build(tmp_path, **MMA)
     live = bare_model(run.model)
     live.train()
@@ -182,8 +182,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown type": (MMA | {"adapter_type": "mlp"}, "adapter_type is 'mlp'"),
     "groups": (MMA | {"adapter_dim": 7}, "adapter_dim 7 is not a multiple"),
     "temperature": (MMA | {"temperature": 0}, "--temperature 0.0: must be more than 0"),
-    "picture": ({"mma": True}, "--mm_vision_select_layer -2: --visual_input lavin has -1"),
-    "picture, the default": ({"mma": True, "mm_vision_select_layer": -1, "image_aspect_ratio": "square"}, "square"),
+    "image": ({"mma": True}, "--mm_vision_select_layer -2: --visual_input lavin has -1"),
+    "image, the default": ({"mma": True, "mm_vision_select_layer": -1, "image_aspect_ratio": "square"}, "square"),
     "no such projector": (MMA | {"hidden_proj": 128}, "--hidden_proj 128: is the width"),
     "nothing to drop": (MMA | {"adapter_type": "none", "drop_path": 0.1}, "--drop_path 0.1: belongs to the adapters"),
     "input": (MMA | {"visual_input": "six"}, "--visual_input is 'six'"),

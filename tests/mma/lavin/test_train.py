@@ -150,8 +150,8 @@ def test_the_cpu_may_be_asked_for_as_in_llava(words: list[str], files: LavinFile
 
 
 @pytest.mark.parametrize("ratio", ["stretch", "pad", "square", "anyres"])
-def test_training_sees_the_pictures_of_the_evaluation(ratio: str, files: LavinFiles, tmp_path: Path) -> None:
-    """The aspect ratio in the checkpoint, which evaluation obeys, is that of the training's pictures."""
+def test_training_sees_the_images_of_the_evaluation(ratio: str, files: LavinFiles, tmp_path: Path) -> None:
+    """The aspect ratio in the checkpoint, which evaluation obeys, is that of the training's images."""
     words = ["--visual_input", "llava", "--image_aspect_ratio", ratio] if ratio != "stretch" else []
     if ratio == "anyres":
         words += ["--image_grid_pinpoints", "[(84, 42), (42, 84)]"]
