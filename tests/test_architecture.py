@@ -1,4 +1,4 @@
-"""The picture in `docs/architecture.md` is that of the imports: rooms, arrows, and the files that it names."""
+"""The diagram in `docs/architecture.md` is that of the imports: rooms, arrows, and the files that it names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Arrows = dict[str, set[str]]
 
 
 def room(module: str) -> str | None:
-    """The part of the picture that a module is in; None: it is left out."""
+    """The part of the diagram that a module is in; None: it is left out."""
     for name in PROGRAMS:
         if module == name or module.startswith(f"{name}."):
             return name
@@ -56,14 +56,14 @@ def closure(arrows: Arrows) -> Arrows:
 
 
 def drawn() -> Arrows:
-    picture = TEXT.partition("```mermaid\n")[2].partition("```")[0]
+    diagram = TEXT.partition("```mermaid\n")[2].partition("```")[0]
     arrows: Arrows = {}
-    for start, end in re.findall(r"^ +(\S+) --> (\S+)$", picture, re.MULTILINE):
+    for start, end in re.findall(r"^ +(\S+) --> (\S+)$", diagram, re.MULTILINE):
         arrows.setdefault(start, set()).add(end)
     return arrows
 
 
-def test_the_picture_is_that_of_the_code() -> None:
+def test_the_diagram_is_that_of_the_code() -> None:
     found = closure(measured())
     assert {start: ends for start, ends in closure(drawn()).items() if ends} == {s: e for s, e in found.items() if e}
 
