@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llava.runtime.output import replacing
+
 MIB = 2**20
 
 
@@ -96,4 +98,5 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
     curve.set_ylabel("key-value cache (MiB)")
     curve.set_ylim(bottom=0)
     curve.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110)

@@ -24,7 +24,7 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from llava.errors import FlagError
-from llava.runtime.output import claim, discard, is_ours
+from llava.runtime.output import claim, discard, is_ours, put_in_place
 from llava.runtime.recognize import foreign_message, is_plain_file
 from playground.questions import (
     BASE_QUESTIONS,
@@ -256,7 +256,7 @@ def _run(step: Step, log_file: Path) -> float:
         target = step.target / name
         if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)  # `_refuse_foreign` knows that a build made it
-        (partial / name).replace(target)
+        put_in_place(partial / name, target)
     partial.rmdir()  # fails if a step made more than it declares
     discard(partial.parent)
     return round(time.monotonic() - started, 1)

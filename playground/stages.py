@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from llava.model.formats import TOWER_FOLDER
+from llava.runtime.output import put_in_place
 from llava.runtime.tokenizer import load_tokenizer
 from llava.train.train import main as train
 from playground.questions import BASE_TRAIN, CAPTIONS, IMAGES
@@ -75,7 +76,7 @@ def train_tower(data: Path, untrained: Path, output: Path, recipe: Recipe) -> No
             *("--unfreeze_mm_vision_tower", "True", "--output_dir", str(whole)),
         ]
     )
-    shutil.move(whole / TOWER_FOLDER, output / TRAINED_TOWER)
+    put_in_place(whole / TOWER_FOLDER, output / TRAINED_TOWER)
     language_model = output / TRAINED_LANGUAGE_MODEL
     language_model.mkdir()
     # A Llama of its own, as Vicuna is before it meets an image: no projector, no word of LLaVA in its configuration.

@@ -173,6 +173,70 @@ def test_scripts_hold_converters_only() -> None:
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) < CONVERTERS
 
 
+BY_HAND = {
+    "os": {"replace", "rename", "renames"},
+    "shutil": {"move"},
+    "tempfile": {"mkstemp", "mkdtemp"},
+}
+"""Functions with which a file or folder is replaced, or a temporary one is made that nobody removes, by module."""
+
+REPLACES_BY_HAND = 3
+"""Files that may do so; all others use `llava.runtime.output`."""
+
+
+def _replaced_by_hand(text: str) -> list[int]:
+    """Lines of a source file that replace a file or folder by a call of their own, or prepare to.
+
+    `Path.rename` and `Path.replace` are calls of a method with one argument: `str.replace` has two, and what else is
+    named `replace` takes keywords.
+    """
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and BY_HAND.get(node.module or "", set()) & {a.name for a in node.names}:
+            found.append(node.lineno)
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        owner, name = node.func.value, node.func.attr
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if isinstance(owner, ast.Name) and owner.id in BY_HAND:
+            if name in BY_HAND[owner.id] or (name == "NamedTemporaryFile" and keywords.get("delete") == "False"):
+                found.append(node.lineno)
+        elif name in ("rename", "replace") and len(node.args) + len(keywords) == 1 and keywords.keys() <= {"target"}:
+            found.append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("line", "count"),
+    [
+        ("os.replace(a, b)", 1),
+        ("os.rename(a, b)", 1),
+        ("shutil.move(a, b)", 1),
+        ("from shutil import copy, move", 1),
+        ("(folder / name).rename(b)", 1),
+        ("path.replace(b)", 1),
+        ("path.replace(target=b)", 1),
+        ("tempfile.mkstemp(dir=a)", 1),
+        ("tempfile.NamedTemporaryFile(dir=a, delete=False)", 1),
+        ("tempfile.NamedTemporaryFile(dir=a)", 0),
+        ("text.replace('a', 'b')", 0),
+        ("dataclasses.replace(config, rank=3)", 0),
+        ("signature.replace(parameters=shown)", 0),
+        ("put_in_place(a, b)", 0),
+    ],
+)
+def test_what_counts_as_replacing_by_hand(line: str, count: int) -> None:
+    assert len(_replaced_by_hand(line)) == count
+
+
+def test_files_are_written_whole_in_one_way() -> None:
+    places = {_id(path): lines for path in MODULES + PROGRAMS if (lines := _replaced_by_hand(path.read_text("utf-8")))}
+    ours = {name: lines for name, lines in places.items() if not name.startswith("tests/")}
+    assert {"llava/runtime/output.py", "moe_patch/checkout.py"} <= ours.keys()
+    assert len(ours) <= REPLACES_BY_HAND, ours
+    assert len(ours["llava/runtime/output.py"]) == 1
+
+
 @_each(MODULES)
 def test_nothing_runs_code_from_a_checkpoint(path: Path) -> None:
     unsafe = r"weights_only\s*=\s*False|trust_remote_code\s*=\s*True"

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from torch.utils.data import Dataset
 
 from hydralora.text.records import IGNORED, Example, read_records, tokenize
 from llava.errors import FlagError
+from llava.runtime.output import replacing
 
 CACHE_FOLDER = ".tokenized"
 WITHOUT_EFFECT = frozenset({"name_or_path", "vocab_file", "tokenizer_file", "local_files_only", "model_max_length"})
@@ -98,18 +97,14 @@ def load_examples(
 
     Raises:
         BadSampleError: a record is malformed.
+        FlagError: the cache cannot be written.
     """
     cache = Path(cache_dir or path.parent / CACHE_FOLDER) / cache_name(path, tokenizer, max_length)
     if cache.is_file() and not overwrite:
         return _unpack(load_file(cache))
     examples = tokenize(read_records(path), tokenizer, max_length)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=cache.parent, suffix=".partial", delete=False) as partial:
-        try:
-            save_file(_pack(examples), partial.name)
-            os.replace(partial.name, cache)
-        finally:
-            Path(partial.name).unlink(missing_ok=True)
+    with replacing(cache) as partial:
+        save_file(_pack(examples), partial)
     return examples
 
 

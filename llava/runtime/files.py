@@ -20,9 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from llava.errors import BadSampleError, CheckpointError, FlagError, LlavaError
-
-POINTER = b"version https://git-lfs.github.com/spec/"
-"""How the text of a Git LFS pointer begins."""
+from llava.runtime.recognize import POINTER
 
 CHECKED_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".bin", ".safetensors", ".pt", ".pth"})
 """Files of a checkpoint folder that some reader opens."""

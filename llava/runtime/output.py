@@ -1,8 +1,11 @@
 """Writing results so that they appear whole or not at all, under temporary names that nobody else can have.
 
-A temporary file has a random name and is created exclusively. A temporary folder holds `MARKER`, which says that a
+Everything that is written in this project gets its real name by `put_in_place`, most of it through `new_path` (a file
+or folder that must not exist yet), `replacing` (a file that may be replaced) or `replace_text`.
+
+A temporary file has a random name and is created exclusively. A temporary folder contains `MARKER`, which says that a
 program of this project made it: only folders with the marker are ever deleted, so a folder of a user is left alone
-whatever its name is.
+whatever its name is. Standard library only.
 """
 
 from __future__ import annotations
@@ -26,6 +29,38 @@ MARKER = ".unfinished-llava-output"
 
 def _random() -> str:
     return uuid.uuid4().hex[:12]
+
+
+def put_in_place(made: str | Path, target: str | Path) -> None:
+    """Give a complete file or folder its real name, in one step that cannot be seen half done.
+
+    Args:
+        made: on the same file system as `target`, which is why temporary names are in the same folder.
+        target: a file that is there is replaced, and so is an empty folder by a folder; nothing else is.
+
+    Raises:
+        OSError: something else has the name; both are left as they are.
+    """
+    os.replace(made, target)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or all files of a folder, are on the disk."""
+    for entry in [path, *(path.rglob("*") if path.is_dir() else ())]:
+        _flush_entry(entry)
+
+
+def flush_name(path: Path) -> None:
+    """Wait until the name of a file or folder is on the disk."""
+    _flush_entry(path.parent)
+
+
+def _flush_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 # Folders
@@ -57,7 +92,7 @@ def claim(folder: Path) -> Path:
     private.mkdir()
     (private / MARKER).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
     try:
-        os.replace(private, folder)  # onto an empty folder at most
+        put_in_place(private, folder)
     except OSError:
         discard(private)
         if not is_ours(folder):
@@ -135,7 +170,7 @@ def new_path(output: str | Path, reads: Iterable[str | Path | None] = (), *, fil
         partial = folder / output.name
         yield partial
         refuse_existing(output)  # it may have appeared meanwhile
-        partial.rename(output)
+        put_in_place(partial, output)
     finally:
         discard(folder)
 
@@ -192,18 +227,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise FlagError(f"{path}: cannot be written ({error.strerror})") from error
     try:
         yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
+        flush(temporary)
+        put_in_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def replace_text(path: str | Path, text: str, *, errors: str = "strict", check: bool = True) -> Path:

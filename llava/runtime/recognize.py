@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import FlagError
-from llava.runtime.files import POINTER
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the text of a Git LFS pointer begins."""
 
 MAGIC = {
     b"\x89PNG\r\n\x1a\n": "a PNG image",

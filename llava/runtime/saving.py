@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
 from llava.errors import FlagError
-from llava.runtime.output import MARKER, claim, describe_entry, discard, is_ours
+from llava.runtime.output import MARKER, claim, describe_entry, discard, flush, flush_name, is_ours, put_in_place
 from llava.runtime.places import Input, refuse_folder
 from llava.runtime.weights.completeness import RECORD_FILE
 
@@ -34,16 +34,6 @@ def staging_path(target: Path) -> Path:
     return target.with_name(STAGING_PREFIX + target.name)
 
 
-def flush(path: Path) -> None:
-    """Wait until a file, or all files of a folder, are on the disk."""
-    for entry in [path, *(path.rglob("*") if path.is_dir() else ())]:
-        descriptor = os.open(entry, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def publish_folder(staged: Path, target: Path) -> None:
     """Give a complete folder its real name. A checkpoint of that name is replaced; it stays whole until then.
 
@@ -53,7 +43,7 @@ def publish_folder(staged: Path, target: Path) -> None:
     flush(staged)
     if os.path.lexists(target):
         retire(target)
-    os.replace(staged, target)
+    put_in_place(staged, target)
     flush_name(target)
 
 
@@ -65,18 +55,9 @@ def publish_files(staged: Path, target: Path) -> None:
     for source in (path for path in files if path.name != MARKER):
         destination = target / source.relative_to(staged)
         destination.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(source, destination)
+        put_in_place(source, destination)
     discard(staged)
     flush_name(target)
-
-
-def flush_name(path: Path) -> None:
-    """Wait until the name of a file or folder is on the disk."""
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -102,7 +83,7 @@ def retire(folder: Path) -> None:
     doomed = folder.with_name(f"{STAGING_PREFIX}old-{folder.name}")
     discard(doomed)
     claim(doomed)
-    os.replace(folder, doomed / folder.name)
+    put_in_place(folder, doomed / folder.name)
     discard(doomed)
 
 

@@ -8,15 +8,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from llava.errors import FlagError, LlavaError
+from llava.runtime.output import new_path
 from llava.scripts.files import FOLDERS, launch_files, source
 
 
@@ -52,14 +53,13 @@ def write_scripts(folder: Path, root: Path | None = None) -> list[Path]:
     files = launch_files(root)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Copied aside first, so that a full disk leaves nothing half-written under the real names.
-        with tempfile.TemporaryDirectory(prefix=".scripts-", dir=folder) as partial:
+        # Both get their names when both are complete, so that a full disk leaves nothing half-written under them.
+        with contextlib.ExitStack() as stack:
+            partial = {name: stack.enter_context(new_path(folder / name)) for name in FOLDERS}
             for file in files:
-                target = Path(partial) / file
+                target = partial[file.parts[0]].joinpath(*file.parts[1:])
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(root / file, target)
-            for name in FOLDERS:
-                (Path(partial) / name).rename(folder / name)
     except OSError as error:
         raise FlagError(f"{error.filename or folder}: cannot be written ({error.strerror})") from error
     return [folder / file for file in files]

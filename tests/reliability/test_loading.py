@@ -19,7 +19,7 @@ from torch import Tensor
 from llava.errors import CheckpointError
 from llava.model.builder import load_pretrained_model
 from llava.model.formats import inspect_checkpoint
-from llava.runtime.files import POINTER
+from llava.runtime.recognize import POINTER
 from llava.runtime.weights.completeness import RECORD_FILE
 from llava.runtime.weights.tensors import is_finite
 from llava.train.train import main

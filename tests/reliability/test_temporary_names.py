@@ -14,7 +14,7 @@ import pytest
 
 from llava.data.skipped import append_skipped, remove_skipped
 from llava.errors import CheckpointError, FlagError, LlavaError
-from llava.runtime.output import MARKER, claim, discard, new_path, replace_text
+from llava.runtime.output import MARKER, claim, discard, new_path, put_in_place, replace_text
 from llava.runtime.saving import prepare_folder, publish_folder, retire, rotate
 from tests.reliability.hostile_files import DRAWS, FOREIGN, SPECIAL, corpus
 from tests.reliability.snapshots import snapshot
@@ -86,6 +86,37 @@ def test_foreign_checkpoints_are_neither_replaced_nor_rotated(make: Make, tmp_pa
         assert snapshot(tmp_path) == before
     rotate(tmp_path, 1)
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-9"}
+
+
+def empty_folder(path: Path) -> None:
+    path.mkdir()
+
+
+PUT = {
+    "a file under a new name": (file, None, True),
+    "a file over a file": (file, file, True),
+    "a folder under a new name": (folder, None, True),
+    "a folder over an empty one": (folder, empty_folder, True),
+    "a folder over one with files": (folder, folder, False),
+    "a folder over a file": (folder, file, False),
+    "a file over a folder": (file, folder, False),
+}
+
+
+@pytest.mark.parametrize(("made", "there", "goes"), PUT.values(), ids=PUT)
+def test_what_may_be_replaced_in_one_step(made: Make, there: Make | None, goes: bool, tmp_path: Path) -> None:
+    made(tmp_path / "new")
+    if there is not None:
+        there(tmp_path / "real")
+    before = snapshot(tmp_path)
+    if goes:
+        put_in_place(tmp_path / "new", tmp_path / "real")
+        assert [path.name for path in tmp_path.iterdir()] == ["real"]
+        assert [before[key] for key in sorted(before) if key.startswith("new")] == list(snapshot(tmp_path).values())
+    else:
+        with pytest.raises(OSError, match="real"):
+            put_in_place(tmp_path / "new", tmp_path / "real")
+        assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("make", [folder, file, link])

@@ -33,6 +33,7 @@ from benchmarks.experiments.modality.tasks import KINDS, held_out_scenes, text_q
 from benchmarks.experiments.nlvr.table import training_step
 from benchmarks.experiments.nlvr_methods.recipe import BASE_SEED
 from benchmarks.experiments.nlvr_methods.table import BASE, chosen_questions, prepare_base, questions_of, score_step
+from llava.runtime.output import replace_text
 
 DOCUMENT = Path("docs/experiments.md")
 DOCUMENTED_PATHS = Path("../shared/data/nlvr"), Path("checkpoints/modality")
@@ -83,7 +84,7 @@ def prepare(recipe: Recipe, data: Path, folder: Path) -> None:
     chosen = chosen_questions(data, recipe.every)
     lines = [line for task in KINDS for line in chosen[task]]
     lines += [json.dumps(question) for question in text_questions(held_out)]
-    questions_of(folder, None).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    replace_text(questions_of(folder, None), "\n".join(lines) + "\n", check=False)
     write_json(folder / "recipe.json", recipe.prepared)
 
 
@@ -197,7 +198,7 @@ def write_document(document: Path, recipe: Recipe, data: Path, folder: Path) -> 
     text = fill(text, "modality routing", report.routing_lines(routings))
     text = fill(text, "modality seeds", report.seed_table(recipe.methods, results))
     text = fill(text, "modality commands", command_block(shown))
-    document.write_text(text, encoding="utf-8")
+    replace_text(document, text, check=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -23,6 +23,7 @@ from benchmarks.experiments.common.rows import (
 )
 from benchmarks.experiments.common.steps import Step, marker, run_steps, same_recipe, write_json
 from benchmarks.experiments.nlvr.recipe import METHODS, SEEDS, TEMPLATE, Recipe, base_flags, common_flags, tuned_flags
+from llava.runtime.output import replace_text
 
 DOCUMENT = Path("docs/experiments.md")
 
@@ -139,7 +140,7 @@ def write_document(document: Path, data: Path, folder: Path, steps: Sequence[Ste
     text = report.fill(text, "nlvr table", report.summary_table(baselines, results))
     text = report.fill(text, "nlvr seeds", report.seed_table(results))
     text = report.fill(text, "nlvr commands", report.command_block(shown))
-    document.write_text(text, encoding="utf-8")
+    replace_text(document, text, check=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

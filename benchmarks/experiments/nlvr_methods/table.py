@@ -39,6 +39,7 @@ from benchmarks.experiments.common.steps import Step, marker, run_steps, same_re
 from benchmarks.experiments.nlvr.recipe import TEMPLATE
 from benchmarks.experiments.nlvr.table import training_step
 from benchmarks.experiments.nlvr_methods.recipe import BASE_SEED, SEEDS, TASKS, Recipe, tuned_command
+from llava.runtime.output import replace_text
 
 DOCUMENT = Path("docs/experiments.md")
 DOCUMENTED_PATHS = Path("../shared/data/nlvr"), Path("checkpoints/nlvr-methods")
@@ -111,9 +112,9 @@ def prepare(recipe: Recipe, data: Path, folder: Path) -> None:
         write_json(folder / f"train-{seed}.json", [row for task in TASKS for row in rows[task]])
     questions = chosen_questions(data, recipe.every)
     for task in TASKS:
-        (folder / f"questions-{task}.jsonl").write_text("\n".join(questions[task]) + "\n", encoding="utf-8")
+        replace_text(folder / f"questions-{task}.jsonl", "\n".join(questions[task]) + "\n", check=False)
     every = [line for task in TASKS for line in questions[task]]
-    (folder / "questions.jsonl").write_text("\n".join(every) + "\n", encoding="utf-8")
+    replace_text(folder / "questions.jsonl", "\n".join(every) + "\n", check=False)
     write_json(folder / "recipe.json", asdict(recipe))
 
 
@@ -229,7 +230,7 @@ def write_document(document: Path, recipe: Recipe, data: Path, folder: Path) -> 
     text = fill(text, "nlvr methods table", summary_table(recipe.methods, TASKS, references, results))
     text = fill(text, "nlvr methods seeds", seed_table(recipe.methods, TASKS, results))
     text = fill(text, "nlvr methods commands", command_block(shown))
-    document.write_text(text, encoding="utf-8")
+    replace_text(document, text, check=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

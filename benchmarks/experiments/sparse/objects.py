@@ -26,6 +26,7 @@ from llava.eval.answering.loading import load_model
 from llava.eval.answering.questions import read_questions
 from llava.eval.answering.runner import image_arguments, load_images, make_prompt
 from llava.eval.model_vqa_loader import make_task
+from llava.runtime.output import replacing
 from llava.runtime.program import run_program
 
 COLOURFUL = 60
@@ -94,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     for title, share in shares.items():
         print(f"{title}: {100 * share:.1f} %")
     if args.figure is not None:
-        args.figure.parent.mkdir(parents=True, exist_ok=True)
-        draw_sheet(drawn, [], side=200).save(args.figure)
+        with replacing(args.figure) as partial:
+            draw_sheet(drawn, [], side=200).save(partial)
     return shares
 
 

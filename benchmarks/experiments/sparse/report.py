@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.experiments.common.report import mean_and_range
 from benchmarks.experiments.sparse.recipe import RATES, SEEDS, Run, Setting
+from llava.runtime.output import replacing
 
 
 @dataclass(frozen=True)
@@ -157,5 +158,5 @@ def draw(path: Path, settings: Sequence[Setting], results: Sequence[Result]) -> 
     figure.legend(
         [named[title] for title in titles], titles, loc="outside lower center", ncols=2, frameon=False, fontsize=7
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=90)

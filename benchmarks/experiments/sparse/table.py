@@ -34,6 +34,7 @@ from benchmarks.experiments.sparse.recipe import (
     sparse_flags,
     training_command,
 )
+from llava.runtime.output import replace_text
 
 DOCUMENT = Path("docs/experiments.md")
 FIGURE = Path("docs/figures/accuracy-by-keep-rate.png")
@@ -93,7 +94,7 @@ def prepare(recipe: Recipe, data: Path, folder: Path) -> None:
             rows = conversation_rows(asked, recipe.turns, setting.updates * recipe.batch, f"{seed}/{setting.name}")
             write_json(folder / f"{setting.name}-rows-{seed}.json", rows)
     lines = [line for task, every in recipe.every.items() for line in chosen_questions(data, every)[task]]
-    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    replace_text(folder / "questions.jsonl", "\n".join(lines) + "\n", check=False)
     write_json(folder / "recipe.json", asdict(recipe))
 
 
@@ -228,7 +229,7 @@ def write_document(document: Path, recipe: Recipe, folder: Path) -> None:
     text = fill(text, "sparse table", report.summary_tables(recipe.settings, results))
     text = fill(text, "sparse seeds", report.seed_table(recipe.settings, results))
     text = fill(text, "sparse commands", command_block(shown))
-    document.write_text(text, encoding="utf-8")
+    replace_text(document, text, check=False)
     report.draw(FIGURE, recipe.settings, results)
 
 

@@ -28,6 +28,7 @@ from benchmarks.experiments.text.recipe import Recipe, finetune_command
 from benchmarks.experiments.text.tasks import TASKS
 from hydralora.text.training import ADAPTER_FOLDER
 from llava.errors import CheckpointError
+from llava.runtime.output import replacing
 
 WEIGHTS = "adapter_model.safetensors"
 FIGURE = "lora-a-and-b-by-task.png"
@@ -61,9 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     trained, start = (load_file(folder / WEIGHTS) for folder in (args.adapter, args.start))
     if {name: value.shape for name, value in trained.items()} != {name: value.shape for name, value in start.items()}:
         raise CheckpointError(f"{args.adapter} and {args.start}: have weights of different names or shapes")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    shutil.copy(args.adapter / "adapter_config.json", args.output_dir)
-    save_file({name: value - start[name] for name, value in trained.items()}, args.output_dir / WEIGHTS)
+    with replacing(args.output_dir / "adapter_config.json") as partial:
+        shutil.copyfile(args.adapter / "adapter_config.json", partial)
+    with replacing(args.output_dir / WEIGHTS) as partial:
+        save_file({name: value - start[name] for name, value in trained.items()}, partial)
 
 
 def own_seed(task: str) -> int:
@@ -164,10 +166,9 @@ def summary_table(folder: Path) -> str:
 
 def copy_figure(folder: Path, target: Path) -> None:
     """Put the figure of the set `tasks` beside the document, `FIGURE_WIDTH` pixels wide and with few colours."""
-    target.mkdir(parents=True, exist_ok=True)
-    with Image.open(folder / SHOWN / "matrices-pca.png") as figure:
+    with Image.open(folder / SHOWN / "matrices-pca.png") as figure, replacing(target / FIGURE) as partial:
         size = (FIGURE_WIDTH, round(figure.height * FIGURE_WIDTH / figure.width))
-        figure.convert("RGB").resize(size, Image.Resampling.LANCZOS).quantize(64).save(target / FIGURE, optimize=True)
+        figure.convert("RGB").resize(size, Image.Resampling.LANCZOS).quantize(64).save(partial, optimize=True)
 
 
 if __name__ == "__main__":

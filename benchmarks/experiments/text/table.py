@@ -30,6 +30,7 @@ from benchmarks.experiments.text import compare
 from benchmarks.experiments.text.recipe import BASE_SEED, SEEDS, Recipe, finetune_command
 from benchmarks.experiments.text.tasks import TASKS, base_rows, held_out_rows, training_rows
 from hydralora.text.training import ADAPTER_FOLDER
+from llava.runtime.output import replace_text
 
 DOCUMENT = Path("docs/experiments.md")
 PRELOAD = ("hydralora", "hydralora.text.training", "hydralora.text.arguments", "hydralora.analysis.figures")
@@ -134,7 +135,7 @@ def write_document(document: Path, recipe: Recipe, folder: Path, steps: Sequence
     text = fill(text, "text seeds", seed_table(recipe.methods, NAMES, results))
     text = fill(text, "text comparison", compare.summary_table(folder))
     text = fill(text, "text commands", command_block(commands))
-    document.write_text(text, encoding="utf-8")
+    replace_text(document, text, check=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

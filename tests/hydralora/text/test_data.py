@@ -75,7 +75,34 @@ def test_a_cache_is_used_only_for_the_very_same_content(tmp_path: Path, monkeypa
     assert len(calls) == 5
     load_examples(path, tokenizer(), 64, cache_dir=tmp_path / "elsewhere")
     assert len(list((tmp_path / "elsewhere").iterdir())) == 1
-    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_cache_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, folder = tmp_path / "data.json", tmp_path / dataset_module.CACHE_FOLDER
+    path.write_text(json.dumps(CASE["records"]))
+    first = load_examples(path, tokenizer(), 64)
+    (cache,) = folder.iterdir()
+    content = cache.read_bytes()
+
+    def half(tensors: Any, target: Path) -> None:
+        Path(target).write_bytes(content[:100])
+        raise OSError(28, "No space left on device", str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset_module, "save_file", half)
+        with pytest.raises(OSError, match="No space left"):
+            load_examples(path, tokenizer(), 64, overwrite=True)
+    assert [each.read_bytes() for each in folder.iterdir()] == [content]
+    assert load_examples(path, tokenizer(), 64) == first
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(CASE["records"]))
+    (tmp_path / dataset_module.CACHE_FOLDER).write_text("mine")
+    with pytest.raises(FlagError, match=rf"{dataset_module.CACHE_FOLDER}.*cannot be written"):
+        load_examples(path, tokenizer(), 64)
+    assert (tmp_path / dataset_module.CACHE_FOLDER).read_text() == "mine"
 
 
 def test_the_validation_file_is_not_trained_on(tmp_path: Path) -> None:
