@@ -119,8 +119,23 @@ def test_a_part_that_is_named_is_required(part: str, recorded: bool, trained: Pa
         assert RECORD_FILE in str(caught.value)
 
 
+def test_a_key_within_an_object_is_recorded(trained: Path, tmp_path: Path) -> None:
+    """Without <im_start> among the added tokens, the ids of the two border tokens would change places."""
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    removed = min(settings["added_tokens_decoder"], key=int)
+    path.write_text(json.dumps(settings | {"chat_template": None, "comment": {"any": 1}}))
+    inspect_checkpoint(folder)
+    del settings["added_tokens_decoder"][removed]
+    path.write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=rf"tokenizer_config\.json: lacks \['added_tokens_decoder/{removed}'\]"):
+        load(folder)
+
+
 def test_extensions_named_differently(trained: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(trained, tmp_path / "copy")
+    (folder / RECORD_FILE).unlink()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"extensions": {}}))
     with pytest.raises(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,16 @@ def _description(path: Path) -> dict[str, Any]:
     if path.suffix == ".json":
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and len(content) <= MAX_KEYS:
-            return {"keys": sorted(content)}
+            return {"keys": sorted(_keys(content))}
     return {}
+
+
+def _keys(content: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """The keys of a JSON object and of the objects in it, as `added_tokens_decoder/896`; not those of a vocabulary."""
+    for key, value in content.items():
+        yield above + key
+        if isinstance(value, dict) and len(value) <= MAX_KEYS:
+            yield from _keys(value, f"{above}{key}/")
 
 
 def write_record(folder: Path) -> None:
@@ -130,7 +138,8 @@ def _check_file(file: Path, described: Mapping[str, Any], record: Path) -> None:
         return
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise CheckpointError(f"{record}: the keys of '{file.name}' are not a list of names")
-    lacking = sorted(set(keys) - read_json(file).keys())
+    missing = set(keys) - set(_keys(read_json(file)))
+    lacking = sorted(key for key in missing if key.rpartition("/")[0] not in missing)
     if lacking:
         raise CheckpointError(f"{file}: lacks {lacking[:5]}, which it had when it was written ({record})")
 
