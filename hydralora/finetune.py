@@ -43,11 +43,11 @@ from llava.runtime.unchanged import FINGERPRINTS, WORLD, fingerprints, flat, ref
 from llava.runtime.weights.completeness import RUN_FILE
 from llava.runtime.zero import join_processes, prepare_resume, set_precision
 
-__all__ = ["Run", "build_parser", "build_run", "main", "parse_args"]
+__all__ = ["TextRun", "build_parser", "build_run", "main", "parse_args"]
 
 
 @dataclass
-class Run:
+class TextRun:
     """Everything that a run is made of, before its first step."""
 
     args: RunArguments
@@ -122,7 +122,7 @@ def check_checkpointing(training: TrainingArguments, balance_weight: float) -> N
         )
 
 
-def build_run(args: RunArguments) -> Run:
+def build_run(args: RunArguments) -> TextRun:
     """Everything up to the first step."""
     training = args.training
     if training.should_save:
@@ -150,10 +150,10 @@ def build_run(args: RunArguments) -> Run:
         data_collator=InstructionCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
-    return Run(args, tokenizer, model, trainer)
+    return TextRun(args, tokenizer, model, trainer)
 
 
-def _evaluate(run: Run) -> dict[str, float]:
+def _evaluate(run: TextRun) -> dict[str, float]:
     metrics = run.trainer.evaluate()
     metrics["perplexity"] = math.exp(min(metrics["eval_loss"], 700.0))
     run.trainer.log_metrics("eval", metrics)
@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     return adapter if training.do_train else output
 
 
-def _print_summary(run: Run, adapter: Path | None, metrics: dict[str, float]) -> None:
+def _print_summary(run: TextRun, adapter: Path | None, metrics: dict[str, float]) -> None:
     history = [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry]
     lines = [f"{run.trainer.state.global_step} updates"]
     if history:

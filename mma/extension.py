@@ -93,8 +93,7 @@ class MmaExtension(Extension):
         tower = host.get_vision_tower()
         blocks = [] if tower is None else list(tower.blocks(tower.loaded())[: tower.num_blocks])
         try:
-            width = 0 if tower is None else tower.hidden_size
-            adapted_model.attach(model, blocks, width, MmaConfig.from_dict(config))
+            adapted_model.attach(model, MmaConfig.from_dict(config), blocks=blocks)
         except ValueError as error:
             raise CheckpointError(f"extension '{self.name}': {error}") from error
 

@@ -48,11 +48,7 @@ def adapters(layer: nn.Module) -> list[Any]:
 
 
 def attach(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    block_width: int,
-    config: MmaConfig,
-    dtype: torch.dtype = torch.float32,
+    model: nn.Module, config: MmaConfig, dtype: torch.dtype = torch.float32, *, blocks: Sequence[nn.Module] = ()
 ) -> None:
     """Put the adapters that `config` asks for in place, and the modality embedding into the decoder.
 
@@ -61,10 +57,9 @@ def attach(
 
     Args:
         model: with `get_decoder()` and `config.hidden_size`.
-        blocks: those of the vision tower that run; empty without a tower.
-        block_width: D_vision.
         config: of the adapters.
         dtype: of the added parameters.
+        blocks: those of the vision tower that run; empty without a tower.
 
     Raises:
         ValueError: adapters are there already, a layer has an unknown shape, or there is no tower to be adapted.
@@ -88,6 +83,7 @@ def attach(
         adapt(layer, config.drop_path)
     for block in adapted_blocks:
         for norm in norms(block)[: config.adapters_per_block]:
+            block_width = _width(norm)
             if config.visual_adapter_type == "normal":
                 plain = RepAdapter(block_width, config.adapter_dim, config.adapter_groups, config.adapter_dropout)
                 _add(norm, plain, dtype, _adapt)
@@ -97,6 +93,11 @@ def attach(
         table = host.get_input_embeddings().weight
         embedding = nn.Embedding(len(MODALITIES), width, device=table.device, dtype=dtype)
         decoder.add_module(EMBEDDING, embedding.train(decoder.training))
+
+
+def _width(norm: Any) -> int:
+    """D_vision by the norm of a block; its weight says nothing while DeepSpeed keeps it in parts."""
+    return int(norm.normalized_shape[-1])
 
 
 def _routed(width: int, config: MmaConfig) -> RoutedRepAdapter:

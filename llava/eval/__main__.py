@@ -28,7 +28,7 @@ from llava.eval.answering.options import (
 )
 from llava.eval.answering.processes import answer_share, joined
 from llava.eval.benchmarks import BENCHMARKS, Benchmark, find
-from llava.eval.outcomes import Run
+from llava.eval.outcomes import BenchmarkRun
 from llava.eval.reporting.results import report, summary_line, write_samples
 from llava.runtime.hub import get_model_name_from_path
 from llava.runtime.program import run_program
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         return None
     rows = [answers.rows[key] for key in answers.keys]
     outcome = benchmark.finish(
-        Run(
+        BenchmarkRun(
             data=args.data_dir / benchmark.folder,
             questions=args.question_file,
             answers=answers.path,

@@ -17,7 +17,7 @@ from llava.eval.answering.answers import Task, ToRow, answer_row
 from llava.eval.answering.questions import read_questions
 from llava.eval.answering.runner import OpenImage
 from llava.eval.model_vqa_loader import make_task
-from llava.eval.outcomes import Outcome, Run
+from llava.eval.outcomes import BenchmarkRun, Outcome
 from llava.eval.scoring import mmbench
 
 SHORT, LONG = 128, 1024
@@ -65,7 +65,7 @@ class Benchmark:
     splits: tuple[str, ...]
     questions: str
     images: str
-    finish: Callable[[Run], Outcome]
+    finish: Callable[[BenchmarkRun], Outcome]
     read: Callable[[Path], list[Task]] = read_jsonl_tasks
     answers: str = "answers/{model}.jsonl"
     max_new_tokens: int = SHORT

@@ -1,6 +1,6 @@
 """What becomes of the answers to each benchmark: scores, and files for servers. Used by `llava/eval/benchmarks.py`.
 
-Every function takes a finished `Run` and gives an `Outcome`; the mathematics is in the `eval_*` modules.
+Every function takes a finished `BenchmarkRun` and gives an `Outcome`; the mathematics is in the `eval_*` modules.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from llava.runtime.recognize import refuse_foreign
 
 
 @dataclass(frozen=True)
-class Run:
+class BenchmarkRun:
     """A finished answers file and what belongs to it.
 
     Attributes:
@@ -86,7 +86,7 @@ def sample(task: Task, row: Row, label: Any, score: float) -> dict[str, Any]:
     return {"question_id": task.question_id, "prompt": task.prompt, "text": row["text"], "label": label, "score": score}
 
 
-def vqav2(run: Run) -> Outcome:
+def vqav2(run: BenchmarkRun) -> Outcome:
     """A file for the server."""
     if not run.complete:
         return INCOMPLETE
@@ -95,7 +95,7 @@ def vqav2(run: Run) -> Outcome:
     return Outcome(files=[path], note="upload it to the VQAv2 server (EvalAI)")
 
 
-def vizwiz(run: Run) -> Outcome:
+def vizwiz(run: BenchmarkRun) -> Outcome:
     """A file for the server."""
     if not run.complete:
         return INCOMPLETE
@@ -103,7 +103,7 @@ def vizwiz(run: Run) -> Outcome:
     return Outcome(files=[path], note="upload it to the VizWiz server (EvalAI)")
 
 
-def gqa(run: Run) -> Outcome:
+def gqa(run: BenchmarkRun) -> Outcome:
     """Accuracy, and the file of predictions for GQA's own program."""
     path = submission.gqa(run.answers, run.answers.with_name(f"{run.answers.stem}_predictions.json"))
     ids = {str(task.question_id) for task in run.tasks}
@@ -121,7 +121,7 @@ def gqa(run: Run) -> Outcome:
     return Outcome(metrics, samples, [path])
 
 
-def textvqa(run: Run) -> Outcome:
+def textvqa(run: BenchmarkRun) -> Outcome:
     """Soft accuracy."""
     pairs = textvqa_module.pair(run.data / "TextVQA_0.5.1_val.json", run.answers)
     evaluator = TextVQAAccuracyEvaluator()
@@ -132,7 +132,7 @@ def textvqa(run: Run) -> Outcome:
     return Outcome({"accuracy": 100 * sum(one["score"] for one in samples) / len(samples)}, samples)
 
 
-def science_qa(run: Run) -> Outcome:
+def science_qa(run: BenchmarkRun) -> Outcome:
     """Accuracy, over all questions and over those with an image."""
     score = eval_science_qa.evaluate(run.data, run.answers, run.split, only_answered=not run.complete)
     output, result = (run.answers.with_name(f"{run.answers.stem}_{kind}") for kind in ("output.jsonl", "result.json"))
@@ -145,7 +145,7 @@ def science_qa(run: Run) -> Outcome:
     return Outcome(metrics, samples, [output, result])
 
 
-def pope(run: Run) -> Outcome:
+def pope(run: BenchmarkRun) -> Outcome:
     """F1 and accuracy, averaged over the categories, and of each category."""
     scores = eval_pope.evaluate(run.data / "coco", run.questions, run.answers, strict=run.complete)
     metrics = {
@@ -157,7 +157,7 @@ def pope(run: Run) -> Outcome:
     return Outcome(metrics, _pope_samples(run))
 
 
-def _pope_samples(run: Run) -> list[dict[str, Any]]:
+def _pope_samples(run: BenchmarkRun) -> list[dict[str, Any]]:
     """Each answer with its label; they are paired by their order within a category."""
     labels = {
         path.stem.removeprefix(eval_pope.PREFIX): iter(eval_pope.read_labels(path))
@@ -172,7 +172,7 @@ def _pope_samples(run: Run) -> list[dict[str, Any]]:
     return samples
 
 
-def mme(run: Run) -> Outcome:
+def mme(run: BenchmarkRun) -> Outcome:
     """Points of perception and cognition, and of each task."""
     folder = run.data / "eval_tool" / "answers" / run.model
     earlier = sorted(folder.glob("*.txt"))
@@ -187,7 +187,7 @@ def mme(run: Run) -> Outcome:
     return Outcome(metrics | {task: one.score for task, one in scores.items()}, files=[folder])
 
 
-def mmbench_sheet(run: Run) -> Outcome:
+def mmbench_sheet(run: BenchmarkRun) -> Outcome:
     """A spreadsheet for the server; where the file has answers, the share of right letters as well."""
     table = mmbench.read_table(run.questions)
     samples = []
@@ -204,7 +204,7 @@ def mmbench_sheet(run: Run) -> Outcome:
     return Outcome(metrics, samples, [path], "upload it to the MMBench server; only its score is the benchmark's")
 
 
-def seed(run: Run) -> Outcome:
+def seed(run: BenchmarkRun) -> Outcome:
     """Accuracy of all, image and video questions, and of each type."""
     annotation = read_json(run.data / "SEED-Bench.json", dict)
     asked = {task.question_id for task in run.tasks}
@@ -227,18 +227,18 @@ def seed(run: Run) -> Outcome:
     return Outcome(metrics, samples, [path])
 
 
-def mmvet(run: Run) -> Outcome:
+def mmvet(run: BenchmarkRun) -> Outcome:
     """A file for the benchmark's evaluator, which asks GPT-4."""
     path = submission.mmvet(run.answers, run.data / "results" / f"{run.model}.json")
     return Outcome(files=[path], note="score it with MM-Vet's evaluator")
 
 
-def llava_bench(run: Run) -> Outcome:
+def llava_bench(run: BenchmarkRun) -> Outcome:
     """Nothing yet: another model compares these answers with GPT-4's."""
     return Outcome(note="review them with llava.eval.eval_gpt_review_bench, then llava.eval.summarize_gpt_review")
 
 
-def qbench(run: Run) -> Outcome:
+def qbench(run: BenchmarkRun) -> Outcome:
     """Share of right letters, where the file has the right answers (the dev split)."""
     scores = eval_qbench.score(run.rows)
     if scores is None:
@@ -250,7 +250,7 @@ def qbench(run: Run) -> Outcome:
     return Outcome({"letter accuracy": 100 * sum(scores) / len(scores)}, samples)
 
 
-def chartqa(run: Run) -> Outcome:
+def chartqa(run: BenchmarkRun) -> Outcome:
     """Relaxed accuracy of all, human and augmented questions."""
     scores = eval_chartqa.score(run.tasks, run.texts)
     samples = [
@@ -261,7 +261,7 @@ def chartqa(run: Run) -> Outcome:
     return Outcome({f"relaxed accuracy {name}": 100 * value for name, value in scores.items()}, samples)
 
 
-def captions(run: Run) -> Outcome:
+def captions(run: BenchmarkRun) -> Outcome:
     """CIDEr and BLEU-4."""
     scores, each = eval_captions.score(run.tasks, run.texts)
     samples = [

@@ -46,8 +46,7 @@ class Modalities:
         self.config = config
         self._kept: tuple[Table, Witness] | None = None
         tower = model.get_vision_tower()
-        blocks, width = (_blocks(tower), tower.hidden_size) if config.adapters_per_block else ([], 0)
-        attach(model, blocks, width, config)
+        attach(model, config, blocks=_blocks(tower) if config.adapters_per_block else [])
         if config.adapters_per_layer:
             become(model, routed_class(type(model)))
 

@@ -96,7 +96,7 @@ def test_fresh_adapters_change_nothing_and_detached_ones_leave_nothing(base: Cal
     model = base()
     expected, plain = logits(model), [type(layer) for layer in model.get_decoder().layers]
     keys = set(model.state_dict())
-    attach(model, [], 0, CONFIG)
+    attach(model, CONFIG)
     layers = model.get_decoder().layers
     assert [type(layer).__name__ for layer in layers] == [kind.__name__ for kind in plain]
     assert all(isinstance(layer, (AdaptedLayer, kind)) for layer, kind in zip(layers, plain, strict=True))
@@ -350,6 +350,6 @@ def test_attaching_to_a_refused_layer_changes_nothing(tmp_path: Path) -> None:
     keys, kinds = set(model.state_dict()), [type(layer) for layer in model.get_decoder().layers]
     model.get_decoder().layers[2].extra = nn.Identity()
     with pytest.raises(ValueError, match=r"a LlamaDecoderLayer has the children .*'extra'"):
-        attach(model, [], 0, CONFIG)
+        attach(model, CONFIG)
     assert set(model.state_dict()) == keys
     assert [type(layer) for layer in model.get_decoder().layers] == kinds

@@ -54,7 +54,7 @@ def test_every_kind_of_tower(kind: str, visual_type: str, tmp_path: Path) -> Non
     keys = set(tower.state_dict())
     blocks = tower.blocks(tower.loaded())[: tower.num_blocks]
     config = MmaConfig(adapter_type="none", visual_adapter_type=visual_type)
-    attach(Host(), blocks, tower.hidden_size, config)
+    attach(Host(), config, blocks=blocks)
     assert keys < set(tower.state_dict()), "the tower's own weights keep their names"
     assert [len(adapters(block)) for block in blocks] == [config.adapters_per_block] * tower.num_blocks
     fresh = tower(PIXELS)

@@ -55,7 +55,7 @@ def methods_of(rank: int, tasks: Sequence[str]) -> list[Method]:
 
 
 @dataclass(frozen=True)
-class Run:
+class MethodRun:
     """One adapter.
 
     Attributes:
@@ -79,9 +79,9 @@ class Run:
         return "-".join(filter(None, ["train", self.task, str(self.seed)]))
 
 
-def runs_of(method: Method, seed: int, tasks: Sequence[str]) -> list[Run]:
+def runs_of(method: Method, seed: int, tasks: Sequence[str]) -> list[MethodRun]:
     """The adapters of a method: one, or one for each task."""
-    return [Run(method, seed, task) for task in tasks] if method.split else [Run(method, seed)]
+    return [MethodRun(method, seed, task) for task in tasks] if method.split else [MethodRun(method, seed)]
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Run:
+class TunedRun:
     """One fine-tuning run.
 
     Attributes:
@@ -134,7 +134,7 @@ class Run:
         return f"{self.method.name}-{self.rate:g}-{self.seed}"
 
 
-def tuned_command(recipe: Recipe, run: Run, base: Path, rows: Path, images: Path, output: Path) -> tuple[str, ...]:
+def tuned_command(recipe: Recipe, run: TunedRun, base: Path, rows: Path, images: Path, output: Path) -> tuple[str, ...]:
     """Words after `python` that train one run."""
     method = run.method
     if method.temperature is None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from benchmarks.experiments.common.methods import sizes_of_tensors
 from benchmarks.experiments.common.report import mean_and_range
 from benchmarks.experiments.common.steps import marker
-from benchmarks.experiments.modality.recipe import Method, Recipe, Run
+from benchmarks.experiments.modality.recipe import Method, Recipe, TunedRun
 from benchmarks.experiments.modality.tasks import MODALITIES, TASKS
 from llava.errors import CheckpointError
 
@@ -86,7 +86,7 @@ def trained_parameters(checkpoint: Path, effective: bool) -> int:
     return total
 
 
-def read_result(recipe: Recipe, run: Run, folder: Path) -> Result:
+def read_result(recipe: Recipe, run: TunedRun, folder: Path) -> Result:
     """Result of a run that is scored."""
     method = run.method
     parameters = trained_parameters(folder / run.name, effective=method.temperature in (None, recipe.temperature))

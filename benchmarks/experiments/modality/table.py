@@ -28,7 +28,7 @@ from benchmarks.experiments.common.rows import (
 )
 from benchmarks.experiments.common.steps import Step, marker, run_steps, same_recipe, write_json
 from benchmarks.experiments.modality import report
-from benchmarks.experiments.modality.recipe import SEEDS, Recipe, Run, tuned_command
+from benchmarks.experiments.modality.recipe import SEEDS, Recipe, TunedRun, tuned_command
 from benchmarks.experiments.modality.tasks import KINDS, held_out_scenes, text_questions, text_rows
 from benchmarks.experiments.nlvr.table import training_step
 from benchmarks.experiments.nlvr_methods.recipe import BASE_SEED
@@ -100,13 +100,13 @@ def base_step(recipe: Recipe, data: Path, folder: Path) -> Step:
     return training_step(recipe.as_base.as_larger, "base", BASE_SEED, data, folder)
 
 
-def train_step(run: Run, recipe: Recipe, data: Path, folder: Path) -> Step:
+def train_step(run: TunedRun, recipe: Recipe, data: Path, folder: Path) -> Step:
     """Training of one run."""
     command = tuned_command(recipe, run, folder / BASE, folder / f"train-{run.seed}.json", data, folder / run.name)
     return Step(f"train-{run.name}", (command,), (f"train-{BASE}",))
 
 
-def routing_step(run: Run, folder: Path) -> Step:
+def routing_step(run: TunedRun, folder: Path) -> Step:
     """What the routers of a run have learnt."""
     flags = ("--model-path", str(folder / run.name), "--model-base", str(folder / BASE))
     output = ("--output", str(folder / f"routing-{run.name}.json"))
@@ -114,14 +114,14 @@ def routing_step(run: Run, folder: Path) -> Step:
     return Step(f"routing-{run.name}", (command,), (f"train-{run.name}",))
 
 
-def is_routed(recipe: Recipe, run: Run) -> bool:
+def is_routed(recipe: Recipe, run: TunedRun) -> bool:
     """Whether the run has routers that route."""
     return run.method.temperature == recipe.temperature
 
 
-def table_runs(recipe: Recipe) -> list[Run]:
+def table_runs(recipe: Recipe) -> list[TunedRun]:
     """The runs of the table, seed by seed."""
-    return [Run(method, seed, recipe.rates[method.name]) for seed in SEEDS for method in recipe.methods]
+    return [TunedRun(method, seed, recipe.rates[method.name]) for seed in SEEDS for method in recipe.methods]
 
 
 def all_steps(recipe: Recipe, data: Path, folder: Path) -> list[Step]:
@@ -134,9 +134,9 @@ def all_steps(recipe: Recipe, data: Path, folder: Path) -> list[Step]:
     return steps
 
 
-def pilot_runs(recipe: Recipe) -> list[Run]:
+def pilot_runs(recipe: Recipe) -> list[TunedRun]:
     """Every method at every candidate rate."""
-    return [Run(method, SEEDS[0], rate) for rate in recipe.candidates for method in recipe.methods]
+    return [TunedRun(method, SEEDS[0], rate) for rate in recipe.candidates for method in recipe.methods]
 
 
 def run_pilots(recipe: Recipe, data: Path, folder: Path, workers: int) -> None:

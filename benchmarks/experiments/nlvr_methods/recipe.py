@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.experiments.common.methods import Method, Run, methods_of
+from benchmarks.experiments.common.methods import Method, MethodRun, methods_of
 from benchmarks.experiments.nlvr import recipe as larger
 from benchmarks.experiments.nlvr.recipe import Sizes, Training
 
@@ -62,7 +62,9 @@ class Recipe:
         return replace(self.as_larger, tuned=training)
 
 
-def tuned_command(recipe: Recipe, run: Run, base: Path, rows: Path, images: Path, output: Path) -> tuple[str, ...]:
+def tuned_command(
+    recipe: Recipe, run: MethodRun, base: Path, rows: Path, images: Path, output: Path
+) -> tuple[str, ...]:
     """Words after `python` that train one adapter."""
     method = run.method
     scale = (str(method.rank), "--lora_alpha", str(2 * method.rank), "--lora_dropout", "0.0")

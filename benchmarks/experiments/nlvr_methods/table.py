@@ -18,8 +18,8 @@ from pathlib import Path
 from benchmarks.experiments.common import tiny
 from benchmarks.experiments.common.methods import (
     Method,
+    MethodRun,
     Result,
-    Run,
     count_parameters,
     runs_of,
     seed_table,
@@ -148,7 +148,7 @@ def score_step(name: str, task: str | None, base: Path | None, data: Path, folde
     return Step(f"score-{name}", (answer, score), (f"train-{name}",))
 
 
-def steps_of(run: Run, recipe: Recipe, data: Path, folder: Path) -> list[Step]:
+def steps_of(run: MethodRun, recipe: Recipe, data: Path, folder: Path) -> list[Step]:
     """Training of one adapter and its answers, to all questions or to those of its task."""
     rows, base = folder / f"{run.data_name}.json", folder / BASE
     command = tuned_command(recipe, run, base, rows, data, folder / run.name)

@@ -101,7 +101,7 @@ class Place(NamedTuple):
     flags: tuple[str, ...]
 
 
-class Run(NamedTuple):
+class TrainedModel(NamedTuple):
     """One trained model: a way of training, a keep rate (1: dense), a seed."""
 
     setting: Setting
@@ -116,11 +116,11 @@ class Run(NamedTuple):
         return "-".join([self.setting.name, self.way, *rate, str(self.seed)])
 
 
-def runs_of(setting: Setting, seed: int) -> list[Run]:
+def runs_of(setting: Setting, seed: int) -> list[TrainedModel]:
     """The trained models of a setting."""
-    learned = [Run(setting, "learned", rate, seed) for rate in setting.rates]
-    controls = [Run(setting, "random", rate, seed) for rate in setting.control_rates]
-    return [Run(setting, "dense", 1.0, seed), *learned, *controls]
+    learned = [TrainedModel(setting, "learned", rate, seed) for rate in setting.rates]
+    controls = [TrainedModel(setting, "random", rate, seed) for rate in setting.control_rates]
+    return [TrainedModel(setting, "dense", 1.0, seed), *learned, *controls]
 
 
 def training_command(
@@ -156,7 +156,7 @@ def training_command(
     return ("-m", TRAIN, *words, *place.flags, *reading)
 
 
-def sparse_flags(recipe: Recipe, run: Run) -> tuple[str, ...]:
+def sparse_flags(recipe: Recipe, run: TrainedModel) -> tuple[str, ...]:
     """What a run with a judge has besides."""
     flags = {
         "dynamic": True,

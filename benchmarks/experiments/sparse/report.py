@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.experiments.common.report import mean_and_range
-from benchmarks.experiments.sparse.recipe import RATES, SEEDS, Run, Setting
+from benchmarks.experiments.sparse.recipe import RATES, SEEDS, Setting, TrainedModel
 from llava.runtime.output import replacing
 
 
@@ -59,12 +59,12 @@ class Result:
     accuracy: Mapping[str, float]
 
 
-def score_name(run: Run, rule: str, keep_rate: float) -> str:
+def score_name(run: TrainedModel, rule: str, keep_rate: float) -> str:
     """As in names of files."""
     return run.name if rule == "none" else f"{run.name}-{rule}-{keep_rate:g}"
 
 
-def read_result(folder: Path, run: Run, rule: str, keep_rate: float) -> Result:
+def read_result(folder: Path, run: TrainedModel, rule: str, keep_rate: float) -> Result:
     """The score of a trained model under a rule; a group's accuracy is over all its questions together."""
     path = folder / f"score-{score_name(run, rule, keep_rate)}.json"
     scores = json.loads(path.read_text(encoding="utf-8"))["scores"]

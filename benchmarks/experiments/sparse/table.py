@@ -28,8 +28,8 @@ from benchmarks.experiments.sparse.recipe import (
     SPARSE_LAYER,
     Place,
     Recipe,
-    Run,
     Setting,
+    TrainedModel,
     runs_of,
     sparse_flags,
     training_command,
@@ -142,7 +142,7 @@ def base_steps(recipe: Recipe, settings: Sequence[Setting], data: Path, folder: 
     return steps
 
 
-def train_step(recipe: Recipe, run: Run, data: Path, folder: Path) -> Step:
+def train_step(recipe: Recipe, run: TrainedModel, data: Path, folder: Path) -> Step:
     """Training of one model."""
     setting = run.setting
     command = training_command(
@@ -160,7 +160,7 @@ def train_step(recipe: Recipe, run: Run, data: Path, folder: Path) -> Step:
     return Step(f"train-{run.name}", (command,), (needs,))
 
 
-def score_step(run: Run, rule: str, keep_rate: float, data: Path, folder: Path) -> Step:
+def score_step(run: TrainedModel, rule: str, keep_rate: float, data: Path, folder: Path) -> Step:
     """Answers of a trained model under a rule, and their score; a dense model is made sparse if the rate is below 1."""
     name = report.score_name(run, rule, keep_rate)
     questions = ("--question-file", str(questions_of(run.setting, folder)))
@@ -178,7 +178,7 @@ def score_step(run: Run, rule: str, keep_rate: float, data: Path, folder: Path) 
     return Step(f"score-{name}", (answer, score), (f"train-{run.name}",))
 
 
-def measurements_of(run: Run) -> list[tuple[str, float]]:
+def measurements_of(run: TrainedModel) -> list[tuple[str, float]]:
     """Rule and keep rate of every measurement of a trained model."""
     if run.way == "dense":
         return [("none", 1.0), *((rule, rate) for rule in RULES for rate in run.setting.rates)]

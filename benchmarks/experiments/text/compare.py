@@ -22,7 +22,7 @@ from statistics import mean
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from benchmarks.experiments.common.methods import Method, Run
+from benchmarks.experiments.common.methods import Method, MethodRun
 from benchmarks.experiments.common.steps import Step
 from benchmarks.experiments.text.recipe import Recipe, finetune_command
 from benchmarks.experiments.text.tasks import TASKS
@@ -89,7 +89,7 @@ def steps(recipe: Recipe, folder: Path) -> list[Step]:
     found: list[Step] = []
     seeds = [SHARED_SEED, *map(own_seed, NAMES)]
     for seed in seeds:
-        run = Run(Method(f"start-{seed}", "", recipe.rank), seed)
+        run = MethodRun(Method(f"start-{seed}", "", recipe.rank), seed)
         rows = folder / f"test-{NAMES[0]}.json"
         command = finetune_command(recipe, run, folder / "base", rows, folder / f"start-{seed}")
         still = ("--learning_rate", "0", "--max_steps", "1")
@@ -100,7 +100,7 @@ def steps(recipe: Recipe, folder: Path) -> list[Step]:
             (SHARED_SEED, f"single-{task}-{SHARED_SEED}-rows", f"train-{task}-1"),
             (own_seed(task), f"single-{task}-{own_seed(task)}", f"train-{task}-0"),
         ):
-            run = Run(single(recipe), seed, task)
+            run = MethodRun(single(recipe), seed, task)
             command = finetune_command(recipe, run, folder / "base", folder / f"{data}.json", folder / name)
             other_order = ("--data_seed", "1") if name.endswith("-rows") else ()
             found.append(Step(f"train-{name}", ((*command, *other_order),), ("train-base",)))

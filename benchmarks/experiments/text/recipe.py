@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.experiments.common.methods import Method, Run, methods_of
+from benchmarks.experiments.common.methods import Method, MethodRun, methods_of
 from benchmarks.experiments.nlvr.recipe import Sizes
 from benchmarks.experiments.text.tasks import TASKS
 
@@ -50,7 +50,7 @@ class Recipe:
         return methods_of(self.rank, [task.name for task in TASKS])
 
 
-def finetune_command(recipe: Recipe, run: Run, base: Path, rows: Path, output: Path) -> tuple[str, ...]:
+def finetune_command(recipe: Recipe, run: MethodRun, base: Path, rows: Path, output: Path) -> tuple[str, ...]:
     """Words after `python` that train one adapter on the file `rows`."""
     batch = recipe.batch if run.task is None else recipe.batch // len(TASKS)
     flags = {

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from benchmarks.experiments.common.methods import (
     Method,
+    MethodRun,
     Result,
-    Run,
     count_parameters,
     runs_of,
     seed_table,
@@ -81,7 +81,7 @@ def score_step(name: str, task: str | None, folder: Path) -> Step:
     return Step(f"score-{name}", (command,), (f"train-{name}",))
 
 
-def steps_of(run: Run, recipe: Recipe, folder: Path) -> list[Step]:
+def steps_of(run: MethodRun, recipe: Recipe, folder: Path) -> list[Step]:
     """Training of one adapter and its answers, to all questions or to those of its task."""
     rows = folder / f"{run.data_name}.json"
     command = finetune_command(recipe, run, folder / "base", rows, folder / run.name)

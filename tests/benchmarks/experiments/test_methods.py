@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from benchmarks.experiments.common.methods import (
     Method,
+    MethodRun,
     Result,
-    Run,
     count_parameters,
     methods_of,
     runs_of,
@@ -37,7 +37,7 @@ def test_split_adapters_have_the_rank_of_one_together() -> None:
     assert sum(run.method.rank for run in split) == methods["lora"].rank == methods["hydra-5"].rank == 8
     assert methods["lora-2r"].rank == 16
     assert [run.name for run in split][:1] == ["split-verify-2"]
-    assert runs_of(methods["lora"], 2, TASKS) == [Run(methods["lora"], 2)]
+    assert runs_of(methods["lora"], 2, TASKS) == [MethodRun(methods["lora"], 2)]
     with pytest.raises(ValueError, match="multiple of 4"):
         methods_of(6, TASKS)
 

@@ -21,7 +21,7 @@ from benchmarks.experiments.modality.recipe import (
     SEEDS,
     Method,
     Recipe,
-    Run,
+    TunedRun,
     mma_parameters,
     nearest_width,
     plain_parameters,
@@ -147,7 +147,7 @@ def small_model(temperature: float = 10.0, hidden: int = 6) -> Any:
         )
     )
     config = MmaConfig(visual_adapter_type="none", adapter_dim=hidden, adapter_dropout=0.0, temperature=temperature)
-    adapted_model.attach(model, [], 0, config)
+    adapted_model.attach(model, config)
     return model.eval()
 
 
@@ -176,7 +176,7 @@ def test_flags_are_accepted(name: str, tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text("[]")
     images = tmp_path / "images"
     images.mkdir()
-    run = Run(METHODS[name], 1, 0.01)
+    run = TunedRun(METHODS[name], 1, 0.01)
     command = tuned_command(recipe, run, tmp_path / "base", tmp_path / "rows.json", images, tmp_path / "out")
     args = parse_args(command[1:])
     assert args.training.freeze_mm_mlp_adapter
@@ -285,7 +285,7 @@ def test_a_base_that_is_there_is_not_prepared_again(tmp_path: Path, monkeypatch:
     assert made == [tmp_path / "other"]
 
 
-def finish(folder: Path, run: Run, accuracy: float) -> None:
+def finish(folder: Path, run: TunedRun, accuracy: float) -> None:
     """Leave what a run leaves."""
     write_json(folder / f"score-{run.name}.json", {"scores": {task: {"accuracy": accuracy} for task in TASKS}})
     for kind in ("train", "score"):
@@ -297,8 +297,8 @@ def finish(folder: Path, run: Run, accuracy: float) -> None:
 def test_tables_have_mean_range_and_references(tmp_path: Path) -> None:
     methods = [Method("lora", "LoRA", 4), Method("mma", "MMA", 8, 10.0)]
     for seed, accuracy in ((1, 0.3), (0, 0.1)):
-        finish(tmp_path, Run(methods[0], seed, 0.01), accuracy)
-    results = [report.read_result(Recipe(), Run(methods[0], seed, 0.01), tmp_path) for seed in (1, 0)]
+        finish(tmp_path, TunedRun(methods[0], seed, 0.01), accuracy)
+    results = [report.read_result(Recipe(), TunedRun(methods[0], seed, 0.01), tmp_path) for seed in (1, 0)]
     base = report.columns(dict.fromkeys(MODALITIES["image"], 0.5))
     lines = report.summary_table(methods, {"base": base}, results).splitlines()
     assert len({line.count("|") for line in lines}) == 1

@@ -169,12 +169,12 @@ def test_a_file_of_questions_is_answered(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["question_id"] == 0
 
 
-def all_runs() -> list[recipe.Run]:
+def all_runs() -> list[recipe.TrainedModel]:
     return [run for setting in recipe.SETTINGS for seed in recipe.SEEDS for run in recipe.runs_of(setting, seed)]
 
 
 @pytest.mark.parametrize("run", [run for run in all_runs() if run.seed == 1], ids=lambda run: run.name)
-def test_training_flags_are_accepted(run: recipe.Run, tmp_path: Path) -> None:
+def test_training_flags_are_accepted(run: recipe.TrainedModel, tmp_path: Path) -> None:
     data, output = tmp_path / "data", tmp_path / "out"
     place = table.place_of(run.setting, data, output)
     rows = table.rows_of(run.setting, run.seed, output)
@@ -232,7 +232,7 @@ def test_missing_seeds_are_told() -> None:
 
 def test_scores_are_read_by_group(tmp_path: Path) -> None:
     setting = replace(recipe.SETTINGS[0], groups={"both": ("a", "b")})
-    run = recipe.Run(setting, "dense", 1.0, 2)
+    run = recipe.TrainedModel(setting, "dense", 1.0, 2)
     scores = {"a": {"correct": 1, "n": 2}, "b": {"correct": 6, "n": 6}}
     (tmp_path / "score-nlvr-dense-2-random-0.5.json").write_text(json.dumps({"scores": scores}))
     assert report.read_result(tmp_path, run, "random", 0.5).accuracy == {"both": 7 / 8}

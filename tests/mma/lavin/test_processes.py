@@ -20,7 +20,7 @@ from mma.lavin.scoring.scienceqa import ScienceQAScore
 from tests.mma.lavin.lavin_files import LavinFiles
 from tests.mma.lavin.test_evaluation import answers_in, words_for
 
-Run = Callable[..., list[ScienceQAScore]]
+RunProgram = Callable[..., list[ScienceQAScore]]
 
 
 def play(count: int, work: Callable[[Processes], Any]) -> list[Any]:
@@ -54,7 +54,7 @@ def play(count: int, work: Callable[[Processes], Any]) -> list[Any]:
 
 
 @pytest.fixture
-def run(lavin_files: LavinFiles, lavin_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(lavin_files: LavinFiles, lavin_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> RunProgram:
     """Evaluate by so many processes: `run(count, folder, *flags)`, the scores of each."""
     here, one_at_a_time = threading.local(), threading.Lock()
     monkeypatch.setattr(mma_eval, "joined", lambda: contextlib.nullcontext(here.process))
@@ -87,7 +87,7 @@ def no_model(*args: Any, **kwargs: Any) -> None:
     raise AssertionError("the model was loaded though there is nothing to ask")
 
 
-def test_a_process_without_a_question_waits_for_the_others(run: Run, tmp_path: Path) -> None:
+def test_a_process_without_a_question_waits_for_the_others(run: RunProgram, tmp_path: Path) -> None:
     (alone,) = run(1, tmp_path / "one", "--limit", "1")
     assert run(2, tmp_path / "two", "--limit", "1") == [alone, alone]
     assert answers_in(tmp_path / "two") == answers_in(tmp_path / "one")
@@ -95,7 +95,7 @@ def test_a_process_without_a_question_waits_for_the_others(run: Run, tmp_path: P
 
 
 @pytest.mark.parametrize("unfinished", [0, 1])
-def test_one_process_was_done_when_the_run_was_interrupted(unfinished: int, run: Run, tmp_path: Path) -> None:
+def test_one_process_was_done_when_the_run_was_interrupted(unfinished: int, run: RunProgram, tmp_path: Path) -> None:
     first = run(2, tmp_path, "--limit", "4")
     rows = answers_in(tmp_path)
     part = part_of(tmp_path / "answers.jsonl", unfinished, 2)
@@ -106,14 +106,14 @@ def test_one_process_was_done_when_the_run_was_interrupted(unfinished: int, run:
     assert len(rows) == 4
 
 
-def test_another_number_of_processes_goes_on(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_number_of_processes_goes_on(run: RunProgram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(2, tmp_path, "--limit", "3")
     monkeypatch.setattr(answering, "find_folders", no_model)
     assert run(1, tmp_path, "--limit", "3") == first[:1]
     assert run(2, tmp_path, "--limit", "3") == first
 
 
-def test_answers_of_other_settings_are_not_scored(run: Run, tmp_path: Path) -> None:
+def test_answers_of_other_settings_are_not_scored(run: RunProgram, tmp_path: Path) -> None:
     """Whichever number of processes wrote them, and whichever would go on with them."""
     run(2, tmp_path, "--limit", "2")
     assert settings_in(tmp_path)["seed"] == 0
