@@ -151,16 +151,19 @@ def measure_prefill(dense: Any, sparse: Any, args: argparse.Namespace, clock: Cl
 def measure_answer(dense: Any, sparse: Any, args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """Given tokens behind one prompt: time with cache and without, and the bytes of the caches on the way."""
     decoder, settings, size = _decoder(args.size), settings_of(args), args.size
+    # Given tokens instead of generated ones: both models do the same work, whatever they would have said.
     ids = models.random_ids(dense, 1, args.tokens)
     found: dict[str, list[float]] = {"dense": [], "sparse": []}
     curve: dict[str, list[int]] = {"tokens": [0], "dense": [], "sparse": [], "kept": []}
     rounds = max(1, args.repeats // 2)
     chunk = max(1, args.tokens // 8)
     caches: dict[str, Any] = {}
+    # Turn by turn, the order reversed every other round, so that a slow minute meets both.
     for number in range(rounds):
         for name, model in _named(dense, sparse)[:: 1 if number % 2 else -1]:
             cache = models.prefill(model, models.make_prompt(model, size, 1))
             points, spent = [models.cache_bytes(cache)], 0.0
+            # The clock stops while bytes are counted.
             for part in ids.split(chunk, dim=1):
                 start = clock.read()
                 models.feed(model, cache, part)
@@ -169,12 +172,14 @@ def measure_answer(dense: Any, sparse: Any, args: argparse.Namespace, clock: Clo
             found[name].append(1e3 * spent / args.tokens)
             curve[name], caches[name] = points, cache
     curve["tokens"] = [min(index * chunk, args.tokens) for index in range(len(curve["dense"]))]
+    # Random tokens have a keep rate of their own, and the bound has to be that of what was really kept.
     kept = caches["sparse"].report().lengths[-1][0]
     share = (kept - flops.Workload(image=size.patches, text=2).kept_prompt(args.keep_rate)) / args.tokens
     work = flops.Workload(image=size.patches, text=2, generated=args.tokens, kept_output=share)
     with_cache, bytes_ideal = flops.decode(decoder, settings, work), flops.kv_bytes(decoder, settings, work)
     quotients = [a / b for a, b in zip(found["dense"], found["sparse"], strict=True)]
     needed = models.kept_bytes(caches["sparse"], size, getattr(torch, args.dtype))
+    # Median of the quotients within a round, not quotient of the medians: rounds differ more than models.
     return {
         "tokens": args.tokens,
         "kept_share": share,

@@ -13,6 +13,7 @@ MIB = 2**20
 
 def document(record: Mapping[str, Any]) -> str:
     """The Markdown file of a record."""
+    # All numbers come from the JSON file, so a page can be written again without measuring.
     size, where, settings = record["size"], record["machine"], record["settings"]
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     device = where["gpu"] or f"{where['cpu']}, {settings['threads']} thread(s)"
@@ -24,6 +25,7 @@ def document(record: Mapping[str, Any]) -> str:
         f"{predictors['vision_keep_rate']}, sparse layer {predictors['sparse_layer']}, predictors of width "
         f"{predictors['d_model']}."
     )
+    # The command stands above the table: what is not in it is a default.
     lines = [
         f"# Dense against sparse: {device}",
         "",
@@ -39,15 +41,18 @@ def document(record: Mapping[str, Any]) -> str:
     ]
     for entry in record["prefill"]:
         lines.append(_line(f"prefill, batch {entry['batch']} (ms)", entry, entry["milliseconds"]))
+    # With a cache the sparse model saves attention alone, without one every layer's work: two different claims.
     with_cache, without = answer["with_cache"], answer["without_cache"]
     lines.append(_line("decoding with cache (ms per token)", with_cache, with_cache["milliseconds_per_token"]))
     lines.append(_line("last steps without cache (ms)", without, without["milliseconds"]))
+    # Bytes have no spread: they are counted, not timed.
     cache = answer["cache"]
     dense, sparse = cache["curve"]["dense"][-1], cache["curve"]["sparse"][-1]
     lines.append(
         f"| cache after {answer['tokens']} tokens (MiB) | {dense / MIB:.1f} | {sparse / MIB:.1f} "
         f"| {dense / sparse:.2f} | | {1 / cache['ideal']:.2f} |"
     )
+    # What a reader needs to judge the table: the real keep rate of the random text, and what `ideal` means.
     kept = (
         f"Of the fed tokens {answer['kept_share']:.0%} were kept; the cache holds {cache['over_kept_tokens']:+.1%} "
         "beyond the bytes of its kept tokens. Ideal: operations of the dense model over those of the sparse "

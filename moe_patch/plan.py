@@ -32,6 +32,7 @@ class Plan:
     originals: dict[str, bytes]
     edited: dict[str, bytes]
     added: dict[str, bytes]
+    # All problems are collected and reported together: whoever has to adapt the patch sees the whole of it.
     located: list[Located]
     obsolete: list[str]
     is_applied: bool
@@ -48,10 +49,12 @@ def make_plan(checkout: Checkout, extensions: Sequence[Extension], force: bool =
     Raises:
         PatchError: an anchor does not fit, a file has changes of the user's, or the patch drifted; all are named.
     """
+    # Everything is read and decided before anything is written: a plan that fails leaves the checkout alone.
     commit = checkout.commit()
     earlier = manifests.read(checkout)
     edits = edits_of(extensions)
     added = sources.files(modules_of(extensions))
+    # Files of an earlier run are included: those that are not edited any more get their original content back.
     originals = _originals(checkout, sorted({*edits, *(earlier.edited if earlier else ())}), earlier, force)
     _refuse_foreign_files(checkout, added, earlier)
 
@@ -59,6 +62,7 @@ def make_plan(checkout: Checkout, extensions: Sequence[Extension], force: bool =
     problems: list[str] = []
     edited = {name: originals[name] for name in originals if name not in edits}
     for name, wanted in edits.items():
+        # Without the manifest nobody knows the original content; a second edit on top could not be taken back.
         if earlier is None and MARK.encode() in originals[name]:
             problems.append(
                 f"{name}: holds edits of moe_patch, but {manifests.FILE} is gone; get the file back with: "
@@ -67,6 +71,7 @@ def make_plan(checkout: Checkout, extensions: Sequence[Extension], force: bool =
             continue
         found, missing = locate(wanted, originals[name], name)
         problems += missing
+        # The order in the file, which is that of the printed plan.
         located += sorted(found, key=lambda place: place.offset)
         if not missing:
             edited[name] = insert(found, originals[name], name)
@@ -75,6 +80,7 @@ def make_plan(checkout: Checkout, extensions: Sequence[Extension], force: bool =
             f"{checkout.root} at commit {commit}: nothing was changed\n  " + "\n  ".join(problems) + "\n"
             "docs/moe_patch.md lists the versions of LLaVA that the patch fits"
         )
+    # Digests of both states: by them `revert` tells the edits made here from those of the user.
     manifest = Manifest(
         version=version_now(extensions),
         commit=commit,
@@ -83,6 +89,7 @@ def make_plan(checkout: Checkout, extensions: Sequence[Extension], force: bool =
         added={name: digest(content) for name, content in added.items()},
     )
     obsolete = [name for name in (earlier.added if earlier else ()) if name not in added]
+    # Only content counts: a checkout in which one byte differs gets written again.
     is_applied = (
         earlier is not None
         and earlier.finished

@@ -118,6 +118,7 @@ def measure(place: Playground, model: Path, model_base: Path | None, answers: Pa
 
 def run(place: Playground, results: Path, threads: int) -> DemoRun:
     """Measure, fine-tune, measure, look at the routing."""
+    # Times of building come from its own log: what was built by an earlier demo is not built again.
     tuned = results / "checkpoints" / TUNED
     seconds = {f"build: {name}": value for name, value in place.seconds.items()}
 
@@ -126,6 +127,7 @@ def run(place: Playground, results: Path, threads: int) -> DemoRun:
 
     console.rule("The base before fine-tuning")
     started = time.monotonic()
+    # The base first, on the same questions: the rise is the result, not the accuracy.
     before = measure(place, place.base, None, results / "answers-before")
     timed("evaluation before", started)
     console.rule(f"Fine-tuning with {SCRIPT}")
@@ -136,10 +138,12 @@ def run(place: Playground, results: Path, threads: int) -> DemoRun:
     started = time.monotonic()
     after = measure(place, tuned, place.base, results / "answers-after")
     timed("evaluation after", started)
+    # On questions of the new families, which the experts were trained for.
     shares = expert_shares(tuned, place.base, after[0].questions, place.images, ROUTING_QUESTIONS)
     console.rule("The base with predictors that drop image tokens")
     sparse = results / "checkpoints" / SPARSE
     started = time.monotonic()
+    # On the base, not on the tuned model: dense and sparse then differ by the predictors alone.
     train_sparse(place, sparse, place.recipe.sparse)
     timed("training of the sparse model", started)
     started = time.monotonic()

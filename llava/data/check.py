@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m llava.data.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    # What is read: names and defaults of training, so that its command line can be copied here.
     add("data", nargs="+", metavar="DATA", help="data files, as for --data_path of a training run")
     add("--image_folder", help="folder that the image names in the data are relative to")
     add(
@@ -66,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="folder with the tokenizer: that of the base model",
     )
+    # How a row becomes a prompt and how long it gets; without a model, so the tower's numbers are given here.
     add("--version", default="v1", help="conversation template")
     add("--model_max_length", type=int, default=2048, help="longest sample in tokens and image patches")
     add("--image_length", type=int, default=576, help="patches of one image or tile: 576 for CLIP-L with 336 pixels")
@@ -81,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=string_to_bool,
         help="<im_start> and <im_end> stand around images",
     )
+    # What counts as a problem.
     add("--skip_images", action="store_true", help="do not read the image files, only look whether they are there")
     add(
         "--allow",
@@ -90,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="KIND",
         help="kinds of problems that are no reason to fail, by their names in the report: 'duplicate id' truncated ...",
     )
+    # What is reported, and where to.
     add("--show", type=int, default=5, help="rows to print for each kind of problem; --json has all")
     add("--html", type=Path, help="write a page with problems, lengths and sample prompts")
     add("--samples", type=int, default=12, help="sample prompts on the page")

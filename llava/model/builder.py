@@ -88,9 +88,11 @@ def load_pretrained_model(
     """
     if load_8bit and load_4bit:
         raise FlagError("load_8bit and load_4bit exclude each other")
+    # fp16 as upstream; fp32 on a CPU, where half precision is slow.
     place, quantised = torch.device(device), load_8bit or load_4bit
     on_gpu = place.type == "cuda"
     dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or (torch.float16 if on_gpu else torch.float32)
+    # The files say what the checkpoint is; its name, by which upstream decides, may be anything.
     contents = inspect_checkpoint(local_folder(model_path))
     base = base_folder(contents, model_base)
     options = dict(kwargs, dtype=dtype)
@@ -100,6 +102,7 @@ def load_pretrained_model(
         options["quantization_config"] = quantisation_config(4 if load_4bit else 8, dtype)
     if on_gpu or quantised:  # without a map transformers quantises on the current GPU, whichever was asked for
         options["device_map"] = device_map if place == torch.device("cuda") else {"": str(place)}
+    # Base and tokenizer first: everything that follows is checked against both, errors name the file at fault.
     config_file = contents.folder / "config.json"
     model, missing = _load_base(contents, base, options)
     tokenizer = load_tokenizer(_tokenizer_folder(contents, base))
@@ -116,10 +119,12 @@ def load_pretrained_model(
     if getattr(model.config, "mm_vision_tower", None):  # a trained tower is read here, from inside the checkpoint
         with naming(config_file):
             image_processor = model.get_model().load_vision_tower(near, dtype).image_processor
+    # Extensions add their modules now; the weights are read below with the rest, into real memory.
     imported = _attach_extensions(model, contents)
     materialize(model, model.extensions.named_parameters(model))
     if "attn_implementation" in options:  # what was asked for; what an extension chose is needed for its losses
         model.config._attn_implementation = options["attn_implementation"]
+    # LoRA is merged for speed, but not into quantized weights, which would round it away.
     model = _load_rest(model, contents, imported, missing, merge=not quantised)
     if load_4bit:
         choose_cpu_kernels(model, trained=False)

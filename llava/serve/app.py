@@ -140,10 +140,12 @@ def create_app(loaded: LoadedModel, engine: Engine, settings: Settings) -> FastA
         engine: made for it, not started.
         settings: limits and defaults.
     """
+    # An extra of the installation, needed by nothing else.
     from fastapi import FastAPI
     from starlette.concurrency import run_in_threadpool
     from starlette.responses import JSONResponse, StreamingResponse
 
+    # The engine's thread lives as long as the application, so a test can start and stop both.
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
@@ -152,16 +154,19 @@ def create_app(loaded: LoadedModel, engine: Engine, settings: Settings) -> FastA
 
     async def completions(request: Request) -> Response:
         try:
+            # The key and the size come first: a stranger is refused before anything else is read.
             _check_key(request, settings.api_key)
             asked = read_request(await _body(request, settings.max_body), settings.defaults)
             if asked.model != loaded.name:
                 raise RequestError(
                     f"the model '{asked.model}' is not served here; '{loaded.name}' is", "model", status=404
                 )
+            # Images are opened and prompts tokenized outside the event loop, which streams other answers meanwhile.
             job = await run_in_threadpool(make_job, asked, loaded, settings)
             answer = Answer(job, settings.seconds)
             engine.submit(answer.row)
             frame = partial(_frame, f"chatcmpl-{uuid.uuid4().hex}", loaded.name)
+            # Errors of a stream that has begun travel in it as events: its status line has been sent.
             if asked.stream:
                 return StreamingResponse(_events(answer, frame, asked.include_usage), media_type="text/event-stream")
             text = await _whole(request, answer)
@@ -180,11 +185,13 @@ def create_app(loaded: LoadedModel, engine: Engine, settings: Settings) -> FastA
         return JSONResponse({"object": "list", "data": [model]})
 
     async def health(request: Request) -> Response:
+        # Without a key, for load balancers; it says how busy the server is and nothing of its requests.
         state = {"status": "ok" if engine.alive else "stopped"}
         load = {"answering": len(engine.answering), "waiting": engine.waiting}
         return JSONResponse(state | load, 200 if engine.alive else 503)
 
     started = int(time.time())
+    # No schema page: FastAPI's own would be open to anybody, key or not.
     app = FastAPI(title="llava-extensions", lifespan=lifespan, openapi_url=None)
     app.add_route("/v1/chat/completions", completions, methods=["POST"])
     app.add_route("/v1/models", models, methods=["GET"])

@@ -219,8 +219,10 @@ def answer_all(
     Raises:
         LlavaError: an image, the checkpoint or a file of answers is wrong; the message says what to do.
     """
+    # Each process writes a part of its own; the parts are joined in the end, so nobody waits for a lock.
     whole, settings = folder / ANSWERS_FILE, answer_settings(args, options, processes)
     alone = processes.count == 1
+    # Refused before a model is loaded: an output that would replace something that is read.
     inputs = {
         "--adapter_path": args.adapter_path,
         "--ckpt_dir": args.ckpt_dir,
@@ -229,10 +231,12 @@ def answer_all(
     }
     read = [Input(flag, path) for flag, path in inputs.items()]
     refuse_file("--output_dir", whole, read, also=[settings_path(whole)])
+    # A single process leaves both checks to `AnswersFile`; one of several hands it a part, not the whole file.
     if not alone:
         refuse_foreign_answers(whole)
         if not args.restart:
             refuse_other_settings(whole, settings)
+    # Answers of an interrupted run are kept: only what is pending gets asked.
     answers = AnswersFile(
         whole if alone else part_of(whole, processes.rank, processes.count),
         processes.part(tasks),
@@ -243,6 +247,7 @@ def answer_all(
         restart=args.restart,
     )
     print(f"{answers.path}: {len(answers.rows)} of {len(answers.keys)} questions are answered")
+    # Decided together: the first process may have to convert Meta's weights while the others wait, so all must call.
     folders = find_folders(args, given, processes) if processes.any(bool(answers.pending)) else None
     if answers.pending and folders is not None:
         speed = answer_tasks(

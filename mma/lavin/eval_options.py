@@ -55,6 +55,7 @@ def boolean(text: str) -> bool:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Base, adapters and how they are loaded."""
     add = parser.add_argument_group("model").add_argument
+    # LaVIN's own names and defaults: its commands work as they are. Those that name an unused value say so.
     add("--ckpt_dir", type=str, required=True, help="folder with 7B/, vicuna_7B/, ...; or one that transformers reads")
     add("--llm_model", type=str, default="7B", help="name of the folder of the LLaMA weights")
     add(
@@ -65,6 +66,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--vicuna_weights", choices=VICUNA_CHOICES, default=AUTO, help=VICUNA_HELP)
     add("--bits", type=str, default="16bits", choices=list(BITS), help="precision of the language model")
     add("--cpu_load", type=boolean, nargs="?", const=True, default=False, help="without effect: files are mapped")
+    # The shape of the adapters. A `.pth` file of the original does not say it; a checkpoint of ours does.
     add("--adapter_type", type=str, default="repattn", help="attn (also called repattn) or block")
     add("--visual_adapter_type", type=str, default="normal", help="normal, router or router_block")
     add("--adapter_dim", type=int, default=8, help="hidden width of the adapters")
@@ -76,6 +78,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--temperature", type=float, default=10.0, help="of the routing; default: what the checkpoint says")
     add("--hidden_proj", type=int, default=128, help="hidden width of the projector")
+    # What a prompt may hold, and the tower; in a checkpoint of ours the tower is part of the configuration.
     add("--n_prompt", type=int, default=10, help="without effect: the tower says how many features an image has")
     add("--max_seq_len", type=int, required=True, help="positions of a prompt, the modality token included")
     add(
@@ -84,6 +87,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="tower of a .pth file, and of nothing else; default: CLIP ViT-L/14",
     )
+    # Not in the original, which runs in half precision on the current GPU.
     add("--device", type=str, default=None, help="cuda, cuda:1, cpu, ...; default: a GPU if there is one")
     add(
         "--torch-dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype of the weights"

@@ -103,12 +103,14 @@ def build_page(chat: LavinChat, max_new_tokens: int) -> gr.Blocks:
         chat: answers.
         max_new_tokens: longest answer that may be chosen.
     """
+    # An extra of the installation, imported where the page is made.
     import gradio as gr
 
     handlers = Handlers(chat)
     cleaning = (UPLOADS_LOOKED_AT, UPLOADS_KEPT)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=cleaning) as page:
         gr.Markdown(f"# {TITLE}\n{WORDS}")
+        # The conversation belongs to the tab of the visitor; the server keeps nothing between two questions.
         turns = gr.State([])
         with gr.Row():
             with gr.Column(scale=1):
@@ -127,6 +129,7 @@ def build_page(chat: LavinChat, max_new_tokens: int) -> gr.Blocks:
                 question = gr.Textbox(label="Question", placeholder="Ask something", autofocus=True)
                 with gr.Row():
                     send, stop, clear = gr.Button("Send", variant="primary"), gr.Button("Stop"), gr.Button("New")
+        # The button and the Enter key ask alike. The API has the same two names, for visitors without a browser.
         asked = gr.on(
             [send.click, question.submit],
             handlers.ask,
@@ -135,6 +138,7 @@ def build_page(chat: LavinChat, max_new_tokens: int) -> gr.Blocks:
             api_name="ask",
         )
         gr.on(
+            # Another image or an emptied window begins a conversation; an answer that is still written stops.
             [clear.click, shown.clear, image.upload, image.clear],
             handlers.begin,
             None,

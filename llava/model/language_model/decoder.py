@@ -85,17 +85,22 @@ class LlavaDecoder(LlavaMetaModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        # A checkpointed layer runs again in the backward pass and would store its keys twice.
         if self.gradient_checkpointing and self.training:
             use_cache = False
+        # Extensions are attached to the causal model where there is one, and find their parts from there.
         host = self.host[0] if self.host else self
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, L, D)
+        # An extension that drops tokens keeps fewer of them in some layers, so it may bring a cache of its own.
         if use_cache and cache is None:
             cache = self.extensions.make_cache(host)
             if cache is None:
                 cache = DynamicCache(config=self.config)
+        # Like transformers' decoders: what the cache holds has been counted already.
         if position_ids is None:
             seen = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen)[None]
+        # One mask for each kind of layer (full, sliding window), made once and shared by all layers of that kind.
         kinds = layer_kinds(self.config)
         masks = {
             kind: MASKS[kind](
@@ -107,22 +112,27 @@ class LlavaDecoder(LlavaMetaModel):
             )
             for kind in dict.fromkeys(kinds)
         }
+        # The state is what travels from layer to layer. An extension may shorten it, together with positions and masks.
         positions = self.rotary_emb(hidden, position_ids=position_ids)
         state = DecoderState(
             hidden, attention_mask, position_ids, positions, masks[kinds[0]], cache, segments, layer_kwargs
         )
+        # Collected here, before each layer: between two layers an extension may have dropped tokens.
         record_all = bool(state.layer_kwargs.pop("output_hidden_states", False))
         recorded: list[Tensor] = []
         keyword = layer_cache_keyword(self.layers[0])
         for index, (layer, kind) in enumerate(zip(self.layers, kinds, strict=True)):
+            # Set again before each layer: the layer before may have been of another kind.
             if len(masks) > 1:
                 state.causal_mask = masks[kind]
             state = self.extensions.before_layer(host, index, state)
+            # The next layer would get back the mask of its kind, and what the extension hides would be seen again.
             if len(masks) > 1 and state.causal_mask is not masks[kind]:
                 raise FlagError(
                     f"an extension replaces the attention mask before layer {index}, but the layers of this backbone "
                     f"have masks of several kinds ({sorted(masks)}); it works on backbones with one kind only"
                 )
+            # As in transformers: the input of each layer, and at the end the output of the norm.
             if record_all:
                 recorded.append(state.hidden_states)
             state.hidden_states = layer(
