@@ -199,7 +199,7 @@ def read_model(name: str) -> tuple[Decoder, SparseConfig]:
 def build_parser() -> argparse.ArgumentParser:
     """The options of the program."""
     parser = argparse.ArgumentParser(
-        prog="dynamic.flops", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m dynamic.flops", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="7b", help="7b or 13b (LLaVA-1.5), or a checkpoint folder")
     parser.add_argument("--image-tokens", type=int, default=576, help="tokens of the image")

@@ -37,7 +37,7 @@ from llava.runtime.recognize import refuse_foreign, refuse_foreign_bytes
 def build_parser() -> argparse.ArgumentParser:
     """The options of `llava.eval.run_llava` and `--output-dir`."""
     parser = run_llava.build_parser()
-    parser.prog, parser.description = "llava.dynamic_eval.visualize", __doc__
+    parser.prog, parser.description = "python -m llava.dynamic_eval.visualize", __doc__
     parser.add_argument("--output-dir", type=Path, default=Path("visualize"), help="folder of kept.png and kept.html")
     return parser
 

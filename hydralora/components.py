@@ -1,4 +1,4 @@
-"""How many experts? Clusters of the instructions, and the number of clusters that they suggest.
+"""Suggest a number of experts: clusters of the instructions of a data set.
 
     python -m hydralora.components DATA.json --output-dir components
 

@@ -1,4 +1,4 @@
-"""A program that converts adapters of the text HydraLoRA, see `tuner/original.py`.
+"""Convert adapters of the original text HydraLoRA to PEFT folders, and back (`tuner/original.py`).
 
     python -m hydralora.convert from-original ORIGINAL_ADAPTER OUR_ADAPTER
     python -m hydralora.convert to-original OUR_ADAPTER ORIGINAL_ADAPTER

@@ -1,4 +1,4 @@
-"""The command line: `python -m moe_patch apply|check|revert|status LLAVA_DIR`.
+"""Put extensions into a checkout of upstream's LLaVA, and take them out: `python -m moe_patch COMMAND LLAVA_DIR`.
 
 Exit status: 0 if all is well, 1 if the patch does not fit, was refused or drifted, 2 for a wrong command line.
 """

@@ -187,7 +187,7 @@ def check_rise(run: DemoRun) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The options of this program."""
     parser = argparse.ArgumentParser(
-        prog="playground.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m playground.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_build_options(parser)
     parser.add_argument(

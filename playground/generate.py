@@ -265,7 +265,7 @@ def _run(step: Step, log_file: Path) -> float:
 def build_parser() -> argparse.ArgumentParser:
     """The options of this program."""
     parser = argparse.ArgumentParser(
-        prog="playground.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m playground.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_build_options(parser)
     return parser

@@ -1,4 +1,4 @@
-"""Taking the projector out of a LLaVA, to start another one with it (upstream `scripts/extract_mm_projector.py`).
+"""Take the projector out of a LLaVA, to start another one with it (upstream `scripts/extract_mm_projector.py`).
 
 Usage: `python scripts/extract_mm_projector.py --model-path CHECKPOINT --output mm_projector.bin`. The file is for
 `--pretrain_mm_mlp_adapter`; its format follows its ending, `.bin` or `.safetensors`.

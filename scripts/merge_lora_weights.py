@@ -1,4 +1,4 @@
-"""Merging a LoRA checkpoint into its base (upstream `scripts/merge_lora_weights.py`).
+"""Merge a LoRA checkpoint into its base (upstream `scripts/merge_lora_weights.py`).
 
 Usage: `python scripts/merge_lora_weights.py --model-path LORA --model-base BASE --save-model-path OUTPUT`.
 """

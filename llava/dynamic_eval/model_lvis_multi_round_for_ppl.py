@@ -18,7 +18,7 @@ from llava.runtime.program import run_program
 
 def build_parser() -> argparse.ArgumentParser:
     """The original options with their defaults, and ours."""
-    name = "llava.dynamic_eval.model_lvis_multi_round_for_ppl"
+    name = "python -m llava.dynamic_eval.model_lvis_multi_round_for_ppl"
     return long_answers.build_parser(name, str(__doc__), generates=False)
 
 

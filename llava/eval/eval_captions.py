@@ -65,7 +65,9 @@ def score(
 def build_parser() -> argparse.ArgumentParser:
     """The options of this program."""
     parser = argparse.ArgumentParser(
-        prog="llava.eval.eval_captions", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m llava.eval.eval_captions",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--annotation-file", type=str, required=True, help="captions in COCO's format")
     parser.add_argument("--result-file", type=str, required=True, help="answers of `python -m llava.eval coco_caption`")

@@ -80,7 +80,9 @@ def score(tasks: Sequence[Task], texts: dict[str, str]) -> dict[str, float]:
 def build_parser() -> argparse.ArgumentParser:
     """The options of this program."""
     parser = argparse.ArgumentParser(
-        prog="llava.eval.eval_chartqa", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m llava.eval.eval_chartqa",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--annotation-dir", type=str, required=True, help="folder of test_human.json, ...")
     parser.add_argument("--result-file", type=str, required=True, help="answers of `python -m llava.eval chartqa`")

@@ -110,7 +110,7 @@ def read_requests(args: argparse.Namespace) -> list[tuple[dict[str, Any], str]]:
 def build_parser() -> argparse.ArgumentParser:
     """The original options and `--model`."""
     parser = argparse.ArgumentParser(
-        prog="llava.eval.eval_gpt_review_bench",
+        prog="python -m llava.eval.eval_gpt_review_bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

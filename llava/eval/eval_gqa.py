@@ -116,7 +116,7 @@ def _mean(values: Sequence[bool]) -> float | None:
 def build_parser() -> argparse.ArgumentParser:
     """The options of this program."""
     parser = argparse.ArgumentParser(
-        prog="llava.eval.eval_gqa", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m llava.eval.eval_gqa", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--questions", type=str, required=True, help="GQA's questions with answers, by question id")
     parser.add_argument("--predictions", type=str, required=True, help="JSON list of questionId and prediction")

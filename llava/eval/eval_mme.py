@@ -140,7 +140,7 @@ def table(scores: dict[str, TaskScore]) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """The option of the benchmark's own tool, and `--output`."""
     parser = argparse.ArgumentParser(
-        prog="llava.eval.eval_mme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m llava.eval.eval_mme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results_dir", "--results-dir", type=str, required=True, help="folder with <task>.txt files")
     parser.add_argument("--output", type=str, default=None, help="write the scores as JSON here, too")

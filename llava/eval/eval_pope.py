@@ -149,7 +149,7 @@ def evaluate(
 def build_parser() -> argparse.ArgumentParser:
     """The original options and `--strict`."""
     parser = argparse.ArgumentParser(
-        prog="llava.eval.eval_pope", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m llava.eval.eval_pope", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--annotation-dir", type=str, required=True, help="folder with coco_pope_<category>.json")
     parser.add_argument("--question-file", type=str, required=True, help="questions with question_id and category")

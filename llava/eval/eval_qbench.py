@@ -41,7 +41,9 @@ def score(rows: Iterable[dict[str, Any]]) -> list[float] | None:
 def build_parser() -> argparse.ArgumentParser:
     """The option of this program."""
     parser = argparse.ArgumentParser(
-        prog="llava.eval.eval_qbench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m llava.eval.eval_qbench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--result-file", type=str, required=True, help="answers of llava.eval.model_vqa_qbench")
     return parser

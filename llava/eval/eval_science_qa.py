@@ -124,7 +124,9 @@ def evaluate(
 def build_parser() -> argparse.ArgumentParser:
     """The original options."""
     parser = argparse.ArgumentParser(
-        prog="llava.eval.eval_science_qa", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m llava.eval.eval_science_qa",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--base-dir", type=str, required=True, help="folder with problems.json and pid_splits.json")
     parser.add_argument("--result-file", type=str, required=True, help="answers file")

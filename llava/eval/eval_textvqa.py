@@ -82,7 +82,9 @@ def eval_single(annotation_file: str | Path, result_file: str | Path) -> float:
 def build_parser() -> argparse.ArgumentParser:
     """The original options."""
     parser = argparse.ArgumentParser(
-        prog="llava.eval.eval_textvqa", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m llava.eval.eval_textvqa",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--annotation-file", type=str, required=True, help="TextVQA_0.5.1_val.json")
     parser.add_argument("--result-file", type=str, help="answers of one model")

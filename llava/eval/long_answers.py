@@ -41,7 +41,7 @@ def build_parser(prog: str, description: str, *, generates: bool) -> argparse.Ar
     """The original options with their defaults, and ours.
 
     Args:
-        prog: module name.
+        prog: what a user types to start it.
         description: what the program says of itself.
         generates: add `--max-new-tokens`.
     """

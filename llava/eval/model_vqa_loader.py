@@ -27,7 +27,9 @@ from llava.runtime.program import run_program
 def build_parser() -> argparse.ArgumentParser:
     """The original options with their defaults, and ours."""
     parser = argparse.ArgumentParser(
-        prog="llava.eval.model_vqa_loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m llava.eval.model_vqa_loader",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_options(parser)
     add_question_options(parser)

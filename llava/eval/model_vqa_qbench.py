@@ -58,7 +58,9 @@ def to_row(task: Task, text: str, model_id: str) -> Row:
 def build_parser() -> argparse.ArgumentParser:
     """The original options with their defaults, and ours."""
     parser = argparse.ArgumentParser(
-        prog="llava.eval.model_vqa_qbench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m llava.eval.model_vqa_qbench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_options(parser)
     add_question_options(parser)

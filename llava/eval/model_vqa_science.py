@@ -52,7 +52,9 @@ def read_tasks(path: str | Path, *, single_pred_prompt: bool = False) -> list[Ta
 def build_parser() -> argparse.ArgumentParser:
     """The original options with their defaults, and ours."""
     parser = argparse.ArgumentParser(
-        prog="llava.eval.model_vqa_science", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m llava.eval.model_vqa_science",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_options(parser)
     add_question_options(parser, conv_mode="llava_v0", question_file="tables/question.json")

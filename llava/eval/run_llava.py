@@ -34,7 +34,7 @@ DOWNLOAD_SECONDS = 60
 def build_parser() -> argparse.ArgumentParser:
     """The original options with their defaults, and ours."""
     parser = argparse.ArgumentParser(
-        prog="llava.eval.run_llava", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m llava.eval.run_llava", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_options(parser)
     parser.add_argument(

@@ -187,7 +187,7 @@ def report(question_file: str | Path, answers_file: str | Path) -> dict[str, Any
 def build_parser() -> argparse.ArgumentParser:
     """The options of this program."""
     parser = argparse.ArgumentParser(
-        prog="llava.eval.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m llava.eval.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--question-file", type=Path, required=True, help="JSON lines with question_id, label, category"

@@ -47,7 +47,7 @@ def relative_scores(path: str | Path, ignore: Collection[int] = ()) -> dict[str,
 def build_parser() -> argparse.ArgumentParser:
     """The original options that have an effect there."""
     parser = argparse.ArgumentParser(
-        prog="llava.eval.summarize_gpt_review",
+        prog="python -m llava.eval.summarize_gpt_review",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,4 +1,4 @@
-"""Putting a base and a difference together to a LLaVA (upstream `llava/model/apply_delta.py`).
+"""Write the LLaVA that a base and a difference make (upstream `llava/model/apply_delta.py`).
 
 Usage: `python -m llava.model.apply_delta --base-model-path BASE --target-model-path OUTPUT --delta-path DELTA`.
 """

@@ -1,4 +1,4 @@
-"""Writing a LLaVA's full weights anew, in today's layout (upstream `llava/model/consolidate.py`).
+"""Rewrite a LLaVA's full weights in today's layout (upstream `llava/model/consolidate.py`).
 
 Usage: `python -m llava.model.consolidate --src FOLDER --dst FOLDER`. Shards, `.bin` files and configurations of older
 versions become one consistent folder of safetensors.

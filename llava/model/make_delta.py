@@ -1,4 +1,4 @@
-"""Writing a LLaVA as its difference from the base (upstream `llava/model/make_delta.py`).
+"""Write a LLaVA as its difference from the base (upstream `llava/model/make_delta.py`).
 
 Usage: `python -m llava.model.make_delta --base-model-path BASE --target-model-path LLAVA --delta-path OUTPUT`.
 """

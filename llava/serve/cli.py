@@ -31,7 +31,7 @@ HELP = "/image PATH ... shows images with your next message; /reset begins anew;
 def build_parser() -> argparse.ArgumentParser:
     """The original options with their defaults, and ours."""
     parser = argparse.ArgumentParser(
-        prog="llava.serve.cli", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m llava.serve.cli", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_options(parser)
     add = parser.add_argument
