@@ -11,6 +11,7 @@ token and have no place in that format: they are refused with the reason, and `p
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -101,13 +102,14 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> Path:
 
     Args:
         argv: command line; None is that of the process.
-        command: what to run where the command line does not begin with it.
+        command: stands before the command line, for a name of the program that means one command.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or the output already exists.
         FlagError: the format cannot express the model.
     """
-    args = build_parser(command).parse_args(argv)
+    words = [*([] if command is None else [command]), *(sys.argv[1:] if argv is None else argv)]
+    args = build_parser().parse_args(words)
     return args.run(args)
 
 
