@@ -63,9 +63,9 @@ def scripts() -> list[Snippet]:
 
 
 def document_blocks() -> list[Snippet]:
-    """Every block fenced as bash, sh or shell in the README and in `docs/`."""
+    """Every block fenced as bash, sh or shell in the READMEs and in `docs/`."""
     found = []
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+    for path in [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted((ROOT / "docs").rglob("*.md"))]:
         text = path.read_text(encoding="utf-8")
         for match in re.finditer(r"^```(?:bash|sh|shell)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
             line = text.count("\n", 0, match.start()) + 1
@@ -113,7 +113,7 @@ def our_call(command: list[str]) -> Call | None:
         if word.endswith(".py"):
             name = word.removeprefix(f"{ROOT}/").removeprefix("./").removesuffix(".py")
             return Call(name.replace("/", "."), tuple(command[position + 1 :]))
-        if word in ("-m", "--module") and "." in command[position + 1]:
+        if word in ("-m", "--module") and (ROOT / command[position + 1].partition(".")[0]).is_dir():
             return Call(command[position + 1], tuple(command[position + 2 :]))
     return None
 
@@ -131,6 +131,10 @@ def create_inputs(call: Call, folder: Path) -> None:
             for name in ("problems.json", "pid_splits.json", "all_data.json"):
                 (folder / root / name).touch()
     for word in call.arguments:
+        if word.startswith("auto:"):  # what hydralora.components writes
+            counted = folder / word.removeprefix("auto:")
+            counted.parent.mkdir(parents=True, exist_ok=True)
+            counted.write_text('{"suggested": 3}', encoding="utf-8")
         path = folder / word
         if word.startswith("-") or "/" not in word or Path(word).is_absolute() or path.exists():
             continue

@@ -10,7 +10,15 @@ from tests.structure import MODULES, ROOT, imported_modules, is_door, module_nam
 
 TEXT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 ALIASES = {"llava.constants": "llava.errors"}
-OUTSIDE = ("llava.utils", "llava.mm_utils", "llava.export", "llava.dynamic_eval", "llava.scripts", "playground")
+OUTSIDE = (
+    "llava.utils",
+    "llava.mm_utils",
+    "llava.export",
+    "llava.__main__",
+    "llava.dynamic_eval",
+    "llava.scripts",
+    "playground",
+)
 PROGRAMS = ("mma.lavin", "dynamic.visualize")
 Arrows = dict[str, set[str]]
 

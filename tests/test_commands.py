@@ -1,4 +1,4 @@
-"""Every command in the README, in `docs/`, `run/` and `scripts/` is valid shell and is accepted by the real parser."""
+"""Every command in the READMEs, in `docs/`, `run/` and `scripts/` is valid shell and is accepted by the real parser."""
 
 from __future__ import annotations
 
