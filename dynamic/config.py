@@ -7,19 +7,40 @@ command line offers (upstream: `SparseArguments` and additions to `TrainingArgum
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
+
+from llava.runtime.checked_config import CheckedConfig
+from llava.runtime.options import option
+from llava.runtime.ranges import COUNT, NOT_NEGATIVE, Range
+
+KEEP_RATE = Range(0, 1, above=True)
 
 
 @dataclass(frozen=True)
-class SparseConfig:
+class SparseConfig(CheckedConfig):
     """Configuration of the predictors of one model; names and defaults are those of the original's `sparse_config`.
 
     Raises:
         ValueError: a value is out of range or of the wrong type; the message names all of them.
     """
+
+    subject: ClassVar[str] = "the predictors"
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "vision_keep_rate": KEEP_RATE,
+        "output_text_keep_rate": KEEP_RATE,
+        "instruct_keep_rate": KEEP_RATE,
+        # The layer below the first sparse one gives the predictors something contextual to look at.
+        "sparse_layer": COUNT,
+        "d_model": Range(4),
+        "nhead": COUNT,
+        "dim_feedforward": COUNT,
+        "num_layers": NOT_NEGATIVE,
+        "output_text_len_for_training": NOT_NEGATIVE,
+        "instruct_len_for_training": NOT_NEGATIVE,
+        "mask_loss_weight": NOT_NEGATIVE,
+    }
 
     use_vision_predictor: bool = True
     """Drop image tokens."""
@@ -66,36 +87,8 @@ class SparseConfig:
     mask_loss_weight: float = 100.0
     """Factor of the keep-rate losses."""
 
-    def __post_init__(self) -> None:
-        problems = [*self._wrong_types(), *self._out_of_range()]
-        if problems:
-            raise ValueError("configuration of the predictors: " + "; ".join(problems))
-
-    def _wrong_types(self) -> list[str]:
-        """One line per field whose value is not of its type; bool is no number here, int is a float."""
-        kinds: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (int, float)}
-        return [
-            f"{item.name} is {value!r}, expected {item.type}"
-            for item in dataclasses.fields(self)
-            if not isinstance(value := getattr(self, item.name), kinds[str(item.type)])
-            or (isinstance(value, bool) and item.type != "bool")
-        ]
-
     def _out_of_range(self) -> list[str]:
-        """One line per numeric field outside its range; values of a wrong type are `_wrong_types`' business."""
-        problems = []
-        for name in ("vision_keep_rate", "output_text_keep_rate", "instruct_keep_rate"):
-            value = getattr(self, name)
-            if isinstance(value, int | float) and not 0 < value <= 1:
-                problems.append(f"{name} is {value}, expected more than 0 and at most 1")
-        # The layer below the first sparse one gives the predictors something contextual to look at.
-        least = {"sparse_layer": 1, "d_model": 4, "nhead": 1, "dim_feedforward": 1, "num_layers": 0}
-        least |= {"output_text_len_for_training": 0, "instruct_len_for_training": 0, "mask_loss_weight": 0}
-        problems += [
-            f"{name} is {value}, expected at least {minimum}"
-            for name, minimum in least.items()
-            if isinstance(value := getattr(self, name), int | float) and not minimum <= value < math.inf
-        ]
+        problems = super()._out_of_range()
         if not problems and not self._wrong_types():
             if self.d_model % self.nhead:
                 problems.append(f"d_model {self.d_model} is not a multiple of nhead {self.nhead}")
@@ -113,28 +106,6 @@ class SparseConfig:
         """True if the tokens of the last instruction are judged."""
         return self.use_text_predictor and self.use_instruct_predictor
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values, as the original's `sparse_config`; `from_dict` is the inverse."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SparseConfig:
-        """Configuration from JSON values; a missing one takes its default.
-
-        Raises:
-            ValueError: a name is unknown, or a value is refused.
-        """
-        known = {item.name for item in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"configuration of the predictors: unknown {unknown}; known: {sorted(known)}")
-        return cls(**values)
-
-
-def _option(default: Any, help_text: str) -> Any:
-    """A command-line option with its help text."""
-    return field(default=default, metadata={"help": help_text})
-
 
 @dataclass
 class SparseOptions:
@@ -142,26 +113,26 @@ class SparseOptions:
 
     _argument_group_name: ClassVar[str] = "Dynamic-LLaVA"
 
-    dynamic: bool = _option(False, "train predictors that drop vision and text tokens (llava.train.train_sparse: True)")
-    use_vision_predictor: bool = _option(True, "drop image tokens")
-    vision_keep_rate: float = _option(0.2, "share of each image's tokens that is kept")
-    use_text_predictor: bool = _option(True, "drop text tokens; False switches both text predictors off")
-    use_output_text_predictor: bool = _option(True, "judge the tokens of the answer")
-    output_text_keep_rate: float = _option(0.5, "share of the answer's tokens that is kept")
-    output_text_len_for_training: int = _option(50, "answers with fewer tokens are kept whole in training")
-    use_instruct_predictor: bool = _option(True, "judge the tokens of the last instruction")
-    instruct_keep_rate: float = _option(0.7, "share of the last instruction's tokens that is kept")
-    instruct_len_for_training: int = _option(25, "instructions with fewer tokens are kept whole in training")
-    sparse_layer: int = _option(2, "first decoder layer, counted from 0, that works on kept tokens only")
-    d_model: int = _option(512, "width of the predictors")
-    nhead: int = _option(8, "attention heads of the vision predictor")
-    dim_feedforward: int = _option(2048, "inner width of the vision predictor's feed-forward layers")
-    num_layers: int = _option(2, "transformer blocks of the vision predictor")
-    mask_loss_weight: float = _option(100.0, "weight of the keep-rate losses")
-    gumbel_start_tau: float = _option(1.0, "temperature of the Gumbel-softmax at the first step")
-    gumbel_end_tau: float = _option(0.1, "temperature that it falls to, exponentially")
-    predictor_lr: float = _option(3e-4, "learning rate of the predictors")
-    predictor_weight_decay: float = _option(0.0, "weight decay of the predictors")
+    dynamic: bool = option("train predictors that drop vision and text tokens (llava.train.train_sparse: True)", False)
+    use_vision_predictor: bool = option("drop image tokens", True)
+    vision_keep_rate: float = option("share of each image's tokens that is kept", 0.2)
+    use_text_predictor: bool = option("drop text tokens; False switches both text predictors off", True)
+    use_output_text_predictor: bool = option("judge the tokens of the answer", True)
+    output_text_keep_rate: float = option("share of the answer's tokens that is kept", 0.5)
+    output_text_len_for_training: int = option("answers with fewer tokens are kept whole in training", 50)
+    use_instruct_predictor: bool = option("judge the tokens of the last instruction", True)
+    instruct_keep_rate: float = option("share of the last instruction's tokens that is kept", 0.7)
+    instruct_len_for_training: int = option("instructions with fewer tokens are kept whole in training", 25)
+    sparse_layer: int = option("first decoder layer, counted from 0, that works on kept tokens only", 2)
+    d_model: int = option("width of the predictors", 512)
+    nhead: int = option("attention heads of the vision predictor", 8)
+    dim_feedforward: int = option("inner width of the vision predictor's feed-forward layers", 2048)
+    num_layers: int = option("transformer blocks of the vision predictor", 2)
+    mask_loss_weight: float = option("weight of the keep-rate losses", 100.0)
+    gumbel_start_tau: float = option("temperature of the Gumbel-softmax at the first step", 1.0)
+    gumbel_end_tau: float = option("temperature that it falls to, exponentially", 0.1)
+    predictor_lr: float = option("learning rate of the predictors", 3e-4)
+    predictor_weight_decay: float = option("weight decay of the predictors", 0.0)
 
     def config(self) -> SparseConfig:
         """The part that a checkpoint stores.

@@ -7,10 +7,13 @@ has a flag of its own for (features of the tower, projector, normalisation of pi
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
+
+from llava.runtime.checked_config import CheckedConfig
+from llava.runtime.options import option
+from llava.runtime.ranges import COUNT, POSITIVE, PROBABILITY, Range
 
 ADAPTER_TYPES = ("attn", "block", "none")
 """Where the language model has routed adapters: before attention; before attention and MLP; nowhere."""
@@ -26,12 +29,22 @@ VISUAL_INPUTS = ("lavin", "llava")
 
 
 @dataclass(frozen=True)
-class MmaConfig:
+class MmaConfig(CheckedConfig):
     """Configuration of the adapters of one model.
 
     Raises:
         ValueError: a value is out of range or of the wrong type; the message names all of them.
     """
+
+    subject: ClassVar[str] = "the adapters"
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "adapter_dim": COUNT,
+        "adapter_groups": COUNT,
+        "temperature": POSITIVE,
+        "adapter_scale": POSITIVE,
+        "adapter_dropout": PROBABILITY,
+        "drop_path": PROBABILITY,
+    }
 
     adapter_type: str = "attn"
     """One of `ADAPTER_TYPES`."""
@@ -63,25 +76,16 @@ class MmaConfig:
     merged_for: str = ""
     """Modality for which the adapters were folded into the language model; other samples are refused."""
 
-    def __post_init__(self) -> None:
-        problems = [*self._wrong_types(), *self._out_of_range()]
-        if problems:
-            raise ValueError("configuration of the adapters: " + "; ".join(problems))
-
-    def _wrong_types(self) -> list[str]:
-        """One line per field whose value is not of its type; bool is no number here, int is a float."""
-        kinds: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}
-        return [
-            f"{item.name} is {value!r}, expected {item.type}"
-            for item in dataclasses.fields(self)
-            if not isinstance(value := getattr(self, item.name), kinds[str(item.type)])
-            or (isinstance(value, bool) and item.type != "bool")
-        ]
-
     def _out_of_range(self) -> list[str]:
-        """One line per field outside its range; values of a wrong type are `_wrong_types`' business."""
         if self._wrong_types():
             return []
+        problems = [*self._wrong_choices(), *self._range_problems("adapter_dim", "adapter_groups")]
+        if not problems and self.adapter_dim % self.adapter_groups:
+            problems.append(f"adapter_dim {self.adapter_dim} is not a multiple of adapter_groups {self.adapter_groups}")
+        return problems + self._range_problems("temperature", "adapter_scale", "adapter_dropout", "drop_path")
+
+    def _wrong_choices(self) -> list[str]:
+        """One line per value that is not one of those possible."""
         problems = []
         if self.adapter_type not in ADAPTER_TYPES:
             problems.append(f"adapter_type is '{self.adapter_type}', expected one of {ADAPTER_TYPES}")
@@ -91,17 +95,6 @@ class MmaConfig:
             )
         if self.merged_for not in ("", "text", "image") or (self.merged_for and self.adapter_type != "none"):
             problems.append(f"merged_for is '{self.merged_for}' beside adapter_type '{self.adapter_type}'")
-        for name in ("adapter_dim", "adapter_groups"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name} is {getattr(self, name)}, expected at least 1")
-        if not problems and self.adapter_dim % self.adapter_groups:
-            problems.append(f"adapter_dim {self.adapter_dim} is not a multiple of adapter_groups {self.adapter_groups}")
-        for name in ("temperature", "adapter_scale"):
-            if not 0 < getattr(self, name) < math.inf:
-                problems.append(f"{name} is {getattr(self, name)}, expected more than 0")
-        for name in ("adapter_dropout", "drop_path"):
-            if not 0 <= getattr(self, name) < 1:
-                problems.append(f"{name} is {getattr(self, name)}, expected at least 0 and less than 1")
         return problems
 
     @property
@@ -114,28 +107,6 @@ class MmaConfig:
         """Adapters in each block of the vision tower."""
         return {"none": 0, "normal": 1, "router": 1, "router_block": 2}[self.visual_adapter_type]
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values; `from_dict` is the inverse."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> MmaConfig:
-        """Configuration from JSON values; a missing one takes its default.
-
-        Raises:
-            ValueError: a name is unknown, or a value is refused.
-        """
-        known = {item.name for item in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"configuration of the adapters: unknown {unknown}; known: {sorted(known)}")
-        return cls(**values)
-
-
-def _option(default: Any, help_text: str) -> Any:
-    """A command-line option with its help text."""
-    return field(default=default, metadata={"help": help_text})
-
 
 @dataclass
 class MmaOptions:
@@ -143,22 +114,22 @@ class MmaOptions:
 
     _argument_group_name: ClassVar[str] = "Mixture-of-Modality Adaptation (LaVIN)"
 
-    mma: bool = _option(False, "train adapters mixed by the modality of a sample; the language model is frozen")
-    adapter_type: str = _option("attn", "routed adapters before attention (attn), before the MLP too (block), or none")
-    visual_adapter_type: str = _option(
-        "normal", "adapters in the vision tower: normal (plain), router, router_block (before the MLP too), or none"
+    mma: bool = option("train adapters mixed by the modality of a sample; the language model is frozen", False)
+    adapter_type: str = option("routed adapters before attention (attn), before the MLP too (block), or none", "attn")
+    visual_adapter_type: str = option(
+        "adapters in the vision tower: normal (plain), router, router_block (before the MLP too), or none", "normal"
     )
-    adapter_dim: int = _option(8, "hidden width of the adapters")
-    adapter_scale: float = _option(1.0, "factor of the update of a routed adapter")
-    temperature: float = _option(10.0, "temperature of the softmax that mixes the two ways of an adapter")
-    hidden_proj: int = _option(128, "hidden width of the projector that --visual_input lavin puts behind the tower")
-    n_prompt: int = _option(10, "accepted for compatibility: training never reads it, in the original either")
-    drop_path: float = _option(0.0, "probability of skipping attention or MLP of a layer for a sample in training")
-    adapter_dropout: float = _option(0.1, "dropout inside the adapters in training")
-    visual_input: str = _option(
-        "lavin",
+    adapter_dim: int = option("hidden width of the adapters", 8)
+    adapter_scale: float = option("factor of the update of a routed adapter", 1.0)
+    temperature: float = option("temperature of the softmax that mixes the two ways of an adapter", 10.0)
+    hidden_proj: int = option("hidden width of the projector that --visual_input lavin puts behind the tower", 128)
+    n_prompt: int = option("accepted for compatibility: training never reads it, in the original either", 10)
+    drop_path: float = option("probability of skipping attention or MLP of a layer for a sample in training", 0.0)
+    adapter_dropout: float = option("dropout inside the adapters in training", 0.1)
+    visual_input: str = option(
         "lavin: the class token after every fourth block of the tower through a narrow projector, whole images, "
         "ImageNet's mean and deviation; llava: what the other flags say",
+        "lavin",
     )
 
     def config(self) -> MmaConfig:

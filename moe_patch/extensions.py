@@ -38,9 +38,13 @@ class Extension:
     edits: tuple[Edit, ...]
 
 
-COMMON_MODULES = tuple(
-    f"moe_patch.payload{name}"
-    for name in ("", ".adapters", ".extension", ".folders", ".gradients", ".saving", ".seams")
+COMMON_MODULES = (
+    *(
+        f"moe_patch.payload{name}"
+        for name in ("", ".adapters", ".extension", ".folders", ".gradients", ".saving", ".seams")
+    ),
+    # What configurations are made of; the standard library alone.
+    *("llava.errors", "llava.runtime.checked_config", "llava.runtime.options", "llava.runtime.ranges"),
 )
 
 IMPORT = (f"from {PACKAGE.rpartition('.')[0]} import {PACKAGE.rpartition('.')[2]}",)

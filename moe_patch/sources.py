@@ -1,7 +1,9 @@
 """Our own files as they stand in a checkout: the same files, with nothing but their imports pointing elsewhere.
 
 There is one copy of every layer in the repository. On its way into a checkout `from hydralora.config import ...`
-becomes `from llava.extensions_moe.hydralora.config import ...`; a test holds that all other lines stay equal.
+becomes `from llava.extensions_moe.hydralora.config import ...`; a test holds that all other lines stay equal. The
+checkout has a `llava` of its own, upstream's: from ours `llava.runtime.options` becomes
+`llava.extensions_moe.runtime.options`, and no carried file may import anything of either that does not come along.
 """
 
 from __future__ import annotations
@@ -17,14 +19,17 @@ from moe_patch.extensions import PACKAGE
 ROOT = Path(__file__).resolve().parent.parent
 """Where our packages lie: the repository, or site-packages."""
 
-PAYLOAD = "moe_patch.payload"
+UNWRAPPED = ("moe_patch.payload", "llava")
+"""Packages whose modules go into `PACKAGE` itself; those of others go into a folder with the package's name."""
+
 FOLDER = PACKAGE.replace(".", "/")
 
 
 def target_module(module: str) -> str:
     """Name in the checkout of one of our modules."""
-    if module == PAYLOAD or module.startswith(f"{PAYLOAD}."):
-        return PACKAGE + module[len(PAYLOAD) :]
+    for package in UNWRAPPED:
+        if module == package or module.startswith(f"{package}."):
+            return PACKAGE + module[len(package) :]
     return f"{PACKAGE}.{module}"
 
 
@@ -32,7 +37,8 @@ def files(modules: Sequence[str]) -> dict[str, bytes]:
     """Content of the files in the checkout, by path, of our modules with their imports rewritten.
 
     Raises:
-        PatchError: a module is not here, or imports something of ours that does not come along.
+        PatchError: a module is not here, imports something of ours that does not come along, or has the place of
+            another one.
     """
     found: dict[str, bytes] = {}
     for module in modules:
@@ -40,8 +46,10 @@ def files(modules: Sequence[str]) -> dict[str, bytes]:
         if not source.is_file():
             raise PatchError(f"{source}: not found; moe_patch takes the layers from the packages beside it")
         target = target_module(module).replace(".", "/")
-        package = source.name == "__init__.py"
-        found[f"{target}/__init__.py" if package else f"{target}.py"] = rewritten(source, modules)
+        name = f"{target}/__init__.py" if source.name == "__init__.py" else f"{target}.py"
+        if name in found:
+            raise PatchError(f"{source}: {name} is the place of another module too; rename one of them")
+        found[name] = rewritten(source, modules)
     for folder in sorted({path.rpartition("/")[0] for path in found} - {FOLDER}):
         text = f'"""Files of `{folder.rpartition("/")[2]}` of llava-extensions, put here by moe_patch."""\n'
         found.setdefault(f"{folder}/__init__.py", text.encode())

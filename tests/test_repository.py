@@ -237,6 +237,18 @@ def test_files_are_written_whole_in_one_way() -> None:
     assert len(ours["llava/runtime/output.py"]) == 1
 
 
+DEFINED_ONCE = {
+    "the check of a configuration's values": ("llava/runtime/checked_config.py", r"^    def _wrong_types\("),
+    "the option of a command line": ("llava/runtime/options.py", r"^def _?option\("),
+}
+
+
+@pytest.mark.parametrize(("module", "pattern"), DEFINED_ONCE.values(), ids=DEFINED_ONCE)
+def test_what_every_package_needs_is_defined_once(module: str, pattern: str) -> None:
+    found = {_id(path): len(re.findall(pattern, path.read_text("utf-8"), re.MULTILINE)) for path in MODULES}
+    assert {name: count for name, count in found.items() if count} == {module: 1}
+
+
 @_each(MODULES)
 def test_nothing_runs_code_from_a_checkpoint(path: Path) -> None:
     unsafe = r"weights_only\s*=\s*False|trust_remote_code\s*=\s*True"

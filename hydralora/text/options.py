@@ -6,9 +6,9 @@ The classes and their order are the original's; `arguments.py` makes the parser 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import transformers
@@ -17,17 +17,13 @@ from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.loading import read_config
 from llava.errors import FlagError
 from llava.runtime.files import refuse_pointer
+from llava.runtime.options import option
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY
 from llava.runtime.values import check_values
 from llava.runtime.zero import zero_settings
 
 AUTO = "auto:"
 """`--lora_nums auto:FILE` takes the number from a file that `python -m hydralora.components` wrote."""
-
-
-def option(help_text: str, default: Any = None, **metadata: Any) -> Any:
-    """A command-line option with its help text."""
-    return field(default=default, metadata={"help": help_text, **metadata})
 
 
 @dataclass

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import StrEnum
 
 from peft import PeftConfig
 
 from hydralora.tuner.registration import peft_type
+from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, Range
 
 
 class RoutingUnit(StrEnum):
@@ -24,9 +24,9 @@ class RoutingUnit(StrEnum):
     """All tokens of a sequence share the mean of its prompt's weights, tokens generated later included."""
 
 
-def _is_number(value: object) -> bool:
-    """True for a finite number; bool is none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _within(value: object, limits: Range, *kinds: type) -> bool:
+    """True for a number of these classes in a range; a bool is not accepted as a number."""
+    return isinstance(value, kinds) and not isinstance(value, bool) and value in limits
 
 
 @dataclass
@@ -90,13 +90,13 @@ class HydraLoraConfig(PeftConfig):
         problems = [
             f"{name} is {value!r}, expected a whole number of at least 1"
             for name, value in (("r", self.r), ("lora_nums", self.lora_nums))
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1
+            if not _within(value, COUNT, int)
         ]
-        if not _is_number(self.lora_alpha) or self.lora_alpha <= 0:
+        if not _within(self.lora_alpha, POSITIVE, int, float):
             problems.append(f"lora_alpha is {self.lora_alpha!r}, expected more than 0, as a factor of every update")
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+        if not _within(self.lora_dropout, PROBABILITY, int, float):
             problems.append(f"lora_dropout is {self.lora_dropout!r}, expected at least 0 and less than 1")
-        if not _is_number(self.balance_weight) or self.balance_weight < 0:
+        if not _within(self.balance_weight, NOT_NEGATIVE, int, float):
             problems.append(f"balance_weight is {self.balance_weight!r}, expected at least 0")
         if self.routing not in list(RoutingUnit):
             problems.append(f"routing is '{self.routing}', expected one of {[unit.value for unit in RoutingUnit]}")

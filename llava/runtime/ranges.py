@@ -35,19 +35,24 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         """True if the option may have this number."""
-        if math.isnan(value) or (math.isinf(value) and not self.infinite):
+        if value != value or (value in (-math.inf, math.inf) and not self.infinite):  # an int may exceed every float
             return False
         high_enough = value > self.least if self.above else value >= self.least
         return high_enough and (value < self.most if self.below else value <= self.most)
 
-    def __str__(self) -> str:
-        """What a message says the number must be."""
+    @property
+    def words(self) -> str:
+        """The range in words: "at least 0 and less than 1"."""
         parts = []
         if not math.isinf(self.least):
             parts.append(f"{'more than' if self.above else 'at least'} {self.least:g}")
         if not math.isinf(self.most):
             parts.append(f"{'less than' if self.below else 'at most'} {self.most:g}")
-        return "must be " + (" and ".join(parts) or "a finite number")
+        return " and ".join(parts) or "a finite number"
+
+    def __str__(self) -> str:
+        """What a message says the number must be."""
+        return f"must be {self.words}"
 
     def problem(self, flag: str, value: Any) -> str | None:
         """One line that names flag and value, or None if there is nothing wrong."""

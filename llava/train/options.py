@@ -12,14 +12,10 @@ from typing import Any, ClassVar
 import torch
 import transformers
 
+from llava.runtime.options import option
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY
 from llava.runtime.values import check_values
 from llava.runtime.zero import zero_settings
-
-
-def option(help_text: str, default: Any = None) -> Any:
-    """A command-line option with its help text."""
-    return field(default=default, metadata={"help": help_text})
 
 
 @dataclass
@@ -59,8 +55,8 @@ class DataArguments:
 
     _argument_group_name: ClassVar[str] = "data"
 
-    data_path: list[str] | None = field(
-        default=None, metadata={"help": "LLaVA conversations: a JSON list or JSON lines; several files are used as one"}
+    data_path: list[str] | None = option(
+        "LLaVA conversations: a JSON list or JSON lines; several files are used as one"
     )
     lazy_preprocess: bool = option("accepted for compatibility: samples are always prepared when needed", False)
     is_multimodal: bool = option("accepted for compatibility: set whenever there is a vision tower", False)

@@ -78,6 +78,9 @@ def test_the_program_needs_python_310_and_its_standard_library_alone(path: Path)
         ("import hydralora.layer\n", "write 'from ... import ...'"),
         ("from hydralora.tuner import HydraLoraConfig\n", r"imports \['hydralora.tuner.HydraLoraConfig'\]"),
         ("from hydralora import layer, linears\n", r"imports \['hydralora.linears'\]"),
+        ("import llava.runtime.options\n", "write 'from ... import ...'"),
+        ("from llava.runtime.saving import flush\n", r"imports \['llava.runtime.saving.flush'\]"),
+        ("from llava.constants import IGNORE_INDEX\n", r"imports \['llava.constants.IGNORE_INDEX'\]"),
     ],
 )
 def test_an_import_that_cannot_come_along_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -98,6 +101,20 @@ def test_imports_are_rewritten_where_they_stand(tmp_path: Path) -> None:
     )
     assert sources.rewritten(path, MODULES).decode() == expected
     assert list(difflib.unified_diff(text.splitlines(), expected.splitlines()))
+
+
+def test_our_llava_is_not_taken_for_upstreams(tmp_path: Path) -> None:
+    """Carried modules of it go into the folder of the patch, where upstream has nothing."""
+    path = tmp_path / "module.py"
+    path.write_text("from llava.runtime.options import option\n")
+    assert sources.rewritten(path, MODULES) == b"from llava.extensions_moe.runtime.options import option\n"
+    assert "llava/extensions_moe/runtime/options.py" in FILES
+    assert all(name.startswith("llava/extensions_moe/") for name in FILES)
+
+
+def test_two_modules_for_one_place_are_refused() -> None:
+    with pytest.raises(PatchError, match=r"llava/extensions_moe/extension\.py is the place of another module"):
+        sources.files([*MODULES, "llava.extension"])
 
 
 def test_every_edit_is_named_once() -> None:
