@@ -49,8 +49,8 @@ def run_once(module: nn.Module, x: Tensor, cotangent: Tensor) -> None:
     """Forward and backward of one batch, without gradients from before.
 
     Args:
-        module: (1, N, D) to (1, N, outputs).
-        x: (1, N, D), a leaf that requires a gradient, as inside a model.
+        module: (1, L, D) to (1, L, outputs).
+        x: (1, L, D), a leaf that requires a gradient, as inside a model.
         cotangent: gradient of the output, of its shape.
     """
     x.grad = None

@@ -4,7 +4,7 @@
 fork of PEFT, block of MLLM-HydraLoRA): one expert after the other, each with a product with A, a dropout mask and an
 update of full width of its own. It has the very weights of `hydralora`, so the two can be compared number for number.
 
-Shape letters: D width, M inner width, N tokens, r rank, E experts.
+Shape letters: T tokens, D width, r rank, E experts.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class FrozenLayer(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, M) of (N, D)."""
+        """(T, outputs) of (T, D)."""
         return self.projection(x)
 
 
@@ -78,7 +78,7 @@ class FrozenBlock(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, D) of (N, D)."""
+        """(T, D) of (T, D)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -89,12 +89,13 @@ class LoopProjection(nn.Module):
         super().__init__()
         self.base = base
         self.shared_a = nn.Parameter(shared_a.detach().clone())  # (r, D)
-        self.experts_b = nn.ParameterList(nn.Parameter(matrix.detach().clone()) for matrix in experts_b)  # (M, r) each
+        # (outputs, r) each
+        self.experts_b = nn.ParameterList(nn.Parameter(matrix.detach().clone()) for matrix in experts_b)
         self.dropout = dropout
         self.scaling = ALPHA / len(shared_a)
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        """`W0 x + s * sum_e weights_e B_e A x`, (N, M) for x (N, D) and weights (N, E)."""
+        """`W0 x + s * sum_e weights_e B_e A x`, (T, outputs) for x (T, D) and weights (T, E)."""
         y = self.base(x)
         for number, expert in enumerate(self.experts_b):
             update = F.linear(F.linear(F.dropout(x, self.dropout, self.training), self.shared_a), expert)
@@ -112,8 +113,8 @@ class LoopLayer(nn.Module):
         self.projection = LoopProjection(copy.deepcopy(adapted.base_layer), *matrices, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, M) of (N, D)."""
-        weights = torch.softmax(F.linear(x, self.router), dim=-1, dtype=torch.float32).to(x.dtype)  # (N, E)
+        """(T, outputs) of (T, D)."""
+        weights = torch.softmax(F.linear(x, self.router), dim=-1, dtype=torch.float32).to(x.dtype)  # (T, E)
         return self.projection(x, weights)
 
 
@@ -131,8 +132,8 @@ class LoopBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, D) of (N, D)."""
-        weights = torch.softmax(self.router(x), dim=-1, dtype=torch.float32).to(x.dtype)  # (N, E)
+        """(T, D) of (T, D)."""
+        weights = torch.softmax(self.router(x), dim=-1, dtype=torch.float32).to(x.dtype)  # (T, E)
         return self.down(F.silu(self.gate(x, weights)) * self.up(x, weights), weights)
 
 

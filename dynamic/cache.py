@@ -4,7 +4,7 @@ Corresponds to `cache_utils.py` of the original, which lets attention see the pa
 dense layers below the sparse one store every position in transformers' own layers. From the sparse layer on each sample
 has its own number of tokens; they stand at the front of the tensors, which are as long as the longest sample needs.
 
-Shape letters: B batch, H key-value heads, S stored positions (the longest sample's), n new positions, E head width.
+Shape letters: B batch, K key heads, S stored positions (the longest sample's), n new positions, C width of a head.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class StoragePlan:
     _copies: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def select(self, states: Tensor) -> Tensor:
-        """What stays of keys or values (B, H, S + n, E): a tensor of its own, (B, H, S_next, E)."""
+        """What stays of keys or values (B, K, S + n, C): a tensor of its own, (B, K, S_next, C)."""
         if self.index is None:
             return states.contiguous()
         if states.device not in self._copies:  # the layers of one model may lie on several devices
@@ -58,7 +58,7 @@ class Ledger:
 
 
 class KeptLayer(CacheLayerMixin):
-    """Keys and values of the kept tokens of one layer, each (B, H, S, E)."""
+    """Keys and values of the kept tokens of one layer, each (B, K, S, C)."""
 
     is_sliding = False
     supports_early_init = False
@@ -79,8 +79,8 @@ class KeptLayer(CacheLayerMixin):
         """Keys and values to attend to, stored and new ones; stores what was planned.
 
         Args:
-            key_states: (B, H, n, E).
-            value_states: (B, H, n, E).
+            key_states: (B, K, n, C).
+            value_states: (B, K, n, C).
             args: not used; some backbones of transformers pass more.
             kwargs: not used.
 

@@ -141,9 +141,9 @@ def _keep_best(predictor: nn.Module, keep_rate: float, hidden: Tensor, segments:
         count = kept_count(length, keep_rate)
         if count == length:
             continue
-        rows, starts = torch.tensor(places, device=hidden.device).T[..., None]  # (G, 1) each, for G images
-        positions = starts + torch.arange(length, device=hidden.device)  # (G, n)
-        best = top_keep(_judge(predictor, hidden[rows, positions]), count)  # (G, count)
+        rows, starts = torch.tensor(places, device=hidden.device).T[..., None]  # (N, 1) each
+        positions = starts + torch.arange(length, device=hidden.device)  # (N, n)
+        best = top_keep(_judge(predictor, hidden[rows, positions]), count)  # (N, count)
         keep[rows, positions] = False
         keep[rows, starts + best] = True
 

@@ -33,7 +33,7 @@ class PredictorAttention(nn.Module):
 
     def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
         """Attend from every token to every token, or to those only that `visible` (B, 1, 1, n) bool marks."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, n, d / heads) each
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, n, C) each
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         return self.proj(mixed.transpose(1, 2).flatten(2))  # (B, n, d)
 

@@ -3,7 +3,8 @@
 Nothing here decides; `inference.py` says which positions stay. Corresponds to the gathering in the original's
 `DynamicLlamaModel.forward`, which numbers positions anew and loses the padding mask; here both are kept.
 
-Shape letters: B batch, L sequence length, D width, E head width, K kept positions of the longest sample, S cached ones.
+Shape letters: B batch, L sequence length, D width, C head width, S cached positions; `kept` is what the longest sample
+keeps.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class State(Protocol):
         hidden_states: (B, L, D).
         attention_mask: (B, S + L) or None, zero at padding.
         position_ids: (B or 1, L).
-        position_embeddings: cosine and sine, each (B or 1, L, E).
+        position_embeddings: cosine and sine, each (B or 1, L, C).
         causal_mask: what the attention implementation wants.
         cache: keys and values of earlier positions, or None.
         segments: the parts of each sample when prompts begin, None on later passes.
@@ -69,7 +70,7 @@ def shorten(model: nn.Module, config: SparseConfig, state: State, keep: Tensor, 
     places = torch.arange(longest, device=keep.device)
     on_the_left = bool(valid[:, -1].all())
     if on_the_left:  # stable sorts leave kept positions in their order
-        index = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, -longest:]  # (B, K)
+        index = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, -longest:]  # (B, kept)
         filled = places >= longest - counts
     else:
         index = keep.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
@@ -84,10 +85,10 @@ def shorten(model: nn.Module, config: SparseConfig, state: State, keep: Tensor, 
 
 
 def take_positions(state: State, index: Tensor) -> State:
-    """Hidden states, positions and rotary embeddings of the positions `index` (B, K); masks are left as they are."""
+    """Hidden states, positions and rotary embeddings of the positions `index` (B, kept); masks are left as they are."""
     rows = torch.arange(len(index), device=index.device)[:, None]
 
-    def take(x: Tensor) -> Tensor:  # (B or 1, L, ...) -> (B, K, ...)
+    def take(x: Tensor) -> Tensor:  # (B or 1, L, ...) -> (B, kept, ...)
         return x.to(index.device).expand(len(index), *x.shape[1:])[rows, index]
 
     cos, sin = state.position_embeddings

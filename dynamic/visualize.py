@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def pixels_to_image(pixels: Tensor, image_processor: Any) -> Image.Image:
-    """The image behind normalised `pixels` (3, H, W): what the tower sees, after cropping or padding."""
+    """The image behind normalised `pixels` (3, height, width): what the tower sees, after cropping or padding."""
     mean, std = (
         torch.tensor(values)[:, None, None] for values in (image_processor.image_mean, image_processor.image_std)
     )

@@ -83,7 +83,7 @@ class AdaptedModel:
         return answers
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Logits (B, T, vocabulary) for `inps` (B, T).
+        """Logits (B, T, V) for `inps` (B, T).
 
         Raises:
             NotFiniteError: they are not numbers.

@@ -4,8 +4,7 @@ An extension is a subclass of `Extension`, named in the entry-point group `llava
 do-nothing default. `llava` itself imports no extension, but for one program that is about one of them,
 `dynamic/visualize.py`; `docs/architecture.md` explains the seams with examples.
 
-Shape letters used throughout the project: B batch, T text tokens, P image patches, L = T + P sequence length,
-D width, r rank, E experts, H heads.
+Shapes are written with the letters of `docs/architecture.md` ("Letters of shapes"), the same in all packages.
 """
 
 from __future__ import annotations

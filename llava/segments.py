@@ -69,7 +69,7 @@ class DecoderState:
         hidden_states: (B, L, D).
         attention_mask: (B, L_total) 2-D mask that `causal_mask` was made from, or None.
         position_ids: (B, L) or (1, L) int64.
-        position_embeddings: rotary cosine and sine, each (B or 1, L, D/H).
+        position_embeddings: rotary cosine and sine, each (B or 1, L, C).
         causal_mask: the mask in the form the attention implementation wants; None where it needs none.
         cache: key-value cache, or None.
         segments: one per sample during prefill and training, None while single tokens are decoded.

@@ -6,7 +6,7 @@ every batch. In training they go through each layer just before the batch does, 
 go through once, and the table of weights (layers, modalities, adapters, ways up) serves all sequences until the weights
 it followed from may have changed. Corresponds to `lavin/model.py: Transformer.forward` and `insert_modality`.
 
-Shape letters: B batch, D width, A adapters per layer, M modalities.
+Shape letters: B batch, D width, A adapters of a layer, h hidden width of an adapter.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Table:
     """The routing of all layers.
 
     Attributes:
-        weights: (layers, M, A, 2) float32.
-        ups: for each layer and adapter what the weights make of its ways up, (M, D, h + 1); empty where the adapters
-            are to mix by the weights, so that gradients reach all their parameters.
+        weights: (layers, modalities, A, 2) float32.
+        ups: for each layer and adapter what the weights make of its up-projections, (modalities, D, h + 1); empty where
+            the adapters are to mix by the weights, so that gradients reach all their parameters.
     """
 
     weights: Tensor
@@ -45,7 +45,7 @@ class Routing:
         modalities: (B,) int64, row of the modality embedding for each sample.
         alike: the row of all samples, or None if they differ.
         table: if it is known for all layers.
-        tokens: (M, 1, D), the modality tokens as they enter the next layer, where there is no table.
+        tokens: (modalities, 1, D), the modality tokens as they enter the next layer, where there is no table.
     """
 
     modalities: Tensor
@@ -63,7 +63,7 @@ class Routing:
             rows = self.modalities if self.alike is None else self.alike
             return self, tuple(up[rows] for up in table.ups[index])
         if table is not None:
-            own = table.weights[index]  # (M, A, 2)
+            own = table.weights[index]  # (modalities, A, 2)
         else:
             assert tokens is not None  # noqa: S101  # one of the two is there
             tokens, own = advance(decoder, index, tokens)
@@ -71,7 +71,7 @@ class Routing:
 
 
 def start(decoder: Any, dtype: torch.dtype) -> Tensor:
-    """The modality tokens as they enter the first layer, (M, 1, D)."""
+    """The modality tokens as they enter the first layer, (modalities, 1, D)."""
     embedding = getattr(decoder, EMBEDDING)
     return embedding(torch.arange(len(MODALITIES), device=embedding.weight.device))[:, None].to(dtype)
 
@@ -84,10 +84,10 @@ def advance(decoder: Any, index: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         decoder: of transformers' shape; in transformers 4 its layers make the rotary embeddings themselves.
         index: of the layer.
-        tokens: (M, 1, D).
+        tokens: (modalities, 1, D).
 
     Returns:
-        The tokens behind the layer (M, 1, D), and the weights of the layer's adapters (M, A, 2).
+        The tokens behind the layer (modalities, 1, D), and the weights of the layer's adapters (modalities, A, 2).
     """
     arguments: dict[str, Any] = {"position_ids": torch.zeros(1, 1, dtype=torch.long, device=tokens.device)}
     if hasattr(decoder, "rotary_emb"):
@@ -117,7 +117,7 @@ class _Anchored(torch.autograd.Function):
 
 
 def routing_table(decoder: Any, dtype: torch.dtype) -> Tensor:
-    """The weights of all adapters for each modality, (layers, M, A, 2) float32.
+    """The weights of all adapters for each modality, (layers, modalities, A, 2) float32.
 
     Args:
         decoder: with adapters.

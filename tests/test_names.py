@@ -74,8 +74,10 @@ def bodies(text: str) -> Iterator[tuple[str, int, int]]:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         documented = ast.get_docstring(node) is not None
-        # A comment may stand between the docstring and the first statement.
         start = (node.body[0].end_lineno or 0) + 1 if documented else node.body[0].lineno
+        # A comment may stand above the first statement.
+        while start - 1 in alone:
+            start -= 1
         lines = set(range(start, (node.end_lineno or 0) + 1))
         yield node.name, len(lines - alone - blank), len(lines & comments)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dynamic.attention.problem import LARGEST_EXPONENT, Forward, Gradients, Kernels, Problem
 
 ROWS = 128
-"""Rows in a block: temporaries are (B, H, ROWS, N)."""
+"""Rows in a block: temporaries are (B, H, ROWS, L)."""
 
 
 class Block(NamedTuple):
@@ -24,7 +24,7 @@ class Block(NamedTuple):
 
     Attributes:
         rows: which rows; there are b of them.
-        keys: which keys; there are n of them, fewer than N before the end of a causal matrix.
+        keys: which keys; there are n of them, fewer than L before the end of a causal matrix.
         own: (b, n) bool, True where row and key are the same token.
         weights: (B, 1, 1, b, n) how often each key counts: the policy, and 1 where `own`.
         scores: (B, K, H / K, b, n), -inf where masked.
@@ -38,7 +38,7 @@ class Block(NamedTuple):
 
 
 def _grouped(x: Tensor, problem: Problem) -> Tensor:
-    """(B, H, N, ...) as (B, K, H / K, N, ...): the query heads that share a key head side by side."""
+    """(B, H, L, ...) as (B, K, H / K, L, ...): the query heads that share a key head side by side."""
     return x.unflatten(1, (problem.k.shape[1], -1))
 
 
@@ -48,12 +48,12 @@ def _wide(x: Tensor, problem: Problem) -> Tensor:
 
 def _blocks(problem: Problem, size: int) -> Iterator[Block]:
     """The matrix of scores, block by block."""
-    N, device = problem.q.shape[2], problem.q.device
+    L, device = problem.q.shape[2], problem.q.device
     q, k = _grouped(problem.q, problem), _wide(problem.k, problem)
-    positions = torch.arange(N, device=device)
-    for start in range(0, N, size):
-        rows = slice(start, min(start + size, N))
-        keys = slice(0, rows.stop if problem.causal else N)
+    positions = torch.arange(L, device=device)
+    for start in range(0, L, size):
+        rows = slice(start, min(start + size, L))
+        keys = slice(0, rows.stop if problem.causal else L)
         own = positions[rows, None] == positions[None, keys]  # (b, n)
         scores = _by_group(_wide(q[..., rows, :], problem) * problem.scale, k[:, :, keys].mT)  # (B, K, H / K, b, n)
         if problem.mask is not None:

@@ -40,22 +40,22 @@ def policy_attention(
     whose score is far above all kept ones the gradient is as large as the formula makes it; eps bounds it by 1 / eps.
 
     Args:
-        q: (B, H, N, C), floating.
-        k: (B, K, N, C), same dtype; K divides H.
-        v: (B, K, N, C), same dtype.
-        policy: (B, N), not negative: 1 for kept, 0 for dropped tokens, or anything between.
+        q: (B, H, L, C), floating.
+        k: (B, K, L, C), same dtype; K divides H.
+        v: (B, K, L, C), same dtype.
+        policy: (B, L), not negative: 1 for kept, 0 for dropped tokens, or anything between.
         causal: query i sees no key after i.
-        key_mask: (B, N), true or 1 at keys that may be seen; None: all.
-        mask: (B or 1, H or 1, N, N) bool (true: visible) or additive, on top of the others; no gradient flows to it. It
+        key_mask: (B, L), true or 1 at keys that may be seen; None: all.
+        mask: (B or 1, H or 1, L, L) bool (true: visible) or additive, on top of the others; no gradient flows to it. It
             is quadratic in the length itself: give `causal` and `key_mask` instead where they say the same.
         scale: factor on q k^T; None is 1 / sqrt(C).
         implementation: "eager" builds the matrix as the original does; "blockwise" is plain torch; "triton" needs CUDA
             and takes no `mask`; "auto" is triton where that can run and blockwise elsewhere.
         eps: 0 is the formula above. 1e-6 gives the numbers of the original, where dropped, masked and future keys all
-            keep a weight of eps / N (see `policy_softmax`).
+            keep a weight of eps / L (see `policy_softmax`).
 
     Returns:
-        (B, H, N, C) in the dtype of `q`.
+        (B, H, L, C) in the dtype of `q`.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the implementation is unknown or cannot run here.
@@ -107,8 +107,8 @@ def _check(
         raise ValueError(f"unknown implementation '{name}' of policy attention; there are {', '.join(IMPLEMENTATIONS)}")
     if eps < 0:
         raise ValueError(f"eps is {eps}; it must not be negative")
-    (B, H, N, C), heads = q.shape, k.shape[1]
-    if k.shape != (B, heads, N, C) or v.shape != k.shape or H % heads:
+    (B, H, L, C), heads = q.shape, k.shape[1]
+    if k.shape != (B, heads, L, C) or v.shape != k.shape or H % heads:
         raise ValueError(
             f"queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)} do not fit: policy attention "
             "needs as many keys as queries (no cache), and a number of key heads that divides that of query heads"
@@ -116,9 +116,9 @@ def _check(
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"queries are {q.dtype}, keys {k.dtype}, values {v.dtype}; they must share a floating dtype")
     for what, given in {"policy": policy, "key_mask": key_mask}.items():
-        if given is not None and given.shape != (B, N):
-            raise ValueError(f"{what} has the shape {tuple(given.shape)}, the queries ask for {(B, N)}")
+        if given is not None and given.shape != (B, L):
+            raise ValueError(f"{what} has the shape {tuple(given.shape)}, the queries ask for {(B, L)}")
     if mask is not None and not (
-        mask.ndim == 4 and mask.shape[0] in (1, B) and mask.shape[1] in (1, H) and mask.shape[2:] == (N, N)
+        mask.ndim == 4 and mask.shape[0] in (1, B) and mask.shape[1] in (1, H) and mask.shape[2:] == (L, L)
     ):
-        raise ValueError(f"mask has the shape {tuple(mask.shape)}, the queries ask for {(B, H, N, N)} or 1 for B or H")
+        raise ValueError(f"mask has the shape {tuple(mask.shape)}, the queries ask for {(B, H, L, L)} or 1 for B or H")

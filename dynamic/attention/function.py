@@ -3,7 +3,7 @@
 With eps > 0 the original's formula is exact attention with one more key. With m the largest visible score of a row, of
 dropped keys too,
 
-    P_ij = (e_ij + eps/N) / (sum_j e_ij + eps),     e_ij = M_ij exp(s_ij - m)
+    P_ij = (e_ij + eps/L) / (sum_j e_ij + eps),     e_ij = M_ij exp(s_ij - m)
 
 gives the mean of all values the weight of a key with score m + log(eps). So neither form needs the matrix: what is
 saved for the backward pass is linear in the length.
@@ -44,7 +44,7 @@ class PolicyAttention(torch.autograd.Function):
             output, lead = exact, None
             if top is not None:
                 score = top + math.log(eps)
-                lead = score - log_denominator  # (B, H, N), log odds of the mean of all values
+                lead = score - log_denominator  # (B, H, L), log odds of the mean of all values
                 output = torch.lerp(_wide(exact, problem), _mean_value(problem), lead.sigmoid()[..., None]).to(q.dtype)
                 log_denominator = torch.logaddexp(log_denominator, score)
         ctx.save_for_backward(q, k, v, policy, *masks[1:], exact, log_denominator, lead, top_key)
@@ -59,7 +59,7 @@ class PolicyAttention(torch.autograd.Function):
         causal, scale, kernels = ctx.settings
         problem = Problem(q, k, v, policy.to(log_denominator.dtype), causal, key_mask, mask, scale)
         with torch.autocast(q.device.type, enabled=False):
-            inner = (_wide(grad, problem) * exact).sum(dim=-1)  # (B, H, N)
+            inner = (_wide(grad, problem) * exact).sum(dim=-1)  # (B, H, L)
             if lead is None:
                 gradients = kernels.backward(problem, grad, log_denominator, inner)
             else:
@@ -87,24 +87,24 @@ def _add_gradient_of_mean(
     Args:
         problem: as given to the kernels.
         gradients: what the kernels found.
-        grad: gradient of the output, (B, H, N, C).
-        difference: its inner product with the mean of the values, less that with the exact output, (B, H, N).
-        lead: log odds of the mean of the values, (B, H, N).
-        top_key: key with the largest score, (B, H, N).
+        grad: gradient of the output, (B, H, L, C).
+        difference: its inner product with the mean of the values, less that with the exact output, (B, H, L).
+        lead: log odds of the mean of the values, (B, H, L).
+        top_key: key with the largest score, (B, H, L).
     """
-    (B, H, N, C), heads = problem.q.shape, problem.k.shape[1]
+    (B, H, L, C), heads = problem.q.shape, problem.k.shape[1]
     grad, q, k = (_wide(x, problem) for x in (grad, problem.q, problem.k))
-    by_group = (B, heads, H // heads * N, C)
+    by_group = (B, heads, H // heads * L, C)
     share = lead.sigmoid()
     dmean = (grad * share[..., None]).sum(dim=2).unflatten(1, (heads, -1)).sum(dim=2)  # (B, K, C)
     # 1 - share would be 0 where the mean prevails, the very rows where it counts.
-    dscore = problem.scale * share * (-lead).sigmoid() * difference  # (B, H, N)
+    dscore = problem.scale * share * (-lead).sigmoid() * difference  # (B, H, L)
     index = top_key.reshape(B, heads, -1, 1).expand(by_group)
-    dq = dscore[..., None] * k.gather(2, index).view(B, H, N, C)
+    dq = dscore[..., None] * k.gather(2, index).view(B, H, L, C)
     dk = torch.zeros_like(k).scatter_add_(2, index, (dscore[..., None] * q).reshape(by_group))
     return Gradients(
         gradients.q + dq.to(gradients.q.dtype),
         gradients.k + dk.to(gradients.k.dtype),
-        gradients.v + (dmean[:, :, None] / N).to(gradients.v.dtype),
+        gradients.v + (dmean[:, :, None] / L).to(gradients.v.dtype),
         gradients.policy,
     )

@@ -1,6 +1,6 @@
 """What an implementation of policy attention is given, and what it must compute.
 
-Shape letters: B batch, N sequence length, H query heads, K key heads (K divides H), C width of a head.
+Shape letters: B batch, L sequence length, H query heads, K key heads (K divides H), C width of a head.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ class Problem(NamedTuple):
     """The inputs of one attention without gradients, checked and brought to one form.
 
     Attributes:
-        q: (B, H, N, C).
-        k: (B, K, N, C), same dtype as `q`.
-        v: (B, K, N, C), same dtype as `q`.
-        policy: (B, N), float64 beside float64 queries and float32 otherwise; weight of each key for all queries but
+        q: (B, H, L, C).
+        k: (B, K, L, C), same dtype as `q`.
+        v: (B, K, L, C), same dtype as `q`.
+        policy: (B, L), float64 beside float64 queries and float32 otherwise; weight of each key for all queries but
             its own.
         causal: query i sees no key after i.
-        key_mask: (B, N) bool, False at keys that nobody sees; or None.
-        mask: (B or 1, H or 1, N, N) bool (True: visible) or additive; or None.
+        key_mask: (B, L) bool, False at keys that nobody sees; or None.
+        mask: (B or 1, H or 1, L, L) bool (True: visible) or additive; or None.
         scale: factor on q k^T.
     """
 
@@ -40,11 +40,11 @@ class Forward(NamedTuple):
     """Result of a forward pass with eps = 0.
 
     Attributes:
-        output: (B, H, N, C) in the dtype of `q`; zero in rows that see no key.
-        log_sum: (B, H, N) in the dtype of the policy, log of the weighted sum of exponentials; +inf in rows that see no
+        output: (B, H, L, C) in the dtype of `q`; zero in rows that see no key.
+        log_sum: (B, H, L) in the dtype of the policy, log of the weighted sum of exponentials; +inf in rows that see no
             key, so that every `exp(score - log_sum)` of such a row is 0.
-        top: (B, H, N) largest visible score, of dropped keys too; None unless asked for.
-        top_key: (B, H, N) int64, the key that has it; None unless asked for.
+        top: (B, H, L) largest visible score, of dropped keys too; None unless asked for.
+        top_key: (B, H, L) int64, the key that has it; None unless asked for.
     """
 
     output: Tensor
@@ -54,7 +54,7 @@ class Forward(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of `Problem.q`, `k`, `v` (shapes and dtypes as there) and `policy` ((B, N), its dtype)."""
+    """Gradients of `Problem.q`, `k`, `v` (shapes and dtypes as there) and `policy` ((B, L), its dtype)."""
 
     q: Tensor
     k: Tensor
@@ -67,8 +67,8 @@ class Kernels(NamedTuple):
 
     Attributes:
         forward: takes the problem and whether `top` and `top_key` are wanted.
-        backward: takes the problem, the gradient of the output (B, H, N, C), and per row the logarithm of the
-            denominator and the inner product of output and its gradient, both (B, H, N) in the dtype of the policy.
+        backward: takes the problem, the gradient of the output (B, H, L, C), and per row the logarithm of the
+            denominator and the inner product of output and its gradient, both (B, H, L) in the dtype of the policy.
     """
 
     forward: Callable[[Problem, bool], Forward]

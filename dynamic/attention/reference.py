@@ -1,4 +1,4 @@
-"""Policy attention as the original writes it, with the whole (B, H, N, N) matrix: what the others are tested against.
+"""Policy attention as the original writes it, with the whole (B, H, L, L) matrix: what the others are tested against.
 
 Corresponds to `softmax_with_policy` and `scaled_dot_product_attention_with_policy` of Dynamic-LLaVA's
 `dynamic_modeling_llama.py`, the places where it rounds to another dtype included. Differentiated by autograd.
@@ -17,25 +17,25 @@ def policy_softmax(scores: Tensor, policy: Tensor, eps: float = 1e-6) -> Tensor:
 
         M[i, j] = policy[j] + (1 - policy[j]) * [i == j]
         e = exp(scores - max_j scores) * M
-        P = (e + eps / N) / (sum_j e + eps)
+        P = (e + eps / L) / (sum_j e + eps)
 
-    With eps > 0 every position, dropped, masked or in the future, keeps a weight of eps / N, and where a dropped key
+    With eps > 0 every position, dropped, masked or in the future, keeps a weight of eps / L, and where a dropped key
     has by far the largest score the row tends to the mean of all values. With eps = 0 the maximum is that of the keys
     that count, so that neither happens.
 
     Args:
-        scores: (B, H, N, N), scaled, -inf where masked. The maximum is subtracted in this dtype; exponential, weights
+        scores: (B, H, L, L), scaled, -inf where masked. The maximum is subtracted in this dtype; exponential, weights
             and sum are float32 (float64 for float64 scores).
-        policy: (B, N), 1 for kept and 0 for dropped tokens, or anything between.
+        policy: (B, L), 1 for kept and 0 for dropped tokens, or anything between.
         eps: 1e-6 in the original.
 
     Returns:
-        (B, H, N, N) in the dtype of `scores`; zero in rows that are masked completely.
+        (B, H, L, L) in the dtype of `scores`; zero in rows that are masked completely.
     """
-    N = scores.shape[-1]
+    L = scores.shape[-1]
     wide = torch.promote_types(scores.dtype, torch.float32)
-    own = torch.eye(N, dtype=policy.dtype, device=policy.device)
-    weights = (policy[:, None, :] + (1 - policy[:, None, :]) * own)[:, None].to(wide)  # (B, 1, N, N)
+    own = torch.eye(L, dtype=policy.dtype, device=policy.device)
+    weights = (policy[:, None, :] + (1 - policy[:, None, :]) * own)[:, None].to(wide)  # (B, 1, L, L)
     if eps > 0:
         top = scores.max(dim=-1, keepdim=True).values  # its gradient matters: the result is not invariant in it
     else:
@@ -46,7 +46,7 @@ def policy_softmax(scores: Tensor, policy: Tensor, eps: float = 1e-6) -> Tensor:
         above = above.clamp(max=LARGEST_EXPONENT)  # exceeds 0 at dropped keys only
     e = above.exp() * weights
     total = e.sum(dim=-1, keepdim=True) + eps
-    return ((e + eps / N) / total.masked_fill(~seen, 1) * seen).to(scores.dtype)
+    return ((e + eps / L) / total.masked_fill(~seen, 1) * seen).to(scores.dtype)
 
 
 def reference_attention(
@@ -63,9 +63,9 @@ def reference_attention(
 ) -> Tensor:
     """Policy attention with explicit probabilities; arguments as of `policy_attention`."""
     groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, N, C)
-    N = q.shape[2]
-    scores = q @ k.transpose(-1, -2) * scale  # (B, H, N, N)
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, L, C)
+    L = q.shape[2]
+    scores = q @ k.transpose(-1, -2) * scale  # (B, H, L, L)
     if mask is not None and mask.dtype != torch.bool:
         scores = scores + mask
     elif mask is not None:
@@ -73,5 +73,5 @@ def reference_attention(
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask[:, None, None, :], -torch.inf)
     if causal:
-        scores = scores.masked_fill(torch.ones(N, N, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+        scores = scores.masked_fill(torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
     return policy_softmax(scores, policy, eps) @ v

@@ -79,7 +79,7 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # One program: BLOCK_M queries of one head. int64: B H N C may exceed 2^31.
+    # One program: BLOCK_M queries of one head. int64: B H L C may exceed 2^31.
     head = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     of_key = head // GROUP * length * WIDTH

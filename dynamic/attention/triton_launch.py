@@ -49,19 +49,19 @@ def forward(problem: Problem, want_top: bool) -> Forward:
 
 
 def _forward(problem: Problem, want_top: bool) -> Forward:
-    (B, H, N, _), given = problem.q.shape, constants(problem)
+    (B, H, L, _), given = problem.q.shape, constants(problem)
     output = torch.empty_like(problem.q, memory_format=torch.contiguous_format)
-    log_sum = torch.empty((B, H, N), dtype=torch.float32, device=output.device)
+    log_sum = torch.empty((B, H, L), dtype=torch.float32, device=output.device)
     top = torch.empty_like(log_sum) if want_top else None
     top_key = torch.empty_like(log_sum, dtype=torch.int64) if want_top else None
-    forward_kernel[(triton.cdiv(N, given["BLOCK_M"]), B * H)](
+    forward_kernel[(triton.cdiv(L, given["BLOCK_M"]), B * H)](
         *_inputs(problem),
         output,
         log_sum,
         log_sum if top is None else top,
         log_sum if top_key is None else top_key,
         H,
-        N,
+        L,
         problem.scale,
         WANT_TOP=want_top,
         **given,
@@ -76,12 +76,12 @@ def backward(problem: Problem, grad: Tensor, log_denominator: Tensor, inner: Ten
 
 
 def _backward(problem: Problem, grad: Tensor, log_denominator: Tensor, inner: Tensor) -> Gradients:
-    (B, H, N, _), K, given = problem.q.shape, problem.k.shape[1], constants(problem)
+    (B, H, L, _), K, given = problem.q.shape, problem.k.shape[1], constants(problem)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in problem[:3])
-    dpolicy = torch.empty((B, K, N), dtype=torch.float32, device=dq.device)
+    dpolicy = torch.empty((B, K, L), dtype=torch.float32, device=dq.device)
     read = [*_inputs(problem), grad.contiguous(), log_denominator.contiguous(), inner.contiguous()]
-    query_gradient_kernel[(triton.cdiv(N, given["BLOCK_M"]), B * H)](*read, dq, H, N, problem.scale, **given)
-    key_gradient_kernel[(triton.cdiv(N, given["BLOCK_N"]), B * K)](*read, dk, dv, dpolicy, H, N, problem.scale, **given)
+    query_gradient_kernel[(triton.cdiv(L, given["BLOCK_M"]), B * H)](*read, dq, H, L, problem.scale, **given)
+    key_gradient_kernel[(triton.cdiv(L, given["BLOCK_N"]), B * K)](*read, dk, dv, dpolicy, H, L, problem.scale, **given)
     return Gradients(dq, dk, dv, dpolicy.sum(dim=1))
 
 
@@ -111,13 +111,13 @@ def _check_once(device: torch.device, dtype: torch.dtype, width: int) -> None:
         RuntimeError: they differ.
     """
     generator = torch.Generator().manual_seed(0)
-    N = 70  # several tiles, the last one ragged
+    L = 70  # several tiles, the last one ragged
 
     def draw(heads: int) -> Tensor:
-        return torch.randn(2, heads, N, width, generator=generator).to(device, dtype)
+        return torch.randn(2, heads, L, width, generator=generator).to(device, dtype)
 
-    policy = torch.rand(2, N, generator=generator).round().to(device)
-    key_mask = torch.arange(N, device=device) >= torch.tensor([[0], [9]], device=device)
+    policy = torch.rand(2, L, generator=generator).round().to(device)
+    key_mask = torch.arange(L, device=device) >= torch.tensor([[0], [9]], device=device)
     problem = Problem(draw(2), draw(1), draw(1), policy, True, key_mask, None, width**-0.5)
     grad, results = draw(2), []
     with torch.no_grad(), torch.autocast(device.type, enabled=False):

@@ -96,7 +96,7 @@ def _in_use(model: nn.Module, adapter_name: str) -> Iterator[None]:
 def _run(
     model: nn.Module, layers: Mapping[str, HydraLoraLayer], inputs: Sequence[Mapping[str, Any]]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits (tokens, vocabulary) of all valid tokens, and the mean routing (E,) of each layer over them."""
+    """Logits (tokens, V) of all valid tokens, and the mean routing (E,) of each layer over them."""
     logits: list[Tensor] = []
     sums: dict[str, Tensor] = {}
     count = 0
@@ -104,7 +104,7 @@ def _run(
     for batch in inputs:
         recorder.start()
         try:
-            output = model(**batch).logits.float()  # (B, T, vocabulary)
+            output = model(**batch).logits.float()  # (B, T, V)
         finally:
             recorded = recorder.stop()
         mask = batch.get("attention_mask")

@@ -31,9 +31,9 @@ class DataCollatorForSupervisedDataset:
         Returns:
             `input_ids` int64 (B, T); `labels` int64 (B, T) with -100 at padding; `attention_mask` bool (B, T), True
             for every token of a row, `<unk>` included although padding has its id; if the items have images,
-            `images` float32 (N, 3, H, W) in the order of the rows, or a list of (3, H, W) if sizes differ; if they have
-            tiles, a list of (tiles, 3, H, W), and `image_sizes`, width and height of each. A bad sample that a worker
-            met makes the batch what `failed_batch` says.
+            `images` float32 (N, 3, height, width) in the order of the rows, or a list of (3, height, width) if sizes
+            differ; if they have tiles, a list of (tiles, 3, height, width), and `image_sizes`, each width and height. A
+            bad sample that a worker met makes the batch what `failed_batch` says.
         """
         failed = failed_batch(instances)
         if failed is not None:
@@ -58,5 +58,5 @@ class DataCollatorForSupervisedDataset:
 
 
 def _as_batch(image: Tensor) -> Tensor:
-    """(k, 3, H, W) from (3, H, W) or (k, 3, H, W)."""
+    """(N, 3, height, width) from (3, height, width) or (N, 3, height, width)."""
     return image if image.dim() == 4 else image.unsqueeze(0)

@@ -43,9 +43,10 @@ class Size(NamedTuple):
 class LazySupervisedDataset(Dataset[Item]):
     """Rows of a LLaVA data file as token ids, labels and pixel values, made when they are asked for.
 
-    An item has `input_ids` and `labels`, int64 (T,), and `image`, float32 (3, H, W), or (k, 3, H, W) with k > 1 images.
-    With `anyres` it is a list of (tiles, 3, H, W), and `image_sizes` gives each image's width and height in pixels.
-    With `is_multimodal` a row without image has a black image; it adds nothing but keeps batches equal in kind.
+    An item has `input_ids` and `labels`, int64 (T,), and `image`, float32 (3, height, width), or (N, 3, height, width)
+    with N > 1 images. With `anyres` it is a list of (tiles, 3, height, width), and `image_sizes` gives each image's
+    width and height in pixels. With `is_multimodal` a row without image has a black image; it adds nothing but keeps
+    batches equal in kind.
 
     Args:
         data_path: JSON list or JSONL file, or several of them; or rows that were opened already.

@@ -174,7 +174,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 class ProcessedImage(NamedTuple):
-    """Pixel values of an image, (3, H, W) or with tiles (tiles, 3, H, W), and its width and height in the file."""
+    """Pixel values of an image, (3, height, width) or (tiles, 3, height, width), width and height in the file."""
 
     pixels: Tensor
     size: tuple[int, int]

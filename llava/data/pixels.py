@@ -74,7 +74,7 @@ def preprocess_image(
         name: what to call the image in an error.
 
     Returns:
-        float32 (3, H, W), normalised; (1 + tiles, 3, H, W) for `anyres`.
+        float32 (3, height, width), normalised; (1 + tiles, 3, height, width) for `anyres`.
 
     Raises:
         BadImageError: much more would be made of the image than it is; see `llava/data/image_bounds.py`.
@@ -90,7 +90,7 @@ def preprocess_image(
     elif aspect_ratio == "stretch":
         image = image.resize(output_size(image_processor)[::-1], Image.Resampling.BICUBIC)
     image = scaled_image(image, image_processor)
-    return image_processor(image, return_tensors="pt")["pixel_values"][0]  # (3, H, W)
+    return image_processor(image, return_tensors="pt")["pixel_values"][0]  # (3, height, width)
 
 
 def process_images(
@@ -99,8 +99,8 @@ def process_images(
     """Pixel values of several RGB images, treated as `model_cfg.image_aspect_ratio` says.
 
     Returns:
-        float32 (N, 3, H, W), or a list of (3, H, W) if shapes differ; with tiles for `anyres`, (N, 1 + tiles, 3, H, W)
-        or a list.
+        float32 (N, 3, height, width), or a list of (3, height, width) if shapes differ; with tiles for `anyres`,
+        (N, 1 + tiles, 3, height, width) or a list.
 
     Raises:
         BadImageError: much more would be made of an image than it is; calls it `name`.

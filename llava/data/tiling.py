@@ -123,7 +123,7 @@ class ImageLength:
         """Length of what `merge_tiles` of `llava/model/tiles.py` will give.
 
         Args:
-            pixels: (3, H, W), or (tiles, 3, H, W) with the whole image in small first.
+            pixels: (3, height, width), or (tiles, 3, height, width) with the whole image in small first.
             size: width and height of the image in pixels.
         """
         if self.resolutions is None and pixels.ndim == 3:
@@ -188,7 +188,7 @@ def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: Gri
         grid_pinpoints: possible resolutions.
 
     Returns:
-        float32 (1 + tiles, 3, H, W); element 0 is the whole image, squeezed to a square.
+        float32 (1 + tiles, 3, height, width); element 0 is the whole image, squeezed to a square.
 
     Raises:
         FlagError: the resolutions are missing or malformed.

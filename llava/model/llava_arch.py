@@ -25,7 +25,8 @@ from llava.runtime.cache_name import takes_cache
 from llava.segments import MultimodalInputs
 
 Images = Tensor | Sequence[Tensor]
-"""Images of a batch: (N, 3, H, W), or (N, tiles, 3, H, W), or a list of (3, H, W) and (tiles, 3, H, W)."""
+"""Images of a batch: (N, 3, height, width), or (N, tiles, 3, height, width), or a list of (3, height, width) and
+(tiles, 3, height, width)."""
 
 
 class LlavaMetaModel:
@@ -126,7 +127,7 @@ class LlavaMetaForCausalLM:
         """Project images into the language model's width.
 
         Args:
-            images: (N, 3, H, W).
+            images: (N, 3, height, width).
 
         Returns:
             (N, P, D).

@@ -28,7 +28,7 @@ def language_model_loss(
     """Cross entropy of every position's prediction of the next label, in fp32.
 
     Args:
-        logits: (B, L, vocabulary), any floating dtype.
+        logits: (B, L, V), any floating dtype.
         labels: (B, L), -100 where ignored.
         reduction: see `LossReduction`.
         num_items_in_batch: `target` only: targets of all micro batches and ranks that make up one update; None

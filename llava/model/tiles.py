@@ -17,7 +17,7 @@ def unpad_image(features: Tensor, original_size: tuple[int, int]) -> Tensor:
     """Cut away the part of a feature map that came from padding to another aspect ratio.
 
     Args:
-        features: (D, h, w).
+        features: (D, rows, columns).
         original_size: width and height of the image in pixels.
     """
     rows, columns = features.shape[1:]

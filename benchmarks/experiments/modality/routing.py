@@ -49,7 +49,7 @@ def layer_routing(model: Any) -> list[dict[str, float]]:
         model: float32, with `get_decoder()` and an adapter before attention in every layer.
     """
     decoder = model.get_decoder()
-    table = routing_table(decoder, torch.float32)  # (layers, M, A, 2)
+    table = routing_table(decoder, torch.float32)  # (layers, modalities, A, 2)
     rows = []
     for layer, weights in zip(decoder.layers, table, strict=True):
         adapter = adapters(layer)[0]

@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 def object_patches(image: Image.Image, side: int) -> set[int]:
     """Indices of the patches that show an object, in a grid of `side` x `side`, row by row."""
     resized = image.convert("RGB").resize((side * 12, side * 12))
-    pixels = numpy.asarray(resized).astype(int)  # (H, W, 3)
+    pixels = numpy.asarray(resized).astype(int)  # (height, width, 3)
     spread, brightest = pixels.max(axis=2) - pixels.min(axis=2), pixels.max(axis=2)
     on_object = (spread > COLOURFUL) | (brightest < DARK)
     covered = on_object.reshape(side, 12, side, 12).mean(axis=(1, 3)).flatten()  # (P,)

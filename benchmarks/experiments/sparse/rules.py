@@ -4,7 +4,7 @@ A rule replaces what the image predictor returns; who is kept, the dropping and 
 FastV's rule (Chen et al., ECCV 2024, arXiv 2403.06764, in the form of its released code): the image tokens that the
 last token of the prompt looks at most, in the layer before the sparse one, averaged over heads.
 
-Shape letters: B batch, L sequence length, n tokens of an image, D width, H heads, E head width.
+Shape letters: B batch, L sequence length, n image tokens, D width, H heads, C width of a head, S cached positions.
 """
 
 from __future__ import annotations
@@ -135,11 +135,11 @@ def last_token_attention(
     Args:
         attention: a `LlamaAttention`.
         hidden: (B, L, D) what enters it; prompts padded on the left if at all.
-        positions: rotary cosine and sine, (B or 1, L, E) each.
+        positions: rotary cosine and sine, (B or 1, L, C) each.
         mask: (B, L), zero at padding, or None.
     """
 
-    def heads(x: Tensor) -> Tensor:  # (B, L, H E) -> (B, H, L, E)
+    def heads(x: Tensor) -> Tensor:  # (B, L, H C) -> (B, H, L, C)
         return x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
     query, key = apply_rotary_pos_emb(heads(attention.q_proj(hidden)), heads(attention.k_proj(hidden)), *positions)

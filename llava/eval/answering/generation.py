@@ -134,11 +134,11 @@ class RowSampler(LogitsProcessor):
         Returns:
             (B, V) of the same dtype: 0 for the drawn token, -inf elsewhere.
         """
-        best, tokens = scores.topk(min(TOP_K, scores.shape[-1]))  # (B, K)
+        best, tokens = scores.topk(min(TOP_K, scores.shape[-1]))  # (B, TOP_K)
         # In the order of the token ids: the order of equal logits may depend on the batch.
         tokens, order = tokens.sort()
         best = best.gather(-1, order).cpu().double()
-        cumulative = self.warpers(input_ids, best).softmax(-1).cumsum(-1)  # (B, K)
+        cumulative = self.warpers(input_ids, best).softmax(-1).cumsum(-1)  # (B, TOP_K)
         uniform = torch.tensor([[stream.random()] for stream in self.streams], dtype=torch.float64)
         # right=True: the first token whose cumulative probability exceeds the target, never one of probability 0.
         drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # (B, 1)

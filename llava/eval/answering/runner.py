@@ -290,7 +290,7 @@ def image_arguments(images: Sequence[Sequence[ProcessedImage]], loaded: LoadedMo
     if not present:
         return {"images": None, "image_sizes": None}
     tiles = present[0].pixels
-    # Like one whole image: (3, H, W), or one tile (1, 3, H, W) in the anyres mode.
+    # Like one whole image: (3, height, width), or one tile (1, 3, height, width) in the anyres mode.
     dummy = ProcessedImage(
         torch.zeros_like(tiles if tiles.ndim == 3 else tiles[:1]), (tiles.shape[-1], tiles.shape[-2])
     )

@@ -33,7 +33,7 @@ class Candidate:
 
     Attributes:
         prompt: what the model is given.
-        answer: (N,) int64, the tokens whose probability is asked for.
+        answer: (n,) int64, the tokens whose probability is asked for.
     """
 
     prompt: Prompt
@@ -136,7 +136,7 @@ class ForcedAnswers(LogitsProcessor):
 
     def __init__(self, answers: Sequence[Tensor], filler: int) -> None:
         self.steps = max(map(len, answers))
-        self._tokens = torch.full((len(answers), self.steps), filler, dtype=torch.long)  # (B, N)
+        self._tokens = torch.full((len(answers), self.steps), filler, dtype=torch.long)  # (B, n)
         self._counts = torch.zeros(len(answers), self.steps, dtype=torch.bool)
         for row, answer in enumerate(answers):
             self._tokens[row, : len(answer)] = answer

@@ -113,7 +113,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             kwargs: handed to every layer.
 
         Returns:
-            `loss` is the sum of `losses`; `logits` is (B, L, vocabulary).
+            `loss` is the sum of `losses`; `logits` is (B, L, V).
 
         Raises:
             ValueError: images and image tokens do not match in number.
@@ -138,7 +138,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])  # (B, L, vocabulary)
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])  # (B, L, V)
         losses = None
         if labels is not None:
             losses = {"lm": language_model_loss(logits, labels, self.loss_reduction, num_items_in_batch)}

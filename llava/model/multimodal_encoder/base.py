@@ -133,7 +133,7 @@ class VisionTower(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def embed(self, network: Any, images: Tensor) -> Tensor:
-        """Hidden state 0, (N, P, D_vision) with the class token first if there is one, of pixels (N, 3, H, W)."""
+        """Hidden state 0, (N, P, D_vision) with the class token, if any, first, of pixels (N, 3, height, width)."""
 
     @abc.abstractmethod
     def run_block(self, block: nn.Module, hidden: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ class VisionTower(nn.Module, abc.ABC):
         """Features of a batch of images.
 
         Args:
-            images: (N, 3, H, W) normalised pixels, any floating dtype.
+            images: (N, 3, height, width) normalised pixels, any floating dtype.
 
         Returns:
             (N, P, D_vision) in the dtype of `images`; P + 1 rows with the class token for `cls_patch`, one row for

@@ -24,5 +24,5 @@ class CLIPVisionTower(TransformersTower):
         return [network.embeddings, network.pre_layrnorm]
 
     def embed(self, network: Any, images: Tensor) -> Tensor:
-        """(N, P + 1, D_vision) of (N, 3, H, W)."""
+        """(N, P + 1, D_vision) of (N, 3, height, width)."""
         return network.pre_layrnorm(network.embeddings(images))

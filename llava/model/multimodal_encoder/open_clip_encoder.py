@@ -204,7 +204,7 @@ class OpenClipVisionTower(VisionTower):
         return network.transformer.resblocks
 
     def embed(self, network: Any, images: Tensor) -> Tensor:
-        """(N, P + 1, D_vision) of (N, 3, H, W); dropout of whole patches is left out."""
+        """(N, P + 1, D_vision) of (N, 3, height, width); dropout of whole patches is left out."""
         patches = network.conv1(images).flatten(2).transpose(1, 2)  # (N, P, D_vision)
         class_token = network.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         hidden = torch.cat([class_token, patches], dim=1)  # (N, P + 1, D_vision)

@@ -28,5 +28,5 @@ class SiglipVisionTower(TransformersTower):
         return [network.embeddings]
 
     def embed(self, network: Any, images: Tensor) -> Tensor:
-        """(N, P, D_vision) of (N, 3, H, W)."""
+        """(N, P, D_vision) of (N, 3, height, width)."""
         return network.embeddings(images)
