@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,3 +46,49 @@ def module_of(package: str, name: str) -> str:
 def is_door(path: Path) -> bool:
     """Whether a module is nothing but another name of a program."""
     return not any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.walk(ast.parse(path.read_text())))
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Who imports whom among our modules, anywhere in a file."""
+    names = {module_name(path): path for path in MODULES + PROGRAMS}
+    return {name: imported_modules(path) & set(names) - {name} for name, path in names.items()}
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """The modules of one circle of imports, in their order; empty if there is none."""
+    sorter = graphlib.TopologicalSorter(graph)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+BY_HAND = {
+    "os": {"replace", "rename", "renames"},
+    "shutil": {"move"},
+    "tempfile": {"mkstemp", "mkdtemp"},
+}
+"""Functions with which a file or folder is replaced, or a temporary one is made that nobody removes, by module."""
+
+
+def replaced_by_hand(text: str) -> list[int]:
+    """Lines of a source file that replace a file or folder by a call of their own, or prepare to.
+
+    `Path.rename` and `Path.replace` are calls of a method with one argument: `str.replace` has two, and what else is
+    named `replace` takes keywords.
+    """
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and BY_HAND.get(node.module or "", set()) & {a.name for a in node.names}:
+            found.append(node.lineno)
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        owner, name = node.func.value, node.func.attr
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if isinstance(owner, ast.Name) and owner.id in BY_HAND:
+            if name in BY_HAND[owner.id] or (name == "NamedTemporaryFile" and keywords.get("delete") == "False"):
+                found.append(node.lineno)
+        elif name in ("rename", "replace") and len(node.args) + len(keywords) == 1 and keywords.keys() <= {"target"}:
+            found.append(node.lineno)
+    return found

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import pytest
 
-from tests.structure import MODULES, ROOT, imported_modules, is_door, module_name
+from tests.structure import (
+    MODULES,
+    PROGRAMS,
+    ROOT,
+    circle,
+    import_graph,
+    imported_modules,
+    is_door,
+    module_name,
+    replaced_by_hand,
+)
 
 TEXT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 ALIASES = {"llava.constants": "llava.errors"}
@@ -19,13 +30,13 @@ OUTSIDE = (
     "llava.scripts",
     "playground",
 )
-PROGRAMS = ("mma.lavin", "dynamic.visualize")
+APPLICATIONS = ("mma.lavin", "dynamic.visualize")
 Arrows = dict[str, set[str]]
 
 
 def room(module: str) -> str | None:
     """The part of the diagram that a module is in; None: it is left out."""
-    for name in PROGRAMS:
+    for name in APPLICATIONS:
         if module == name or module.startswith(f"{name}."):
             return name
     if any(module == name or module.startswith(f"{name}.") for name in OUTSIDE) or module == "llava":
@@ -110,3 +121,21 @@ def test_a_reader_opens_ten_files() -> None:
 def reached_modules(start: str) -> set[str]:
     graph = {module_name(path): imported_modules(path) for path in MODULES}
     return reached(graph, start)
+
+
+def test_the_numbers_are_those_of_the_code() -> None:
+    """The table of counts; `tests/test_repository.py` holds the limits."""
+    table = TEXT.partition("## In numbers")[2].partition("##")[0]
+    rows = re.findall(r"^\| (.+?) \| (\d+) \| (\d+) \|$", table, re.MULTILINE)
+    written = [int(now) for _, now, _ in rows]
+    folders = Counter(path.parent for path in MODULES)
+    fullest, most = folders.most_common(1)[0]
+    up = sum(start in ends for start, ends in closure(measured()).items())
+    scripts = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "scripts").rglob("*.py"))
+    by_hand = [
+        path for path in MODULES + PROGRAMS if "tests" not in path.parts and replaced_by_hand(path.read_text("utf-8"))
+    ]
+    counted = [len(circle(import_graph())), up, most, folders[ROOT / "llava" / "eval"], 10, len(by_hand), scripts]
+    assert written == counted, f"docs/architecture.md, 'In numbers': {counted}"
+    assert f"`{fullest.relative_to(ROOT).as_posix()}`" in rows[2][0]
+    assert all(int(now) <= int(limit) for _, now, limit in rows)

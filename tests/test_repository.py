@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import ast
-import graphlib
 import importlib
 import re
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.structure import MODULES, PACKAGES, PROGRAMS, ROOT, imported_modules, is_door, module_name
+from tests.structure import (
+    MODULES,
+    PACKAGES,
+    PROGRAMS,
+    ROOT,
+    circle,
+    import_graph,
+    imported_modules,
+    is_door,
+    module_name,
+    replaced_by_hand,
+)
 
 EXTENSIONS = ("hydralora", "dynamic", "mma", "moe_patch")
 MAX_LINES = 500
@@ -136,26 +146,10 @@ def test_the_runtime_knows_nothing_of_a_llava(path: Path) -> None:
     assert not [name for name in names if not _within(name, WITHOUT_A_MODEL)]
 
 
-def _graph() -> dict[str, set[str]]:
-    """Who imports whom among our modules, anywhere in a file."""
-    names = {module_name(path): path for path in MODULES + PROGRAMS}
-    return {name: imported_modules(path) & set(names) - {name} for name, path in names.items()}
-
-
-def _circle(graph: Mapping[str, set[str]]) -> list[str]:
-    """The modules of one circle of imports, in their order; empty if there is none."""
-    sorter = graphlib.TopologicalSorter(graph)
-    try:
-        sorter.prepare()
-    except graphlib.CycleError as error:
-        return list(error.args[1])
-    return []
-
-
 def test_no_circle_of_imports() -> None:
     """Imports within functions and under `TYPE_CHECKING` included."""
-    assert _circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})
-    assert not _circle(_graph())
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})
+    assert not circle(import_graph())
 
 
 def test_no_folder_is_crowded() -> None:
@@ -173,37 +167,8 @@ def test_scripts_hold_converters_only() -> None:
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) < CONVERTERS
 
 
-BY_HAND = {
-    "os": {"replace", "rename", "renames"},
-    "shutil": {"move"},
-    "tempfile": {"mkstemp", "mkdtemp"},
-}
-"""Functions with which a file or folder is replaced, or a temporary one is made that nobody removes, by module."""
-
 REPLACES_BY_HAND = 3
 """Files that may do so; all others use `llava.runtime.output`."""
-
-
-def _replaced_by_hand(text: str) -> list[int]:
-    """Lines of a source file that replace a file or folder by a call of their own, or prepare to.
-
-    `Path.rename` and `Path.replace` are calls of a method with one argument: `str.replace` has two, and what else is
-    named `replace` takes keywords.
-    """
-    found = []
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and BY_HAND.get(node.module or "", set()) & {a.name for a in node.names}:
-            found.append(node.lineno)
-        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
-            continue
-        owner, name = node.func.value, node.func.attr
-        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-        if isinstance(owner, ast.Name) and owner.id in BY_HAND:
-            if name in BY_HAND[owner.id] or (name == "NamedTemporaryFile" and keywords.get("delete") == "False"):
-                found.append(node.lineno)
-        elif name in ("rename", "replace") and len(node.args) + len(keywords) == 1 and keywords.keys() <= {"target"}:
-            found.append(node.lineno)
-    return found
 
 
 @pytest.mark.parametrize(
@@ -226,11 +191,11 @@ def _replaced_by_hand(text: str) -> list[int]:
     ],
 )
 def test_what_counts_as_replacing_by_hand(line: str, count: int) -> None:
-    assert len(_replaced_by_hand(line)) == count
+    assert len(replaced_by_hand(line)) == count
 
 
 def test_files_are_written_whole_in_one_way() -> None:
-    places = {_id(path): lines for path in MODULES + PROGRAMS if (lines := _replaced_by_hand(path.read_text("utf-8")))}
+    places = {_id(path): lines for path in MODULES + PROGRAMS if (lines := replaced_by_hand(path.read_text("utf-8")))}
     ours = {name: lines for name, lines in places.items() if not name.startswith("tests/")}
     assert {"llava/runtime/output.py", "moe_patch/checkout.py"} <= ours.keys()
     assert len(ours) <= REPLACES_BY_HAND, ours
