@@ -31,7 +31,8 @@ LLAVA = golden_dir("llava")
 LLAVA_WORDS = ("--model-path", str(LLAVA / "tiny-llava-v1.5"), "--device", "cpu")
 
 HELP = (
-    *("llava.train.train_mem", "llava.eval", "llava.serve.cli", "llava.serve.api", "llava.scripts"),
+    *("llava", "llava.train.train_mem", "llava.eval", "llava.serve.cli", "llava.serve.api"),
+    *("llava.convert", "llava.scripts"),
     *("hydralora.finetune", "mma.train", "moe_patch", "playground.demo"),
 )
 

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from llava.__main__ import PROGRAMS
 from tests.golden import golden_dir
 from tests.moe_patch import miniature
 from tests.wheel.environment import Environment, WheelError
@@ -30,6 +31,15 @@ def lay_out_inputs(work: Path) -> None:
     images = [row["image"] for row in rows if "image" in row][:3]
     questions = [{"question_id": n, "image": image, "text": QUESTION} for n, image in enumerate(images)]
     (work / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+
+
+def programs(environment: Environment) -> None:
+    """The list of all programs, those of `scripts/` included, and the public names."""
+    printed = environment.run([environment.python, "-m", "llava"])
+    names = [line.split()[0] for line in printed.splitlines() if line.startswith("  ")]
+    if names != [name for group in PROGRAMS.values() for name in group]:
+        raise WheelError(f"python -m llava lists {names}")
+    environment.run([environment.python, "-c", "from llava import Extension, load_pretrained_model"])
 
 
 def scripts(environment: Environment) -> None:
@@ -133,7 +143,15 @@ def peft_method(environment: Environment) -> None:
         raise WheelError(f"peft method: {printed}")
 
 
-STEPS: tuple[Callable[[Environment], None], ...] = (scripts, training, evaluation, server, moe_patch, peft_method)
+STEPS: tuple[Callable[[Environment], None], ...] = (
+    programs,
+    scripts,
+    training,
+    evaluation,
+    server,
+    moe_patch,
+    peft_method,
+)
 
 
 @contextlib.contextmanager
