@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.experiments.common import tiny
-from benchmarks.experiments.nlvr.recipe import Sizes
+from benchmarks.experiments.common.sizes import Sizes
 from benchmarks.measuring import Clock, clock_for
 from benchmarks.record import check_run, provenance, show, write_files
 from llava.conversation import conv_templates

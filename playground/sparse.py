@@ -40,7 +40,7 @@ KEEP_RATE = 0.5
 SPARSE_LAYER = 1
 PREDICTOR = {
     **{"d_model": 64, "nhead": 4, "dim_feedforward": 128, "num_layers": 1},
-    # The defaults, 3e-4 and 100, are for runs of ten thousand updates (see docs/experiments.md).
+    # The defaults, 3e-4 and 100, are for runs of ten thousand updates (see benchmarks/experiments/sparse).
     **{"predictor_lr": 5e-3, "mask_loss_weight": 2.0},
 }
 

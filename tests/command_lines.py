@@ -62,10 +62,16 @@ def scripts() -> list[Snippet]:
     return [Snippet(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")) for path in paths]
 
 
+def documents() -> list[Path]:
+    """What people read: the README, that of every package and experiment, and `docs/`."""
+    readmes = [*ROOT.glob("*/README.md"), *(ROOT / "benchmarks" / "experiments").glob("*/README.md")]
+    return [ROOT / "README.md", *sorted(readmes), *sorted((ROOT / "docs").rglob("*.md"))]
+
+
 def document_blocks() -> list[Snippet]:
     """Every block fenced as bash, sh or shell in the READMEs and in `docs/`."""
     found = []
-    for path in [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted((ROOT / "docs").rglob("*.md"))]:
+    for path in documents():
         text = path.read_text(encoding="utf-8")
         for match in re.finditer(r"^```(?:bash|sh|shell)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
             line = text.count("\n", 0, match.start()) + 1

@@ -76,15 +76,6 @@ def compiled_extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_dir() -> Path:
-    """Folder beside the checkout with the larger reference data; most machines do not have it."""
-    folder = ROOT.parent / "shared"
-    if not folder.is_dir():
-        pytest.skip("the reference data lies beside some checkouts only (folder ../shared); not here")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> TinyFolders:
     """A tiny CLIP tower and a tiny Llama with random weights, in the published layouts; read-only by convention."""
     from playground.tiny import build_tiny

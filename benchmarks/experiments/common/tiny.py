@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from benchmarks.experiments.common.rows import Asked
-from benchmarks.experiments.nlvr.recipe import Sizes
+from benchmarks.experiments.common.sizes import Sizes
 from llava.conversation import conv_templates
 
 SYSTEM_REPEATS = 3000

@@ -1,1 +1,1 @@
-"""MMA, LoRA and adapters without router on rows with and without an image (`docs/experiments.md`)."""
+"""MMA, LoRA and adapters without router on rows with and without an image (`README.md`)."""

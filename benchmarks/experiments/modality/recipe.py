@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiments.nlvr.recipe import Sizes, Training, common_flags, lora_parameters
+from benchmarks.experiments.common.sizes import Sizes, Training
+from benchmarks.experiments.nlvr.recipe import common_flags, lora_parameters
 from benchmarks.experiments.nlvr_methods.recipe import Recipe as BaseRecipe
 
 SEEDS = (0, 1, 2)

@@ -1,12 +1,12 @@
-"""MMA, adapters without router and LoRA on rows with and without an image: base, runs, answers, `docs/experiments.md`.
+"""MMA, adapters without router and LoRA on rows with and without an image: base, runs, answers, README.
 
-    python -m benchmarks.experiments.modality.table --data ../shared/data/nlvr --output-dir checkpoints/modality
+    python -m benchmarks.experiments.modality.table --data data/nlvr --output-dir checkpoints/modality
 
 Run from the root of the repository. The same command again continues after an interruption; what is done stays. The
 base is that of `benchmarks.experiments.nlvr_methods.table`: its folder `base-0` and `steps/train-base-0.json`, copied
 into the output folder, spare the time of making it. `--pilots` trains the first seed at several rates and prints the
 losses: the rates were settled so, and the pilots at those rates are runs of the table. `--rehearsal N` shortens every
-run to N rows; neither fills the document. `--write` runs nothing and fills in what is done.
+run to N rows; neither fills README.md. `--write` runs nothing and fills in what is done.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiments.common.report import command_block, fill
+from benchmarks.experiments.common.report import command_block, fill_document
 from benchmarks.experiments.common.rows import (
     Asked,
     blind_accuracy,
@@ -35,8 +35,9 @@ from benchmarks.experiments.nlvr_methods.recipe import BASE_SEED
 from benchmarks.experiments.nlvr_methods.table import BASE, chosen_questions, prepare_base, questions_of, score_step
 from llava.runtime.output import replace_text
 
-DOCUMENT = Path("docs/experiments.md")
-DOCUMENTED_PATHS = Path("../shared/data/nlvr"), Path("checkpoints/modality")
+DOCUMENT = Path(__file__).with_name("README.md")
+"""Where the tables go."""
+DOCUMENTED_PATHS = Path("data/nlvr"), Path("checkpoints/modality")
 PRELOAD = (
     "llava.train.train",
     "llava.train.llava_trainer",
@@ -54,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--pilots", action="store_true", help="only the runs that settle the learning rates")
     parser.add_argument("--rehearsal", type=int, default=None, help="rows in every run, to try the whole way quickly")
-    parser.add_argument("--write", action="store_true", help="run nothing, write what is done into the document")
+    parser.add_argument("--write", action="store_true", help="run nothing, write what is done into README.md")
     return parser
 
 
@@ -167,8 +168,16 @@ def trained_about_lists(folder: Path, asked: Sequence[Asked]) -> list[Asked]:
     return found
 
 
+def documented_commands(recipe: Recipe) -> list[tuple[str, ...]]:
+    """The commands that README.md shows: the runs of the first seed, with the paths of the documented call."""
+    runs = [run for run in table_runs(recipe) if run.seed == SEEDS[0]]
+    names = [f"{kind}-{run.name}" for run in runs for kind in ("train", "routing")]
+    steps = all_steps(recipe, *DOCUMENTED_PATHS)
+    return [command for step in steps if step.name in names for command in step.commands]
+
+
 def write_document(document: Path, recipe: Recipe, data: Path, folder: Path) -> None:
-    """Fill tables of what is done, and commands with the paths of the documented call, into the document.
+    """Fill tables of what is done, and commands, into README.md.
 
     Raises:
         DocumentError: it lacks the marked places.
@@ -190,15 +199,13 @@ def write_document(document: Path, recipe: Recipe, data: Path, folder: Path) -> 
         for run in done
         if is_routed(recipe, run) and marker(folder, f"routing-{run.name}").exists()
     }
-    names = [f"{kind}-{run.name}" for run in runs if run.seed == SEEDS[0] for kind in ("train", "routing")]
-    steps = all_steps(recipe, *DOCUMENTED_PATHS)
-    shown = [command for step in steps if step.name in names for command in step.commands]
-    text = document.read_text(encoding="utf-8")
-    text = fill(text, "modality table", report.summary_table(recipe.methods, references, results))
-    text = fill(text, "modality routing", report.routing_lines(routings))
-    text = fill(text, "modality seeds", report.seed_table(recipe.methods, results))
-    text = fill(text, "modality commands", command_block(shown))
-    replace_text(document, text, check=False)
+    contents = {
+        "modality table": report.summary_table(recipe.methods, references, results),
+        "modality routing": report.routing_lines(routings),
+        "modality seeds": report.seed_table(recipe.methods, results),
+        "modality commands": command_block(documented_commands(recipe)),
+    }
+    fill_document(document, contents)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

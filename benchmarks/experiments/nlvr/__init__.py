@@ -1,1 +1,1 @@
-"""The experiment on NLVR in LLaVA's format: a tiny base, LoRA and HydraLoRA on it (see `docs/experiments.md`)."""
+"""The experiment on NLVR in LLaVA's format: a tiny base, LoRA and HydraLoRA on it (see `README.md`)."""

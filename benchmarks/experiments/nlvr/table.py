@@ -1,6 +1,6 @@
-"""The whole table: data, three bases, LoRA and HydraLoRA on each, answers, scores, and `docs/experiments.md`.
+"""The whole table: data, three bases, LoRA and HydraLoRA on each, answers, scores, and the README next to this file.
 
-    python -m benchmarks.experiments.nlvr.table --data ../shared/data/nlvr --output-dir checkpoints/nlvr
+    python -m benchmarks.experiments.nlvr.table --data data/nlvr --output-dir checkpoints/nlvr
 
 Run from the root of the repository. The same command again continues after an interruption; what is done stays.
 `--rehearsal N` shortens every run to N rows and fills no document.
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from benchmarks.experiments.common import report, tiny
+from benchmarks.experiments.common import tiny
+from benchmarks.experiments.common.report import command_block, fill_document
 from benchmarks.experiments.common.rows import (
     blind_accuracy,
     conversation_rows,
@@ -22,10 +23,12 @@ from benchmarks.experiments.common.rows import (
     read_train,
 )
 from benchmarks.experiments.common.steps import Step, marker, run_steps, same_recipe, write_json
+from benchmarks.experiments.nlvr import report
 from benchmarks.experiments.nlvr.recipe import METHODS, SEEDS, TEMPLATE, Recipe, base_flags, common_flags, tuned_flags
-from llava.runtime.output import replace_text
 
-DOCUMENT = Path("docs/experiments.md")
+DOCUMENT = Path(__file__).with_name("README.md")
+"""Where the tables go."""
+DOCUMENTED_PATHS = Path("data/nlvr"), Path("checkpoints/nlvr")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -123,8 +126,14 @@ def finished_results(folder: Path) -> list[report.Result]:
     ]
 
 
-def write_document(document: Path, data: Path, folder: Path, steps: Sequence[Step]) -> None:
-    """Fill tables and commands into the document.
+def documented_commands(recipe: Recipe) -> list[tuple[str, ...]]:
+    """The commands that README.md shows: all of the first seed, with the paths of the documented call."""
+    steps = all_steps(recipe, *DOCUMENTED_PATHS)
+    return [command for step in steps if step.name.endswith(f"-{SEEDS[0]}") for command in step.commands]
+
+
+def write_document(document: Path, recipe: Recipe, data: Path, folder: Path) -> None:
+    """Fill tables and commands into README.md.
 
     Raises:
         DocumentError: it lacks the marked places.
@@ -135,12 +144,12 @@ def write_document(document: Path, data: Path, folder: Path, steps: Sequence[Ste
         "blind (question only)": blind_accuracy(train, questions),
     }
     results = finished_results(folder)
-    shown = [command for step in steps if step.name.endswith("-0") for command in step.commands]
-    text = document.read_text(encoding="utf-8")
-    text = report.fill(text, "nlvr table", report.summary_table(baselines, results))
-    text = report.fill(text, "nlvr seeds", report.seed_table(results))
-    text = report.fill(text, "nlvr commands", report.command_block(shown))
-    replace_text(document, text, check=False)
+    contents = {
+        "nlvr table": report.summary_table(baselines, results),
+        "nlvr seeds": report.seed_table(results),
+        "nlvr commands": command_block(documented_commands(recipe)),
+    }
+    fill_document(document, contents)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -155,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps = all_steps(recipe, args.data, args.output_dir)
     run_steps(steps, args.output_dir, args.workers)
     if args.rehearsal is None:
-        write_document(DOCUMENT, args.data, args.output_dir, steps)
+        write_document(DOCUMENT, recipe, args.data, args.output_dir)
         print(f"written to {DOCUMENT}")
 
 

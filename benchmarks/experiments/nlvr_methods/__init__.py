@@ -1,1 +1,1 @@
-"""Seven ways of adapting one base to the NLVR mixture: LoRA, LoRA-split, HydraLoRA (see `docs/experiments.md`)."""
+"""Seven ways of adapting one base to the NLVR mixture: LoRA, LoRA-split, HydraLoRA (see `README.md`)."""

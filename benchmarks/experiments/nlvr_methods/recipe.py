@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.experiments.common.methods import Method, MethodRun, methods_of
+from benchmarks.experiments.common.sizes import Sizes, Training
 from benchmarks.experiments.nlvr import recipe as larger
-from benchmarks.experiments.nlvr.recipe import Sizes, Training
 
 SEEDS = (0, 1, 2)
 BASE_SEED = 0

@@ -1,10 +1,10 @@
-"""The whole table: one base, seven kinds of adapters on it with three seeds each, answers, `docs/experiments.md`.
+"""The whole table: one base, seven kinds of adapters on it with three seeds each, answers, and the README here.
 
-    python -m benchmarks.experiments.nlvr_methods.table --data ../shared/data/nlvr --output-dir checkpoints/nlvr-methods
+    python -m benchmarks.experiments.nlvr_methods.table --data data/nlvr --output-dir checkpoints/nlvr-methods
 
 Run from the root of the repository. The same command again continues after an interruption; what is done stays.
 `--only-seed 0 --only-method lora` stops after one line: the recipe was settled on that one. `--rehearsal N` shortens
-every run to N rows; neither fills the document. `--write` runs nothing and fills in what is done.
+every run to N rows; neither fills README.md. `--write` runs nothing and fills in what is done.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.experiments.common.methods import (
     seed_table,
     summary_table,
 )
-from benchmarks.experiments.common.report import command_block, fill
+from benchmarks.experiments.common.report import command_block, fill_document
 from benchmarks.experiments.common.rows import (
     Asked,
     Row,
@@ -41,8 +41,11 @@ from benchmarks.experiments.nlvr.table import training_step
 from benchmarks.experiments.nlvr_methods.recipe import BASE_SEED, SEEDS, TASKS, Recipe, tuned_command
 from llava.runtime.output import replace_text
 
-DOCUMENT = Path("docs/experiments.md")
-DOCUMENTED_PATHS = Path("../shared/data/nlvr"), Path("checkpoints/nlvr-methods")
+DOCUMENT = Path(__file__).with_name("README.md")
+"""Where the tables go."""
+DOCUMENTED_PATHS = Path("data/nlvr"), Path("checkpoints/nlvr-methods")
+SHOWN = ("train-split-count-0", "train-hydra-3-0")
+"""Steps whose commands README.md shows."""
 PRELOAD = (
     "llava.train.train",
     "llava.train.llava_trainer",
@@ -62,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--only-method", help="name of one method, for example lora")
     parser.add_argument("--only-seed", type=int, help="one of the seeds")
     parser.add_argument("--rehearsal", type=int, default=None, help="rows in every run, to try the whole way quickly")
-    parser.add_argument("--write", action="store_true", help="run nothing, write what is done into the document")
+    parser.add_argument("--write", action="store_true", help="run nothing, write what is done into README.md")
     return parser
 
 
@@ -205,8 +208,14 @@ def finished_results(recipe: Recipe, folder: Path) -> list[Result]:
     ]
 
 
+def documented_commands(recipe: Recipe) -> list[tuple[str, ...]]:
+    """The commands that README.md shows, with the paths of the documented call."""
+    steps = {step.name: step for step in all_steps(recipe, *DOCUMENTED_PATHS, recipe.methods, SEEDS)}
+    return [command for name in SHOWN for command in steps[name].commands]
+
+
 def write_document(document: Path, recipe: Recipe, data: Path, folder: Path) -> None:
-    """Fill tables, and commands with the paths of the documented call, into the document.
+    """Fill tables and commands into README.md.
 
     Raises:
         DocumentError: it lacks the marked places.
@@ -218,19 +227,12 @@ def write_document(document: Path, recipe: Recipe, data: Path, folder: Path) -> 
         "base": read_scores(folder, BASE),
     }
     results = finished_results(recipe, folder)
-    steps = all_steps(recipe, *DOCUMENTED_PATHS, recipe.methods, SEEDS)
-    shown = [
-        command
-        for step in steps
-        for name in ("train-split-count-0", "train-hydra-3-0")
-        if step.name == name
-        for command in step.commands
-    ]
-    text = document.read_text(encoding="utf-8")
-    text = fill(text, "nlvr methods table", summary_table(recipe.methods, TASKS, references, results))
-    text = fill(text, "nlvr methods seeds", seed_table(recipe.methods, TASKS, results))
-    text = fill(text, "nlvr methods commands", command_block(shown))
-    replace_text(document, text, check=False)
+    contents = {
+        "nlvr methods table": summary_table(recipe.methods, TASKS, references, results),
+        "nlvr methods seeds": seed_table(recipe.methods, TASKS, results),
+        "nlvr methods commands": command_block(documented_commands(recipe)),
+    }
+    fill_document(document, contents)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,1 +1,1 @@
-"""Does the learned predictor choose better than chance, or than attention scores? (see `docs/experiments.md`)."""
+"""Does the learned predictor choose better than chance, or than attention scores? (see `README.md`)."""

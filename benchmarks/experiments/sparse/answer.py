@@ -1,7 +1,7 @@
 r"""Answer a file of questions while a rule says which image tokens are kept, the learned predictor or another one.
 
 python -m benchmarks.experiments.sparse.answer --model-path checkpoints/sparse/nlvr/dense-0 --rule attention \
-    --keep-rate 0.2 --sparse-layer 1 --question-file questions.jsonl --image-folder ../shared/data/nlvr \
+    --keep-rate 0.2 --sparse-layer 1 --question-file questions.jsonl --image-folder data/nlvr \
     --answers-file answers.jsonl --temperature 0 --conv-mode v1 --batch-size 64 --device cpu
 
 A dense model is made sparse for it. One that was trained sparse keeps its own layer and keep rate; give neither.

@@ -1,7 +1,7 @@
 r"""How many of the image tokens that a sparse model keeps lie on an object, in images of NLVR.
 
 python -m benchmarks.experiments.sparse.objects --model-path checkpoints/sparse/late-learned-0.2-0 \
-    --question-file checkpoints/sparse/questions.jsonl --image-folder ../shared/data/nlvr --figure kept.png
+    --question-file checkpoints/sparse/questions.jsonl --image-folder data/nlvr --figure kept.png
 
 Objects are yellow, blue or black on grey, so a pixel of an object is colourful or dark.
 """

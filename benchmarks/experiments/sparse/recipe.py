@@ -27,7 +27,7 @@ class Setting:
 
     Attributes:
         name: as in names of files.
-        title: as in the document.
+        title: as in README.md.
         groups: what is shown, each with its categories of questions; the first is drawn.
         updates: of every run.
         read_from: first layer in which text sees the image.
@@ -66,7 +66,7 @@ class Recipe:
         rate: peak learning rate of projector and language model.
         predictor_rate: that of the predictor.
         mask_loss_weight: of the keep-rate loss. The default of 100 is for runs of ten thousand updates: its gradient
-            follows the noise of the decisions, and so few updates do not average it away (see the document).
+            follows the noise of the decisions, and so few updates do not average it away (see README.md).
         predictor: its sizes.
         every: for each task of NLVR, one in so many test images is asked about.
     """

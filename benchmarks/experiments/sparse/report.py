@@ -1,4 +1,4 @@
-"""From scores to the tables and the figure in the document: accuracy by keep rate, mean and range over the seeds."""
+"""From scores to the tables and the figure of the README: accuracy by keep rate, mean and range over the seeds."""
 
 from __future__ import annotations
 

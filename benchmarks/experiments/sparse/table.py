@@ -1,10 +1,10 @@
-"""Accuracy against keep rate: learned predictor, chance and attention scores; fills `docs/experiments.md`.
+"""Accuracy against keep rate: learned predictor, chance and attention scores; fills the README here.
 
-    python -m benchmarks.experiments.sparse.table --data ../shared/data/nlvr --output-dir checkpoints/sparse
+    python -m benchmarks.experiments.sparse.table --data data/nlvr --output-dir checkpoints/sparse
 
 Run from the root of the repository. The same command again continues after an interruption; what is done stays.
 `--only-setting late --only-seed 0` stops after one model with one seed. `--rehearsal N` shortens every training to N
-updates; neither fills the document. `--write` runs nothing and fills in what is done.
+updates; neither fills README.md. `--write` runs nothing and fills in what is done.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from benchmarks.experiments.common.report import command_block, fill
+from benchmarks.experiments.common.report import command_block, fill_document
 from benchmarks.experiments.common.rows import conversation_rows, read_train
 from benchmarks.experiments.common.steps import Step, marker, run_steps, same_recipe, write_json
 from benchmarks.experiments.nlvr.recipe import TEMPLATE
@@ -36,8 +36,9 @@ from benchmarks.experiments.sparse.recipe import (
 )
 from llava.runtime.output import replace_text
 
-DOCUMENT = Path("docs/experiments.md")
-FIGURE = Path("docs/figures/accuracy-by-keep-rate.png")
+DOCUMENT = Path(__file__).with_name("README.md")
+"""Where the tables go."""
+FIGURE = DOCUMENT.with_name("accuracy-by-keep-rate.png")
 PRELOAD = (
     "llava.train.train",
     "llava.train.llava_trainer",
@@ -45,7 +46,9 @@ PRELOAD = (
     "llava.eval.answering.options",
     "dynamic",
 )
-DOCUMENTED_PATHS = Path("../shared/data/nlvr"), Path("checkpoints/sparse")
+DOCUMENTED_PATHS = Path("data/nlvr"), Path("checkpoints/sparse")
+SHOWN = ("score-late-dense-0-attention-0.2", "train-late-learned-0.2-0")
+"""Steps whose first command README.md shows."""
 PLAYGROUND = "playground"
 LATE_BASE = "late-base"
 
@@ -61,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rehearsal", type=int, default=None, help="updates of every run, to try the whole way quickly"
     )
-    parser.add_argument("--write", action="store_true", help="run nothing, write what is done into the document")
+    parser.add_argument("--write", action="store_true", help="run nothing, write what is done into README.md")
     return parser
 
 
@@ -210,26 +213,25 @@ def finished_results(recipe: Recipe, folder: Path) -> list[report.Result]:
     ]
 
 
+def documented_commands(recipe: Recipe) -> list[tuple[str, ...]]:
+    """The commands that README.md shows, with the paths of the documented call."""
+    steps = {step.name: step for step in all_steps(recipe, *DOCUMENTED_PATHS, recipe.settings, SEEDS)}
+    return [steps[name].commands[0] for name in SHOWN]
+
+
 def write_document(document: Path, recipe: Recipe, folder: Path) -> None:
-    """Fill tables and commands, with the paths of the documented call, into the document and draw the figure.
+    """Fill tables and commands into README.md and draw the figure.
 
     Raises:
         DocumentError: it lacks the marked places.
     """
     results = finished_results(recipe, folder)
-    steps = all_steps(recipe, *DOCUMENTED_PATHS, recipe.settings, SEEDS)
-    shown = [
-        command
-        for step in steps
-        for name in ("train-late-learned-0.2-0", "score-late-dense-0-attention-0.2")
-        if step.name == name
-        for command in step.commands[:1]
-    ]
-    text = document.read_text(encoding="utf-8")
-    text = fill(text, "sparse table", report.summary_tables(recipe.settings, results))
-    text = fill(text, "sparse seeds", report.seed_table(recipe.settings, results))
-    text = fill(text, "sparse commands", command_block(shown))
-    replace_text(document, text, check=False)
+    contents = {
+        "sparse table": report.summary_tables(recipe.settings, results),
+        "sparse seeds": report.seed_table(recipe.settings, results),
+        "sparse commands": command_block(documented_commands(recipe)),
+    }
+    fill_document(document, contents)
     report.draw(FIGURE, recipe.settings, results)
 
 

@@ -1,1 +1,1 @@
-"""HydraLoRA and LoRA on a mixture of five text tasks that a program makes up (see `docs/experiments.md`)."""
+"""HydraLoRA and LoRA on a mixture of five text tasks that a program makes up (see `README.md`)."""

@@ -17,8 +17,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+from benchmarks.experiments.common.sizes import Sizes
 from benchmarks.experiments.common.tiny import save_language_model
-from benchmarks.experiments.nlvr.recipe import Sizes
 from benchmarks.experiments.text.recipe import Recipe
 from benchmarks.experiments.text.tasks import vocabulary
 from hydralora.text.dataset import InstructionCollator, InstructionDataset

@@ -165,7 +165,7 @@ def summary_table(folder: Path) -> str:
 
 
 def copy_figure(folder: Path, target: Path) -> None:
-    """Put the figure of the set `tasks` beside the document, `FIGURE_WIDTH` pixels wide and with few colours."""
+    """Put the figure of the set `tasks` next to README.md, `FIGURE_WIDTH` pixels wide and with few colours."""
     with Image.open(folder / SHOWN / "matrices-pca.png") as figure, replacing(target / FIGURE) as partial:
         size = (FIGURE_WIDTH, round(figure.height * FIGURE_WIDTH / figure.width))
         figure.convert("RGB").resize(size, Image.Resampling.LANCZOS).quantize(64).save(partial, optimize=True)

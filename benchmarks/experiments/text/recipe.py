@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.experiments.common.methods import Method, MethodRun, methods_of
-from benchmarks.experiments.nlvr.recipe import Sizes
+from benchmarks.experiments.common.sizes import Sizes
 from benchmarks.experiments.text.tasks import TASKS
 
 SEEDS = (0, 1, 2)

@@ -4,7 +4,7 @@
 
 Run from the root of the repository. The same command again continues after an interruption; what is done stays.
 `--only-seed 0 --only-method lora` stops after one line: the recipe was settled on that one. It does not fill
-`docs/experiments.md`; a whole run does.
+the README here; a whole run does.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ from benchmarks.experiments.common.methods import (
     seed_table,
     summary_table,
 )
-from benchmarks.experiments.common.report import command_block, fill
+from benchmarks.experiments.common.report import command_block, fill_document
 from benchmarks.experiments.common.steps import Step, marker, run_steps, same_recipe, write_json
 from benchmarks.experiments.text import compare
 from benchmarks.experiments.text.recipe import BASE_SEED, SEEDS, Recipe, finetune_command
 from benchmarks.experiments.text.tasks import TASKS, base_rows, held_out_rows, training_rows
 from hydralora.text.training import ADAPTER_FOLDER
-from llava.runtime.output import replace_text
 
-DOCUMENT = Path("docs/experiments.md")
+DOCUMENT = Path(__file__).with_name("README.md")
+"""Where the tables go."""
+DOCUMENTED_FOLDER = Path("checkpoints/text")
+SHOWN = ("train-hydra-3-0", "score-hydra-3-0", "compare-tasks")
+"""Steps whose commands README.md shows."""
 PRELOAD = ("hydralora", "hydralora.text.training", "hydralora.text.arguments", "hydralora.analysis.figures")
 NAMES = [task.name for task in TASKS]
 
@@ -120,22 +123,28 @@ def read_result(folder: Path, method: Method, seed: int) -> Result:
     return Result(method.name, seed, accuracy, total, routers, minutes)
 
 
-def write_document(document: Path, recipe: Recipe, folder: Path, steps: Sequence[Step]) -> None:
-    """Fill tables, comparison and commands into the document.
+def documented_commands(recipe: Recipe) -> list[tuple[str, ...]]:
+    """The commands that README.md shows, with the folder of the documented call."""
+    steps = all_steps(recipe, DOCUMENTED_FOLDER, recipe.methods, SEEDS) + compare.steps(recipe, DOCUMENTED_FOLDER)
+    commands = {step.name: step.commands for step in steps}
+    return [command for name in SHOWN for command in commands[name]]
+
+
+def write_document(document: Path, recipe: Recipe, folder: Path) -> None:
+    """Fill tables, comparison and commands into README.md.
 
     Raises:
         DocumentError: it lacks the marked places.
     """
     results = [read_result(folder, method, seed) for method in recipe.methods for seed in SEEDS]
     references = {"base": read_scores(folder, "base")}
-    shown = {step.name: step.commands for step in steps}
-    commands = [*shown["train-hydra-3-0"], *shown["score-hydra-3-0"], *shown["compare-tasks"]]
-    text = document.read_text(encoding="utf-8")
-    text = fill(text, "text table", summary_table(recipe.methods, NAMES, references, results))
-    text = fill(text, "text seeds", seed_table(recipe.methods, NAMES, results))
-    text = fill(text, "text comparison", compare.summary_table(folder))
-    text = fill(text, "text commands", command_block(commands))
-    replace_text(document, text, check=False)
+    contents = {
+        "text table": summary_table(recipe.methods, NAMES, references, results),
+        "text seeds": seed_table(recipe.methods, NAMES, results),
+        "text comparison": compare.summary_table(folder),
+        "text commands": command_block(documented_commands(recipe)),
+    }
+    fill_document(document, contents)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -155,8 +164,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         steps += compare.steps(recipe, folder)
     run_steps(steps, folder, args.workers, PRELOAD)
     if whole:
-        write_document(DOCUMENT, recipe, folder, steps)
-        compare.copy_figure(folder, DOCUMENT.parent / "figures")
+        write_document(DOCUMENT, recipe, folder)
+        compare.copy_figure(folder, DOCUMENT.parent)
         print(f"written to {DOCUMENT}")
 
 

@@ -19,14 +19,11 @@ from benchmarks.experiments.common.methods import (
     seed_table,
     summary_table,
 )
-from benchmarks.experiments.common.report import fill
 from benchmarks.experiments.common.rows import Asked
 from benchmarks.experiments.common.steps import Step, StepError, marker, run_steps, write_json
 from benchmarks.experiments.nlvr_methods import table
 from benchmarks.experiments.nlvr_methods.recipe import SEEDS, TASKS, Recipe, tuned_command
 from llava.train.arguments import parse_args
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_split_adapters_have_the_rank_of_one_together() -> None:
@@ -165,9 +162,3 @@ def test_one_image_in_so_many_is_asked_about(tmp_path: Path) -> None:
     chosen = table.chosen_questions(tmp_path, 2)
     for task in TASKS:
         assert [json.loads(line)["image"] for line in chosen[task]] == ["0.png", "2.png", "4.png"]
-
-
-def test_the_document_has_the_marked_places() -> None:
-    text = (ROOT / table.DOCUMENT).read_text(encoding="utf-8")
-    for name in ("nlvr methods table", "nlvr methods seeds", "nlvr methods commands"):
-        fill(text, name, "")

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.experiments.common.report import fill
 from benchmarks.experiments.common.rows import Asked, read_train
+from benchmarks.experiments.common.sizes import Sizes
 from benchmarks.experiments.common.steps import marker, run_steps, write_json
 from benchmarks.experiments.modality import report, routing, table
 from benchmarks.experiments.modality.recipe import (
@@ -37,7 +37,7 @@ from benchmarks.experiments.modality.tasks import (
     text_questions,
     text_rows,
 )
-from benchmarks.experiments.nlvr.recipe import Sizes, lora_parameters
+from benchmarks.experiments.nlvr.recipe import lora_parameters
 from benchmarks.experiments.nlvr_methods.table import BASE
 from llava.errors import CheckpointError, FlagError
 from llava.train.arguments import parse_args
@@ -103,14 +103,29 @@ def test_text_rows_could_ask_of_what_is_held_out() -> None:
     assert lists & {scene.words for scene in held_out_scenes(100)}
 
 
+WORDINGS = {
+    *(
+        ("exist", f"Is there a {colour} {shape}? Answer yes or no.")
+        for colour in ("black", "blue", "yellow")
+        for shape in ("circle", "square", "triangle")
+    ),
+    *(
+        ("count", f"How many {colour} objects are there? Answer with a number.")
+        for colour in ("black", "blue", "yellow")
+    ),
+    ("most", "Which colour has the most objects: black, blue or yellow?"),
+}
+"""The questions of the NLVR files. The base knows them as single tokens, and only if they are equal to the letter."""
+
+
 def test_wordings_are_those_of_the_images() -> None:
-    """The base knows the questions as single pieces of its tokenizer, and only if they are equal to the letter."""
-    data = ROOT.parent / "shared" / "data" / "nlvr" / "train.json"
-    if not data.is_file():
-        pytest.skip("needs the NLVR files in ../shared/data/nlvr")
     known = questions(Scene((("blue", "circle"),)))
-    asked = {(one.task, one.question) for one in read_train(data) if one.task in KINDS}
-    assert asked == {(kind, question) for kind, answers in known.items() for question in answers}
+    assert {(kind, question) for kind, answers in known.items() for question in answers} == WORDINGS
+
+
+def test_wordings_are_those_of_the_data(nlvr_dir: Path) -> None:
+    asked = {(one.task, one.question) for one in read_train(nlvr_dir / "train.json") if one.task in KINDS}
+    assert asked == WORDINGS
 
 
 def test_image_rows_are_of_the_kinds() -> None:
@@ -324,9 +339,3 @@ def test_pilots_try_every_method_at_every_rate() -> None:
     assert set(recipe.rates) == set(METHODS)
     assert set(recipe.rates.values()) <= set(recipe.candidates)
     assert {run.name for run in table.table_runs(recipe) if run.seed == SEEDS[0]} <= set(names)
-
-
-def test_the_document_has_the_marked_places() -> None:
-    text = (ROOT / table.DOCUMENT).read_text(encoding="utf-8")
-    for name in ("table", "routing", "seeds", "commands"):
-        fill(text, f"modality {name}", "")

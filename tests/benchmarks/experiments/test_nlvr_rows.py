@@ -1,4 +1,4 @@
-"""Merging questions into conversations, and the baselines, on made-up rows and, where it is present, on the data."""
+"""Merging questions into conversations, and the baselines: on made-up rows, and on the data in LLAVA_NLVR_DIR."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from benchmarks.experiments.common.rows import (
     read_train,
 )
 from llava.errors import BadSampleError
-
-DATA = Path(__file__).resolve().parents[4] / "shared" / "data" / "nlvr"
 
 ASKED = [
     Asked("images/s-1-0.png", "count", "How many black?", "2"),
@@ -106,10 +104,9 @@ def test_baselines() -> None:
     assert blind_accuracy(train, questions) == {"count": 2 / 4}  # 2 for black, 3 for blue, 3 for the unknown question
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs {DATA}, which is not part of the repository")
-def test_real_data() -> None:
+def test_real_data(nlvr_dir: Path) -> None:
     """Box orders agree, and the baselines are those that the data's own description states."""
-    train, questions = read_train(DATA / "train.json"), read_questions(DATA / "val.jsonl")
+    train, questions = read_train(nlvr_dir / "train.json"), read_questions(nlvr_dir / "val.jsonl")
     assert len(questions_by_scene(train)) == 989
     majority = {task: round(100 * share, 1) for task, share in majority_accuracy(questions).items()}
     assert majority == {"verify": 55.4, "exist": 55.0, "most": 37.3, "count": 24.3}

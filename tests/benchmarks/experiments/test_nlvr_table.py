@@ -10,11 +10,13 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.experiments.common import report, tiny
+from benchmarks.experiments.common import tiny
+from benchmarks.experiments.common.report import DocumentError, command_block, fill, fill_document
 from benchmarks.experiments.common.rows import Asked
+from benchmarks.experiments.common.sizes import Sizes
 from benchmarks.experiments.common.steps import Step, StepError, marker, run_steps
-from benchmarks.experiments.nlvr import table
-from benchmarks.experiments.nlvr.recipe import Recipe, Sizes, hydra_parameters, lora_parameters, matching_lora_rank
+from benchmarks.experiments.nlvr import report, table
+from benchmarks.experiments.nlvr.recipe import Recipe, hydra_parameters, lora_parameters, matching_lora_rank
 from llava.train.arguments import parse_args
 
 
@@ -117,21 +119,27 @@ def test_seed_table_is_rectangular() -> None:
 
 def test_fill_replaces_only_what_is_marked() -> None:
     text = "a\n<!-- x begin -->\nold\n<!-- x end -->\nb\n"
-    filled = report.fill(text, "x", "new")
+    filled = fill(text, "x", "new")
     assert filled == "a\n<!-- x begin -->\n\nnew\n\n<!-- x end -->\nb\n"
-    assert report.fill(filled, "x", "new") == filled
-    with pytest.raises(report.DocumentError, match="y begin"):
-        report.fill(text, "y", "new")
+    assert fill(filled, "x", "new") == filled
+    with pytest.raises(DocumentError, match="y begin"):
+        fill(text, "y", "new")
 
 
-def test_the_document_has_the_marked_places() -> None:
-    text = (Path(__file__).resolve().parents[3] / table.DOCUMENT).read_text(encoding="utf-8")
-    for name in ("nlvr table", "nlvr seeds", "nlvr commands"):
-        report.fill(text, name, "")
+def test_a_document_is_filled_whole_or_not_at_all(tmp_path: Path) -> None:
+    document = tmp_path / "README.md"
+    text = "<!-- x begin -->\n<!-- x end -->\n<!-- y begin -->\n<!-- y end -->\n"
+    document.write_text(text)
+    with pytest.raises(DocumentError, match="z begin"):
+        fill_document(document, {"x": "1", "z": "2"})
+    assert document.read_text() == text
+    fill_document(document, {"x": "1", "y": "2"})
+    assert document.read_text() == fill(fill(text, "x", "1"), "y", "2")
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
 def test_commands_are_one_option_a_line() -> None:
-    block = report.command_block([("x.py", "--a", "1", "--b", "2 3")])
+    block = command_block([("x.py", "--a", "1", "--b", "2 3")])
     assert block == "```bash\npython x.py \\\n    --a 1 \\\n    --b '2 3'\n```"
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.experiments.common.report import fill
 from benchmarks.experiments.sparse import answer, objects, recipe, report, table, train
 from benchmarks.experiments.sparse.rules import Chance, LateReading, attach_sparsity, follow, last_token_attention
 from dynamic.inspection import record_decisions
@@ -244,12 +243,6 @@ def test_the_figure_has_a_panel_for_each_setting(tmp_path: Path) -> None:
     report.draw(tmp_path / "all.png", recipe.SETTINGS, results())
     one, every = (Image.open(tmp_path / name).size for name in ("one.png", "all.png"))
     assert every == (3 * one[0], one[1])
-
-
-def test_the_document_has_the_marked_places() -> None:
-    text = (Path(__file__).resolve().parents[3] / table.DOCUMENT).read_text(encoding="utf-8")
-    for name in ("sparse table", "sparse seeds", "sparse commands"):
-        fill(text, name, "")
 
 
 def test_patches_with_objects_are_found() -> None:

@@ -12,17 +12,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks.experiments.common.report import fill
+from benchmarks.experiments.common.sizes import Sizes
 from benchmarks.experiments.common.steps import marker, run_steps, write_json
-from benchmarks.experiments.nlvr.recipe import Sizes
 from benchmarks.experiments.text import compare, evaluate, table
 from benchmarks.experiments.text.base import build_tokenizer, save_untrained
 from benchmarks.experiments.text.recipe import SEEDS, Recipe, finetune_command
 from benchmarks.experiments.text.tasks import BASE, LETTERS, TASKS, base_rows, draw_rows, held_out_rows, training_rows
 from hydralora.text.arguments import parse_args
 from llava.errors import CheckpointError, FlagError
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def solve(task: str, asked: str) -> str:
@@ -190,9 +187,3 @@ def test_the_figure_is_made_small(tmp_path: Path) -> None:
     compare.copy_figure(tmp_path, tmp_path / "figures")
     with Image.open(tmp_path / "figures" / compare.FIGURE) as figure:
         assert figure.size == (2000, 600)
-
-
-def test_the_document_has_the_marked_places() -> None:
-    text = (ROOT / table.DOCUMENT).read_text(encoding="utf-8")
-    for name in ("text table", "text seeds", "text comparison", "text commands"):
-        fill(text, name, "")
