@@ -152,6 +152,15 @@ def test_no_circle_of_imports() -> None:
     assert not circle(import_graph())
 
 
+EXPERIMENTS = ROOT / "benchmarks" / "experiments"
+
+
+@_each(sorted((EXPERIMENTS / "common").glob("*.py")))
+def test_what_experiments_share_knows_none_of_them(path: Path) -> None:
+    names = {name for name in imported_modules(path) if _within(name, ["benchmarks.experiments"])}
+    assert not [name for name in names if not _within(name, ["benchmarks.experiments.common"])]
+
+
 def test_no_folder_is_crowded() -> None:
     folders = Counter(path.parent for path in MODULES + PROGRAMS if "golden" not in path.parts)
     assert not {_id(folder): count for folder, count in folders.items() if count > MAX_MODULES}
@@ -228,6 +237,7 @@ def test_nothing_is_a_stub(path: Path) -> None:
 FORBIDDEN = {
     "unfinished work": r"\b(TODO|FIXME|XXX)\b",
     "path of one machine": r"(?<![\w./~-])/(home|root|mnt|work|Users)/\w|(?<![\w./~-])/tmp/wk",
+    "path next to one checkout": r"\.\./shared\b|(?<![\w./-])shared/|parents?(\[\d\])? / \"shared\"",
     "choice of a package registry": r"index[-_]url|find[-_]links",
     "swallowed error": r"except (Exception|BaseException)?:\s*\n?\s*pass\b",
     "conflict marker": r"^(<{7}|>{7}) ",
@@ -260,10 +270,44 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
         assert (ROOT / "llava" / name).is_dir(), f"README.md draws llava/{name}"
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=_id)
+DOCUMENTS = [path for path in _written_files() if path.suffix == ".md"]
+
+
+def _headings(path: Path) -> set[str]:
+    """The anchors of a Markdown file, as the usual viewers make them."""
+    titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+def _broken_links(path: Path) -> list[str]:
+    """Links of a document to files or headings that are not there."""
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        name, _, heading = target.partition("#")
+        linked = path.parent / name if name else path
+        if "://" not in target and not (linked.exists() and (not heading or heading in _headings(linked))):
+            broken.append(target)
+    return broken
+
+
+def test_broken_links_are_seen(tmp_path: Path) -> None:
+    document = tmp_path / "a.md"
+    document.write_text(
+        "# One & two\n[a](#one--two) [b](b.md) [c](#three) [d](a.md#one--two) [e](a.md#x) [f](https://f)"
+    )
+    assert _broken_links(document) == ["b.md", "#three", "a.md#x"]
+
+
+@_each(DOCUMENTS)
 def test_links_between_documents_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
-        assert "://" in target or (path.parent / target).exists(), f"{_id(path)} links to {target}"
+    assert not _broken_links(path), f"{_id(path)} links to {_broken_links(path)}"
+
+
+@_each([path for path in DOCUMENTS if not path.is_relative_to(ROOT / "benchmarks" / "results")])
+def test_documents_state_results_and_no_goals(path: Path) -> None:
+    """What a benchmark should reach is said by its program, and compared in the record that it writes."""
+    if path != ROOT / "benchmarks" / "README.md":
+        assert not re.findall(r"\b(?:aims?|goals?|target) of\b", path.read_text(encoding="utf-8"))
 
 
 def test_no_lock_file() -> None:

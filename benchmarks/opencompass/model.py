@@ -1,4 +1,4 @@
-"""A text model with a HydraLoRA adapter as OpenCompass sees it; used by `opencompass_mmlu.py` beside this file.
+"""A text model with a HydraLoRA adapter as OpenCompass sees it; used by `mmlu.py` next to this file.
 
 It is OpenCompass's class for base models of transformers. What differs: the adapter may be ours or the original's, no
 code of a checkpoint is run, and the tokenizer gets a method back that transformers 5 no longer has.

@@ -10,9 +10,6 @@ from pathlib import Path
 FOLDERS = ("scripts", "run")
 """Written out side by side: the scripts of one find those of the other by relative paths."""
 
-OF_THE_CLONE = ("scripts/experiments",)
-"""Needs the rest of the repository (its documents' data, `playground/`)."""
-
 INSTALLED = "tree"
 """Folder next to this file that a wheel has and a clone does not."""
 
@@ -35,12 +32,9 @@ def source(package: Path | None = None) -> Path | None:
 
 def launch_files(root: Path) -> list[Path]:
     """Every launch script, settings file and small program below `FOLDERS`, relative to `root`, in order."""
-    left_out = [Path(name) for name in OF_THE_CLONE]
     found = (path.relative_to(root) for name in FOLDERS for path in (root / name).rglob("*") if path.is_file())
     return sorted(
         path
         for path in found
-        if "__pycache__" not in path.parts
-        and not any(part.startswith(".") for part in path.parts)
-        and not any(path.is_relative_to(folder) for folder in left_out)
+        if "__pycache__" not in path.parts and not any(part.startswith(".") for part in path.parts)
     )
