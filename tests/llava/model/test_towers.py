@@ -89,7 +89,7 @@ def test_siglip_without_its_pooling_head(tmp_path: Path) -> None:
     torch.testing.assert_close(build(tmp_path)(PIXELS), expected, rtol=0, atol=0)
     damaged = {name: value for name, value in headless.items() if "layers.1." not in name}
     save_file(damaged, path, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"16 weights of the vision tower are missing"):
+    with pytest.raises(CheckpointError, match=r"16 weights of the vision tower .*are missing"):
         build(tmp_path)
 
 
