@@ -52,7 +52,7 @@ def test_trained_and_generated(method: str, tmp_path: Path) -> None:
     model = load_pretrained_model(str(tmp_path / "checkpoint-3"), str(BASE), device="cpu", **loading)[1]
     batch = prompts()
     together = greedy(model, batch.ids, batch.images, attention_mask=batch.mask)
-    for number, (row, images) in enumerate(zip(batch.rows, batch.images, strict=True)):
+    for number, (row, images) in enumerate(zip(batch.rows, batch.images_of_rows, strict=True)):
         alone = greedy(model, row[None], images)
         assert distance(together.logits[number], alone.logits[0]) < IN_BATCH
         assert torch.equal(together.tokens[number], alone.tokens[0])

@@ -72,7 +72,7 @@ def test_a_row_does_not_depend_on_its_batch(precision: str, side: str) -> None:
     model, batch, limit = load(precision), prompts(side), PRECISIONS[precision].in_batch
     together = greedy(model, batch.ids, batch.images, attention_mask=batch.mask)
     decisions = []
-    for number, (row, images) in enumerate(zip(batch.rows, batch.images, strict=True)):
+    for number, (row, images) in enumerate(zip(batch.rows, batch.images_of_rows, strict=True)):
         alone = greedy(model, row[None], images)
         # In half precision rounding may decide between two tokens, and what follows differs.
         same = (alone.tokens[0] == together.tokens[number]).long().cumprod(0)
@@ -171,7 +171,7 @@ def test_beams() -> None:
     beams = model.generate(batch.ids, images=batch.images, attention_mask=batch.mask, **options)
     whole = model.generate(batch.ids, images=batch.images, attention_mask=batch.mask, use_cache=False, **options)
     assert torch.equal(beams, whole)
-    for number, (row, images) in enumerate(zip(batch.rows, batch.images, strict=True)):
+    for number, (row, images) in enumerate(zip(batch.rows, batch.images_of_rows, strict=True)):
         assert torch.equal(beams[number], model.generate(row[None], images=images, **options)[0])
     greedily = greedy(model, batch.ids, batch.images, attention_mask=batch.mask).tokens
     assert not torch.equal(beams, greedily)
@@ -195,7 +195,7 @@ def test_several_answers_to_one_prompt() -> None:
     model, batch = load(), prompts()
     torch.manual_seed(0)
     options = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 5, "min_new_tokens": 5}
-    assert len(model.generate(batch.rows[0][None], images=batch.images[0], **options).unique(dim=0)) == 3
+    assert len(model.generate(batch.rows[0][None], images=batch.images_of_rows[0], **options).unique(dim=0)) == 3
 
 
 @pytest.mark.parametrize("kind", backbones.MODELS)

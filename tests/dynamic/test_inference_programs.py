@@ -86,7 +86,7 @@ def test_beside_routed_experts_and_lora(options: dict[str, Any]) -> None:
     routed = load_pretrained_model(str(ROUTED), str(BASE), device="cpu", **options)[1]
     model, batch = attach_predictors(bare_model(routed)), prompts()
     together = greedy(model, batch.ids, batch.images, attention_mask=batch.mask)
-    for number, (row, images) in enumerate(zip(batch.rows, batch.images, strict=True)):
+    for number, (row, images) in enumerate(zip(batch.rows, batch.images_of_rows, strict=True)):
         alone = greedy(model, row[None], images)
         assert distance(together.logits[number], alone.logits[0]) < 2e-6
     plain = greedy(sparse_llava(), batch.ids, batch.images, attention_mask=batch.mask)
@@ -103,8 +103,8 @@ def test_an_attention_that_was_asked_for_stays(checkpoint: Path) -> None:
     torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=1e-5)
     row = batch.rows[0][None]
     with pytest.raises(FlagError, match=r"'eager', which knows no policy; call model\.set_attn_implementation"):
-        model(input_ids=row, images=batch.images[0], labels=row)
-    assert torch.isfinite(usual(input_ids=row, images=batch.images[0], labels=row).loss)
+        model(input_ids=row, images=batch.images_of_rows[0], labels=row)
+    assert torch.isfinite(usual(input_ids=row, images=batch.images_of_rows[0], labels=row).loss)
 
 
 def test_switches_are_independent() -> None:
@@ -114,7 +114,7 @@ def test_switches_are_independent() -> None:
     for switch in off:
         model = sparse_llava(SparseConfig(**SMALL.to_dict() | off | {switch: True}))
         with record_decisions(model) as log:
-            model.generate(batch.rows[0][None], images=batch.images[0], max_new_tokens=12, min_new_tokens=12)
+            model.generate(batch.rows[0][None], images=batch.images_of_rows[0], max_new_tokens=12, min_new_tokens=12)
         decision, segments = log.prompts[0], log.prompts[0].segments[0]
         assert (len(decision.images(0)[0]) < segments.images[0].end - segments.images[0].start) == (
             switch == "use_vision_predictor"
