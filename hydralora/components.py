@@ -21,7 +21,7 @@ from rich.table import Table
 from hydralora.analysis.clusters import Clustering, dbscan, k_means
 from hydralora.analysis.features import embeddings, tf_idf, typical_words
 from hydralora.analysis.figures import plot_distances, plot_scores
-from hydralora.text.records import read_records
+from hydralora.text.samples import read_records
 from llava.errors import FlagError
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hydralora.text.dataset import training_files
 from hydralora.text.options import RunArguments
-from hydralora.text.records import read_records
+from hydralora.text.samples import read_records
 from llava.runtime.values import too_few_rows
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from hydralora.text.records import IGNORED, Example, read_records, tokenize
+from hydralora.text.samples import IGNORED, Example, read_records, tokenize
 from llava.errors import FlagError
 from llava.runtime.output import replacing
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.dataset import image_names
 from llava.data.inspection import EXPLANATIONS, RowReport, RowReports, Settings, thumbnail
-from llava.data.records import Row
+from llava.data.rows import Row
 from llava.data.statistics import PERCENTILES, DataSummary
 from llava.errors import BadSampleError
 from llava.runtime.output import replacing

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from llava.conversation import Conversation
 from llava.data.images import ImageTransform, ProcessedImage, load_image
 from llava.data.labels import tokenize_conversation
-from llava.data.records import RecordFiles, Row, open_records
+from llava.data.rows import RecordFiles, Row, open_records
 from llava.data.skipped import append_skipped
 from llava.data.tiling import GridPinpoints, ImageLength
 from llava.errors import BadImageError, BadSampleError, FlagError, LlavaError

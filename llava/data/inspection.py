@@ -21,7 +21,7 @@ from llava.conversation import Conversation
 from llava.data.dataset import conversation_of, image_names
 from llava.data.images import image_path, image_size, load_image
 from llava.data.labels import TokenizedPrompt, tokenize_conversation
-from llava.data.records import RecordFiles, Row
+from llava.data.rows import RecordFiles, Row
 from llava.data.tiling import ImageLength
 from llava.errors import BadSampleError, ImageCountError, NoTargetError, TokenBorderError
 

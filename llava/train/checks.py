@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llava.data.dataset import ON_BAD_SAMPLE, image_names
 from llava.data.pixels import ASPECT_RATIOS
-from llava.data.records import RecordFiles, open_records
+from llava.data.rows import RecordFiles, open_records
 from llava.data.tiling import MERGE_TYPES, parse_grid_pinpoints
 from llava.errors import BadSampleError, CheckpointError, FlagError
 from llava.extension import installed_extensions

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava.data.records import RecordFiles
+from llava.data.rows import RecordFiles
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.runtime.program import run_program
 from llava.runtime.zero import join_processes

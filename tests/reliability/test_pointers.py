@@ -13,10 +13,10 @@ import pytest
 from hydralora import components
 from hydralora.original import read_weights
 from hydralora.text.options import number_of_experts
-from hydralora.text.records import read_records
+from hydralora.text.samples import read_records
 from llava.data import check
 from llava.data.images import image_size, load_image
-from llava.data.records import open_records
+from llava.data.rows import open_records
 from llava.eval import (
     eval_captions,
     eval_chartqa,

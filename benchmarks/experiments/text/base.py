@@ -22,7 +22,7 @@ from benchmarks.experiments.common.tiny import save_language_model
 from benchmarks.experiments.text.recipe import Recipe
 from benchmarks.experiments.text.tasks import vocabulary
 from hydralora.text.dataset import InstructionCollator, InstructionDataset
-from hydralora.text.records import read_records, tokenize
+from hydralora.text.samples import read_records, tokenize
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 

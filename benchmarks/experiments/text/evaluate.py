@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hydralora  # noqa: F401 (makes the method known to PEFT)
 from benchmarks.experiments.common.steps import write_json
-from hydralora.text.records import read_records, tokenize
+from hydralora.text.samples import read_records, tokenize
 
 LONGEST_ANSWER = 8
 BATCH = 250

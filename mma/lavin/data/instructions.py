@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from llava.data.records import RecordFiles, Records, Row
+from llava.data.rows import RecordFiles, Records, Row
 from llava.errors import BadSampleError
 from llava.eval.answering.questions import read_json
 from mma.lavin.data.scienceqa import IMAGE_NAME, IMAGES_FOLDER, conversation_row

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.data.records import RecordFiles, Records, Row
+from llava.data.rows import RecordFiles, Records, Row
 from llava.errors import BadSampleError, FlagError
 from llava.eval.answering.questions import read_json
 from mma.lavin.data.prompts import FORMATS, OPTIONS, Problem, build_prompt

@@ -10,7 +10,7 @@ import pytest
 
 from hydralora.text import dataset as dataset_module
 from hydralora.text.dataset import InstructionCollator, InstructionDataset, load_examples, training_files
-from hydralora.text.records import Example, read_records, tokenize
+from hydralora.text.samples import Example, read_records, tokenize
 from llava.errors import BadSampleError, FlagError
 from llava.runtime.tokenizer import load_tokenizer
 from tests.golden import golden_dir, load_case

@@ -14,7 +14,7 @@ from PIL import Image
 from llava.data.check import build_parser, main, settings_of
 from llava.data.dataset import image_names
 from llava.data.inspection import Kind, RowReport, RowReports
-from llava.data.records import open_records
+from llava.data.rows import open_records
 from llava.data.statistics import distribution, summarise
 from llava.data.tiling import MERGE_TYPES
 from llava.errors import FlagError

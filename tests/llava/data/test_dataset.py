@@ -14,7 +14,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset
 from llava.data.images import load_image_processor
-from llava.data.records import open_records
+from llava.data.rows import open_records
 from llava.data.skipped import count_skipped, read_skipped
 from llava.data.templates import select_template
 from llava.errors import BadImageError, BadSampleError, FlagError
