@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.measuring import Clock, clock_for, interleaved_times, peak_bytes, saved_bytes, spread
 from benchmarks.methods import Case, build_methods, trained_parameters
-from benchmarks.record import RATIOS, aim_lines, check_run, provenance, show, table, write_record
+from benchmarks.record import RATIOS, aim_lines, check_run, provenance, show, table, write_result
 from llava.errors import FlagError
 from llava.runtime.program import run_program
 
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     record["cases"].append({"pass": number} | measured)
                 record["settings"]["passes"] = number
                 if args.output is not None:  # a run that is interrupted later keeps its whole passes
-                    write_record(record, args.output)
+                    write_result(record, args.output)
     finally:
         torch.set_num_threads(threads)
     show("\n".join([table(record["cases"]), "", *aim_lines(record["cases"])]))

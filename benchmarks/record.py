@@ -91,7 +91,7 @@ def provenance(program: str, arguments: Sequence[str], device: torch.device) -> 
     }
 
 
-def write_record(record: Mapping[str, Any], path: Path) -> None:
+def write_result(record: Mapping[str, Any], path: Path) -> None:
     """Write the record of `benchmarks.hydralora` to `path` (JSON) and its table beside it (`.md`)."""
     write_files(record, path, document(record))
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from hydralora.analysis.clusters import Clustering, dbscan, k_means
 from hydralora.analysis.features import embeddings, tf_idf, typical_words
 from hydralora.analysis.figures import plot_distances, plot_scores
-from hydralora.text.samples import read_records
+from hydralora.text.samples import read_samples
 from llava.errors import FlagError
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file
@@ -66,7 +66,7 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise FlagError(f"{', '.join(missing)}: no such file")
-    records = [record for path in paths for record in read_records(path)]
+    records = [record for path in paths for record in read_samples(path)]
     return ["\n".join(filter(None, (record["instruction"], record.get("input")))) for record in records]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hydralora.text.dataset import training_files
 from hydralora.text.options import RunArguments
-from hydralora.text.samples import read_records
+from hydralora.text.samples import read_samples
 from llava.runtime.values import too_few_rows
 
 
@@ -22,11 +22,11 @@ def row_problems(args: RunArguments) -> list[str]:
         return []
     evaluation = 0
     if data.validation_file and training.do_eval:
-        evaluation = len(read_records(Path(data.validation_file)))
+        evaluation = len(read_samples(Path(data.validation_file)))
     train = 0
     if training.do_train:
         train = sum(
-            len(read_records(path)) for path in training_files(data.dataset_dir, data.train_file, data.validation_file)
+            len(read_samples(path)) for path in training_files(data.dataset_dir, data.train_file, data.validation_file)
         )
         if training.do_eval and not data.validation_file:
             evaluation = max(1, round(data.validation_split_percentage * train))

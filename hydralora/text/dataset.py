@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from hydralora.text.samples import IGNORED, Example, read_records, tokenize
+from hydralora.text.samples import IGNORED, Example, read_samples, tokenize
 from llava.errors import FlagError
 from llava.runtime.output import replacing
 
@@ -102,7 +102,7 @@ def load_examples(
     cache = Path(cache_dir or path.parent / CACHE_FOLDER) / cache_name(path, tokenizer, max_length)
     if cache.is_file() and not overwrite:
         return _unpack(load_file(cache))
-    examples = tokenize(read_records(path), tokenizer, max_length)
+    examples = tokenize(read_samples(path), tokenizer, max_length)
     with replacing(cache) as partial:
         save_file(_pack(examples), partial)
     return examples

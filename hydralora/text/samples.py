@@ -36,7 +36,7 @@ class Example(NamedTuple):
         return [IGNORED] * self.source_length + self.input_ids[self.source_length :]
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
+def read_samples(path: Path) -> list[dict[str, Any]]:
     """Records of a JSON file.
 
     Raises:

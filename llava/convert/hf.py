@@ -73,7 +73,7 @@ def to_hf(
         folder.mkdir()
         tokens = hf_tokenizer(tokenizer, folder)
         image_token = tokens.convert_tokens_to_ids("<image>")
-        record = {"tokenizer": _tokenizer_record(tokenizer), "image_processor": image_processor.to_dict()}
+        record = {"tokenizer": _tokenizer_settings(tokenizer), "image_processor": image_processor.to_dict()}
         config = hf_config(model, image_token, record)
         pixels = hf_image_processor(image_processor, getattr(model.config, "image_aspect_ratio", None))
         template = chat_template(conv_templates[conv_mode], bool(getattr(model.config, "mm_use_im_start_end", False)))
@@ -142,7 +142,7 @@ def _stored_dtype(contents: CheckpointContents, base: str | None) -> torch.dtype
     return DTYPES[name]
 
 
-def _tokenizer_record(tokenizer: Any) -> dict[str, Any] | None:
+def _tokenizer_settings(tokenizer: Any) -> dict[str, Any] | None:
     """What the SentencePiece model alone does not say."""
     if not isinstance(tokenizer, LlamaTokenizer):
         return None

@@ -19,7 +19,7 @@ from llava.model.language_model.backbones import CLASSES
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.model.multimodal_encoder.transformers_tower import TransformersTower
 
-RECORD = "llava_extensions"
+SETTINGS_KEY = "llava_extensions"
 """Key of what only we need to know."""
 
 PREFIXES = (
@@ -121,7 +121,7 @@ def hf_config(model: LlavaForCausalLM, image_token: int, record: dict[str, Any])
         image_seq_length=tower.num_features,
         vision_feature_layer=tower.select_layer,
         vision_feature_select_strategy="full" if keeps_all_rows else "default",
-        **{RECORD: {"settings": settings, "vocab_size": model.config.vocab_size} | record},
+        **{SETTINGS_KEY: {"settings": settings, "vocab_size": model.config.vocab_size} | record},
     )
 
 
@@ -188,11 +188,11 @@ def our_config(config: HfConfig, select_feature: str, vocab_size: int, aspect_ra
         "use_mm_proj": True,
         "image_aspect_ratio": aspect_ratio,
     }
-    recorded = getattr(config, RECORD, {}).get("settings", {})
+    recorded = getattr(config, SETTINGS_KEY, {}).get("settings", {})
     differing = [name for name in DERIVED if recorded.get(name, vision[name]) != vision[name]]
     if differing:
         raise CheckpointError(
-            f"{path}: {differing} are {[recorded[name] for name in differing]} in '{RECORD}' and "
+            f"{path}: {differing} are {[recorded[name] for name in differing]} in '{SETTINGS_KEY}' and "
             f"{[vision[name] for name in differing]} by the rest of the file"
         )
     ours = classes[text.model_type](**(settings | vision | recorded | {"vocab_size": vocab_size}))

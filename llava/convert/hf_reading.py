@@ -15,7 +15,7 @@ from typing import Any
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers import LlavaConfig as HfConfig
 
-from llava.convert.hf_format import DERIVED, RECORD
+from llava.convert.hf_format import DERIVED, SETTINGS_KEY
 from llava.errors import CheckpointError
 from llava.model.multimodal_encoder.builder import KINDS
 from llava.model.multimodal_encoder.transformers_tower import TransformersTower, check_image_size
@@ -33,7 +33,7 @@ HF_LLAVA: Rules = {
 }
 """`config.json` of a LLaVA in transformers' format."""
 
-TOKENIZER_RECORD: Rules = {
+TOKENIZER_SETTINGS: Rules = {
     "legacy": Rule("bool", required=True),
     "add_bos_token": Rule("bool", required=True),
     "add_eos_token": Rule("bool", required=True),
@@ -110,7 +110,7 @@ def read_hf_folder(folder: Path) -> HfFolder:
     _check_config(content, path)
     check_weight_files(folder)
     tower_class = _tower_class(config, path)
-    record = _checked_record(content, path)
+    record = _checked_settings(content, path)
     return HfFolder(folder, config, record, _tokenizer(folder), _image_settings(folder), tower_class)
 
 
@@ -128,15 +128,15 @@ def _check_config(content: Mapping[str, Any], path: Path) -> None:
         check_settings({"mm_vision_select_layer": layer}, {"mm_vision_select_layer": Rule("int", required=True)}, path)
 
 
-def _checked_record(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+def _checked_settings(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     """What `to-hf` recorded, whole.
 
     Raises:
         CheckpointError: a part of it is missing or impossible.
     """
-    if RECORD not in content:
+    if SETTINGS_KEY not in content:
         return {}
-    record, where = content[RECORD], f"{path} ({RECORD})"
+    record, where = content[SETTINGS_KEY], f"{path} ({SETTINGS_KEY})"
     if not isinstance(record, dict):
         raise CheckpointError(f"{where}: is not an object")
     rules = {"settings": Rule("dict", required=True), "image_processor": Rule("dict", required=True)}
@@ -151,7 +151,7 @@ def _checked_record(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]
     if "tokenizer" not in record or not isinstance(tokenizer, dict | None):
         raise CheckpointError(f"{where}: its 'tokenizer' is neither an object nor null")
     if tokenizer is not None:
-        check_settings(tokenizer, TOKENIZER_RECORD, where)
+        check_settings(tokenizer, TOKENIZER_SETTINGS, where)
         added = tokenizer.get("added")
         if not isinstance(added, list) or not all(isinstance(token, str) for token in added):
             raise CheckpointError(f"{where}: the 'added' tokens of its tokenizer are not a list of texts")

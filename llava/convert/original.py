@@ -24,7 +24,7 @@ from llava.runtime.files import read_json
 from llava.runtime.output import check_new, new_path
 from llava.runtime.weights.adapter_counts import check_lora
 from llava.runtime.weights.base_weights import read_base
-from llava.runtime.weights.completeness import RECORD_FILE
+from llava.runtime.weights.completeness import FILE_LIST
 from llava.runtime.weights.settings import LORA, check_settings
 from llava.runtime.weights.tensors import check_dtype, check_finite, check_numbers
 from llava.runtime.weights.weight_files import described_weights, weight_files
@@ -84,7 +84,7 @@ def _export_adapter_folder(contents: CheckpointContents, output: Path) -> None:
 def _export_full_weights(contents: CheckpointContents, output: Path) -> None:
     """Everything but what is our own: weights, tokenizer, generation defaults."""
     ours = {"config.json", "run.json", "trainer_state.json", "training_args.bin", SCHEDULER_NAME, OPTIMIZER_NAME}
-    ours.add(RECORD_FILE)
+    ours.add(FILE_LIST)
     weights = set(weight_files(contents.weights))
     for name, entry in described_weights(contents.weights).items():
         check_dtype(name, entry.dtype, entry.path)

@@ -29,7 +29,7 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 from llava.data.check_page import PAGE_HEAD, write_page
 from llava.data.image_bounds import check_made
 from llava.data.inspection import EXPLANATIONS, TRAINABLE, Kind, RowReport, RowReports, Settings, mark_duplicates
-from llava.data.rows import open_records
+from llava.data.rows import open_rows
 from llava.data.statistics import PERCENTILES, DataSummary, summarise
 from llava.data.templates import select_template
 from llava.data.tiling import MERGE_TYPES, ImageLength, check_grid_pinpoints
@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     refuse_inputs(args)
-    rows = RowReports(open_records(args.data), settings_of(args))
+    rows = RowReports(open_rows(args.data), settings_of(args))
     reports = check_rows(rows, args.num_workers)
     summary = summarise(reports)
     console = Console(soft_wrap=True)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from llava.conversation import Conversation
 from llava.data.images import ImageTransform, ProcessedImage, load_image
 from llava.data.labels import tokenize_conversation
-from llava.data.rows import RecordFiles, Row, open_records
+from llava.data.rows import Row, RowFiles, open_rows
 from llava.data.skipped import append_skipped
 from llava.data.tiling import GridPinpoints, ImageLength
 from llava.errors import BadImageError, BadSampleError, FlagError, LlavaError
@@ -78,7 +78,7 @@ class LazySupervisedDataset(Dataset[Item]):
 
     def __init__(
         self,
-        data_path: RecordFiles | str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        data_path: RowFiles | str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         tokenizer: PreTrainedTokenizerBase,
         image_processor: Any,
         *,
@@ -100,7 +100,7 @@ class LazySupervisedDataset(Dataset[Item]):
             raise FlagError("--on_bad_sample skip needs a file to list the skipped rows in")
         if is_multimodal and image_processor is None:
             raise FlagError("a model with a vision tower needs its image processor to prepare the data")
-        self.records = data_path if isinstance(data_path, RecordFiles) else open_records(data_path)
+        self.records = data_path if isinstance(data_path, RowFiles) else open_rows(data_path)
         self.tokenizer = tokenizer
         self.transform = (
             ImageTransform(image_processor, image_aspect_ratio, image_grid_pinpoints) if is_multimodal else None

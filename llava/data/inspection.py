@@ -21,7 +21,7 @@ from llava.conversation import Conversation
 from llava.data.dataset import conversation_of, image_names
 from llava.data.images import image_path, image_size, load_image
 from llava.data.labels import TokenizedPrompt, tokenize_conversation
-from llava.data.rows import RecordFiles, Row
+from llava.data.rows import Row, RowFiles
 from llava.data.tiling import ImageLength
 from llava.errors import BadSampleError, ImageCountError, NoTargetError, TokenBorderError
 
@@ -159,7 +159,7 @@ class Settings:
 class RowReports(Dataset[RowReport]):
     """The report of every row, made when it is asked for, so that several processes can share the work."""
 
-    def __init__(self, records: RecordFiles, settings: Settings) -> None:
+    def __init__(self, records: RowFiles, settings: Settings) -> None:
         self.records = records
         self.settings = settings
 

@@ -24,7 +24,7 @@ Row = dict[str, Any]
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-class Records(Sequence[Row]):
+class Rows(Sequence[Row]):
     """Rows of one data file, parsed one at a time.
 
     Raises:
@@ -59,21 +59,21 @@ class Records(Sequence[Row]):
             raise BadSampleError(f"{self.name(index)} is no JSON: {error}: {line!r:.80}") from error
 
 
-class RecordFiles(Sequence[Row]):
+class RowFiles(Sequence[Row]):
     """Rows of several data files, one file after the other.
 
     Raises:
         BadSampleError: on access, the row is no JSON object; the message names file and row.
     """
 
-    def __init__(self, files: Sequence[Records], chosen: Sequence[int] | None = None) -> None:
+    def __init__(self, files: Sequence[Rows], chosen: Sequence[int] | None = None) -> None:
         self.files = list(files)
         self._ends = list(accumulate(map(len, self.files)))
         self._chosen = None if chosen is None else array("Q", chosen)
 
-    def select(self, rows: Sequence[int]) -> RecordFiles:
+    def select(self, rows: Sequence[int]) -> RowFiles:
         """Some of the rows as rows of their own; messages keep naming each by file and number in it."""
-        return RecordFiles(self.files, rows if self._chosen is None else [self._chosen[row] for row in rows])
+        return RowFiles(self.files, rows if self._chosen is None else [self._chosen[row] for row in rows])
 
     def __len__(self) -> int:
         return self._ends[-1] if self._chosen is None else len(self._chosen)
@@ -97,7 +97,7 @@ class RecordFiles(Sequence[Row]):
         """The files in a message."""
         return ", ".join(str(file.path) for file in self.files)
 
-    def _locate(self, index: int) -> tuple[Records, int]:
+    def _locate(self, index: int) -> tuple[Rows, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         if self._chosen is not None:
@@ -106,7 +106,7 @@ class RecordFiles(Sequence[Row]):
         return self.files[number], index - (self._ends[number - 1] if number else 0)
 
 
-def open_records(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> RecordFiles:
+def open_rows(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> RowFiles:
     """Open one data file or several.
 
     Raises:
@@ -115,19 +115,19 @@ def open_records(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     names = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if not names:
         raise FlagError("--data_path is missing")
-    return RecordFiles([_open_file(Path(name)) for name in names])
+    return RowFiles([_open_file(Path(name)) for name in names])
 
 
-def _open_file(path: Path) -> Records:
+def _open_file(path: Path) -> Rows:
     if not path.is_file():
         raise FlagError(f"--data_path {path}: there is no such file")
     refuse_pointer(path, FlagError)
     with path.open("rb") as file:
         first = next((line for line in file if line.removeprefix(BYTE_ORDER_MARK).strip()), b"")
     if first.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
-        records = Records(path, None, _read_list(path))
+        records = Rows(path, None, _read_list(path))
     else:
-        records = Records(path, array("Q", _line_offsets(path)), None)
+        records = Rows(path, array("Q", _line_offsets(path)), None)
     if not len(records):
         raise FlagError(f"--data_path {path}: the file holds no rows")
     return records

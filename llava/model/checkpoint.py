@@ -36,7 +36,7 @@ from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.runtime.files import read_json
 from llava.runtime.partition import fetch, full_shape, whole
 from llava.runtime.weights.adapter_counts import check_adapter
-from llava.runtime.weights.completeness import write_record
+from llava.runtime.weights.completeness import write_file_list
 from llava.runtime.weights.tensors import check_numbers, is_finite
 from llava.runtime.weights.weight_files import weight_files
 
@@ -147,7 +147,7 @@ def save_checkpoint(model: nn.Module, folder: str | Path, tokenizer: Any = None,
     config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    write_record(folder)
+    write_file_list(folder)
 
 
 def _write_extension(target: Path, config: Config, found: _Trained) -> None:

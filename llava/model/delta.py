@@ -18,7 +18,7 @@ from llava.model.language_model.backbones import backbone_class, load_config
 from llava.runtime.output import new_path
 from llava.runtime.tokenizer import load_tokenizer
 from llava.runtime.weights.base_weights import check_fit, check_generation
-from llava.runtime.weights.completeness import RECORD_FILE
+from llava.runtime.weights.completeness import FILE_LIST
 from llava.runtime.weights.tensors import check_numbers
 from llava.runtime.weights.weight_files import WEIGHT_FILES, weight_files, weights_of
 
@@ -28,7 +28,7 @@ TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 OWN_PARTS = ("model.mm_projector.", "model.vision_tower.", f"model.{NEWLINE}")
 """What a LLaVA has and its base has not: part of the difference as it is."""
 
-NOT_COPIED = (*WEIGHT_FILES, RECORD_FILE)
+NOT_COPIED = (*WEIGHT_FILES, FILE_LIST)
 """Indexes and the record of `other`, which do not describe what is written."""
 
 Combine = Callable[[Tensor, Tensor], Tensor]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llava.errors import CheckpointError
 from llava.runtime.files import read_json, refuse_pointers
-from llava.runtime.weights.completeness import RECORD_FILE, RUN_FILE, check_record, check_run_record, require
+from llava.runtime.weights.completeness import FILE_LIST, RUN_FILE, check_file_list, check_run_record, require
 from llava.runtime.weights.tensors import check_numbers, read_tensors
 from llava.runtime.weights.weight_files import WEIGHT_FILES, first_file, listing, weight_files
 
@@ -83,7 +83,7 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointContents:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: has no config.json, so it is no checkpoint (found: {listing(folder)})")
     refuse_pointers(folder)
-    check_record(folder)
+    check_file_list(folder)
     check_run_record(folder)
     contents = CheckpointContents(
         folder=folder,
@@ -141,7 +141,7 @@ def _check_named(contents: CheckpointContents, config: Mapping[str, Any]) -> Non
 
 def _is_ours(folder: Path) -> bool:
     """True if a run of ours wrote the folder."""
-    return (folder / RUN_FILE).is_file() or (folder / RECORD_FILE).is_file() or (folder / EXTENSIONS_FOLDER).is_dir()
+    return (folder / RUN_FILE).is_file() or (folder / FILE_LIST).is_file() or (folder / EXTENSIONS_FOLDER).is_dir()
 
 
 def _check_extensions(contents: CheckpointContents, config: Mapping[str, Any]) -> None:

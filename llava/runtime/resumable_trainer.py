@@ -25,7 +25,7 @@ from llava.runtime.output import claim, discard, replacing
 from llava.runtime.resume_check import check_optimizer
 from llava.runtime.sampling import EpochSampler, random_order
 from llava.runtime.saving import FINAL, last_checkpoint, publish_files, publish_folder, rotate, staging_path
-from llava.runtime.weights.completeness import require, write_record
+from llava.runtime.weights.completeness import require, write_file_list
 from llava.runtime.weights.torch_files import check_training_state, load_plain
 from llava.runtime.zero import load_zero_state
 
@@ -130,7 +130,7 @@ class ResumableTrainer(FiniteTrainer):
                 claim(staged)
             self._write_model(staged)
             if self.args.should_save:
-                write_record(staged)
+                write_file_list(staged)
                 publish_files(staged, target)
         except (OSError, RuntimeError, SafetensorError) as error:
             self._could_not_write(target, staged, error)
@@ -143,11 +143,11 @@ class ResumableTrainer(FiniteTrainer):
         """Rename when all processes have written; once per file system where the nodes do not share one."""
         self.accelerator.wait_for_everyone()
         if self.args.process_index == 0:
-            write_record(staged)
+            write_file_list(staged)
             publish_folder(staged, target)
         self.accelerator.wait_for_everyone()
         if self.args.process_index != 0 and self.args.local_process_index == 0 and staged.is_dir():
-            write_record(staged)
+            write_file_list(staged)
             publish_folder(staged, target)
             discard(staged.parent)
 

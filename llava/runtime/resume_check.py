@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llava.errors import CheckpointError
 from llava.runtime.files import check_torch_file, read_json, reading, refuse_pointers
-from llava.runtime.weights.completeness import RUN_FILE, check_record, require
+from llava.runtime.weights.completeness import RUN_FILE, check_file_list, require
 from llava.runtime.weights.settings import Rule, check_settings
 from llava.runtime.weights.tensors import is_finite
 from llava.runtime.weights.torch_files import load_plain, random_state_classes
@@ -58,7 +58,7 @@ def check_resumable(folder: Path, training: TrainingArguments) -> None:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     refuse_pointers(folder)
-    check_record(folder, resume=True)
+    check_file_list(folder, resume=True)
     state = folder / TRAINER_STATE_NAME
     step = _check_trainer_state(state, folder)
     _refuse_weights_alone(folder)

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from llava.errors import FlagError
 from llava.runtime.output import MARKER, claim, describe_entry, discard, flush, flush_name, is_ours, put_in_place
 from llava.runtime.places import Input, refuse_folder
-from llava.runtime.weights.completeness import RECORD_FILE
+from llava.runtime.weights.completeness import FILE_LIST
 
 STAGING_PREFIX = "tmp-"
 FINAL = f"{STAGING_PREFIX}final"
@@ -51,7 +51,7 @@ def publish_files(staged: Path, target: Path) -> None:
     """Move every file of a complete temporary folder into an existing one, each in one step, and remove the first."""
     flush(staged)
     # Their record first: without the files that it names, nobody takes a part of them for the whole.
-    files = sorted((path for path in staged.rglob("*") if path.is_file()), key=lambda path: path.name != RECORD_FILE)
+    files = sorted((path for path in staged.rglob("*") if path.is_file()), key=lambda path: path.name != FILE_LIST)
     for source in (path for path in files if path.name != MARKER):
         destination = target / source.relative_to(staged)
         destination.parent.mkdir(parents=True, exist_ok=True)

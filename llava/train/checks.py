@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llava.data.dataset import ON_BAD_SAMPLE, image_names
 from llava.data.pixels import ASPECT_RATIOS
-from llava.data.rows import RecordFiles, open_records
+from llava.data.rows import RowFiles, open_rows
 from llava.data.tiling import MERGE_TYPES, parse_grid_pinpoints
 from llava.errors import BadSampleError, CheckpointError, FlagError
 from llava.extension import installed_extensions
@@ -99,7 +99,7 @@ def _rows(args: RunArguments) -> list[str]:
         return []
     if not all(Path(path).is_file() for path in args.data.data_path):  # said by `_files`
         return []
-    records = open_records(args.data.data_path)
+    records = open_rows(args.data.data_path)
     rows = _with_image(records) if args.data.requires_image else len(records)
     training = args.training
     line = too_few_rows(
@@ -108,7 +108,7 @@ def _rows(args: RunArguments) -> list[str]:
     return [] if line is None else [line]
 
 
-def _with_image(records: RecordFiles) -> int:
+def _with_image(records: RowFiles) -> int:
     """Number of rows that `--requires_image True` leaves."""
     count = 0
     for row in range(len(records)):

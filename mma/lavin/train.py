@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava.data.rows import RecordFiles
+from llava.data.rows import RowFiles
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.runtime.program import run_program
 from llava.runtime.zero import join_processes
@@ -54,7 +54,7 @@ def prepare_base(args: LavinArguments) -> None:
 class Source(NamedTuple):
     """The training data of a run: its rows, and the folder of their images."""
 
-    rows: RecordFiles
+    rows: RowFiles
     images: Path
 
 

@@ -19,7 +19,7 @@ import llava.train.train
 import mma.lavin.train
 from llava.model.formats import read_tensors
 from llava.runtime.run_record import run_record
-from llava.runtime.weights.completeness import RECORD_FILE
+from llava.runtime.weights.completeness import FILE_LIST
 from playground.tiny import TinyFolders
 from tests.llava.train.test_training import HYDRA, command_line
 from tests.mma.lavin.lavin_files import LavinFiles, tiny_words
@@ -174,5 +174,5 @@ class Whole:
         """An output folder with the second update's checkpoint alone; returns the checkpoint."""
         folder = shutil.copytree(self.folder / "checkpoint-2", output / "checkpoint-2")
         if not recorded:
-            (folder / RECORD_FILE).unlink()
+            (folder / FILE_LIST).unlink()
         return folder

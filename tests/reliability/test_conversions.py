@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from llava.convert.hf import from_hf, to_hf
-from llava.convert.hf_format import RECORD
+from llava.convert.hf_format import SETTINGS_KEY
 from llava.errors import LlavaError
 from llava.model.delta import combine
 from llava.model.full_weights import write_full_weights
@@ -87,7 +87,7 @@ def prepare_foreign_hf(folder: Path) -> None:
     prepare_hf(folder)
     path = folder / HF / "config.json"
     content = json.loads(path.read_text())
-    del content[RECORD]
+    del content[SETTINGS_KEY]
     path.write_text(json.dumps(content))
     path = folder / HF / "processor_config.json"
     content = json.loads(path.read_text())

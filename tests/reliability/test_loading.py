@@ -20,7 +20,7 @@ from llava.errors import CheckpointError
 from llava.model.builder import load_pretrained_model
 from llava.model.formats import inspect_checkpoint
 from llava.runtime.recognize import POINTER
-from llava.runtime.weights.completeness import RECORD_FILE
+from llava.runtime.weights.completeness import FILE_LIST
 from llava.runtime.weights.tensors import is_finite
 from llava.train.train import main
 from tests.llava.train.test_training import BASE, HYDRA, command_line
@@ -106,7 +106,7 @@ NAMED += ["vision_tower/config.json", "vision_tower/preprocessor_config.json"]
 def test_a_part_that_is_named_is_required(part: str, recorded: bool, trained: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(trained, tmp_path / "copy")
     if not recorded:
-        (folder / RECORD_FILE).unlink()
+        (folder / FILE_LIST).unlink()
     inspect_checkpoint(folder)
     path = folder / part
     if path.is_dir():
@@ -116,7 +116,7 @@ def test_a_part_that_is_named_is_required(part: str, recorded: bool, trained: Pa
     with pytest.raises(CheckpointError, match=path.name) as caught:
         load(folder)
     if recorded:
-        assert RECORD_FILE in str(caught.value)
+        assert FILE_LIST in str(caught.value)
 
 
 def test_a_key_within_an_object_is_recorded(trained: Path, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_key_within_an_object_is_recorded(trained: Path, tmp_path: Path) -> No
 
 def test_extensions_named_differently(trained: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(trained, tmp_path / "copy")
-    (folder / RECORD_FILE).unlink()
+    (folder / FILE_LIST).unlink()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"extensions": {}}))
     with pytest.raises(
@@ -147,7 +147,7 @@ def test_extensions_named_differently(trained: Path, tmp_path: Path) -> None:
 def spoiled(part: str, change: Callable[[Tensor], Tensor], trained: Path, folder: Path) -> Path:
     """A copy without record, one tensor of a part changed."""
     shutil.copytree(trained, folder)
-    (folder / RECORD_FILE).unlink()
+    (folder / FILE_LIST).unlink()
     tensors = load_file(folder / part)
     name = sorted(tensors)[0]
     save_file(tensors | {name: change(tensors[name])}, folder / part, {"format": "pt"})

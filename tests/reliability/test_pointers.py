@@ -13,10 +13,10 @@ import pytest
 from hydralora import components
 from hydralora.original import read_weights
 from hydralora.text.options import number_of_experts
-from hydralora.text.samples import read_records
+from hydralora.text.samples import read_samples
 from llava.data import check
 from llava.data.images import image_size, load_image
-from llava.data.rows import open_records
+from llava.data.rows import open_rows
 from llava.eval import (
     eval_captions,
     eval_chartqa,
@@ -61,11 +61,11 @@ def other(path: Path) -> str:
 
 
 READERS: dict[str, tuple[str, Reader]] = {
-    "training list": ("data.json", open_records),
-    "training lines": ("data.jsonl", open_records),
-    "one of several": ("data.jsonl", lambda path: open_records([other(path), path])),
+    "training list": ("data.json", open_rows),
+    "training lines": ("data.jsonl", open_rows),
+    "one of several": ("data.jsonl", lambda path: open_rows([other(path), path])),
     "data.check": ("data.json", lambda path: check.main([str(path), "--model_name_or_path", CHECKED])),
-    "instructions": ("train.json", read_records),
+    "instructions": ("train.json", read_samples),
     "components": ("train.json", lambda path: components.read_texts([path])),
     "number of experts": ("components.json", lambda path: number_of_experts(f"auto:{path}")),
     "settings of DeepSpeed": ("zero2.json", lambda path: zero._read(str(path))),

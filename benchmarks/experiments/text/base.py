@@ -22,7 +22,7 @@ from benchmarks.experiments.common.tiny import save_language_model
 from benchmarks.experiments.text.recipe import Recipe
 from benchmarks.experiments.text.tasks import vocabulary
 from hydralora.text.dataset import InstructionCollator, InstructionDataset
-from hydralora.text.samples import read_records, tokenize
+from hydralora.text.samples import read_samples, tokenize
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         use_cpu=True,
         seed=args.seed,
     )
-    rows = tokenize(read_records(args.data), tokenizer, recipe.sizes.max_length)
+    rows = tokenize(read_samples(args.data), tokenizer, recipe.sizes.max_length)
     collator = Collator(tokenizer.pad_token_id)
     Trainer(model, training, collator, InstructionDataset(rows)).train()
     model.save_pretrained(args.output_dir)

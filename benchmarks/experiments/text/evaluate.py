@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hydralora  # noqa: F401 (makes the method known to PEFT)
 from benchmarks.experiments.common.steps import write_json
-from hydralora.text.samples import read_records, tokenize
+from hydralora.text.samples import read_samples, tokenize
 
 LONGEST_ANSWER = 8
 BATCH = 250
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model)
     if args.adapter is not None:
         model = PeftModel.from_pretrained(model, args.adapter)
-    rows = read_records(args.data)
+    rows = read_samples(args.data)
     found = accuracies(rows, answers(model.eval(), tokenizer, rows, model.config.max_position_embeddings))
     write_json(args.output, found)
     print(json.dumps(found))

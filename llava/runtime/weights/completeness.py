@@ -16,7 +16,7 @@ from llava.errors import CheckpointError
 from llava.runtime.files import read_json, refuse_pointer
 from llava.runtime.output import MARKER
 
-RECORD_FILE = "checkpoint_files.json"
+FILE_LIST = "checkpoint_files.json"
 RUN_FILE = "run.json"
 
 RESUME_FILES = (
@@ -37,7 +37,7 @@ MAX_DIGESTED = 2**24
 MAX_KEYS = 1000
 """A JSON object with more keys is a vocabulary."""
 
-UNRECORDED = frozenset({RECORD_FILE, MARKER, "training_args.bin", "README.md", "zero_to_fp32.py"})
+UNLISTED = frozenset({FILE_LIST, MARKER, "training_args.bin", "README.md", "zero_to_fp32.py"})
 """Files that nobody reads."""
 
 
@@ -45,7 +45,7 @@ def _parts(folder: Path) -> list[Path]:
     """Files of a checkpoint, relative to it, without those of other checkpoints below it."""
     paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     others = ("checkpoint-", "tmp-")
-    return [path for path in paths if path.name not in UNRECORDED and not path.parts[0].startswith(others)]
+    return [path for path in paths if path.name not in UNLISTED and not path.parts[0].startswith(others)]
 
 
 def _digest(path: Path) -> str:
@@ -75,7 +75,7 @@ def _keys(content: Mapping[str, Any], above: str = "") -> Iterator[str]:
             yield from _keys(value, f"{above}{key}/")
 
 
-def write_record(folder: Path) -> None:
+def write_file_list(folder: Path) -> None:
     """Record the files that a complete folder consists of; an earlier record is replaced."""
     parts = _parts(folder)
     record = {
@@ -83,10 +83,10 @@ def write_record(folder: Path) -> None:
         "model": {path.as_posix(): _description(folder / path) for path in parts if not _is_for_resuming(path)},
         "resume": {path.as_posix(): _description(folder / path) for path in parts if _is_for_resuming(path)},
     }
-    (folder / RECORD_FILE).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / FILE_LIST).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def check_record(folder: Path, resume: bool = False) -> None:
+def check_file_list(folder: Path, resume: bool = False) -> None:
     """Refuse a folder that lacks something of its own record. A folder without a record passes.
 
     Args:
@@ -96,7 +96,7 @@ def check_record(folder: Path, resume: bool = False) -> None:
     Raises:
         CheckpointError: a file is missing, has another size, or a JSON file lacks a key; names both files.
     """
-    path = folder / RECORD_FILE
+    path = folder / FILE_LIST
     if not path.is_file():
         return
     record = read_json(path)

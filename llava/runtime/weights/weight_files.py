@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from llava.errors import CheckpointError
 from llava.runtime.files import read_json, refuse_pointer, refuse_pointers
-from llava.runtime.weights.completeness import check_record
+from llava.runtime.weights.completeness import check_file_list
 from llava.runtime.weights.tensors import Entry, describe
 from llava.runtime.weights.torch_files import load_plain
 
@@ -96,7 +96,7 @@ def check_base(folder: str | Path) -> None:
     weights = first_file(folder, WEIGHT_FILES)
     if weights is None:
         raise CheckpointError(f"{folder}: holds none of {WEIGHT_FILES}, so it is no base (found: {listing(folder)})")
-    check_record(folder)
+    check_file_list(folder)
     refuse_pointers(folder)
     weight_files(weights)
 

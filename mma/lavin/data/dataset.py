@@ -16,7 +16,7 @@ from torch import Tensor
 from llava.constants import IGNORE_INDEX
 from llava.conversation import conv_templates
 from llava.data.dataset import LazySupervisedDataset
-from llava.data.rows import RecordFiles, Row
+from llava.data.rows import Row, RowFiles
 from llava.data.tiling import GridPinpoints, ImageLength
 from llava.errors import NoTargetError
 from mma.lavin.data.tokens import sample_ids
@@ -44,7 +44,7 @@ class LavinDataset(LazySupervisedDataset):
 
     def __init__(
         self,
-        rows: RecordFiles,
+        rows: RowFiles,
         tokenizer: Any,
         image_processor: Any,
         *,

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from llava.data.rows import RecordFiles, Records, Row
+from llava.data.rows import Row, RowFiles, Rows
 from llava.errors import BadSampleError
 from llava.eval.answering.questions import read_json
 from mma.lavin.data.scienceqa import IMAGE_NAME, IMAGES_FOLDER, conversation_row
@@ -52,7 +52,7 @@ def _row(item: Any, present: Collection[str], where: str) -> Row:
     return conversation_row(item["qid"], item["instruction"], item["answer"], image_name(item, present, where))
 
 
-def read_mixture(data_root: str | Path) -> tuple[RecordFiles, Path]:
+def read_mixture(data_root: str | Path) -> tuple[RowFiles, Path]:
     """The rows of the mixture, and the folder that their image names are relative to: COCO's, if all are there.
 
     Raises:
@@ -71,4 +71,4 @@ def read_mixture(data_root: str | Path) -> tuple[RecordFiles, Path]:
         for row in rows:
             if "image" in row:
                 row["image"] = row["image"].removeprefix(f"{COCO_FOLDER}/")
-    return RecordFiles([Records(path, None, rows)]), images
+    return RowFiles([Rows(path, None, rows)]), images

@@ -10,7 +10,7 @@ import pytest
 
 from hydralora.text import dataset as dataset_module
 from hydralora.text.dataset import InstructionCollator, InstructionDataset, load_examples, training_files
-from hydralora.text.samples import Example, read_records, tokenize
+from hydralora.text.samples import Example, read_samples, tokenize
 from llava.errors import BadSampleError, FlagError
 from llava.runtime.tokenizer import load_tokenizer
 from tests.golden import golden_dir, load_case
@@ -53,7 +53,7 @@ def test_malformed_records_are_named(content: str, message: str, tmp_path: Path)
     path = tmp_path / "data.json"
     path.write_text(content)
     with pytest.raises(BadSampleError, match=message) as caught:
-        read_records(path)
+        read_samples(path)
     assert str(path) in str(caught.value)
 
 

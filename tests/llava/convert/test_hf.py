@@ -19,7 +19,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.convert.hf import from_hf, to_hf
-from llava.convert.hf_format import RECORD, check_convertible
+from llava.convert.hf_format import SETTINGS_KEY, check_convertible
 from llava.convert.hf_processor import chat_template, hf_tokenizer
 from llava.data.pixels import process_images
 from llava.errors import CheckpointError, FlagError
@@ -301,7 +301,7 @@ def test_foreign_folder(tmp_path: Path) -> None:
     to_hf(BASE, tmp_path / "hf")
     folder = tmp_path / "hf"
     config = json.loads((folder / "config.json").read_text())
-    config.pop(RECORD)
+    config.pop(SETTINGS_KEY)
     config["text_config"]["vocab_size"] = 910
     (folder / "config.json").write_text(json.dumps(config))
     tensors = load_file(folder / "model.safetensors")

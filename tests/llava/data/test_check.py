@@ -14,7 +14,7 @@ from PIL import Image
 from llava.data.check import build_parser, main, settings_of
 from llava.data.dataset import image_names
 from llava.data.inspection import Kind, RowReport, RowReports
-from llava.data.rows import open_records
+from llava.data.rows import open_rows
 from llava.data.statistics import distribution, summarise
 from llava.data.tiling import MERGE_TYPES
 from llava.errors import FlagError
@@ -236,7 +236,7 @@ def test_lengths_of_tiled_images_are_those_of_training(merge_type: str, tmp_path
     folder, file = LLAVA / "data" / "images", LLAVA / "data" / "finetune.json"
     options = ["--tokenizer", LLAVA / "tiny-vicuna", "--image_folder", folder, "--image_length", 4, "--tile_size", 28]
     settings = settings_of(build_parser().parse_args([str(file), *map(str, options), *words]))
-    reports = [RowReports(open_records([file]), settings)[row] for row in range(10)]
+    reports = [RowReports(open_rows([file]), settings)[row] for row in range(10)]
     run = build_run(parse_args(command_line(tmp_path, data_path=file, **tiles)))
     lengths = []
     for row in range(10):

@@ -14,7 +14,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset
 from llava.data.images import load_image_processor
-from llava.data.rows import open_records
+from llava.data.rows import open_rows
 from llava.data.skipped import count_skipped, read_skipped
 from llava.data.templates import select_template
 from llava.errors import BadImageError, BadSampleError, FlagError
@@ -262,12 +262,12 @@ def test_unusable_data_files(content: str, message: str, tmp_path: Path) -> None
     path = tmp_path / "data.json"
     path.write_text(content)
     with pytest.raises(FlagError, match=f"data.json: .*{message}"):
-        open_records(path)
+        open_rows(path)
 
 
 def test_a_missing_data_file(tmp_path: Path) -> None:
     with pytest.raises(FlagError, match="no such file"):
-        open_records(tmp_path / "absent.json")
+        open_rows(tmp_path / "absent.json")
 
 
 @pytest.mark.parametrize("content", ['{"id": 1}\r\n\r\n{"id": 2}', '[\n {"id": 1},\n {"id": 2}\n]'])
@@ -275,7 +275,7 @@ def test_a_missing_data_file(tmp_path: Path) -> None:
 def test_records_with_blank_lines_and_byte_order_mark(content: str, mark: str, tmp_path: Path) -> None:
     path = tmp_path / "data"
     path.write_text(mark + content, encoding="utf-8", newline="")
-    assert list(open_records(path)) == [{"id": 1}, {"id": 2}]
+    assert list(open_rows(path)) == [{"id": 1}, {"id": 2}]
 
 
 @pytest.mark.parametrize("on_bad_sample", ["stop", "skip"])

@@ -19,7 +19,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import save_checkpoint
 from llava.model.image_tokens import add_image_tokens, train_image_tokens
 from llava.runtime.offloading import is_offloaded, offloaded_modules
-from llava.runtime.weights.completeness import RECORD_FILE
+from llava.runtime.weights.completeness import FILE_LIST
 from tests.dynamic.sparse_models import sparse_llava
 from tests.golden import golden_dir
 from tests.llava.model.test_precision import routed_llava
@@ -351,6 +351,6 @@ def test_a_projector_that_is_nowhere_is_still_missed(tmp_path: Path) -> None:
     tensors = load_file(path)
     tensors.pop(next(iter(tensors)))
     save_file(tensors, path)
-    (folder / RECORD_FILE).unlink()  # by which the change would be noticed before
+    (folder / FILE_LIST).unlink()  # by which the change would be noticed before
     with pytest.raises(CheckpointError, match="does not fit the model; 1 tensors are missing"):
         loaded((folder, VICUNA), device="cuda", device_map=spread("disk", newline=False), **offload(tmp_path))
