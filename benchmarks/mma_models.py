@@ -34,7 +34,7 @@ def settings_of(kind: str) -> MmaConfig:
 
 
 def build(size: Size, kind: str | None, device: torch.device, dtype: torch.dtype) -> Any:
-    """The decoder, with adapters of a kind whose ways up are not zero, or without; the base is frozen."""
+    """The decoder, with adapters of a kind whose up-projections are not zero, or without; the base is frozen."""
     model = sparse_models.build(size, None, device, dtype).requires_grad_(False)
     if kind is not None:
         model.extensions.attach(model, MmaExtension(), settings_of(kind).to_dict())

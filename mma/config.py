@@ -56,13 +56,13 @@ class MmaConfig(CheckedConfig):
     """Hidden width h of the adapters."""
 
     adapter_groups: int = 2
-    """Groups g of the way up; 2 in the original."""
+    """Groups g of the up-projection; 2 in the original."""
 
     adapter_scale: float = 1.0
     """Factor of the update of a routed adapter; plain ones ignore it, as in the original."""
 
     temperature: float = 10.0
-    """Of the softmax over the two ways up."""
+    """Of the softmax over the two up-projections."""
 
     adapter_dropout: float = 0.1
     """Probability of dropping an entry of an adapter's hidden state in training."""

@@ -1,8 +1,8 @@
 """The mathematics of LaVIN (arXiv 2305.15023): the re-parameterisable adapter, plain and routed.
 
 An adapter is a linear bottleneck without activation in front of a linear layer, so it can be folded into that layer.
-The routed one has two ways up and mixes them by a softmax over two weights, one pair per sample. Parameters are those
-of `RepAdapter` and `RepAdapter_Router` in `lavin/mm_adapter.py`: 1x1 convolutions, kept so that checkpoints load.
+The routed one has two up-projections and mixes them by a softmax over two weights, one pair per sample. Parameters are
+those of `RepAdapter` and `RepAdapter_Router` in `lavin/mm_adapter.py`: 1x1 convolutions, kept so that checkpoints load.
 Imports torch alone.
 
 Shape letters: B batch, L sequence length, D width, h hidden width of an adapter, g groups.
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PATHS = 2
-"""Number of ways up that the routed adapter mixes."""
+"""Number of up-projections that the routed adapter mixes."""
 
 
 class PointwiseConv(nn.Conv1d):
@@ -96,7 +96,7 @@ class RepAdapter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw A by Xavier's rule; biases and the way up are zero, so the adapter starts as zero."""
+        """Draw A by Xavier's rule; biases and the up-projection are zero, so the adapter starts as zero."""
         nn.init.xavier_uniform_(self.conv_A.weight)
         for parameter in (self.conv_A.bias, *self.conv_B.parameters()):
             if parameter is not None:
@@ -121,7 +121,7 @@ class RoutedRepAdapter(RepAdapter):
         groups: g.
         scale: factor of the update.
         temperature: of the softmax that gives the weights r.
-        dropout: one mask serves both ways up.
+        dropout: one mask serves both up-projections.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class RoutedRepAdapter(RepAdapter):
         return x + update.to(x.dtype)
 
     def mixed_up(self, routing: Tensor) -> Tensor:
-        """Both ways up as one for known weights: dense matrices (..., D, h + 1), the bias as last column.
+        """Both up-projections as one for known weights: dense matrices (..., D, h + 1), the bias as last column.
 
         Args:
             routing: (..., 2).
@@ -180,7 +180,7 @@ class RoutedRepAdapter(RepAdapter):
         return torch.einsum("...k,kdh->...dh", factors, torch.stack(paths))
 
     def through(self, x: Tensor, up: Tensor) -> Tensor:
-        """The input with its update by a way up that `mixed_up` gave.
+        """The input with its update by an up-projection that `mixed_up` gave.
 
         Args:
             x: (B, L, D).

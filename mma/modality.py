@@ -3,8 +3,8 @@
 In the original the modality token stands in front of the sequence, sees only itself and is seen by nobody. So what it
 becomes from layer to layer, and with it the routing, depends on the modality alone: two rows of length one say it for
 every batch. In training they go through each layer just before the batch does, with exact gradients. At inference they
-go through once, and the table of weights (layers, modalities, adapters, ways up) serves all sequences until the weights
-it followed from may have changed. Corresponds to `lavin/model.py: Transformer.forward` and `insert_modality`.
+go through once, and the table of weights (layers, modalities, adapters, up-projections) serves all sequences until the
+weights it followed from may have changed. Corresponds to `lavin/model.py: Transformer.forward` and `insert_modality`.
 
 Shape letters: B batch, D width, A adapters of a layer, h hidden width of an adapter.
 """

@@ -20,7 +20,7 @@ BLOCK = MmaConfig(adapter_type="block", visual_adapter_type="router", temperatur
 
 
 def shake(model: Any, seed: int = 7) -> Any:
-    """Give every adapter random ways up, and routers that tell the modalities apart."""
+    """Give every adapter random up-projections, and routers that tell the modalities apart."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(weight: torch.Tensor, scale: float) -> None:

@@ -2,8 +2,8 @@
 
 One base serves all runs, that of `benchmarks/experiments/nlvr_methods`. Base, tower and projector stay frozen, so a run
 differs from another in its adapters alone. The three kinds have as many trained parameters as the LoRA, as nearly as
-their widths allow. "Without router" is the same adapter at a temperature so high that both ways up weigh one half for
-every sample: they start equal, get equal gradients and stay equal, so that the two are one plain adapter.
+their widths allow. "Without router" is the same adapter at a temperature so high that both up-projections weigh one
+half for every sample: they start equal, get equal gradients and stay equal, so that the two are one plain adapter.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from benchmarks.experiments.nlvr_methods.recipe import Recipe as BaseRecipe
 
 SEEDS = (0, 1, 2)
 GROUPS = 2
-"""Groups of the way up, `mma.config.MmaConfig.adapter_groups`."""
+"""Groups of the up-projection, `mma.config.MmaConfig.adapter_groups`."""
 
 NO_ROUTING = 1e12
 """Temperature at which float32 knows no weight but one half."""
 
 
 def plain_parameters(sizes: Sizes, hidden: int) -> int:
-    """One adapter in every decoder layer: down with bias, and one grouped way up with bias."""
+    """One adapter in every decoder layer: down with bias, and one grouped up-projection with bias."""
     down = sizes.width * hidden + hidden
     up = sizes.width * hidden // GROUPS + sizes.width
     return sizes.layers * (down + up)
 
 
 def mma_parameters(sizes: Sizes, hidden: int) -> int:
-    """The same with a second way up and a router for two ways, and an embedding of the two modalities."""
+    """The same with a second up-projection and a router for two ways, and an embedding of the two modalities."""
     up = sizes.width * hidden // GROUPS + sizes.width
     router = 2 * sizes.width + 2
     return plain_parameters(sizes, hidden) + sizes.layers * (up + router) + 2 * sizes.width

@@ -61,10 +61,10 @@ def trained_parameters(checkpoint: Path, effective: bool) -> int:
 
     Args:
         checkpoint: folder of the run.
-        effective: all of them; otherwise the router is idle and the second way up is a copy of the first.
+        effective: all of them; otherwise the router is idle and the second up-projection is a copy of the first.
 
     Raises:
-        CheckpointError: the two ways up of adapters without routing differ, so they had been routed.
+        CheckpointError: the two up-projections of adapters without routing differ, so they had been routed.
     """
     files = [
         path
@@ -80,7 +80,7 @@ def trained_parameters(checkpoint: Path, effective: bool) -> int:
             parts = name.split(".")
             if "conv_D" in parts:
                 if not tensor.equal(tensors[name.replace("conv_D", "conv_B")]):
-                    raise CheckpointError(f"{path}: '{name}' differs from the other way up; it was routed")
+                    raise CheckpointError(f"{path}: '{name}' differs from the other up-projection; it was routed")
             elif not ROUTER & set(parts):
                 total += tensor.numel()
     return total

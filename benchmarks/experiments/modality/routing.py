@@ -1,4 +1,4 @@
-"""What the routers of MMA have learnt: the weight of the first way up for each modality, layer by layer.
+"""What the routers of MMA have learnt: the weight of the first up-projection for each modality, layer by layer.
 
 python -m benchmarks.experiments.modality.routing --model-path RUN --model-base BASE --output ROUTING.json
 
