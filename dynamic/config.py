@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from llava.runtime.checked_config import CheckedConfig
-from llava.runtime.options import option
-from llava.runtime.ranges import COUNT, NOT_NEGATIVE, Range
+from llava.runtime.options import config_of, flags_of, option
+from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range
 
 KEEP_RATE = Range(0, 1, above=True)
 
@@ -42,50 +42,41 @@ class SparseConfig(CheckedConfig):
         "mask_loss_weight": NOT_NEGATIVE,
     }
 
-    use_vision_predictor: bool = True
-    """Drop image tokens."""
+    use_vision_predictor: bool = option("drop image tokens", True)
 
-    vision_keep_rate: float = 0.2
-    """Share of each image's tokens that is kept."""
+    vision_keep_rate: float = option("share of each image's tokens that is kept", 0.2)
 
-    use_text_predictor: bool = True
-    """Switch of both text predictors; each has one of its own besides."""
+    use_text_predictor: bool = option("drop text tokens; False switches both text predictors off", True)
+    """Each of the two text predictors has a switch of its own too."""
 
-    use_output_text_predictor: bool = True
-    """Judge generated tokens: a dropped one is not remembered by the sparse layers."""
+    use_output_text_predictor: bool = option("judge the tokens of the answer", True)
+    """A generated token that is dropped is not remembered by the sparse layers."""
 
-    output_text_keep_rate: float = 0.5
-    """Share of the answer's tokens that training aims at."""
+    output_text_keep_rate: float = option("share of the answer's tokens that is kept", 0.5)
+    """What training aims at; at inference the predictor decides for each token."""
 
-    output_text_len_for_training: int = 50
-    """Answers with fewer tokens are kept whole in training."""
+    output_text_len_for_training: int = option("answers with fewer tokens are kept whole in training", 50)
 
-    use_instruct_predictor: bool = True
-    """Judge the tokens of the last instruction."""
+    use_instruct_predictor: bool = option("judge the tokens of the last instruction", True)
 
-    instruct_keep_rate: float = 0.7
-    """Share of the last instruction's tokens that training aims at."""
+    instruct_keep_rate: float = option("share of the last instruction's tokens that is kept", 0.7)
+    """What training aims at, as above."""
 
-    instruct_len_for_training: int = 25
-    """Instructions with fewer tokens are kept whole in training."""
+    instruct_len_for_training: int = option("instructions with fewer tokens are kept whole in training", 25)
 
-    sparse_layer: int = 2
-    """First decoder layer that works on kept tokens only; the predictors see its input. Layers count from 0."""
+    sparse_layer: int = option("first decoder layer, counted from 0, that works on kept tokens only", 2)
+    """The predictors see its input."""
 
-    d_model: int = 512
-    """Width d of the predictors."""
+    d_model: int = option("width of the predictors", 512)
+    """Called d where shapes are given."""
 
-    nhead: int = 8
-    """Attention heads of the vision predictor."""
+    nhead: int = option("attention heads of the vision predictor", 8)
 
-    dim_feedforward: int = 2048
-    """Inner width of the vision predictor's feed-forward layers."""
+    dim_feedforward: int = option("inner width of the vision predictor's feed-forward layers", 2048)
 
-    num_layers: int = 2
-    """Transformer blocks of the vision predictor."""
+    num_layers: int = option("transformer blocks of the vision predictor", 2)
 
-    mask_loss_weight: float = 100.0
-    """Factor of the keep-rate losses."""
+    mask_loss_weight: float = option("weight of the keep-rate losses", 100.0)
 
     def _out_of_range(self) -> list[str]:
         problems = super()._out_of_range()
@@ -107,28 +98,16 @@ class SparseConfig(CheckedConfig):
         return self.use_text_predictor and self.use_instruct_predictor
 
 
-@dataclass
+@flags_of(SparseConfig, after={"dynamic": [item.name for item in dataclasses.fields(SparseConfig)]})
 class SparseOptions:
-    """Options of Dynamic-LLaVA, with the original's names, types and defaults; `dynamic` switches them on."""
+    """Options of Dynamic-LLaVA, with the original's names, types and defaults; `dynamic` switches them on.
+
+    Every field of `SparseConfig` is one.
+    """
 
     _argument_group_name: ClassVar[str] = "Dynamic-LLaVA"
 
     dynamic: bool = option("train predictors that drop vision and text tokens (llava.train.train_sparse: True)", False)
-    use_vision_predictor: bool = option("drop image tokens", True)
-    vision_keep_rate: float = option("share of each image's tokens that is kept", 0.2)
-    use_text_predictor: bool = option("drop text tokens; False switches both text predictors off", True)
-    use_output_text_predictor: bool = option("judge the tokens of the answer", True)
-    output_text_keep_rate: float = option("share of the answer's tokens that is kept", 0.5)
-    output_text_len_for_training: int = option("answers with fewer tokens are kept whole in training", 50)
-    use_instruct_predictor: bool = option("judge the tokens of the last instruction", True)
-    instruct_keep_rate: float = option("share of the last instruction's tokens that is kept", 0.7)
-    instruct_len_for_training: int = option("instructions with fewer tokens are kept whole in training", 25)
-    sparse_layer: int = option("first decoder layer, counted from 0, that works on kept tokens only", 2)
-    d_model: int = option("width of the predictors", 512)
-    nhead: int = option("attention heads of the vision predictor", 8)
-    dim_feedforward: int = option("inner width of the vision predictor's feed-forward layers", 2048)
-    num_layers: int = option("transformer blocks of the vision predictor", 2)
-    mask_loss_weight: float = option("weight of the keep-rate losses", 100.0)
     gumbel_start_tau: float = option("temperature of the Gumbel-softmax at the first step", 1.0)
     gumbel_end_tau: float = option("temperature that it falls to, exponentially", 0.1)
     predictor_lr: float = option("learning rate of the predictors", 3e-4)
@@ -140,4 +119,14 @@ class SparseOptions:
         Raises:
             ValueError: a value is refused.
         """
-        return SparseConfig(**{item.name: getattr(self, item.name) for item in dataclasses.fields(SparseConfig)})
+        return config_of(SparseConfig, self)
+
+
+FLAG_RANGES: Mapping[str, Range] = {
+    **SparseConfig.ranges,
+    "gumbel_start_tau": POSITIVE,
+    "gumbel_end_tau": POSITIVE,
+    "predictor_lr": NOT_NEGATIVE,
+    "predictor_weight_decay": NOT_NEGATIVE,
+}
+"""What the numbers of `SparseOptions` may be; `SparseConfig` checks what depends on several."""

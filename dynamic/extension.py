@@ -18,39 +18,18 @@ from dynamic import inference
 from dynamic import model as sparse_model
 from dynamic import original as convert
 from dynamic.attention import interface
-from dynamic.config import SparseConfig, SparseOptions
+from dynamic.config import FLAG_RANGES, SparseConfig, SparseOptions
 from dynamic.statistics import KeepStatistics
 from dynamic.training import MaskedPass, TemperatureSchedule
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, Extension, ImportedState, ParameterGroup, RunOptions
 from llava.model.language_model.decoder import layer_kinds
 from llava.runtime import checkpointing
-from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range, check_ranges
+from llava.runtime.ranges import check_ranges
 from llava.segments import DecoderState, MultimodalInputs
 
 if TYPE_CHECKING:
     from transformers import Cache, TrainerCallback
-
-
-KEEP_RATE = Range(0, 1, above=True)
-RANGES = {
-    "vision_keep_rate": KEEP_RATE,
-    "output_text_keep_rate": KEEP_RATE,
-    "instruct_keep_rate": KEEP_RATE,
-    "output_text_len_for_training": NOT_NEGATIVE,
-    "instruct_len_for_training": NOT_NEGATIVE,
-    "sparse_layer": COUNT,
-    "d_model": COUNT,
-    "nhead": COUNT,
-    "dim_feedforward": COUNT,
-    "num_layers": NOT_NEGATIVE,
-    "mask_loss_weight": NOT_NEGATIVE,
-    "gumbel_start_tau": POSITIVE,
-    "gumbel_end_tau": POSITIVE,
-    "predictor_lr": NOT_NEGATIVE,
-    "predictor_weight_decay": NOT_NEGATIVE,
-}
-"""What the numbers of `SparseOptions` may be; `SparseConfig` checks what depends on several."""
 
 
 class DynamicExtension(Extension):
@@ -86,7 +65,7 @@ class DynamicExtension(Extension):
                 f"--attn_implementation {args.model.attn_implementation}: --dynamic trains with an attention of its "
                 "own, which is as lean; leave the flag out"
             )
-        check_ranges(options, RANGES)
+        check_ranges(options, FLAG_RANGES)
         try:
             return options.config().to_dict()
         except ValueError as error:

@@ -163,12 +163,14 @@ class OriginalOptions:
     """
 
     use_lora: bool = option("train LoRA (and routed MLP blocks, see --llm_moe) instead of the language model", False)
-    lora_rank: int = option("rank of the LoRA on --lora_modules and of the experts", 64)
+    lora_rank: int = option("rank of the LoRA on --lora_modules and of the experts", RoutedMLPConfig.rank)
     lora_modules: str = option("linear layers of the decoder that get LoRA, by comma", "q_proj,k_proj,v_proj,o_proj")
     llm_moe: bool = option("replace every MLP of the decoder by a routed block; needs --use_lora True", True)
-    dense_moe: bool = option("weight all experts by the router (True) or use the most probable one (False)", True)
-    llm_moe_num_experts: int = option("experts per routed block", 3)
-    moe_balance_w: float = option("weight of the expert-balance loss; 0: none", 0.05)
+    dense_moe: bool = option(
+        "weight all experts by the router (True) or use the most probable one (False)", RoutedMLPConfig.dense
+    )
+    llm_moe_num_experts: int = option("experts per routed block", RoutedMLPConfig.experts)
+    moe_balance_w: float = option("weight of the expert-balance loss; 0: none", RoutedMLPConfig.balance_weight)
     vit_trainable: str = option("refused unless empty: the original never reads it", "")
 
 
@@ -188,5 +190,6 @@ class HydraLoraOptions(OriginalOptions):
     hydralora_dropout: float | None = option("dropout before them; none given: --lora_dropout")
     hydralora_num_experts: int | None = option("experts per projection; none given: --llm_moe_num_experts")
     hydralora_balance_w: float = option(
-        "weight of an expert-balance loss over the decoder's attention layers; 0: none, as in the paper", 0.0
+        "weight of an expert-balance loss over the decoder's attention layers; 0: none, as in the paper",
+        RoutedLinearConfig.balance_weight,
     )

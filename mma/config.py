@@ -6,13 +6,12 @@ has a flag of its own for (features of the tower, projector, normalisation of pi
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from llava.runtime.checked_config import CheckedConfig
-from llava.runtime.options import option
+from llava.runtime.options import config_of, flags_of, option
 from llava.runtime.ranges import COUNT, POSITIVE, PROBABILITY, Range
 
 ADAPTER_TYPES = ("attn", "block", "none")
@@ -46,29 +45,28 @@ class MmaConfig(CheckedConfig):
         "drop_path": PROBABILITY,
     }
 
-    adapter_type: str = "attn"
+    adapter_type: str = option("routed adapters before attention (attn), before the MLP too (block), or none", "attn")
     """One of `ADAPTER_TYPES`."""
 
-    visual_adapter_type: str = "normal"
+    visual_adapter_type: str = option(
+        "adapters in the vision tower: normal (plain), router, router_block (before the MLP too), or none", "normal"
+    )
     """One of `VISUAL_ADAPTER_TYPES`."""
 
-    adapter_dim: int = 8
-    """Hidden width h of the adapters."""
+    adapter_dim: int = option("hidden width of the adapters", 8)
+    """Called h where shapes are given."""
 
     adapter_groups: int = 2
     """Groups g of the up-projection; 2 in the original."""
 
-    adapter_scale: float = 1.0
-    """Factor of the update of a routed adapter; plain ones ignore it, as in the original."""
+    adapter_scale: float = option("factor of the update of a routed adapter", 1.0)
+    """Plain adapters ignore it, as in the original."""
 
-    temperature: float = 10.0
-    """Of the softmax over the two up-projections."""
+    temperature: float = option("temperature of the softmax that mixes the two ways of an adapter", 10.0)
 
-    adapter_dropout: float = 0.1
-    """Probability of dropping an entry of an adapter's hidden state in training."""
+    adapter_dropout: float = option("dropout inside the adapters in training", 0.1)
 
-    drop_path: float = 0.0
-    """Probability of skipping attention or MLP of a decoder layer for a whole sample in training."""
+    drop_path: float = option("probability of skipping attention or MLP of a layer for a sample in training", 0.0)
 
     shifted_decoding: bool = False
     """Give every token that follows on a cache the position before its own, as the original's generation does."""
@@ -108,24 +106,21 @@ class MmaConfig(CheckedConfig):
         return {"none": 0, "normal": 1, "router": 1, "router_block": 2}[self.visual_adapter_type]
 
 
-@dataclass
+@flags_of(
+    MmaConfig,
+    after={
+        "mma": ("adapter_type", "visual_adapter_type", "adapter_dim", "adapter_scale", "temperature"),
+        "n_prompt": ("drop_path", "adapter_dropout"),
+    },
+)
 class MmaOptions:
-    """Options of Mixture-of-Modality Adaptation; `mma` switches them on."""
+    """Options of Mixture-of-Modality Adaptation, some of them fields of `MmaConfig`; `mma` switches them on."""
 
     _argument_group_name: ClassVar[str] = "Mixture-of-Modality Adaptation (LaVIN)"
 
     mma: bool = option("train adapters mixed by the modality of a sample; the language model is frozen", False)
-    adapter_type: str = option("routed adapters before attention (attn), before the MLP too (block), or none", "attn")
-    visual_adapter_type: str = option(
-        "adapters in the vision tower: normal (plain), router, router_block (before the MLP too), or none", "normal"
-    )
-    adapter_dim: int = option("hidden width of the adapters", 8)
-    adapter_scale: float = option("factor of the update of a routed adapter", 1.0)
-    temperature: float = option("temperature of the softmax that mixes the two ways of an adapter", 10.0)
     hidden_proj: int = option("hidden width of the projector that --visual_input lavin puts behind the tower", 128)
     n_prompt: int = option("accepted for compatibility: training never reads it, in the original either", 10)
-    drop_path: float = option("probability of skipping attention or MLP of a layer for a sample in training", 0.0)
-    adapter_dropout: float = option("dropout inside the adapters in training", 0.1)
     visual_input: str = option(
         "lavin: the class token after every fourth block of the tower through a narrow projector, whole images, "
         "ImageNet's mean and deviation; llava: what the other flags say",
@@ -138,6 +133,8 @@ class MmaOptions:
         Raises:
             ValueError: a value is refused.
         """
-        own = {item.name for item in dataclasses.fields(self)}
-        names = [item.name for item in dataclasses.fields(MmaConfig) if item.name in own]
-        return MmaConfig(**{name: getattr(self, name) for name in names})
+        return config_of(MmaConfig, self)
+
+
+FLAG_RANGES: Mapping[str, Range] = {**MmaConfig.ranges, "hidden_proj": COUNT}
+"""What the numbers of `MmaOptions` may be; `MmaConfig` checks what depends on several."""

@@ -19,23 +19,13 @@ from torch import Tensor, nn
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, Extension, RunOptions
 from llava.runtime import checkpointing
-from llava.runtime.ranges import COUNT, POSITIVE, PROBABILITY, check_ranges
+from llava.runtime.ranges import check_ranges
 from llava.segments import DecoderState, MultimodalInputs
 from mma import cache, modality
 from mma import model as adapted_model
-from mma.config import VISUAL_INPUTS, MmaConfig, MmaOptions
+from mma.config import FLAG_RANGES, VISUAL_INPUTS, MmaConfig, MmaOptions
 from mma.decoder_layer import ROUTING
 from mma.modality import Routing, Table, Witness
-
-RANGES = {
-    "adapter_dim": COUNT,
-    "adapter_scale": POSITIVE,
-    "temperature": POSITIVE,
-    "hidden_proj": COUNT,
-    "drop_path": PROBABILITY,
-    "adapter_dropout": PROBABILITY,
-}
-"""What the numbers of `MmaOptions` may be; `MmaConfig` checks what depends on several."""
 
 
 class MmaExtension(Extension):
@@ -69,7 +59,7 @@ class MmaExtension(Extension):
                 f"--visual_adapter_type {options.visual_adapter_type}: there is no tower to be adapted; give "
                 "--vision_tower, or pass --visual_adapter_type none"
             )
-        check_ranges(options, RANGES)
+        check_ranges(options, FLAG_RANGES)
         try:
             config = options.config().to_dict()
         except ValueError as error:

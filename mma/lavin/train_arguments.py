@@ -20,10 +20,10 @@ from transformers.hf_argparser import string_to_bool
 from llava.errors import FlagError
 from llava.runtime import checkpointing
 from llava.runtime.places import Input, folder_problems
-from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, Range, range_problems
+from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range, range_problems
 from llava.train.arguments import parse_args as parse_llava
 from llava.train.options import RunArguments
-from mma.config import TOWER
+from mma.config import FLAG_RANGES, TOWER
 from mma.lavin.data.instructions import MIXTURE_FILE
 from mma.lavin.data.scienceqa import IMAGES_FOLDER, PROBLEMS_FILE, SPLITS_FILE
 from mma.lavin.schedule import Schedule, absolute_learning_rate
@@ -61,11 +61,7 @@ RANGES = {
     "accum_iter": COUNT,
     "seed": Range(0, 2**32 - 1),
     "num_workers": NOT_NEGATIVE,
-    "adapter_dim": COUNT,
-    "hidden_proj": COUNT,
-    "temperature": POSITIVE,
-    "adapter_scale": POSITIVE,
-    "drop_path": PROBABILITY,
+    **FLAG_RANGES,
     "weight_decay": NOT_NEGATIVE,
     "lr": Range(0, above=True, hint="leave it out to have it follow from --blr"),
     "blr": POSITIVE,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from mma.config import TOWER
+from mma.config import TOWER, MmaConfig
 from mma.lavin.data.prompts import FORMATS, OPTIONS
 from mma.lavin.weights.base import AUTO, VICUNA_CHOICES, VICUNA_HELP
 
@@ -50,20 +50,31 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--llm_model", type=str, default="7B", help="name of the folder of the LLaMA weights")
     add("--use_vicuna", action="store_true", help="start from vicuna_<llm_model>, full weights or the difference")
     add("--vicuna_weights", choices=VICUNA_CHOICES, default=AUTO, help=VICUNA_HELP)
-    add("--adapter_type", type=str, default="attn", choices=["block", "attn"], help="adapters of the decoder layers")
+    add(
+        "--adapter_type",
+        type=str,
+        default=MmaConfig.adapter_type,
+        choices=["block", "attn"],
+        help="adapters of the decoder layers",
+    )
     add(
         "--visual_adapter_type",
         type=str,
-        default="normal",
+        default=MmaConfig.visual_adapter_type,
         choices=["normal", "router", "router_block"],
         help="adapters of the vision tower",
     )
-    add("--adapter_dim", type=int, default=8, help="hidden width of the adapters")
+    add("--adapter_dim", type=int, default=MmaConfig.adapter_dim, help="hidden width of the adapters")
     add("--hidden_proj", type=int, default=128, help="hidden width of the projector")
-    add("--temperature", type=float, default=10.0, help="temperature of the routing")
+    add("--temperature", type=float, default=MmaConfig.temperature, help="temperature of the routing")
     add("--n_prompt", type=int, default=10, help="without effect: the original never reads it in training")
-    add("--adapter_scale", type=float, default=1.0, help="factor of the update of a routed adapter")
-    add("--drop_path", type=float, default=0.0, help="probability of skipping a part of a layer for a sample")
+    add("--adapter_scale", type=float, default=MmaConfig.adapter_scale, help="factor of the update of a routed adapter")
+    add(
+        "--drop_path",
+        type=float,
+        default=MmaConfig.drop_path,
+        help="probability of skipping a part of a layer for a sample",
+    )
     add("--max_seq_len", type=int, default=512, help="positions of a sample, the modality token included")
 
 
