@@ -43,7 +43,9 @@ def flags_of(config: type, after: Mapping[str, Sequence[str]]) -> Callable[[type
         own = dict(options.__annotations__)
         taken = [name for names in after.values() for name in names]
         wrong = sorted({*after} - {*own}) + sorted(
-            name for name in taken if name in own or taken.count(name) > 1 or "help" not in shared[name].metadata
+            name
+            for name in taken
+            if name in own or name not in shared or taken.count(name) > 1 or "help" not in shared[name].metadata
         )
         if wrong:
             raise ValueError(f"{options.__name__} with the options of {config.__name__}: {wrong} do not fit")
