@@ -13,17 +13,17 @@ from hydralora.config import PARTS, HydraLoraOptions, HydraLoraSettings, RoutedL
 from hydralora.linears import INPUTS, OUTPUTS
 from llava.errors import FlagError
 from llava.runtime import checkpointing
-from llava.runtime.ranges import POSITIVE, PROBABILITY, check_ranges
+from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, check_ranges
 
 RANGES = {
-    "lora_rank": RoutedMLPConfig.ranges["rank"],
-    "llm_moe_num_experts": RoutedMLPConfig.ranges["experts"],
-    "moe_balance_w": RoutedMLPConfig.ranges["balance_weight"],
-    "hydralora_rank": RoutedLinearConfig.ranges["rank"],
+    "lora_rank": COUNT,
+    "llm_moe_num_experts": COUNT,
+    "moe_balance_w": NOT_NEGATIVE,
+    "hydralora_rank": COUNT,
     "hydralora_alpha": POSITIVE,
     "hydralora_dropout": PROBABILITY,
-    "hydralora_num_experts": RoutedLinearConfig.ranges["experts"],
-    "hydralora_balance_w": RoutedLinearConfig.ranges["balance_weight"],
+    "hydralora_num_experts": COUNT,
+    "hydralora_balance_w": NOT_NEGATIVE,
 }
 """What the numbers of `HydraLoraOptions` may be."""
 

@@ -38,14 +38,13 @@ class Extension:
     edits: tuple[Edit, ...]
 
 
-COMMON_MODULES = (
-    *(
-        f"moe_patch.payload{name}"
-        for name in ("", ".adapters", ".extension", ".folders", ".gradients", ".saving", ".seams")
-    ),
-    # What configurations are made of; the standard library alone.
-    *("llava.errors", "llava.runtime.checked_config", "llava.runtime.options", "llava.runtime.ranges"),
+COMMON_MODULES = tuple(
+    f"moe_patch.payload{name}"
+    for name in ("", ".adapters", ".extension", ".folders", ".gradients", ".saving", ".seams")
 )
+
+CONFIG_MODULES = ("llava.errors", "llava.runtime.checked_config", "llava.runtime.options", "llava.runtime.ranges")
+"""What a configuration is made of; the standard library alone."""
 
 IMPORT = (f"from {PACKAGE.rpartition('.')[0]} import {PACKAGE.rpartition('.')[2]}",)
 
@@ -191,6 +190,7 @@ EXTENSIONS = {
                 "moe_patch.payload.mma_glue",
                 "moe_patch.payload.modalities",
                 *(f"mma.{name}" for name in ("config", "decoder_layer", "layer", "modality", "model")),
+                *CONFIG_MODULES,
             ),
             (*COMMON, *BESIDE_TOWER),
         ),

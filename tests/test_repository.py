@@ -135,6 +135,17 @@ def test_only_extension_py_knows_the_seams_of_llava(path: Path) -> None:
     assert not foreign, f"{_id(path)} imports {foreign}; only extension.py may"
 
 
+BY_UPSTREAM = [
+    ROOT / "hydralora" / f"{name}.py" for name in ("config", "layer", "model", "moe_args", "original", "patch")
+]
+"""What `hydralora.patch_llava` needs of this project, where `llava` is upstream's."""
+
+
+@_each(BY_UPSTREAM)
+def test_what_patches_an_object_of_upstreams_needs_no_llava_of_ours(path: Path) -> None:
+    assert "llava" not in _imported_packages(path)
+
+
 @_each(METHODS)
 def test_methods_do_without_their_programs(path: Path) -> None:
     assert not [name for name in imported_modules(path) if _within(name, ["mma.lavin", "dynamic.visualize"])]
@@ -211,6 +222,9 @@ def test_files_are_written_whole_in_one_way() -> None:
     assert len(ours["llava/runtime/output.py"]) == 1
 
 
+STANDALONE = "hydralora/config.py"
+"""Has its own: it runs next to upstream's `llava`, which has no `llava.runtime`, without being carried there."""
+
 DEFINED_ONCE = {
     "the check of a configuration's values": ("llava/runtime/checked_config.py", r"^    def _wrong_types\("),
     "the option of a command line": ("llava/runtime/options.py", r"^def _?option\("),
@@ -220,7 +234,7 @@ DEFINED_ONCE = {
 @pytest.mark.parametrize(("module", "pattern"), DEFINED_ONCE.values(), ids=DEFINED_ONCE)
 def test_what_every_package_needs_is_defined_once(module: str, pattern: str) -> None:
     found = {_id(path): len(re.findall(pattern, path.read_text("utf-8"), re.MULTILINE)) for path in MODULES}
-    assert {name: count for name, count in found.items() if count} == {module: 1}
+    assert {name: count for name, count in found.items() if count} == {module: 1, STANDALONE: 1}
 
 
 @_each(MODULES)
