@@ -7,7 +7,7 @@ configuration with a wrong size may ask for terabytes. So the files' own descrip
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,9 @@ def read_base(cls: Any, source: str | Path, config: Any, **options: Any) -> tupl
             f"{_file_of(entries, name, source)}: '{name}' has shape {tuple(stored)}, but {folder / 'config.json'} asks "
             f"for {tuple(wanted)}"
         )
-    check_model(model, entries, source)
-    return model, set(report["missing_keys"])
+    missing = set(report["missing_keys"])
+    check_model(model, entries, source, missing)
+    return model, missing
 
 
 def _stays_on_device(settings: Any) -> bool:
@@ -138,15 +139,20 @@ def check_fit(cls: Any, config: Any, entries: Mapping[str, Entry], folder: Path)
             )
 
 
-def check_model(model: nn.Module, entries: Mapping[str, Entry], source: str | Path) -> None:
+def check_model(
+    model: nn.Module, entries: Mapping[str, Entry], source: str | Path, missing: Collection[str] = ()
+) -> None:
     """Refuse a model whose weights are not all finite.
 
-    Weights in memory are looked at there; those that were quantised, or are left on the disk, in their files.
+    Weights in memory are looked at there; those that were quantised, or are left on the disk, in their files. Weights
+    that are `missing` from the files may be uninitialized memory, which the caller fills or refuses.
 
     Raises:
         CheckpointError: names the file and the weight.
     """
     for name, weight in model.named_parameters():
+        if name in missing:
+            continue
         entry = entries.get(name)
         value: Tensor | None = getattr(weight, "ds_tensor", weight).detach()  # ZeRO-3: this process's share
         if not value.is_floating_point() or value.is_meta:

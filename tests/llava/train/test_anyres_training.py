@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,19 @@ def test_checkpoint_is_the_trained_model(merge_type: str, options: dict[str, Any
         assert (loss_of(loaded, batch) - expected).abs() > 1e-4, "the newline vector is used"
 
 
+@pytest.fixture
+def memory_of_nan() -> Iterator[None]:
+    """New memory holds NaN, not what happened to be there."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("memory_of_nan")
 def test_export_to_the_original_layout(tmp_path: Path) -> None:
+    """The base has no `image_newline`: until the checkpoint's is read, it is new memory."""
     main(anyres(tmp_path / "run", "spatial_unpad", **LORA))
     exported = export_original(tmp_path / "run", tmp_path / "original")
     _, ours, _, _ = load_pretrained_model(str(tmp_path / "run"), device="cpu")
