@@ -4,7 +4,7 @@ Corresponds to `cache_utils.py` of the original, which lets attention see the pa
 dense layers below the sparse one store every position in transformers' own layers. From the sparse layer on each sample
 has its own number of tokens; they stand at the front of the tensors, which are as long as the longest sample needs.
 
-Shape letters: B batch, K key heads, S stored positions (the longest sample's), n new positions, C width of a head.
+Shape letters: B batch, K key heads, S stored positions (of the longest sample), n new positions, C width of a head.
 """
 
 from __future__ import annotations
