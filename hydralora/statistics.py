@@ -1,4 +1,4 @@
-"""Who does the work: the share of each expert and the entropy of the routing, over all and by task.
+"""Expert utilization: the share of each expert and the entropy of the routing, over all and by task.
 
 The numbers behind the paper's question whether experts specialise; logged while training and collected for analysis.
 """
@@ -14,7 +14,7 @@ from hydralora.layer import Routing
 
 
 class RoutingStatistics:
-    """Share of each expert and entropy of the routing, over all blocks and valid tokens since the last `pop`."""
+    """Expert utilization: shares and entropy of the routing, over all blocks and valid tokens since the last `pop`."""
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None  # (E + 2,): tokens per expert, entropy, tokens; float32 on the model's device

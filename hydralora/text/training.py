@@ -168,7 +168,7 @@ def require_adapter(checkpoint: Path) -> None:
 
 
 class HydraLoraTrainer(ResumableTrainer):
-    """Trainer that adds the balance loss and logs the share of each expert, by task where the data has tasks."""
+    """Trainer that adds the balance loss and logs expert utilization, by task where the data has tasks."""
 
     def __init__(self, *, balance_weight: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
