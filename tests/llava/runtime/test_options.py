@@ -6,7 +6,7 @@ import ast
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import pytest
 from transformers import HfArgumentParser
@@ -106,11 +106,13 @@ def test_no_option_is_written_twice(config: type, options: type, file: str) -> N
     flags = {item.name: item for item in dataclasses.fields(options)}
     assert {"dynamic": 15, "mma": 7}[file.partition("/")[0]] == len(both := shared.keys() & flags.keys())
     assert all(_same(shared[name]) == _same(flags[name]) for name in both)
+    types, flag_types = get_type_hints(config), get_type_hints(options)  # a parser resolves `Field.type` in place
+    assert all(types[name] == flag_types[name] for name in both)
     assert options().config() == config()
 
 
 def _same(item: Any) -> tuple[Any, ...]:
-    return item.name, item.type, item.default, dict(item.metadata)
+    return item.name, item.default, dict(item.metadata)
 
 
 def test_other_names_have_the_defaults_of_the_configuration() -> None:
