@@ -97,7 +97,7 @@ def fade_dropped(kept_image: KeptImage) -> Image.Image:
 
 
 def draw_sheet(images: Sequence[KeptImage], passages: Sequence[Passage], *, side: int = 336) -> Image.Image:
-    """One figure of everything: each image beside what is kept of it, and below the words, dropped ones crossed out.
+    """One figure of everything: each image next to what is kept of it; below, the words, dropped ones crossed out.
 
     Args:
         images: images of the prompt.

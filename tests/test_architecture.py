@@ -139,3 +139,13 @@ def test_the_numbers_are_those_of_the_code() -> None:
     assert written == counted, f"docs/architecture.md, 'In numbers': {counted}"
     assert f"`{fullest.relative_to(ROOT).as_posix()}`" in rows[2][0]
     assert all(int(now) <= int(limit) for _, now, limit in rows)
+
+
+@pytest.mark.parametrize("package", ["hydralora", "dynamic", "mma"])
+def test_the_table_of_files_in_a_readme_is_that_of_the_folder(package: str) -> None:
+    """Each row of `| file | answers |` begins with files of the package, or folders of it."""
+    text = (ROOT / package / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| file | answers |\n")[2].partition("\n\n")[0]
+    named = [name for row in table.splitlines()[1:] for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert len(named) > 10
+    assert not [name for name in named if not (ROOT / package / name).exists()]

@@ -1,1 +1,1 @@
-"""From a LLaVA data file to batches: rows, images, tokens, labels, sampling."""
+"""From a LLaVA data file to batches: rows, images, tokens, labels."""

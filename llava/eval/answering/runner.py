@@ -1,6 +1,6 @@
 """Answers questions in batches: tasks, prompts, length-sorted batches, left-padded `generate`, answers file.
 
-All programs that write an answers file share this, through `program.py` (upstream repeats the loop in `model_vqa.py`,
+All programs that write an answers file share this, through `options.py` (upstream repeats the loop in `model_vqa.py`,
 `model_vqa_loader.py`, `model_vqa_science.py` and `model_vqa_mmbench.py`, one question at a time). A program brings its
 tasks, a way to open an image, and the row of an answer.
 """

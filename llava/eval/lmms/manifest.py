@@ -1,7 +1,7 @@
 """Makes our models known to lmms-eval: `python -m lmms_eval --model llava_extensions --model_args pretrained=FOLDER`.
 
 lmms-eval calls `manifest` through the entry point in `pyproject.toml` each time it starts, so nothing large is imported
-here. The model is in `lmms_model.py`.
+here. The model is in `model.py`.
 """
 
 from __future__ import annotations
