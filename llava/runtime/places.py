@@ -1,8 +1,9 @@
 """Whether an output falls on an input: the one place where that is decided, for every program.
 
 A folder that a run writes into must not be an input folder, lie inside one or contain one; a file that a program writes
-must not be a file that it reads. Links, relative paths and other spellings of a place are seen through. A path that is
-empty, or that is a folder of the whole machine, is refused as well: it stands for an unset variable.
+must not be a file that it reads. Inside a folder of images, a folder of the run's own is fine: nothing is read from it.
+Links, relative paths and other spellings of a place are seen through. A path that is empty, or that is a folder of the
+whole machine, is refused as well: it stands for an unset variable.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava.errors import FlagError
+
+RUN_FILE = "run.json"
+"""Record of a run, in its output folder; makes a folder known as one that a run writes into."""
 
 OPEN_CLIP = "open_clip:"
 """Prefix of a tower's name whose path comes after the architecture."""
@@ -25,12 +29,13 @@ class Input:
     Attributes:
         flag: option that names it, for messages.
         path: file, folder, or name on a model hub; None or empty: not given.
-        is_linked: whether the first level of the folder may consist of links to other folders, as that of images.
+        has_images: whether it is a folder of images, of which only those are read that the data names, and whose first
+            level may consist of links to other folders.
     """
 
     flag: str
     path: str | Path | None
-    is_linked: bool = False
+    has_images: bool = False
 
     @property
     def place(self) -> Path | None:
@@ -99,18 +104,25 @@ def folder_problem(output: str | Path | None) -> str | None:
     return None if found is None else f"{found}, and a run replaces and deletes files in its folder; name a new one"
 
 
+def _is_own(output: Path) -> bool:
+    """Whether a folder belongs to a run alone: there is nothing yet, or what a run with a record has written."""
+    if not output.exists():
+        return True
+    return output.is_dir() and ((output / RUN_FILE).is_file() or not any(output.iterdir()))
+
+
 def _relation(output: Path, one: Input) -> str | None:
     place = one.place
     if place is None:
         return None
     if same_place(output, place):
         return "is also"
-    if is_inside(output, place):
-        return "lies inside"
     if place.exists() and is_inside(place, output):
         return "contains"
-    if one.is_linked and any(same_place(output, link) or is_inside(output, link) for link in _linked_folders(place)):
+    if one.has_images and any(same_place(output, link) or is_inside(output, link) for link in _linked_folders(place)):
         return "lies behind a link in"
+    if is_inside(output, place) and not (one.has_images and _is_own(output)):
+        return "lies inside"
     return None
 
 

@@ -17,7 +17,7 @@ def inputs_of(args: RunArguments) -> list[Input]:
         Input("--vision_tower", _found_tower(args)),
         Input("--pretrain_mm_mlp_adapter", model.pretrain_mm_mlp_adapter),
         *(Input("--data_path", path) for path in data.data_path or []),
-        Input("--image_folder", data.image_folder, is_linked=True),
+        Input("--image_folder", data.image_folder, has_images=True),
     ]
 
 

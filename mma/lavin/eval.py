@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> ScienceQAScore:
         raise FlagError("--use_caption: say where the captions are by --caption_file")
     data = read_split(args.data_root, args.split, args.caption_file if args.use_caption else None)
     tasks = tasks_of(data, args.prompt_format, args.options)[: args.limit]
-    images, root = Input("the images", data.image_folder, is_linked=True), Input("--data_root", args.data_root)
+    images, root = Input("the images", data.image_folder, has_images=True), Input("--data_root", args.data_root)
     folder = output_folder(args, f"scienceqa-{args.split}", [images], [root])
     with joined() as processes:
         answers = answer_all(args, given, tasks, data.image_folder, folder, options, processes)

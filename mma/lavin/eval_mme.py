@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, TaskScore]:
     if others:
         print(f"{args.root_dir_}: not a subset, left out: {', '.join(others)}")
     questions = questions[: args.limit and args.limit + args.limit % 2]  # both questions about an image
-    folder = output_folder(args, "mme", [Input("--root_dir_", args.root_dir_, is_linked=True)])
+    folder = output_folder(args, "mme", [Input("--root_dir_", args.root_dir_, has_images=True)])
     with joined() as processes:
         answers = answer_all(args, given, tasks_of(questions), args.root_dir_, folder, options, processes)
         scores = {subset: score_task(rows) for subset, rows in rows_of(questions, answers).items()}

@@ -121,7 +121,7 @@ def _problems(own: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     if lacking:
         problems.append(f"--data_root {own.data_root}: has no {', '.join(lacking)}")
     inputs = [
-        Input("--data_root", own.data_root, is_linked=True),
+        Input("--data_root", own.data_root, has_images=True),
         Input("--llama_model_path", own.llama_model_path),
         Input("--caption_file", own.caption_file),
     ]

@@ -79,11 +79,15 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @dataclass(frozen=True)
 class Trainer:
-    """A training program: its parser, options, and which of them are inputs by their paths in the world."""
+    """A training program: its parser, options, and which of them are inputs by their paths in the world.
+
+    `images` is the input that is a folder of images.
+    """
 
     parse: Callable[[list[str]], Any]
     inputs: dict[str, str]
     words: tuple[str, ...] = ()
+    images: str | None = None
 
     def command(self, world: Path, output: str) -> list[str]:
         named = [word for flag, path in self.inputs.items() for word in (flag, str(world / path))]
@@ -102,11 +106,13 @@ TRAINERS = {
             "--image_folder": "data/images",
         },
         PLAIN,
+        "data/images",
     ),
     "mma.train": Trainer(
         parse_lavin,
         {"--data_root": "lavin", "--llama_model_path": "weights", "--caption_file": "lavin/captions.json"},
         ("--device", "cpu", *PLAIN[2:]),
+        "lavin",
     ),
     "hydralora.finetune": Trainer(
         parse_text,
@@ -138,10 +144,21 @@ def spellings(world: Path, place: Path) -> Iterator[str]:
         yield f"{link}{rest}"
 
 
+def places_inside(world: Path, trainer: Trainer, path: str) -> Iterator[Path]:
+    """Places inside an input that are none for an output; in a folder of images, those where something is already."""
+    if path != trainer.images:
+        yield from (world / path / "out", world / path / "deep" / "er")
+        return
+    for name in ("there", "deep/er"):
+        (world / path / name).mkdir(parents=True, exist_ok=True)
+        (world / path / name / "c.png").write_text("image")
+        yield world / path / name
+
+
 def hostile_places(world: Path, trainer: Trainer) -> Iterator[str]:
     """Each input, what is inside it, and what is around it, in every spelling."""
     for path in trainer.inputs.values():
-        for place in (world / path, world / path / "out", world / path / "deep" / "er", (world / path).parent):
+        for place in (world / path, *places_inside(world, trainer, path), (world / path).parent):
             yield from spellings(world, place)
 
 
@@ -203,6 +220,20 @@ def test_usual_places_are_accepted(name: str, output: str, make: Callable[[Path]
     if make is not None:
         make(world / output)
     TRAINERS[name].parse(TRAINERS[name].command(world, str(world / output)))
+
+
+@pytest.mark.parametrize("kind", ["new", "empty", "a run's"])
+@pytest.mark.parametrize("name", [name for name, trainer in TRAINERS.items() if trainer.images])
+def test_a_folder_of_the_runs_own_may_be_inside_the_images(name: str, kind: str, world: Path) -> None:
+    trainer = TRAINERS[name]
+    output = world / str(trainer.images) / "runs" / "first"
+    if kind != "new":
+        output.mkdir(parents=True)
+    if kind == "a run's":
+        (output / "run.json").write_text("{}")
+        (output / "loss.png").write_text("image")
+    for spelling in list(spellings(world, output)):
+        trainer.parse(trainer.command(world, spelling))
 
 
 def test_names_of_a_hub_and_of_open_clip() -> None:

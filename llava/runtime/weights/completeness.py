@@ -15,9 +15,9 @@ from typing import Any
 from llava.errors import CheckpointError
 from llava.runtime.files import read_json, refuse_pointer
 from llava.runtime.output import MARKER
+from llava.runtime.places import RUN_FILE
 
 FILE_LIST = "checkpoint_files.json"
-RUN_FILE = "run.json"
 
 RESUME_FILES = (
     *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", "run.json"),
