@@ -60,7 +60,7 @@ class KeptImage:
 
 
 @dataclass(frozen=True)
-class Passage:
+class TextSegment:
     """A named run of words, for example the last instruction or the answer."""
 
     title: str
@@ -96,17 +96,17 @@ def fade_dropped(kept_image: KeptImage) -> Image.Image:
     return image
 
 
-def draw_sheet(images: Sequence[KeptImage], passages: Sequence[Passage], *, side: int = 336) -> Image.Image:
+def draw_sheet(images: Sequence[KeptImage], segments: Sequence[TextSegment], *, side: int = 336) -> Image.Image:
     """One figure of everything: each image next to what is kept of it; below, the words, dropped ones crossed out.
 
     Args:
         images: images of the prompt.
-        passages: texts.
+        segments: texts.
         side: edge of a drawn image in pixels.
     """
     margin, width = 16, 2 * side + 3 * 16
     font = ImageFont.load_default(size=15)
-    lines = [line for passage in passages for line in _wrapped(passage, font, width - 2 * margin)]
+    lines = [line for segment in segments for line in _wrapped(segment, font, width - 2 * margin)]
     line_height = 24
     height = margin + len(images) * (side + line_height + margin) + len(lines) * line_height + margin
     sheet = Image.new("RGB", (width, height), "white")
@@ -128,11 +128,11 @@ def draw_sheet(images: Sequence[KeptImage], passages: Sequence[Passage], *, side
     return sheet
 
 
-def _wrapped(passage: Passage, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[list[Word]]:
-    """The passage as lines of at most `width` pixels, its caption first."""
-    lines: list[list[Word]] = [[Word(passage.caption, True)], []]
+def _wrapped(segment: TextSegment, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[list[Word]]:
+    """The segment as lines of at most `width` pixels, its caption first."""
+    lines: list[list[Word]] = [[Word(segment.caption, True)], []]
     used = 0.0
-    for word in passage.words:
+    for word in segment.words:
         parts = word.text.split("\n")
         for number, part in enumerate(parts):
             length = font.getlength(part)
@@ -149,18 +149,18 @@ GENERATOR = '<meta name="generator" content="Dynamic-LLaVA: kept tokens">'
 """By which an earlier page is known, whatever its title."""
 
 
-def page(title: str, images: Sequence[KeptImage], passages: Sequence[Passage]) -> str:
+def page(title: str, images: Sequence[KeptImage], segments: Sequence[TextSegment]) -> str:
     """An HTML page with everything inside, to be opened without a network."""
     parts = [f"<h1>{escape(title)}</h1>"]
     for kept_image in images:
         for image in (kept_image.image.convert("RGB"), fade_dropped(kept_image)):
             parts.append(f'<figure><img src="data:image/png;base64,{_png(image)}" alt=""></figure>')
         parts.append(f"<p>{escape(kept_image.caption)}</p>")
-    for passage in passages:
+    for segment in segments:
         words = "".join(
-            f'<span class="{"kept" if word.kept else "dropped"}">{escape(word.text)}</span>' for word in passage.words
+            f'<span class="{"kept" if word.kept else "dropped"}">{escape(word.text)}</span>' for word in segment.words
         )
-        parts.append(f'<h2>{escape(passage.caption)}</h2><p class="words">{words.replace(chr(10), "<br>")}</p>')
+        parts.append(f'<h2>{escape(segment.caption)}</h2><p class="words">{words.replace(chr(10), "<br>")}</p>')
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{GENERATOR}<title>{escape(title)}</title>'

@@ -1,7 +1,7 @@
 """Leaving positions out of all that travels between two layers: hidden states, positions, masks, segments.
 
 Nothing here decides; `inference.py` says which positions stay. Corresponds to the gathering in the original's
-`DynamicLlamaModel.forward`, which numbers positions anew and loses the padding mask; here both are kept.
+`DynamicLlamaModel.forward`, which renumbers positions and loses the padding mask; here both are kept.
 
 Shape letters: B batch, L sequence length, D width, C head width, S cached positions; `kept` is what the longest sample
 keeps.

@@ -30,7 +30,7 @@ class KeepStatistics:
             self._counts[name] = self._counts[name] + counts if name in self._counts else counts
 
     def pop(self) -> dict[str, float]:
-        """`kept_<predictor>`: the share of judged tokens that was kept, absent if none was judged; counts anew."""
+        """`kept_<predictor>`: the share of judged tokens that was kept, absent if none was judged; counts are reset."""
         counts = {name: pair.tolist() for name, pair in self._counts.items()}
         self._counts = {}
         return {f"kept_{name}": kept / judged for name, (kept, judged) in counts.items() if judged}

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dynamic.figures import KeptImage, Passage, Word, draw_sheet, page
+from dynamic.figures import KeptImage, TextSegment, Word, draw_sheet, page
 from dynamic.inspection import DecisionLog, record_decisions
 from llava.data.images import ProcessedImage
 from llava.errors import CheckpointError, FlagError
@@ -74,7 +74,7 @@ def kept_images(log: DecisionLog, images: Sequence[ProcessedImage], loaded: Load
     return shown
 
 
-def instruction_passage(log: DecisionLog, input_ids: Tensor, tokenizer: Any) -> Passage:
+def instruction_segment(log: DecisionLog, input_ids: Tensor, tokenizer: Any) -> TextSegment:
     """The last instruction, word by word.
 
     Args:
@@ -88,13 +88,13 @@ def instruction_passage(log: DecisionLog, input_ids: Tensor, tokenizer: Any) -> 
     shift = sum(image.end - image.start - 1 for image in segments.images)
     ids = input_ids[span.start - shift : span.end - shift].tolist()
     kept = set(log.prompts[0].instruction(0).tolist())
-    return Passage("Last instruction", words(ids, [index in kept for index in range(len(ids))], tokenizer))
+    return TextSegment("Last instruction", words(ids, [index in kept for index in range(len(ids))], tokenizer))
 
 
-def answer_passage(log: DecisionLog, output_ids: Sequence[int], tokenizer: Any) -> Passage:
+def answer_segment(log: DecisionLog, output_ids: Sequence[int], tokenizer: Any) -> TextSegment:
     """The answer; its last token was never fed, so nothing was decided about it and it is left out."""
     stored = log.stored()[0].tolist() if log.new_tokens else []
-    return Passage("Answer, all but the last token", words(output_ids[: len(stored)], stored, tokenizer))
+    return TextSegment("Answer, all but the last token", words(output_ids[: len(stored)], stored, tokenizer))
 
 
 def words(ids: Sequence[int], kept: Sequence[bool], tokenizer: Any) -> list[Word]:
@@ -155,15 +155,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
             f"{args.model_path}: its configuration keeps every token (vision_keep_rate 1, no text predictor)"
         )
     shown = kept_images(log, images, loaded)
-    passages = [
-        instruction_passage(log, prompt.input_ids, loaded.tokenizer),
-        answer_passage(log, output_ids, loaded.tokenizer),
+    segments = [
+        instruction_segment(log, prompt.input_ids, loaded.tokenizer),
+        answer_segment(log, output_ids, loaded.tokenizer),
     ]
     with replacing(args.output_dir / "kept.png") as partial:
-        draw_sheet(shown, passages).save(partial)
-    replace_text(args.output_dir / "kept.html", page(args.query, shown, passages), check=False)
+        draw_sheet(shown, segments).save(partial)
+    replace_text(args.output_dir / "kept.html", page(args.query, shown, segments), check=False)
     print(loaded.tokenizer.decode(output_ids, skip_special_tokens=True).strip())
-    for part in (*shown, *passages):
+    for part in (*shown, *segments):
         print(part.caption)
     print(f"{args.output_dir / 'kept.png'}, {args.output_dir / 'kept.html'}")
     return Path(args.output_dir)

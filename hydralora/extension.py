@@ -75,7 +75,7 @@ class HydraLoraExtension(Extension):
                 routed_model.attach(model, settings.mlp)
             if settings.linear is not None:
                 layers = {"attention": routed_model.decoder_layers(model), "vision": _tower_blocks(model)}
-                linears.attach(layers, settings.linear)
+                linears.add_updates(layers, settings.linear)
         except ValueError as error:
             raise CheckpointError(f"extension '{self.name}': {error}") from error
 

@@ -30,7 +30,7 @@ def projections(module: nn.Module) -> dict[str, nn.Linear]:
     return linears if linears.keys() >= set(INPUTS) and len(linears) == len(INPUTS) + 1 else {}
 
 
-def attach(
+def add_updates(
     layers: Mapping[str, Sequence[nn.Module]], config: RoutedLinearConfig, dtype: torch.dtype = torch.float32
 ) -> None:
     """Put an update on every projection that the configuration names, in place.
@@ -101,7 +101,7 @@ def routed_updates(module: nn.Module) -> dict[str, RoutedUpdate]:
 
 
 def added_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that `attach` added, by their name in `model`: exactly these are trained and saved."""
+    """The parameters that `add_updates` added, by their name in `model`: exactly these are trained and saved."""
     for update_name, update in routed_updates(model).items():
         for name, parameter in update.named_parameters():
             yield f"{update_name}.{name}", parameter

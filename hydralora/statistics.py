@@ -32,7 +32,7 @@ class RoutingStatistics:
             self._sums = sums if self._sums is None else self._sums + sums.to(self._sums.device)
 
     def pop(self) -> dict[str, float]:
-        """`share_<expert>` (they add up to 1) and `entropy` (nats; log E is uniform), then start anew; {} if empty."""
+        """`share_<expert>` (they add up to 1) and `entropy` (nats; log E is uniform), then start again; {} if empty."""
         if self._sums is None:
             return {}
         *per_expert, entropy, tokens = self._sums.tolist()

@@ -39,7 +39,7 @@ def remembered(cache: Any, batch: int) -> Routing:
     if not isinstance(routing, Routing):
         raise ValueError(
             "the modality of these tokens is unknown: a sequence begins with a call that has `input_ids` and `images`, "
-            "or `inputs_embeds` with `segments`, and goes on with the cache of that call"
+            "or `inputs_embeds` with `segments`, and continues with the cache of that call"
         )
     if len(routing.modalities) != batch:
         raise ValueError(

@@ -93,7 +93,7 @@ def load_examples(
         tokenizer: tokenizer of the model.
         max_length: longest sequence in tokens.
         cache_dir: where the cache lies; None: `.tokenized` beside the file.
-        overwrite: make the cache anew.
+        overwrite: rebuild the cache.
 
     Raises:
         BadSampleError: a record is malformed.

@@ -116,8 +116,9 @@ def add_adapter(base: nn.Module, args: RunArguments) -> PeftModel:
             config.balance_weight = training.balance_weight
         if training.should_log:
             print(
-                f"--peft_path {training.peft_path}: goes on as it is: r {config.r}, alpha {config.lora_alpha}, "
-                f"{config.lora_nums} experts, dropout {config.lora_dropout}, routing by {config.routing}"
+                f"--peft_path {training.peft_path}: training resumes with its own sizes: r {config.r}, "
+                f"alpha {config.lora_alpha}, {config.lora_nums} experts, dropout {config.lora_dropout}, "
+                f"routing by {config.routing}"
             )
         return model
     modules = module_names(training.trainable)

@@ -204,7 +204,7 @@ class Linear(nn.Module, HydraLoraLayer):
         weights = self.merge_weights.get(adapter)
         if weights is None:
             if self.experts[adapter] > 1:
-                raise ValueError(f"adapter '{adapter}' weights {self.experts[adapter]} experts anew for every input")
+                raise ValueError(f"adapter '{adapter}' weights {self.experts[adapter]} experts for each input")
             weights = torch.ones(1)
         shared_a, experts_b = self.hydralora_A[adapter], self.hydralora_B[adapter]
         mixed_b = torch.einsum("e,eor->or", weights.to(experts_b), experts_b)  # (out_features, r)

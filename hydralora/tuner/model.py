@@ -124,7 +124,7 @@ class HydraLoraModel(BaseTuner):
         }
         if routed:
             raise ValueError(
-                f"adapters {routed} (name: experts) cannot be merged: the router weights the experts anew for every "
+                f"adapters {routed} (name: experts) cannot be merged: the router weights the experts for every "
                 "token, so no single weight matrix gives the same outputs. Keep the adapter beside the base, or take "
                 "an approximation explicitly: model.merge('uniform' or 'mean-routing', inputs) reports its error."
             )

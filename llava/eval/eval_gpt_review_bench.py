@@ -76,7 +76,7 @@ def ask(text: str, *, model: str, max_tokens: int) -> str:
         with urllib.request.urlopen(request, timeout=SECONDS) as response:  # noqa: S310
             return str(json.load(response)["choices"][0]["message"]["content"])
     except (urllib.error.URLError, OSError, ValueError, LookupError) as error:
-        raise FlagError(f"{url}: {error}; the same command again goes on where this one stopped") from error
+        raise FlagError(f"{url}: {error}; rerun the same command to resume") from error
 
 
 def read_requests(args: argparse.Namespace) -> list[tuple[dict[str, Any], str]]:

@@ -2,7 +2,7 @@ r"""Talk to a model in the terminal (upstream `llava/serve/cli.py`, with several
 
 python -m llava.serve.cli --model-path checkpoints/llava-v1.5-7b --image-file view.jpg other.jpg
 
-In the conversation: `/image PATH ...` shows further images with the next message, `/reset` begins anew with the first
+In the conversation: `/image PATH ...` shows further images with the next message, `/reset` starts again with the first
 ones, `/exit`, an empty line or Ctrl-D ends. Ctrl-C stops an answer. `<image-placeholder>` says where an image goes.
 """
 
@@ -25,7 +25,7 @@ from llava.runtime.program import run_program
 from llava.runtime.ranges import COUNT, check_ranges
 from llava.serve.chat import Chat
 
-HELP = "/image PATH ... shows images with your next message; /reset begins anew; /exit ends"
+HELP = "/image PATH ... shows images with your next message; /reset starts again; /exit ends"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> Chat:
                 answer(chat, line, debug=args.debug)
             elif not obey(chat, line, args.image_file):
                 break
-        except LlavaError as error:  # of this message or image alone; the conversation goes on
+        except LlavaError as error:  # of this message or image alone; the conversation continues
             print(f"error: {error}")
     print("exit...")
     return chat

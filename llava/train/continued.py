@@ -1,6 +1,6 @@
-"""Extensions that the base of a run was trained with already: they are trained on, never drawn anew in silence.
+"""Extensions that the base of a run was trained with already: their weights are trained on, never silently replaced.
 
-Upstream has no such case; Dynamic-LLaVA's `train_sparse.py` goes on with predictors that lie in the base's weights.
+Upstream has no such case; Dynamic-LLaVA's `train_sparse.py` trains on predictors that lie in the base's weights.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ r"""LaVIN on ScienceQA with the command lines of the original (`eval.py`): answe
 python -m mma.eval --ckpt_dir ../data/weights --llm_model 7B --adapter_path ./LaVIN-7B --data_root ../data \
     --caption_file ../data/captions.json --split test --max_seq_len 512 --max_batch_size 64
 
-Several processes share the questions (`torchrun --nproc_per_node 8 -m mma.eval ...`); an interrupted run goes on.
+Several processes share the questions (`torchrun --nproc_per_node 8 -m mma.eval ...`); rerun the command to resume.
 """
 
 from __future__ import annotations

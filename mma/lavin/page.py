@@ -115,7 +115,7 @@ def build_page(chat: LavinChat, max_new_tokens: int) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=1):
                 image = gr.Image(type="filepath", label="Image", sources=["upload", "clipboard"])
-                # The file as it was uploaded: gradio would write it anew, and fail on a broken one without a word.
+                # The file as it was uploaded: gradio would encode it again, and fail on a broken one without a word.
                 image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
                 with gr.Accordion("Answers", open=False):
                     settings: list[Any] = [

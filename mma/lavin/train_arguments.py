@@ -100,7 +100,7 @@ def _problems(own: argparse.Namespace, rest: Sequence[str]) -> list[str]:
         problems.append(f"--dist_url {own.dist_url}: processes find each other as their launcher says; use torchrun")
     if own.start_epoch:
         problems.append(
-            f"--start_epoch {own.start_epoch}: a resumed run goes on at the update of its checkpoint; leave it out"
+            f"--start_epoch {own.start_epoch}: a resumed run continues at the update of its checkpoint; leave it out"
         )
     if own.vicuna_weights != AUTO and not own.use_vicuna:
         problems.append(f"--vicuna_weights {own.vicuna_weights}: needs --use_vicuna")

@@ -29,7 +29,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cuda", help="cuda, or cpu")
     add("--seed", type=int, default=0, help="seed of everything that is drawn")
     add("--resume", default="", help="folder of a checkpoint to resume, if not the newest in --output_dir")
-    add("--start_epoch", type=int, default=0, help="only 0: a resumed run goes on where its checkpoint says")
+    add("--start_epoch", type=int, default=0, help="only 0: a resumed run continues where its checkpoint says")
     add("--num_workers", type=int, default=10, help="processes that prepare data")
     add("--pin_mem", action="store_true", default=True, help="keep batches in pinned memory (the default)")
     add("--no_pin_mem", action="store_false", dest="pin_mem", help="do not")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from dynamic import visualize
-from dynamic.figures import KeptImage, Passage, Word, draw_sheet, fade_dropped, page
+from dynamic.figures import KeptImage, TextSegment, Word, draw_sheet, fade_dropped, page
 from dynamic.inspection import DecisionLog
 from llava.errors import CheckpointError, FlagError
 from llava.eval.answering.loading import load_model
@@ -47,16 +47,16 @@ def test_a_patch_outside_the_grid_is_refused() -> None:
 
 
 def test_page_and_sheet_show_words_and_escape_them() -> None:
-    passage = Passage("Answer", [Word("<b>", True), Word(" gone", False), Word("\nnext", True)])
+    segment = TextSegment("Answer", [Word("<b>", True), Word(" gone", False), Word("\nnext", True)])
     image = KeptImage(Image.new("RGB", (8, 8), "blue"), (2, 2), [0])
-    text = page("Q & A", [image], [passage])
+    text = page("Q & A", [image], [segment])
     assert "Q &amp; A" in text
     assert '<span class="kept">&lt;b&gt;</span><span class="dropped"> gone</span>' in text
     assert "Answer: 2 of 3 tokens kept" in text
     assert "1 of 4 patches kept (25%)" in text
-    with_words, without = (draw_sheet([image], passages, side=64) for passages in ([passage], []))
+    with_words, without = (draw_sheet([image], segments, side=64) for segments in ([segment], []))
     assert with_words.height > without.height
-    long = Passage("Answer", [Word(" word", index % 2 == 0) for index in range(60)])
+    long = TextSegment("Answer", [Word(" word", index % 2 == 0) for index in range(60)])
     assert draw_sheet([image], [long], side=64).height > with_words.height
 
 

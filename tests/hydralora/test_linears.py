@@ -16,7 +16,7 @@ from hydralora import HydraLoraConfig, HydraLoraLayer
 from hydralora.config import HydraLoraSettings, RoutedLinearConfig, RoutedMLPConfig
 from hydralora.extension import HydraLoraExtension
 from hydralora.layer import RoutedUpdate
-from hydralora.linears import added_parameters, attach, projections, routed_updates
+from hydralora.linears import add_updates, added_parameters, projections, routed_updates
 from llava.errors import CheckpointError
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from tests.golden import golden_dir
@@ -67,7 +67,7 @@ def test_it_is_the_layer_of_the_peft_method(experts: int) -> None:
     ours = host()
     peft_config = HydraLoraConfig(r=3, lora_alpha=6, lora_nums=experts, target_modules=["q_proj", "o_proj"])
     theirs = get_peft_model(host(), peft_config)
-    attach({"attention": list(ours)}, config("attention.q_proj", "attention.o_proj", experts=experts))
+    add_updates({"attention": list(ours)}, config("attention.q_proj", "attention.o_proj", experts=experts))
     let_experts_act(ours)
     updates = [u for u in ours.modules() if isinstance(u, RoutedUpdate)]
     layers = [layer for layer in theirs.modules() if isinstance(layer, HydraLoraLayer)]
@@ -86,7 +86,7 @@ def test_it_is_the_layer_of_the_peft_method(experts: int) -> None:
 def test_one_expert_is_lora(experts: int) -> None:
     """With E = 1 it is PEFT's LoRA, number for number; with E = 2 it is not."""
     ours, lora = host(), get_peft_model(host(), LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"]))
-    attach({"attention": list(ours)}, config("attention.q_proj", experts=experts))
+    add_updates({"attention": list(ours)}, config("attention.q_proj", experts=experts))
     let_experts_act(ours)
     update, layer = ours[0].q_proj.routed, lora.get_base_model()[0].q_proj
     layer.lora_A["default"].weight.data.copy_(update.shared_A)
@@ -99,7 +99,7 @@ def test_one_expert_is_lora(experts: int) -> None:
 
 def test_dropout_acts_in_training_alone() -> None:
     model = host()
-    attach({"attention": list(model)}, config("attention", dropout=0.5))
+    add_updates({"attention": list(model)}, config("attention", dropout=0.5))
     let_experts_act(model)
     assert not torch.equal(model.train()(X), model(X))
     assert torch.equal(model.eval()(X), model(X))
@@ -107,7 +107,7 @@ def test_dropout_acts_in_training_alone() -> None:
 
 def test_a_copy_stands_on_its_own() -> None:
     model = host()
-    attach({"attention": list(model)}, config("attention"))
+    add_updates({"attention": list(model)}, config("attention"))
     let_experts_act(model)
     copied, before = copy.deepcopy(model), model(X)
     let_experts_act(copied, seed=9)
@@ -118,7 +118,7 @@ def test_a_copy_stands_on_its_own() -> None:
 def battery(model: nn.Module, layers: dict[str, Any], targets: list[str], run: Any) -> set[str]:
     """Identity at the start, act afterwards; base keys and frozen weights as they were. Names of what was added."""
     keys, before = list(model.state_dict()), run()
-    attach(layers, config(*targets))
+    add_updates(layers, config(*targets))
     added = dict(added_parameters(model))
     assert [key for key in model.state_dict() if key not in added] == keys
     assert all(weight.requires_grad for weight in added.values())
@@ -141,7 +141,7 @@ def test_every_backbone(kind: str) -> None:
     places = [f"model.layers.{i}.self_attn.{name}.routed" for i in range(3) for name in ("q_proj", "o_proj")]
     assert added == {f"{place}.{name}" for place in places for name in NAMES.values()}
     with pytest.raises(ValueError, match="already"):
-        attach(layers, config("attention"))
+        add_updates(layers, config("attention"))
 
 
 def tower(folder: Path) -> Any:
@@ -164,7 +164,7 @@ def test_a_tower_of_open_clip_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("open_clip", reason="the extra 'openclip' is not installed")
     model = tower(towers.open_clip(tmp_path))
     with pytest.raises(ValueError, match=r"'vision': layer 0 .*transformers' format"):
-        attach({"vision": model.blocks(model.loaded())}, config("vision"))
+        add_updates({"vision": model.blocks(model.loaded())}, config("vision"))
 
 
 @pytest.mark.parametrize(
@@ -179,13 +179,13 @@ def test_a_tower_of_open_clip_is_refused(tmp_path: Path) -> None:
 )
 def test_layers_that_do_not_fit(layers: dict[str, Any], target: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        attach(layers, config(target))
+        add_updates(layers, config(target))
 
 
 def test_nothing_is_changed_by_a_refusal() -> None:
     good, bad = Attention(), nn.Linear(2, 2)
     with pytest.raises(ValueError, match="layer 1"):
-        attach({"attention": [good, bad]}, config("attention"))
+        add_updates({"attention": [good, bad]}, config("attention"))
     assert not routed_updates(good)
     assert good.q_proj.weight.requires_grad
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydralora.config import RoutedLinearConfig
-from hydralora.linears import attach
+from hydralora.linears import add_updates
 from hydralora.tuner import HydraLoraConfig, Linear
 from hydralora.tuner.passes import Passes
 from tests.hydralora.blocks import make_block
@@ -49,7 +49,7 @@ def adapted_linear(experts: int) -> nn.Module:
     attention = nn.Module()
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         attention.add_module(name, nn.Linear(WIDTH, 12))
-    attach({"attention": [attention]}, RoutedLinearConfig(["attention.q_proj"], experts, rank=4, dropout=0.0))
+    add_updates({"attention": [attention]}, RoutedLinearConfig(["attention.q_proj"], experts, rank=4, dropout=0.0))
     attention.q_proj.routed.reset_parameters(identity=False)
     return attention.q_proj
 

@@ -164,7 +164,7 @@ class AnswersFile:
         settings: JSON values that decide the answers; compared with those of the interrupted run.
         arguments: JSON values that are written beside the settings and compared with nothing.
         to_row: makes the row of an answer.
-        restart: start anew even if there are answers.
+        restart: start again even if there are answers.
 
     Raises:
         FlagError: the file there was made by another model or with other settings.

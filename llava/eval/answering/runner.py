@@ -126,7 +126,7 @@ def answer_tasks(
         options: decoding options.
         conv_mode: name of the conversation template.
         batch_size: questions in one `generate`; None begins with many, halves them when the device runs out of memory,
-            and goes on with the batch that did not fit.
+            and continues with the batch that did not fit.
         workers: threads that read and preprocess images.
         to_prompt: makes the prompt of a task where `conv_mode` names no conversation template.
         to_text: makes the text of an answer from its token ids.
@@ -262,7 +262,7 @@ def generate_batch(
 
 
 def pad_left(rows: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
-    """Stack rows of token ids, padded in front: generation goes on at the right end of every row.
+    """Stack rows of token ids, padded in front: generation continues at the right end of every row.
 
     Args:
         rows: B tensors (T_i,) int64.

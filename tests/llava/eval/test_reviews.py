@@ -97,7 +97,7 @@ def test_reviews_and_their_summary(service: type[Service], argv: list[str], caps
 
 def test_a_failed_request_ends_the_program_and_is_repeated(service: type[Service], argv: list[str]) -> None:
     service.replies = [REVIEWS[0], None]
-    with pytest.raises(FlagError, match=r"429.*goes on where this one stopped"):
+    with pytest.raises(FlagError, match=r"429.*rerun the same command to resume"):
         bench.main(argv)
     service.replies = REVIEWS[1:]
     path = bench.main(argv)

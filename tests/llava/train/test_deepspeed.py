@@ -102,7 +102,7 @@ def two_processes(folder: Path, data: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def one_process(two_processes: Path, data: Path) -> Path:
-    """One process goes on where two left off."""
+    """One process resumes where two stopped."""
     runs = []
     for stage in STAGES:
         for name, options in RESUMED.items():
