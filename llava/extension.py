@@ -38,6 +38,7 @@ class RunOptions(Protocol):
         training: everything of transformers' Trainer, and LoRA.
         options: parsed options of each installed extension, by its name.
         given: names of the options that were written down.
+        base: what the base was trained with; `base.values` has the settings of images by the names of their options.
     """
 
     model: Any
@@ -45,6 +46,7 @@ class RunOptions(Protocol):
     training: Any
     options: dict[str, Any]
     given: frozenset[str]
+    base: Any
 
 
 @dataclass

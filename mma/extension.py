@@ -197,7 +197,8 @@ def _choose_visual_input(args: RunOptions, options: MmaOptions) -> None:
     wanted = {**IMAGE_FLAGS, "mm_projector_type": ("model", "linear", f"bottleneck{options.hidden_proj}_silu")}
     for name, (part, default, value) in wanted.items():
         chosen = getattr(getattr(args, part), name)
-        if chosen != value and (chosen != default or name in args.given):
+        of_base = name in args.base.values and name not in args.given
+        if chosen != value and (chosen != default or name in args.given) and not of_base:
             raise FlagError(
                 f"--{name} {chosen}: --visual_input lavin has {value}; leave the flag out, or pass --visual_input "
                 "llava to feed images as LLaVA does"

@@ -18,6 +18,7 @@ from llava.errors import FlagError
 from llava.extension import Extension, installed_extensions
 from llava.runtime.retired_flags import translate_retired_flags
 from llava.runtime.values import parse
+from llava.train.base_settings import take_settings
 from llava.train.checks import check_arguments
 from llava.train.options import DataArguments, ModelArguments, RunArguments, TrainingArguments
 
@@ -87,6 +88,7 @@ def parse_args(
 
     Raises:
         FlagError: options are unknown, contradictory or not carried out; all problems are listed at once.
+        CheckpointError: the `config.json` of the base is damaged.
         SystemExit: a value is of the wrong type (argparse's message).
     """
     extensions = installed_extensions() if extensions is None else extensions
@@ -98,6 +100,7 @@ def parse_args(
     with_options = [name for name, extension in extensions.items() if extension.options is not None]
     args = RunArguments(model, data, training, dict(zip(with_options, options, strict=True)))
     args.given = _written(parser, argv) | frozenset(given)
+    take_settings(args)
     for name, extension in extensions.items():
         config = extension.configure(args)
         if config is not None:

@@ -40,7 +40,7 @@ from llava.train.continued import check_recorded, recorded_extensions, train_on
 from llava.train.freeze import freeze, print_trainable, trained_components
 from llava.train.lora import add_lora
 from llava.train.options import RunArguments, TrainingArguments
-from llava.train.steps import say, say_base, say_tower
+from llava.train.steps import say, say_base, say_settings, say_tower
 
 
 def skipped_file(args: RunArguments) -> Path:
@@ -114,10 +114,12 @@ def add_vision(model: LlavaForCausalLM, args: RunArguments) -> None:
 
 def record_settings(model: LlavaForCausalLM, args: RunArguments, tokenizer: Any) -> None:
     """Write into the configuration what evaluation needs to know about the training, under upstream's names."""
-    config = model.config
-    config.image_aspect_ratio = args.data.image_aspect_ratio
-    config.image_grid_pinpoints = None
-    tower = model.get_vision_tower()
+    config, tower = model.config, model.get_vision_tower()
+    if tower is not None or args.base.tower is None:  # a run on text alone says nothing new about images
+        config.image_aspect_ratio = args.data.image_aspect_ratio
+        config.image_grid_pinpoints = None
+        config.mm_use_im_start_end = args.model.mm_use_im_start_end
+        config.mm_use_im_patch_token = args.model.mm_use_im_patch_token and tower is not None
     if args.data.image_aspect_ratio == "anyres" and tower is not None:
         config.image_grid_pinpoints = check_grid_pinpoints(args.data.image_grid_pinpoints, tower.image_size)
     config.user_marker_ids = user_marker_ids(select_template(args.model.version, tokenizer), tokenizer)
@@ -125,8 +127,6 @@ def record_settings(model: LlavaForCausalLM, args: RunArguments, tokenizer: Any)
     config.tokenizer_model_max_length = tokenizer.model_max_length
     config.tune_mm_mlp_adapter = args.model.tune_mm_mlp_adapter
     config.freeze_mm_mlp_adapter = args.training.freeze_mm_mlp_adapter
-    config.mm_use_im_start_end = args.model.mm_use_im_start_end
-    config.mm_use_im_patch_token = args.model.mm_use_im_patch_token and args.model.vision_tower is not None
     config.mm_projector_lr = args.training.mm_projector_lr
 
 
@@ -176,6 +176,7 @@ def build_model(args: RunArguments, tokenizer: Any, attn_implementation: str | N
     check_recorded(args.model.model_name_or_path, recorded, args.extensions)
     llava = load_base(args, attn_implementation)
     say_base(args, llava)
+    say_settings(args)
     if args.model.vision_tower is not None:
         add_vision(llava, args)
         add_vocabulary(llava, args, tokenizer)
@@ -206,7 +207,7 @@ def build_dataset(args: RunArguments, tokenizer: Any, model: LlavaForCausalLM) -
         template=template,
         image_folder=args.data.image_folder,
         image_aspect_ratio=args.data.image_aspect_ratio,
-        image_grid_pinpoints=model.config.image_grid_pinpoints,
+        image_grid_pinpoints=getattr(model.config, "image_grid_pinpoints", None),
         is_multimodal=tower is not None,
         mm_use_im_start_end=args.model.mm_use_im_start_end,
         model_max_length=tokenizer.model_max_length,

@@ -16,6 +16,7 @@ from llava.runtime.options import option
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY
 from llava.runtime.values import check_values
 from llava.runtime.zero import zero_settings
+from llava.train.base_settings import BaseSettings
 
 
 @dataclass
@@ -33,7 +34,8 @@ class ModelArguments:
     freeze_backbone: bool = option("train nothing of the language model itself", False)
     tune_mm_mlp_adapter: bool = option("train the projector alone (stage 1)", False)
     vision_tower: str | None = option(
-        "folder or hub id of a CLIP or SigLIP, or open_clip:ARCH/TAG, open_clip:ARCH/FOLDER/FILE; none: text only"
+        "folder or hub id of a CLIP or SigLIP, open_clip:ARCH/TAG or open_clip:ARCH/FOLDER/FILE; not given: that of "
+        "the base; none: train on text alone"
     )
     mm_vision_select_layer: int | None = option("hidden layer of the tower to use; -1 is the last", -1)
     pretrain_mm_mlp_adapter: str | None = option("projector of stage 1: its folder, or mm_projector.bin/.safetensors")
@@ -134,6 +136,7 @@ class RunArguments:
         extensions: configuration of each extension that the options switch on, by its name.
         given: names of the options that were written down, be it with the value of their default.
         program: options of a program around this one (`mma.train`), for `run.json`.
+        base: what the base was trained with; options that were not given have its values.
     """
 
     model: ModelArguments
@@ -143,6 +146,7 @@ class RunArguments:
     extensions: dict[str, dict[str, Any]] = field(default_factory=dict)
     given: frozenset[str] = frozenset()
     program: dict[str, Any] = field(default_factory=dict)
+    base: BaseSettings = field(default_factory=BaseSettings)
 
     def to_dict(self) -> dict[str, Any]:
         """Resolved values as JSON types, for `run.json`."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from llava.data.dataset import LazySupervisedDataset
+from llava.train.base_settings import changed_settings, kept_settings
 from llava.train.options import RunArguments
 
 
@@ -23,6 +24,15 @@ def say_base(args: RunArguments, model: nn.Module) -> None:
         f"kept in {args.training.bits} bits" if args.training.bits != 16 else f"in {model.dtype}".replace("torch.", "")
     )
     say(args, "base", f"{args.model.model_name_or_path}: {type(model).__name__}, {kept}")
+
+
+def say_settings(args: RunArguments) -> None:
+    """Which settings of the base hold although no flag says so, and which ones the flags replace."""
+    kept = ", ".join(f"{name} {value}" for name, value in kept_settings(args).items())
+    if kept:
+        say(args, "settings", f"of {args.base.source}: {kept}")
+    for line in changed_settings(args):
+        say(args, "settings", line)
 
 
 def say_tower(args: RunArguments, model: Any) -> None:
