@@ -97,6 +97,11 @@ def _problems(args: RunArguments) -> list[str]:
     elif training.load_in_kbits != 16 and zero_stage(training) == 3:
         problems.append(f"--load_in_kbits {training.load_in_kbits}: ZeRO-3 cannot split quantised weights; use ZeRO-2")
     problems += range_problems(data, DATA_RANGES)
+    if training.n_gpu > 1:
+        problems.append(
+            f"{training.n_gpu} GPUs are visible to one process; start with torchrun --nproc_per_node {training.n_gpu} "
+            "(scripts/hydralora/fine-tuning_dp.sh), or choose one by CUDA_VISIBLE_DEVICES"
+        )
     if training.do_train and training.learning_rate == 0:
         problems.append("--learning_rate 0: nothing would be trained")
     splits = training.do_train and training.do_eval and not data.validation_file

@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # Fine-tune a language model on instructions with HydraLoRA, on one GPU. Flags and values are the original's.
 #
+# The GPU is the one that is visible; of several, CUDA_VISIBLE_DEVICES chooses one, or fine-tuning_dp.sh takes all.
+# The default data, data/example_data next to this file, are 112 records that `python -m playground.instructions` wrote.
 # Paths come from the environment, further flags are appended and win over those below:
 #   MODEL=/data/llama-2-7b DATA=./my_data OUTPUT=./out bash scripts/hydralora/fine-tuning.sh --lora_nums 6
 set -euo pipefail
 
 MODEL="${MODEL:-path_to_llama_model}"
 TOKENIZER="${TOKENIZER:-$MODEL}"
-DATA="${DATA:-data/example_data}"
+HERE="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)"
+DATA="${DATA:-$HERE/data/example_data}"
 VALIDATION="${VALIDATION:-$DATA/test.json}"
 OUTPUT="${OUTPUT-path_to_output/lora_model}"
 : "${OUTPUT:?is set and empty: name a folder, or unset it to have the folder of the script}"
-export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-1}"
 
 read -ra launcher <<<"${LAUNCHER:-${PYTHON:-python}}"
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
-from hydralora.finetune import main
-from tests.command_lines import Snippet, run_with_stand_ins
+from hydralora.finetune import main, parse_args
+from hydralora.text.options import TrainingArguments
+from hydralora.text.samples import read_samples
+from llava.errors import FlagError
+from playground.instructions import write_records
+from tests.command_lines import ROOT, Snippet, run_with_stand_ins
 from tests.golden import load_case
-from tests.hydralora.text.test_finetune import CASE, save_base, save_data
+from tests.hydralora.text.test_finetune import CASE, command_line, save_base, save_data
 
+EXAMPLE = ROOT / "scripts" / "hydralora" / "data" / "example_data"
 SCRIPTS = load_case("hydralora", "cli_flags")[0]["scripts"]
 
 
@@ -38,7 +45,77 @@ def test_values(name: str, tmp_path: Path) -> None:
     if "--deepspeed" in ours:
         assert str(ours["--deepspeed"]).endswith("scripts/hydralora/ds_zero3_offload.json")
         ours["--deepspeed"] = "ds_zero3_offload.json"
+    # The original's `data/example_data` is next to the script.
+    for flag in ("--dataset_dir", "--validation_file"):
+        ours[flag] = str(ours[flag]).replace("./scripts/hydralora/", "")
     assert ours == SCRIPTS[name]["arguments"]
+
+
+@pytest.mark.parametrize(("visible", "processes"), [("0", "1"), ("4,5", "2"), (None, "4")])
+def test_the_gpus_are_those_of_the_user(visible: str | None, processes: str, tmp_path: Path) -> None:
+    """The original hides GPU 0 from one script, and shows four GPUs to the other one."""
+    set_or_not = "unset CUDA_VISIBLE_DEVICES" if visible is None else f"export CUDA_VISIBLE_DEVICES={visible}"
+    seen = f"""{set_or_not}
+cat > seen <<'END'
+#!/bin/sh
+exec python -m hydralora.finetune "${{CUDA_VISIBLE_DEVICES-unset}}" "$@"
+END
+chmod +x seen
+"""
+    text = f"{seen}PYTHON=./seen bash scripts/hydralora/fine-tuning.sh\n"
+    (tmp_path / "one").mkdir()
+    (command,) = run_with_stand_ins(Snippet("block", text), tmp_path / "one")
+    assert command[3] == (visible or "unset")
+    text = f"{set_or_not}\nbash scripts/hydralora/fine-tuning_dp.sh\n"
+    (tmp_path / "several").mkdir()
+    (command,) = run_with_stand_ins(Snippet("block", text), tmp_path / "several")
+    assert command[command.index("--nproc_per_node") + 1] == processes
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all GPUs are visible, the script would otherwise train by copies of the model in threads."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 2))
+    save_base(tmp_path / "base")
+    save_data(tmp_path / "data")
+    with pytest.raises(FlagError, match=r"2 GPUs are visible to one process; .*--nproc_per_node 2"):
+        parse_args(command_line(tmp_path, tmp_path / "out"))
+
+
+def test_the_example_data_are_those_of_their_program(tmp_path: Path) -> None:
+    """Written by a rule, in the format that the program reads; nothing of the validation file is trained on."""
+    files = {path.name: path.read_text() for path in write_records(tmp_path)}
+    assert files == {path.name: path.read_text() for path in EXAMPLE.glob("*.json")}
+    train, test = (read_samples(EXAMPLE / name) for name in ("train.json", "test.json"))
+    assert (len(train), len(test)) == (96, 16)
+    assert not {(row["instruction"], row["input"]) for row in train} & {
+        (row["instruction"], row["input"]) for row in test
+    }
+    for row in [*train, *test]:
+        numbers = [int(word) for word in re.findall(r"\d+", row["instruction"] + row["input"])]
+        letter = row["instruction"].split()[-2]
+        expected = {
+            0: str(sum(numbers)),
+            1: ", ".join(sorted(row["input"].split(", "))),
+            2: str(row["input"].count(letter)),
+            3: str(max(numbers, default=0)),
+        }[row["task_type"]]
+        assert row["output"] == expected
+
+
+def test_the_script_runs_on_the_example_data(tmp_path: Path) -> None:
+    """Without DATA; the records are longer than those of the golden run, so a few are enough."""
+    save_base(tmp_path / "base")
+    shutil.copytree(EXAMPLE, tmp_path / "example_data")
+    (tmp_path / "shell").mkdir()
+    words = words_of(
+        "fine-tuning.sh",
+        tmp_path / "shell",
+        f"MODEL={shlex.quote(str(tmp_path / 'base'))} OUTPUT={shlex.quote(str(tmp_path / 'out'))}",
+        "--use_cpu True --max_steps 1 --report_to none",
+    )
+    words = [word.replace("./scripts/hydralora/data", str(tmp_path)) for word in words]
+    main(words)
+    assert "perplexity" in json.loads((tmp_path / "out" / "eval_results.json").read_text())
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
