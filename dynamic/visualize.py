@@ -24,10 +24,10 @@ from llava.data.images import ProcessedImage
 from llava.errors import CheckpointError, FlagError
 from llava.eval import run_llava
 from llava.eval.answering.answers import Task
+from llava.eval.answering.conv_mode import choose_conv_mode
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import LoadedModel, load_model
 from llava.eval.answering.runner import image_arguments, load_images, make_prompt
-from llava.runtime.hub import get_model_name_from_path
 from llava.runtime.output import replace_text, replacing
 from llava.runtime.places import Input, folder_problem, refuse_file
 from llava.runtime.program import run_program
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     args = build_parser().parse_args(argv)
     if args.num_beams != 1:
         raise FlagError(f"--num_beams {args.num_beams}: beams are dropped and copied on the way; use --num_beams 1")
-    conv_mode = run_llava.choose_conv_mode(args.conv_mode, get_model_name_from_path(args.model_path))
+    conv_mode = choose_conv_mode(args.conv_mode, args.model_path)
     options = GenerationOptions(args.temperature, args.top_p, 1, args.max_new_tokens, args.seed)
     names = tuple(name.strip() for name in args.image_file.split(args.sep))
     task = Task(0, args.query, args.query, names, where="--query")

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from llava.data.trained_template import template_settings
 from llava.errors import CheckpointError, FlagError
 from llava.extension import installed_extensions
 from llava.model.builder import base_folder
@@ -139,6 +140,7 @@ def export_original(checkpoint: str | Path, output: str | Path, model_base: str 
         folder.mkdir()
         config = read_json(contents.folder / "config.json")
         config.pop("extensions", None)
+        config |= template_settings(contents.folder)
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if contents.adapter is not None:
             _export_adapter_folder(contents, folder)

@@ -30,3 +30,16 @@ def select_template(version: str, tokenizer: Any = None) -> Conversation:
         known = ", ".join(sorted({TOKENIZER_VERSION} | VERSIONS_WITHOUT_TEMPLATE | set(conv_templates)))
         raise FlagError(f"--version {version}: there is no conversation template of that name; known: {known}")
     return conv_templates[version].copy()
+
+
+def template_of_mode(conv_mode: str, tokenizer: Any = None) -> Conversation:
+    """The template of a `--conv-mode`, as a copy; there `v0` is the template of that name, as upstream.
+
+    Args:
+        conv_mode: name of a template, or `tokenizer`.
+        tokenizer: only needed for its own template.
+
+    Raises:
+        FlagError: there is no such template.
+    """
+    return conv_templates[conv_mode].copy() if conv_mode in conv_templates else select_template(conv_mode, tokenizer)

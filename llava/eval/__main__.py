@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llava.eval.answering.conv_mode import HELP, Fallback
 from llava.eval.answering.options import (
     add_chunk_options,
     add_model_options,
@@ -48,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--question-file", type=Path, default=None, help="questions that lie elsewhere")
     parser.add_argument("--image-folder", type=Path, default=None, help="images that lie elsewhere")
     parser.add_argument("--answers-file", type=Path, default=None, help="answers that are to lie elsewhere")
-    parser.add_argument("--conv-mode", type=str, default=None, help="conversation template; default: the benchmark's")
+    parser.add_argument("--conv-mode", type=str, default=None, help=f"{HELP}, the benchmark's")
     add_chunk_options(parser)
     add_run_options(parser, default_batch_size="auto")
     add_sampling_options(parser)
@@ -69,7 +70,7 @@ def fill_in(args: argparse.Namespace, benchmark: Benchmark) -> argparse.Namespac
     args.answers_file = args.answers_file or folder / benchmark.answers.format(**names)
     if args.limit is not None:  # a part of the answers must not pass for all of them
         args.answers_file = args.answers_file.with_stem(f"{args.answers_file.stem}-first-{args.limit}")
-    args.conv_mode = args.conv_mode or benchmark.conv_mode
+    args.conv_mode = args.conv_mode or Fallback(benchmark.conv_mode)
     if args.max_new_tokens is None:
         args.max_new_tokens = benchmark.max_new_tokens
     return args

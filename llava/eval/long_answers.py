@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from llava.data.images import load_image
 from llava.eval.answering.answers import AnswersFile, Row, Task
+from llava.eval.answering.conv_mode import HELP, Fallback, conv_mode_of_turns
 from llava.eval.answering.loading import LoadedModel, choose_device, choose_dtype, load_model
 from llava.eval.answering.options import add_model_options, refuse_input_as_answers
-from llava.eval.answering.prompts import check_conv_mode
 from llava.eval.answering.questions import get_chunk
 from llava.eval.answering.runner import load_images, make_prompt
 from llava.eval.answering.stepwise import Stepper
@@ -52,7 +52,7 @@ def build_parser(prog: str, description: str, *, generates: bool) -> argparse.Ar
     parser.add_argument("--image-folder", type=str, default="", help="folder that image names are relative to")
     parser.add_argument("--question-file", type=str, default="tables/question.json", help="conversations, a JSON list")
     parser.add_argument("--answers-file", type=str, default="answer.jsonl", help="JSON lines, one conversation each")
-    parser.add_argument("--conv-mode", type=str, default="llava_v0", help="conversation template of the first turn")
+    parser.add_argument("--conv-mode", type=str, default=Fallback("llava_v0"), help=f"{HELP}, llava_v0")
     parser.add_argument("--num-chunks", type=int, default=1, help="cut the conversations into this many chunks ...")
     parser.add_argument("--chunk-idx", type=int, default=0, help="... and measure only this one, counted from 0")
     parser.add_argument("--temperature", type=float, default=0.2, help="without effect, as upstream: always greedy")
@@ -126,7 +126,7 @@ def main(
         LlavaError: a flag, a row, an image or the checkpoint is wrong; the message says what to do.
     """
     check_ranges(args, RANGES, dashes=True)
-    check_conv_mode(args.conv_mode)
+    args.conv_mode = conv_mode_of_turns(args.conv_mode, args.model_path)
     refuse_input_as_answers(args, args.answers_file)
     measure = measure_perplexity if metric == "ppl" else measure_meteor(args.max_new_tokens, find_wordnet())
     rows = get_chunk(read_conversations(args.question_file), args.num_chunks, args.chunk_idx)

@@ -20,12 +20,11 @@ from PIL import Image
 from llava.data.images import load_image, read_rgb
 from llava.errors import BadImageError
 from llava.eval.answering.answers import Task
+from llava.eval.answering.conv_mode import HELP, choose_conv_mode
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import load_model
 from llava.eval.answering.options import add_model_options, add_sampling_options
-from llava.eval.answering.prompts import check_conv_mode, infer_conv_mode
 from llava.eval.answering.runner import answer_batch, load_images, make_prompt
-from llava.runtime.hub import get_model_name_from_path
 from llava.runtime.program import run_program
 
 DOWNLOAD_SECONDS = 60
@@ -41,9 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--image-file", type=str, required=True, help="file or http address, or several with --sep between"
     )
     parser.add_argument("--query", type=str, required=True, help="the question")
-    parser.add_argument(
-        "--conv-mode", type=str, default=None, help="conversation template; default: by the model's name"
-    )
+    parser.add_argument("--conv-mode", type=str, default=None, help=f"{HELP}, by the model's name")
     parser.add_argument("--sep", type=str, default=",", help="what separates several images")
     add_sampling_options(parser, max_new_tokens=512)
     return parser
@@ -66,23 +63,6 @@ def open_image(name: str, where: str) -> Image.Image:
     return read_rgb(content, f"{where}: image {name}")
 
 
-def choose_conv_mode(wanted: str | None, model_name: str) -> str:
-    """The template that the model's name suggests, unless another is asked for, which is pointed out.
-
-    Raises:
-        FlagError: there is no template `wanted`.
-    """
-    inferred = infer_conv_mode(model_name)
-    if wanted is None or wanted == inferred:
-        return inferred
-    check_conv_mode(wanted)
-    print(
-        f"[WARNING] the name '{model_name}' suggests the template '{inferred}', but --conv-mode asks for '{wanted}': "
-        f"using '{wanted}'"
-    )
-    return wanted
-
-
 def eval_model(args: Any) -> str:
     """Ask one question, print the answer and return it.
 
@@ -94,7 +74,7 @@ def eval_model(args: Any) -> str:
     Raises:
         LlavaError: a flag, an image or the checkpoint is wrong; the message says what to do.
     """
-    conv_mode = choose_conv_mode(args.conv_mode, get_model_name_from_path(args.model_path))
+    conv_mode = choose_conv_mode(args.conv_mode, args.model_path)
     options = GenerationOptions(
         args.temperature, args.top_p, args.num_beams, args.max_new_tokens, seed=getattr(args, "seed", 0)
     )

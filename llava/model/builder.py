@@ -17,8 +17,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from llava.conversation import conv_templates
-from llava.data.markers import user_marker_ids
+from llava.data.trained_template import take_trained_template
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, Extension, ImportedState, installed_extensions
 from llava.model.checkpoint import load_extension_tensors, load_trained
@@ -106,8 +105,7 @@ def load_pretrained_model(
     config_file = contents.folder / "config.json"
     model, missing = _load_base(contents, base, options)
     tokenizer = load_tokenizer(_tokenizer_folder(contents, base))
-    if getattr(model.config, "user_marker_ids", None) is None:  # upstream does not say which template it trained with
-        model.config.user_marker_ids = user_marker_ids(conv_templates["v1"], tokenizer)
+    take_trained_template(model.config, tokenizer, contents.folder)
     _check_vocabulary(model, tokenizer, Path(_tokenizer_folder(contents, base)))
     tokens = wanted_tokens(model.config)
     _keep_here(model, bool(tokens))

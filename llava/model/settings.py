@@ -25,6 +25,8 @@ VISION_KEYS: Rules = {
     "tokenizer_model_max_length": Rule("int", 1, TOKEN),
     "tokenizer_padding_side": Rule("str", choices=("left", "right")),
     "user_marker_ids": Rule("list of ids", 0, TOKEN),
+    "conversation_template": Rule("str"),
+    "conversation_chat_template": Rule("str"),
 }
 """What a LLaVA's has in addition."""
 

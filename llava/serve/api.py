@@ -18,10 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.errors import FlagError
+from llava.eval.answering.conv_mode import HELP, choose_conv_mode
 from llava.eval.answering.loading import load_model
 from llava.eval.answering.options import add_model_options
-from llava.eval.run_llava import choose_conv_mode
-from llava.runtime.hub import get_model_name_from_path
 from llava.runtime.program import run_program
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range, check_ranges
 from llava.serve.app import Settings, create_app
@@ -59,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--host", default="127.0.0.1", help="address to listen on; another than this machine needs a key")
     add("--port", type=int, default=8000, help="port to listen on; 0: a free one, which is printed")
     add("--allow-anyone", action="store_true", help="serve other machines without a key")
-    add("--conv-mode", default=None, help="conversation template; default: by the model's name")
+    add("--conv-mode", default=None, help=f"{HELP}, by the model's name")
     add("--load-8bit", action="store_true", help="quantise the weights to 8 bits")
     add("--load-4bit", action="store_true", help="quantise the weights to 4 bits")
     add("--temperature", type=float, default=0.2, help="where a request names none; 0: greedy decoding")
@@ -104,7 +103,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
             "or pass --allow-anyone"
         )
     return Settings(
-        conv_mode=choose_conv_mode(args.conv_mode, get_model_name_from_path(args.model_path)),
+        conv_mode=choose_conv_mode(args.conv_mode, args.model_path),
         defaults=Defaults(args.temperature, args.max_new_tokens, args.token_limit, args.max_images),
         images=ImagePolicy(
             max_bytes=int(args.max_image_mb * MEGABYTE),

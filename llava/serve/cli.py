@@ -16,11 +16,12 @@ from collections.abc import Sequence
 
 from llava.conversation import Conversation, SeparatorStyle
 from llava.errors import FlagError, LlavaError
+from llava.eval.answering.conv_mode import HELP as TEMPLATE_HELP
+from llava.eval.answering.conv_mode import choose_conv_mode
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import load_model
 from llava.eval.answering.options import add_model_options
-from llava.eval.run_llava import choose_conv_mode, open_image
-from llava.runtime.hub import get_model_name_from_path
+from llava.eval.run_llava import open_image
 from llava.runtime.program import run_program
 from llava.runtime.ranges import COUNT, check_ranges
 from llava.serve.chat import Chat
@@ -36,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_options(parser)
     add = parser.add_argument
     add("--image-file", nargs="+", default=[], metavar="IMAGE", help="files or http addresses; none: text only")
-    add("--conv-mode", type=str, default=None, help="conversation template; default: by the model's name")
+    add("--conv-mode", type=str, default=None, help=f"{TEMPLATE_HELP}, by the model's name")
     add("--temperature", type=float, default=0.2, help="0: greedy decoding; above 0: sampling")
     add("--top_p", type=float, default=None, help="sample from the most probable tokens up to this mass")
     add("--max-new-tokens", type=int, default=512, help="limit on the tokens of an answer")
@@ -56,7 +57,7 @@ def start_chat(args: argparse.Namespace) -> Chat:
     check_ranges(args, {"max_new_tokens": COUNT}, dashes=True)
     if args.load_8bit and args.load_4bit:
         raise FlagError("--load-8bit and --load-4bit exclude each other")
-    conv_mode = choose_conv_mode(args.conv_mode, get_model_name_from_path(args.model_path))
+    conv_mode = choose_conv_mode(args.conv_mode, args.model_path)
     seed = random.SystemRandom().getrandbits(32) if args.seed is None else args.seed
     options = GenerationOptions(args.temperature, args.top_p, max_new_tokens=args.max_new_tokens, seed=seed)
     loaded = load_model(

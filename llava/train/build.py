@@ -16,6 +16,7 @@ from llava.data.dataset import LazySupervisedDataset
 from llava.data.markers import user_marker_ids
 from llava.data.templates import select_template
 from llava.data.tiling import check_grid_pinpoints
+from llava.data.trained_template import record_template
 from llava.errors import CheckpointError
 from llava.extension import installed_extensions
 from llava.model.checkpoint import copy_tensors
@@ -123,6 +124,7 @@ def record_settings(model: LlavaForCausalLM, args: RunArguments, tokenizer: Any)
     if args.data.image_aspect_ratio == "anyres" and tower is not None:
         config.image_grid_pinpoints = check_grid_pinpoints(args.data.image_grid_pinpoints, tower.image_size)
     config.user_marker_ids = user_marker_ids(select_template(args.model.version, tokenizer), tokenizer)
+    record_template(config, None if args.program else args.model.version, tokenizer)
     config.tokenizer_padding_side = tokenizer.padding_side
     config.tokenizer_model_max_length = tokenizer.model_max_length
     config.tune_mm_mlp_adapter = args.model.tune_mm_mlp_adapter

@@ -135,7 +135,7 @@ class RunArguments:
         options: parsed options of each installed extension, by its name.
         extensions: configuration of each extension that the options switch on, by its name.
         given: names of the options that were written down, be it with the value of their default.
-        program: options of a program around this one (`mma.train`), for `run.json`.
+        program: options of a program around this one that writes prompts of its own (`mma.train`), for `run.json`.
         base: what the base was trained with; options that were not given have its values.
     """
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.panel import Panel
 
 from llava.data.skipped import count_skipped
-from llava.data.templates import VERSIONS_WITHOUT_TEMPLATE
+from llava.data.trained_template import conv_mode_of_version
 from llava.train.options import RunArguments
 from llava.train.run import Run
 
@@ -17,7 +17,6 @@ from llava.train.run import Run
 def next_command(args: RunArguments) -> str:
     """The command that answers questions with the model that a run has trained."""
     output = args.training.output_dir
-    conv_mode = "v1" if args.model.version in VERSIONS_WITHOUT_TEMPLATE else args.model.version
     base = f" --model-base {args.model.model_name_or_path}"
     trains_language_model = not (
         args.training.lora_enable or args.model.freeze_backbone or args.model.tune_mm_mlp_adapter
@@ -25,7 +24,7 @@ def next_command(args: RunArguments) -> str:
     return (
         f"python -m llava.eval.model_vqa_loader --model-path {output}{'' if trains_language_model else base} "
         f"--question-file QUESTIONS.jsonl --image-folder {args.data.image_folder} --answers-file ANSWERS.jsonl "
-        f"--temperature 0 --conv-mode {conv_mode}"
+        f"--temperature 0 --conv-mode {conv_mode_of_version(args.model.version)}"
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llava.data.trained_template import record_template
 from llava.errors import CheckpointError
 from llava.model.checkpoint import copy_tensors, read_extensions, save_checkpoint
 from llava.model.components import Component, components
@@ -132,6 +133,7 @@ def import_file(
     model = skeleton(base, load_config(base), args.model, [base])
     attach(model, config)
     record_settings(model, args, tokenizer)
+    record_template(model.config, None, tokenizer)  # LaVIN's prompts are none of ours, nor that of the base
     try:
         tensors = convert.from_original(original, model, file)
     except ValueError as error:

@@ -18,9 +18,9 @@ from llava.eval.answering.answers import (
     settings_path,
     shapes_of,
 )
+from llava.eval.answering.conv_mode import HELP, Fallback, conv_mode_of_questions
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import DTYPES, choose_device, choose_dtype, load_model
-from llava.eval.answering.prompts import check_conv_mode, plain_conv_mode
 from llava.eval.answering.questions import MissingChunkError, Question, get_chunk, read_questions
 from llava.eval.answering.runner import OpenImage, Speed, answer_tasks
 from llava.runtime.hub import get_model_name_from_path
@@ -71,7 +71,7 @@ def add_question_options(
     parser.add_argument(
         "--answers-file", type=str, default="answer.jsonl", help="JSON lines, one answer each; continued"
     )
-    parser.add_argument("--conv-mode", type=str, default=conv_mode, help="conversation template")
+    parser.add_argument("--conv-mode", type=str, default=Fallback(conv_mode), help=f"{HELP}, {conv_mode}")
     add_chunk_options(parser)
     add_run_options(parser)
 
@@ -213,10 +213,7 @@ def answer_and_measure(
     options = sampling_options(args)
     options.check_batch_size(args.batch_size)
     name = get_model_name_from_path(args.model_path)
-    conv_mode = plain_conv_mode(args.conv_mode, name)
-    if conv_mode != args.conv_mode:
-        print(f"'{name}' looks like a model after stage 1 only: using the template '{conv_mode}'")
-    check_conv_mode(conv_mode)
+    conv_mode = conv_mode_of_questions(args.conv_mode, args.model_path)
     settings = answer_settings(args, options, conv_mode)
     if whole is not None:
         refuse_foreign_answers(whole)

@@ -16,7 +16,7 @@ from llava.constants import (
     IMAGE_TOKEN_INDEX,
 )
 from llava.conversation import TOKENIZER_VERSION, Conversation, conv_templates
-from llava.data.templates import select_template
+from llava.data.templates import template_of_mode
 from llava.errors import BadSampleError, FlagError
 from llava.runtime.tokenizer import starts_with_bos
 
@@ -95,8 +95,7 @@ def new_conversation(conv_mode: str, tokenizer: Any = None) -> Conversation:
         FlagError: there is no such template; lists those that exist.
     """
     check_conv_mode(conv_mode)
-    # Unlike `--version`, `v0` names the template of that name here, as upstream.
-    return conv_templates[conv_mode].copy() if conv_mode in conv_templates else select_template(conv_mode, tokenizer)
+    return template_of_mode(conv_mode, tokenizer)
 
 
 def ask(message: str, conv_mode: str, tokenizer: Any = None) -> Conversation:

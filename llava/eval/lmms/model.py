@@ -21,14 +21,13 @@ from llava.data.images import ProcessedImage
 from llava.errors import FlagError
 from llava.eval.answering.answers import Task
 from llava.eval.answering.batches import Batches, first_batch_size
+from llava.eval.answering.conv_mode import Fallback, conv_mode_of_questions
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import LoadedModel, load_model
 from llava.eval.answering.prefetch import Prefetcher
-from llava.eval.answering.prompts import check_conv_mode, plain_conv_mode
 from llava.eval.answering.runner import answer_batch, make_prompt, most_together
 from llava.eval.lmms.likelihood import Likelihood, likelihoods, make_candidate
 from llava.eval.lmms.requests import Request, cut, generation_options, load_request, read_requests
-from llava.runtime.hub import get_model_name_from_path
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, check_ranges
 
 if TYPE_CHECKING:
@@ -62,7 +61,8 @@ class BatchedModel:
     Args:
         pretrained: checkpoint folder of any format that `load_pretrained_model` reads.
         model_base: base model, for a checkpoint that holds only adapters or a projector.
-        conv_template: conversation template.
+        conv_template: conversation template; None: that of the model's training, or `vicuna_v1` where its folder does
+            not say.
         device: as `--device`; each of several processes takes the GPU of its local rank.
         dtype: as `--torch-dtype`.
         load_8bit: quantise the weights to 8 bits.
@@ -83,7 +83,7 @@ class BatchedModel:
         self,
         pretrained: str,
         model_base: str | None = None,
-        conv_template: str = "vicuna_v1",
+        conv_template: str | None = None,
         device: str | None = None,
         dtype: str = "auto",
         load_8bit: bool = False,
@@ -94,8 +94,8 @@ class BatchedModel:
         workers: int = 4,
     ) -> None:
         super().__init__()
-        self.conv_mode = plain_conv_mode(conv_template, get_model_name_from_path(pretrained))
-        check_conv_mode(self.conv_mode)
+        template = Fallback("vicuna_v1") if conv_template is None else conv_template
+        self.conv_mode = conv_mode_of_questions(template, pretrained, option="conv_template")
         self.batch_size = read_batch_size(batch_size)
         self.max_batch_size, self.seed, self.workers = max_batch_size, seed, workers
         check_ranges(self, {"max_batch_size": COUNT, "workers": NOT_NEGATIVE})
