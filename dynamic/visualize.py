@@ -25,7 +25,7 @@ from llava.errors import CheckpointError, FlagError
 from llava.eval import run_llava
 from llava.eval.answering.answers import Task
 from llava.eval.answering.conv_mode import choose_conv_mode
-from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.generation import GenerationOptions, ending_arguments
 from llava.eval.answering.loading import LoadedModel, load_model
 from llava.eval.answering.runner import image_arguments, load_images, make_prompt
 from llava.runtime.output import replace_text, replacing
@@ -149,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             prompt.input_ids[None].to(loaded.model.device),
             **image_arguments([images], loaded),
             **options.arguments([prompt.key]),
+            **ending_arguments(prompt.end, loaded.tokenizer),
         )[0].tolist()
     if not log.prompts:
         raise CheckpointError(
@@ -162,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     with replacing(args.output_dir / "kept.png") as partial:
         draw_sheet(shown, segments).save(partial)
     replace_text(args.output_dir / "kept.html", page(args.query, shown, segments), check=False)
-    print(loaded.tokenizer.decode(output_ids, skip_special_tokens=True).strip())
+    print(prompt.end.text(output_ids, loaded.tokenizer).strip())
     for part in (*shown, *segments):
         print(part.caption)
     print(f"{args.output_dir / 'kept.png'}, {args.output_dir / 'kept.html'}")

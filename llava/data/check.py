@@ -26,6 +26,7 @@ from transformers import CLIPImageProcessorPil
 from transformers.hf_argparser import string_to_bool
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
+from llava.data.answer_end import end_problem, turn_end
 from llava.data.check_page import PAGE_HEAD, write_page
 from llava.data.image_bounds import check_made
 from llava.data.inspection import EXPLANATIONS, TRAINABLE, Kind, RowReport, RowReports, Settings, mark_duplicates
@@ -45,7 +46,7 @@ ROWS_PER_STEP = 16
 REPORT = dict.fromkeys(
     (
         *("options", "files", "rows", "rows_with_image", "rows_with_problems", "problems", "statistics"),
-        *("trained_share", "trained_tokens_cut_off", "list"),
+        *("trained_share", "trained_tokens_cut_off", "answer_end", "list"),
     )
 )
 """The keys of `--json`, by which an earlier report is known."""
@@ -191,6 +192,7 @@ def to_json(reports: Sequence[RowReport], summary: DataSummary, args: argparse.N
         "statistics": {name: numbers.to_dict() for name, numbers in summary.numbers.items()},
         "trained_share": summary.trained_share,
         "trained_tokens_cut_off": summary.cut,
+        "answer_end": summary.answer_end,
         "list": [
             {"file": report.file, "row": report.row, "id": report.sample_id, "kind": kind, "message": message}
             for report in reports
@@ -210,7 +212,11 @@ def print_problems(console: Console, reports: Sequence[RowReport], summary: Data
     for kind, count in summary.problems.items():
         table.add_row(str(kind), f"{count:,}", escape(EXPLANATIONS[kind]))
     console.print(table)
+    if summary.answer_end is not None:
+        console.print(escape(f"{Kind.ANSWER_END}: {summary.answer_end}"))
     for kind, count in summary.problems.items():
+        if kind is Kind.ANSWER_END:
+            continue
         found = [(r, p.message) for r in reports for p in r.problems if p.kind is kind]
         for report, message in found[:show]:
             console.print(escape(f"{kind}: {report.file}, row {report.row} (id {report.sample_id!r}): {message}"))
@@ -254,6 +260,8 @@ def print_summary(console: Console, summary: DataSummary, args: argparse.Namespa
             f"cannot be trained on ({', '.join(stopping)}):"
         )
         command += " --on_bad_sample skip"
+    elif summary.problems and not summary.rows_with_problems:
+        console.print("No row has problems, but answers do not end with one token (see above). Next:")
     elif summary.problems:
         console.print(f"{summary.rows_with_problems:,} rows have problems that training takes as they are. Next:")
     else:
@@ -272,9 +280,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     refuse_inputs(args)
-    rows = RowReports(open_rows(args.data), settings_of(args))
+    settings = settings_of(args)
+    turn = turn_end(settings.template, settings.tokenizer)
+    rows = RowReports(open_rows(args.data), settings)
     reports = check_rows(rows, args.num_workers)
-    summary = summarise(reports)
+    summary = summarise(reports, end_problem(settings.template, turn, settings.tokenizer, args.version))
     console = Console(soft_wrap=True)
     print_problems(console, reports, summary, args.show)
     print_statistics(console, summary)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.dataset import image_names
-from llava.data.inspection import EXPLANATIONS, RowReport, RowReports, Settings, thumbnail
+from llava.data.inspection import EXPLANATIONS, Kind, RowReport, RowReports, Settings, thumbnail
 from llava.data.rows import Row
 from llava.data.statistics import PERCENTILES, DataSummary
 from llava.errors import BadSampleError
@@ -80,7 +80,11 @@ def _problems(reports: Sequence[RowReport], summary: DataSummary) -> Iterator[st
     if not summary.problems:
         yield "<p>None.</p>\n"
     for kind, count in summary.problems.items():
-        yield f"<details><summary><b>{kind}</b>: {count:,} ({escape(EXPLANATIONS[kind])})</summary><table>"
+        yield f"<details><summary><b>{kind}</b>: {count:,} ({escape(EXPLANATIONS[kind])})</summary>"
+        if kind is Kind.ANSWER_END:
+            yield f"<p>{escape(summary.answer_end or '')}</p></details>\n"
+            continue
+        yield "<table>"
         yield "<tr><th>row</th><th>id</th><th>message</th></tr>\n"
         found = [(report, problem) for report in reports for problem in report.problems if problem.kind is kind]
         for report, problem in found[:ROWS_PER_KIND]:

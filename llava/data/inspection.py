@@ -40,6 +40,7 @@ class Kind(StrEnum):
     TOO_LONG = "too long"
     TRUNCATED = "truncated"
     DUPLICATE_ID = "duplicate id"
+    ANSWER_END = "answer end"
 
 
 EXPLANATIONS = {
@@ -54,9 +55,10 @@ EXPLANATIONS = {
     Kind.TOO_LONG: "the first answer begins behind --model_max_length",
     Kind.TRUNCATED: "a part of the answers lies behind --model_max_length and is not trained on",
     Kind.DUPLICATE_ID: "another row has the same id",
+    Kind.ANSWER_END: "no single token ends an answer of this template; a matter of --version, not of the rows",
 }
 
-TRAINABLE = frozenset({Kind.TRUNCATED, Kind.DUPLICATE_ID})
+TRAINABLE = frozenset({Kind.TRUNCATED, Kind.DUPLICATE_ID, Kind.ANSWER_END})
 """Kinds that training takes as they are; rows with any other stop it, or are left out (`--on_bad_sample skip`)."""
 
 ERROR_KINDS = {ImageCountError: Kind.IMAGE_COUNT, TokenBorderError: Kind.TOKEN_BORDER, NoTargetError: Kind.NO_TARGET}

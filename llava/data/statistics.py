@@ -58,6 +58,7 @@ class DataSummary:
         with_image: rows with at least one image.
         cut: trained tokens that lie behind the longest length.
         numbers: distributions by name.
+        answer_end: why no answer ends with one token, see `end_problem`; None if every one does.
     """
 
     rows: dict[str, int]
@@ -66,6 +67,7 @@ class DataSummary:
     with_image: int
     cut: int
     numbers: dict[str, Distribution]
+    answer_end: str | None = None
 
     @property
     def total(self) -> int:
@@ -79,10 +81,16 @@ class DataSummary:
         return self.numbers["trained tokens per sample"].total / positions if positions else 0.0
 
 
-def summarise(reports: Sequence[RowReport]) -> DataSummary:
-    """Count everything."""
+def summarise(reports: Sequence[RowReport], answer_end: str | None = None) -> DataSummary:
+    """Count everything.
+
+    Args:
+        reports: of all rows.
+        answer_end: see `DataSummary`; counts as one problem.
+    """
     measured = [report for report in reports if report.tokens is not None]
     found = Counter(problem.kind for report in reports for problem in report.problems)
+    found[Kind.ANSWER_END] += answer_end is not None
     return DataSummary(
         rows=dict(Counter(report.file for report in reports)),
         rows_with_problems=sum(bool(report.problems) for report in reports),
@@ -95,4 +103,5 @@ def summarise(reports: Sequence[RowReport]) -> DataSummary:
             "images per sample": distribution([report.images for report in reports]),
             "turns per sample": distribution([report.turns for report in reports]),
         },
+        answer_end=answer_end,
     )

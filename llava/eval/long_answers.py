@@ -66,8 +66,10 @@ def build_parser(prog: str, description: str, *, generates: bool) -> argparse.Ar
 
 def measure_perplexity(stepper: Stepper, reference: str) -> dict[str, Any]:
     """Perplexity of the reference, fed one token per call; `tokens` scored, `stored` in the last layer's cache."""
-    tokenizer = stepper.loaded.tokenizer
-    ids = tokenizer(reference + tokenizer.eos_token, add_special_tokens=False).input_ids
+    tokenizer, end = stepper.loaded.tokenizer, stepper.end
+    # As in training: the template's own end. The original takes the tokenizer's, which is the same for v1.
+    text = tokenizer.eos_token if end.of_turn is None else tokenizer.convert_ids_to_tokens(end.of_turn)
+    ids = tokenizer(reference + text, add_special_tokens=False).input_ids
     scored = stepper.score(ids)
     return {"ppl": scored.perplexity, "tokens": scored.tokens, "stored": scored.stored}
 
@@ -78,7 +80,7 @@ def measure_meteor(max_new_tokens: int, wordnet: Any) -> Measure:
     def measure(stepper: Stepper, reference: str) -> dict[str, Any]:
         before = stepper.stored
         ids = stepper.answer(max_new_tokens)
-        text = stepper.loaded.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        text = stepper.end.text(ids, stepper.loaded.tokenizer).strip()
         score = meteor(reference, text, wordnet)
         return {"meteor": score, "text": text, "tokens": len(ids), "stored": stepper.stored - before}
 
@@ -94,7 +96,7 @@ def measure_conversation(
         BadSampleError, BadImageError: a row that cannot be asked; names the row, and the file of an image.
         NotFiniteError: the logits are not numbers; names the row.
     """
-    stepper, turns = Stepper(loaded, conversation.where), []
+    stepper, turns = Stepper(loaded, conversation.where, loaded.answer_end(args.conv_mode)), []
     suffix = f"\n{SINGLE_PREDICTION}" if args.single_pred_prompt else ""
     for number, turn in enumerate(conversation.turns[:rounds]):
         if number == 0:

@@ -29,6 +29,7 @@ from llava.model.formats import (
     read_tensors,
     weight_file_names,
 )
+from llava.model.generation_defaults import read_ends
 from llava.model.image_tokens import add_image_tokens, wanted_tokens
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.model.language_model.causal_lm import LlavaForCausalLM
@@ -104,6 +105,8 @@ def load_pretrained_model(
     # Base and tokenizer first: everything that follows is checked against both, errors name the file at fault.
     config_file = contents.folder / "config.json"
     model, missing = _load_base(contents, base, options)
+    if base is not None:
+        read_ends(model.generation_config, contents.folder)
     tokenizer = load_tokenizer(_tokenizer_folder(contents, base))
     take_trained_template(model.config, tokenizer, contents.folder)
     _check_vocabulary(model, tokenizer, Path(_tokenizer_folder(contents, base)))

@@ -132,6 +132,8 @@ def save_checkpoint(model: nn.Module, folder: str | Path, tokenizer: Any = None,
         del config.quantization_config
     if found.weights:
         llava.save_pretrained(folder, state_dict=found.weights)
+    else:  # what ends an answer is part of what was trained
+        llava.generation_config.save_pretrained(folder)
     if found.projector:
         save_file(_portable(found.projector), folder / "mm_projector.safetensors", {"format": "pt"})
     if found.image_tokens:

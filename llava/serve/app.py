@@ -23,7 +23,6 @@ from llava.eval.answering.answers import Task
 from llava.eval.answering.loading import LoadedModel
 from llava.eval.answering.prompts import prompt_ids
 from llava.eval.answering.runner import load_images
-from llava.serve.chat import stop_strings
 from llava.serve.chat_request import ChatRequest, Defaults, RequestError, conversation_of, read_request
 from llava.serve.engine import BusyError, End, Engine, EngineError, Job, Row
 from llava.serve.image_urls import ImagePolicy
@@ -128,8 +127,8 @@ def make_job(request: ChatRequest, loaded: LoadedModel, settings: Settings) -> J
     limit = getattr(config, "tokenizer_model_max_length", None)
     if limit is not None and length > limit:
         raise RequestError(f"the conversation has {length} positions, and the model takes {limit}", "messages")
-    stops = (*request.stops, *stop_strings(conversation, loaded.tokenizer))
-    return Job(ids, images, request.options, stops, positions)
+    end = loaded.answer_end(settings.conv_mode)
+    return Job(ids, images, request.options, (*request.stops, *end.texts), positions, end.ids)
 
 
 def create_app(loaded: LoadedModel, engine: Engine, settings: Settings) -> FastAPI:

@@ -21,7 +21,7 @@ from llava.conversation import Conversation
 from llava.data.images import ProcessedImage
 from llava.errors import BadSampleError, NotFiniteError
 from llava.eval.answering.answers import Task
-from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.generation import GenerationOptions, ending_arguments
 from llava.eval.answering.loading import LoadedModel
 from llava.eval.answering.prompts import add_image_markers, new_conversation, prompt_ids
 from llava.eval.answering.runner import OpenImage, image_arguments, load_images
@@ -45,10 +45,11 @@ class TokenQueue(BaseStreamer):
 
     Args:
         tokenizer: turns ids into text.
+        ends: tokens that end an answer and are not part of its text.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, ends: Sequence[int] = ()) -> None:
+        self.tokenizer, self.ends = tokenizer, frozenset(ends)
         self.queue: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
 
     def put(self, value: Tensor) -> None:
@@ -62,16 +63,10 @@ class TokenQueue(BaseStreamer):
     def __iter__(self) -> Iterator[str]:
         decoder = TokenDecoder(self.tokenizer)
         for new in iter(self.queue.get, None):
-            if text := decoder.push(new):
+            if text := decoder.push([token for token in new if token not in self.ends]):
                 yield text
         if rest := decoder.rest():
             yield rest
-
-
-def stop_strings(conversation: Conversation, tokenizer: Any) -> list[str]:
-    """Texts that end an answer of a template: the separator that follows one, unless it ends every generation."""
-    separator = conversation.sep2 if conversation.sep2 is not None else conversation.sep
-    return [separator] if separator.strip() and separator != tokenizer.eos_token else []
 
 
 @dataclass
@@ -159,23 +154,23 @@ class Chat:
             )
 
     def _generate(self, ids: Tensor) -> Iterator[str]:
-        """Pieces of the answer to a prompt (T,), without special tokens and stop strings."""
+        """Pieces of the answer to a prompt (T,), without special tokens and what ends it."""
         tokenizer, model = self.loaded.tokenizer, self.loaded.model
-        stops, interruption = stop_strings(self.conversation, tokenizer), Interruption()
-        streamer = TokenQueue(tokenizer)
+        end, interruption = self.loaded.answer_end(self.conv_mode), Interruption()
+        streamer = TokenQueue(tokenizer, end.ids)
+        ending = ending_arguments(end, tokenizer)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         arguments: dict[str, Any] = {
             **image_arguments([self.images], self.loaded),
             **self.options.arguments([str(len(self.conversation.messages))]),
             "attention_mask": torch.ones(1, len(ids), dtype=torch.bool, device=model.device),
-            "stopping_criteria": StoppingCriteriaList([interruption]),
+            **ending,
+            "stopping_criteria": StoppingCriteriaList([interruption, *ending.get("stopping_criteria", [])]),
             "streamer": streamer,
             "pad_token_id": pad,
         }
         watch = LogitsWatch(at_once=True, dtype=model.dtype, where="your message")
         arguments["logits_processor"] = LogitsProcessorList([watch, *arguments.get("logits_processor", [])])
-        if stops:
-            arguments |= {"stop_strings": stops, "tokenizer": tokenizer}
         failures: list[BaseException] = []
 
         def work() -> None:
@@ -188,7 +183,7 @@ class Chat:
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         try:
-            yield from until_stop(streamer, stops)
+            yield from until_stop(streamer, end.texts)
         finally:
             interruption.wanted.set()
             thread.join()

@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,6 +51,7 @@ class Job:
         options: temperature, top_p, limit and seed; without beams.
         stops: strings that end the answer and are not part of it.
         positions: what the images take in the sequence.
+        ends: tokens that end the answer; None: those of a prompt without template.
     """
 
     input_ids: Tensor
@@ -58,6 +59,7 @@ class Job:
     options: GenerationOptions
     stops: tuple[str, ...] = ()
     positions: int = 0
+    ends: tuple[int, ...] | None = None
 
 
 class Row:
@@ -69,7 +71,7 @@ class Row:
         on_end: called once, with the reason, or with the error that ended it.
 
     Attributes:
-        tokens: number of tokens generated so far, the end-of-sequence token included.
+        tokens: number of tokens generated so far, the one that ends the answer included.
         ended: nothing is generated for it any more.
     """
 
@@ -91,8 +93,8 @@ class Row:
         """True if nobody waits for the answer."""
         return self._cancelled.is_set()
 
-    def take(self, token: int, tokenizer: Any) -> None:
-        """The next token of the answer."""
+    def take(self, token: int, tokenizer: Any, ends: Collection[int]) -> None:
+        """The next token of the answer; one of `ends` is its last, and no text."""
         if self.ended:  # padding behind the end
             return
         if self.cancelled:
@@ -100,8 +102,9 @@ class Row:
             return
         self.tokens += 1
         self._decoder = self._decoder or TokenDecoder(tokenizer)
-        self._say(self._filter.push(self._decoder.push([token])))
-        if token == tokenizer.eos_token_id or self._filter.stopped:
+        if token not in ends:
+            self._say(self._filter.push(self._decoder.push([token])))
+        if token in ends or self._filter.stopped:
             self.end("stop")
         elif self.tokens >= self.job.options.max_new_tokens:
             self.end("length")
@@ -128,10 +131,13 @@ class _Streams(BaseStreamer):
         rows: of the batch.
         loaded: model and tokenizer.
         watch: of the same `generate`.
+        ends: for each row the tokens that end it.
     """
 
-    def __init__(self, rows: Sequence[Row], loaded: LoadedModel, watch: LogitsWatch) -> None:
-        self.rows, self.loaded, self.watch = rows, loaded, watch
+    def __init__(
+        self, rows: Sequence[Row], loaded: LoadedModel, watch: LogitsWatch, ends: Sequence[Collection[int]]
+    ) -> None:
+        self.rows, self.loaded, self.watch, self.ends = rows, loaded, watch, ends
         self._step = 0
 
     def put(self, value: Tensor) -> None:
@@ -139,9 +145,10 @@ class _Streams(BaseStreamer):
         if value.ndim != 1:
             return
         # The tokens are on the host already, so that the flags cost no wait of their own.
-        for row, token, broken in zip(self.rows, value.tolist(), self.watch.first(), strict=True):
+        taken = zip(self.rows, value.tolist(), self.watch.first(), self.ends, strict=True)
+        for row, token, broken, ends in taken:
             if broken > self._step:
-                row.take(token, self.loaded.tokenizer)
+                row.take(token, self.loaded.tokenizer, ends)
             elif not row.ended:
                 logger.error("%s", self.loaded.no_answer("a request"))
                 row.end(EngineError(self.loaded.no_answer("this request")))
@@ -294,7 +301,10 @@ class Engine:
         tokenizer, model = self.loaded.tokenizer, self.loaded.model
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         input_ids, attention_mask = pad_left([row.job.input_ids for row in rows], pad)
-        watch = LogitsWatch()
+        watch, usual = LogitsWatch(), self.loaded.answer_end().ids
+        ends = [usual if row.job.ends is None else row.job.ends for row in rows]
+        # `generate` ends rows at what ends all of them; a row with an end of its own is ended by `_Ends`.
+        common = [token for token in ends[0] if all(token in others for others in ends)]
         with torch.no_grad():
             model.generate(
                 input_ids.to(model.device),
@@ -304,9 +314,10 @@ class Engine:
                 max_new_tokens=max(row.job.options.max_new_tokens for row in rows),
                 logits_processor=LogitsProcessorList([watch, _Samplers(rows)]),
                 stopping_criteria=StoppingCriteriaList([_Ends(rows)]),
-                streamer=_Streams(rows, self.loaded, watch),
+                streamer=_Streams(rows, self.loaded, watch, ends),
                 use_cache=True,
                 pad_token_id=pad,
+                **({"eos_token_id": common} if common else {}),
             )
         for row in rows:  # cancelled between two steps
             row.end("cancelled")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from llava.conversation import Conversation
+from llava.data.answer_end import answer_end, end_problem, turn_end
 from llava.data.dataset import LazySupervisedDataset
 from llava.data.markers import user_marker_ids
 from llava.data.templates import select_template
@@ -22,7 +23,7 @@ from llava.extension import installed_extensions
 from llava.model.checkpoint import copy_tensors
 from llava.model.components import Component, components
 from llava.model.formats import IMAGE_TOKENS_FILE, NEWLINE, projector_file, read_projector
-from llava.model.generation_defaults import mend_generation_config
+from llava.model.generation_defaults import add_ends, mend_generation_config
 from llava.model.image_tokens import (
     BORDER_TOKENS,
     add_image_tokens,
@@ -132,6 +133,23 @@ def record_settings(model: LlavaForCausalLM, args: RunArguments, tokenizer: Any)
     config.mm_projector_lr = args.training.mm_projector_lr
 
 
+def check_answer_end(args: RunArguments, tokenizer: Any) -> None:
+    """Say, before anything large is loaded, if the model would not learn to end its answers by a token."""
+    template = select_template(args.model.version, tokenizer)
+    problem = end_problem(template, turn_end(template, tokenizer), tokenizer, args.model.version)
+    if problem is not None:
+        say(args, "answer end", problem)
+
+
+def record_answer_end(model: LlavaForCausalLM, args: RunArguments, tokenizer: Any) -> None:
+    """Make the token with which the template ends an answer end generation too; checkpoints carry it along."""
+    turn = turn_end(select_template(args.model.version, tokenizer), tokenizer)
+    added = add_ends(model.generation_config, answer_end(turn, tokenizer, model.generation_config).ids)
+    if turn is not None and turn.token is not None:
+        also = "" if turn.token not in added else ", added to those of generation_config"
+        say(args, "answer end", f"{turn.text!r}, token {turn.token}{also}")
+
+
 def add_vocabulary(model: LlavaForCausalLM, args: RunArguments, tokenizer: Any) -> None:
     """The image tokens that the options ask for, with the rows that stage 1 trained.
 
@@ -184,6 +202,7 @@ def build_model(args: RunArguments, tokenizer: Any, attn_implementation: str | N
         add_vocabulary(llava, args, tokenizer)
     say_tower(args, llava)
     record_settings(llava, args, tokenizer)
+    record_answer_end(llava, args, tokenizer)
     available = installed_extensions(list(args.extensions)) if args.extensions else {}
     for name, config in args.extensions.items():
         llava.extensions.attach(llava, available[name], config)

@@ -31,7 +31,7 @@ from llava.runtime.tokenizer import load_tokenizer
 from llava.runtime.unchanged import refuse_changes
 from llava.runtime.zero import join_processes, prepare_resume
 from llava.train.arguments import parse_args
-from llava.train.build import build_dataset, build_model, skipped_file
+from llava.train.build import build_dataset, build_model, check_answer_end, skipped_file
 from llava.train.inputs import inputs_of
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.options import DataArguments, ModelArguments, RunArguments, TrainingArguments
@@ -69,6 +69,7 @@ def build_run(args: RunArguments, attn_implementation: str | None = None, parts:
         write_run_record(args)
     set_seed(training.seed)
     tokenizer = load_tokenizer(args.model.model_name_or_path, model_max_length=training.model_max_length)
+    check_answer_end(args, tokenizer)
     checkpointing.keep_the_graph(training)
     model = build_model(args, tokenizer, attn_implementation)
     llava = model.get_base_model() if training.lora_enable else model

@@ -48,11 +48,12 @@ ANSWERS_FILE = "answers.jsonl"
 def make_prompt(key: str, task: Task, loaded: LoadedModel) -> Prompt:
     """A task in LaVIN's order of tokens; `task.question` is the prompt."""
     ids = prompt_ids(loaded.tokenizer, task.question, bool(task.images))  # (T,)
-    return Prompt(key, task, ids, length=len(ids) + len(task.images) * (loaded.patches_per_image - 1))
+    length = len(ids) + len(task.images) * (loaded.patches_per_image - 1)
+    return Prompt(key, task, ids, length, loaded.answer_end())
 
 
 def continued_text(prompt: Prompt, ids: Sequence[int], loaded: LoadedModel) -> str:
-    """What the model has written behind the prompt, its leading white space included, up to the end-of-sequence token.
+    """What the model has written behind the prompt, its leading white space included, up to the end of the answer.
 
     The original decodes prompt and answer together. Decoded alone, an answer loses the blank that its first token
     begins with, which moves every character that MME judges.
@@ -60,7 +61,7 @@ def continued_text(prompt: Prompt, ids: Sequence[int], loaded: LoadedModel) -> s
     tokenizer = loaded.tokenizer
     before = [token for token in prompt.input_ids.tolist() if token != IMAGE_TOKEN_INDEX]
     head = tokenizer.decode(before, skip_special_tokens=True)
-    return tokenizer.decode([*before, *ids], skip_special_tokens=True)[len(head) :]
+    return tokenizer.decode([*before, *prompt.end.before(ids)], skip_special_tokens=True)[len(head) :]
 
 
 def given_options(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:

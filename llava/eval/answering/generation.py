@@ -19,10 +19,12 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedTokenizerBase,
     StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
 
+from llava.data.answer_end import AnswerEnd
 from llava.errors import FlagError
 
 TOP_K = 50
@@ -144,6 +146,35 @@ class RowSampler(LogitsProcessor):
         drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # (B, 1)
         drawn = tokens.gather(-1, drawn.clamp(max=tokens.shape[-1] - 1).to(tokens.device))
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
+
+
+def ending_arguments(end: AnswerEnd, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Keyword arguments of `generate` that end each row of a batch at `end`."""
+    arguments: dict[str, Any] = {"eos_token_id": list(end.ids)} if end.ids else {}
+    if end.texts:
+        arguments["stopping_criteria"] = StoppingCriteriaList([EndsAtText(end.texts, tokenizer)])
+    return arguments
+
+
+class EndsAtText(StoppingCriteria):
+    """Stops a row of a batch once the text that it has generated contains one of several.
+
+    Only the last tokens are decoded, as many as the longest text has bytes: no token spells less than one.
+
+    Args:
+        texts: what ends a row.
+        tokenizer: tokenizer of the model.
+    """
+
+    def __init__(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+        self.texts, self.tokenizer = tuple(texts), tokenizer
+        self.width = max(len(text.encode()) for text in self.texts) + 1
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Which rows stop, bool (B,), given the ids (B, T) generated so far."""
+        tails = self.tokenizer.batch_decode(input_ids[:, -self.width :], skip_special_tokens=True)
+        stops = [any(text in tail for text in self.texts) for tail in tails]
+        return torch.tensor(stops, device=input_ids.device)
 
 
 class KeywordsStoppingCriteria(StoppingCriteria):

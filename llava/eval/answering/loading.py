@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from llava.data.answer_end import AnswerEnd, TurnEnd, answer_end, turn_end
 from llava.errors import FlagError
+from llava.eval.answering.prompts import new_conversation
 from llava.model.builder import load_pretrained_model
 from llava.runtime.finite_logits import no_answer
 from llava.runtime.hub import get_model_name_from_path
@@ -30,6 +32,18 @@ class LoadedModel:
     model: Any
     image_processor: Any
     dtype_option: str = "--torch-dtype {}"
+    _turn_ends: dict[str, TurnEnd | None] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def answer_end(self, conv_mode: str | None = None) -> AnswerEnd:
+        """What ends an answer to a prompt of the template `conv_mode`; None stands for prompts without template.
+
+        Raises:
+            FlagError: there is no such template.
+        """
+        if conv_mode is not None and conv_mode not in self._turn_ends:  # once, since a chat template has to be rendered
+            self._turn_ends[conv_mode] = turn_end(new_conversation(conv_mode, self.tokenizer), self.tokenizer)
+        turn = None if conv_mode is None else self._turn_ends[conv_mode]
+        return answer_end(turn, self.tokenizer, self.model.generation_config)
 
     def no_answer(self, where: str) -> str:
         """The message where the logits of a question, named by `where`, are not numbers."""

@@ -20,12 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava.conversation import Conversation
+from llava.data.answer_end import AnswerEnd
 from llava.data.images import ProcessedImage
 from llava.data.pixels import process_images
 from llava.errors import CheckpointError, NotFiniteError
 from llava.eval.answering.answers import AnswersFile, Task
 from llava.eval.answering.batches import Batches, first_batch_size
-from llava.eval.answering.generation import GenerationOptions
+from llava.eval.answering.generation import GenerationOptions, ending_arguments
 from llava.eval.answering.loading import LoadedModel
 from llava.eval.answering.prefetch import Prefetcher
 from llava.eval.answering.prompts import add_image_markers, ask, prompt_ids
@@ -46,12 +47,14 @@ class Prompt:
         key: names the row in the answers file.
         input_ids: (T,) int64 with `IMAGE_TOKEN_INDEX` for each image.
         length: positions in the spliced sequence, for sorting; tiles of an image are not counted.
+        end: what ends the answer; the same for all prompts of a batch.
     """
 
     key: str
     task: Task
     input_ids: Tensor
     length: int
+    end: AnswerEnd
 
 
 ToPrompt = Callable[[str, Task, LoadedModel], Prompt]
@@ -63,8 +66,8 @@ ToText = Callable[[Prompt, Sequence[int], LoadedModel], str]
 
 
 def stripped_text(prompt: Prompt, ids: Sequence[int], loaded: LoadedModel) -> str:
-    """An answer without special tokens and surrounding white space, as upstream's programs write it."""
-    return loaded.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    """An answer up to its end, without special tokens and surrounding white space, as upstream's programs write it."""
+    return prompt.end.text(ids, loaded.tokenizer).strip()
 
 
 @dataclass
@@ -186,7 +189,8 @@ def make_prompt(key: str, task: Task, loaded: LoadedModel, conv_mode: str) -> Pr
         BadSampleError: markers and images of the question do not match.
     """
     input_ids = prompt_ids(conversation_of(task, loaded, conv_mode), loaded.tokenizer)  # (T,)
-    return Prompt(key, task, input_ids, length=len(input_ids) + len(task.images) * (loaded.patches_per_image - 1))
+    length = len(input_ids) + len(task.images) * (loaded.patches_per_image - 1)
+    return Prompt(key, task, input_ids, length, loaded.answer_end(conv_mode))
 
 
 def conversation_of(task: Task, loaded: LoadedModel, conv_mode: str) -> Conversation:
@@ -219,8 +223,10 @@ def answer_batch(
         UnansweredError: the logits of a question are not numbers; names it, and holds the other answers.
     """
     broken: Sequence[int] = ()
+    arguments = options.arguments([prompt.key for prompt in prompts])
     try:
-        output_ids = generate_batch(prompts, images, loaded, options.arguments([prompt.key for prompt in prompts]))
+        ending = ending_arguments(prompts[0].end, loaded.tokenizer)
+        output_ids = generate_batch(prompts, images, loaded, arguments | ending)
     except NotFiniteError as error:
         output_ids, broken = error.output, error.rows
     rows = list(zip(prompts, output_ids.tolist(), strict=True))

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+from llava.data.answer_end import AnswerEnd
 from llava.data.images import ProcessedImage
 from llava.errors import NotFiniteError
+from llava.eval.answering.generation import EndsAtText
 from llava.eval.answering.loading import LoadedModel
 from llava.eval.answering.runner import image_arguments
 from llava.runtime.finite_logits import are_sound
@@ -44,10 +46,12 @@ class Stepper:
     Args:
         loaded: model and tokenizer.
         where: names the conversation in errors.
+        end: what ends an answer; None: what ends one without a template.
     """
 
-    def __init__(self, loaded: LoadedModel, where: str = "the conversation") -> None:
+    def __init__(self, loaded: LoadedModel, where: str = "the conversation", end: AnswerEnd | None = None) -> None:
         self.loaded, self.where = loaded, where
+        self.end = loaded.answer_end() if end is None else end
         offered = loaded.model.extensions.make_cache(loaded.model)
         self.cache: Any = DynamicCache(config=loaded.model.config) if offered is None else offered
         self.logits: Tensor | None = None
@@ -109,7 +113,9 @@ class Stepper:
             raise NotFiniteError(self.loaded.no_answer(self.where))
 
     def answer(self, max_new_tokens: int) -> list[int]:
-        """Greedy decoding until the end of sequence or `max_new_tokens`; the end itself is neither returned nor fed.
+        """Greedy decoding until the end of the answer or `max_new_tokens`; a token that ends it is not returned or fed.
+
+        Of an end that is a text, all tokens are returned, and all but the last are fed.
 
         Raises:
             NotFiniteError: a logit is not a number.
@@ -117,11 +123,14 @@ class Stepper:
         if self.logits is None:
             raise RuntimeError("feed the prompt before asking for an answer")
         ids: list[int] = []
+        texts = EndsAtText(self.end.texts, self.loaded.tokenizer) if self.end.texts else None
         while len(ids) < max_new_tokens:
             self._check(are_sound(self.logits))
             token = int(self.logits.argmax())
-            if token == self.loaded.tokenizer.eos_token_id:
+            if token in self.end.ids:
                 break
             ids.append(token)
+            if texts is not None and bool(texts(torch.tensor([ids]), self.logits)):
+                break
             self.feed([token])
         return ids

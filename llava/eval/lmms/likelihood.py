@@ -69,10 +69,10 @@ def make_candidate(key: str, task: Task, answer: str, loaded: LoadedModel, conv_
     filled.messages[-1][1] = ANSWER
     before = filled.get_prompt().rpartition(ANSWER)[0]
     ids = tokenizer_image_token(before + answer, loaded.tokenizer, return_tensors="pt", add_bos=not filled.writes_bos)
-    return _split(prompt, ids, loaded)
+    return _split(prompt, ids)
 
 
-def _split(prompt: Prompt, ids: Tensor, loaded: LoadedModel) -> Candidate:
+def _split(prompt: Prompt, ids: Tensor) -> Candidate:
     """Cut prompt with answer in two where it begins to differ from the prompt alone.
 
     That is the end of the prompt, unless a tokenizer joins the end of the prompt with the answer.
@@ -80,22 +80,15 @@ def _split(prompt: Prompt, ids: Tensor, loaded: LoadedModel) -> Candidate:
     width = min(len(prompt.input_ids), len(ids))
     same = int((prompt.input_ids[:width] == ids[:width]).long().cumprod(0).sum())
     length = prompt.length - len(prompt.input_ids) + same
-    start = Prompt(prompt.key, prompt.task, prompt.input_ids[:same], length)
+    start = Prompt(prompt.key, prompt.task, prompt.input_ids[:same], length, prompt.end)
     answer = ids[same:]
-    ends = set(_end_ids(loaded)) & set(answer.tolist())
+    ends = set(prompt.end.ids) & set(answer.tolist())
     if ends or not len(answer):
         raise BadSampleError(
             f"{prompt.task.where}: the answer has {len(answer)} tokens, {len(ends)} kinds of which end a sequence; "
             f"it needs at least one, and none that ends it"
         )
     return Candidate(start, answer)
-
-
-def _end_ids(loaded: LoadedModel) -> list[int]:
-    """Tokens at which `generate` stops."""
-    found = [loaded.tokenizer.eos_token_id, loaded.model.generation_config.eos_token_id]
-    flat = [token for entry in found for token in (entry if isinstance(entry, list) else [entry])]
-    return [token for token in flat if token is not None]
 
 
 def likelihoods(
@@ -111,8 +104,11 @@ def likelihoods(
     Raises:
         NotFiniteError: the logits of a prompt or an answer are not numbers; names the questions.
     """
-    forced = ForcedAnswers([candidate.answer for candidate in candidates], filler=_end_ids(loaded)[0])
+    ends = list(candidates[0].prompt.end.ids)
+    # Whatever follows a shorter answer is not counted; an end lets its row rest.
+    forced = ForcedAnswers([candidate.answer for candidate in candidates], filler=next(iter(ends), 0))
     arguments = {
+        **({"eos_token_id": ends} if ends else {}),
         "max_new_tokens": forced.steps,
         "do_sample": False,
         "num_beams": 1,

@@ -7,6 +7,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from llava.eval.answering.loading import LoadedModel, load_model
 from llava.eval.run_llava import eval_model, open_image
 from llava.serve import chat as chat_module
 from llava.serve import cli
-from llava.serve.chat import Chat, TokenQueue, stop_strings
+from llava.serve.chat import Chat, TokenQueue
 from llava.serve.streaming import until_stop
 from tests.golden import golden_dir
 from tests.llava.runtime.tokenizers import make_tokenizer
@@ -159,11 +160,9 @@ def test_stop_strings_are_never_shown(pieces: list[str], stops: list[str], expec
     assert list(until_stop(pieces, stops)) == expected
 
 
-def test_stop_strings_of_the_templates(loaded: LoadedModel) -> None:
-    def of(mode: str) -> list[str]:
-        return stop_strings(Chat(loaded, mode, GREEDY, open_image).conversation, loaded.tokenizer)
-
-    assert [of(mode) for mode in ("vicuna_v1", "llava_v0", "mpt", "llava_llama_2")] == [[], ["###"], ["<|im_end|>"], []]
+def test_texts_that_end_an_answer_by_template(loaded: LoadedModel) -> None:
+    found = [loaded.answer_end(mode).texts for mode in ("vicuna_v1", "llava_v0", "mpt", "llava_llama_2")]
+    assert found == [(), ("###",), ("<|im_end|>",), ()]
 
 
 def test_an_answer_ends_at_the_separator_of_the_template(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +171,8 @@ def test_an_answer_ends_at_the_separator_of_the_template(loaded: LoadedModel, mo
     free = say(chat, "Name a bird.")
     stop = free[3:6]
     chat.reset()
-    monkeypatch.setattr(chat_module, "stop_strings", lambda *_: [stop])
+    end = replace(loaded.answer_end("llava_v0"), texts=(stop,))
+    monkeypatch.setattr(LoadedModel, "answer_end", lambda *_: end)
     assert say(chat, "Name a bird.") == free[: free.index(stop)]
 
 

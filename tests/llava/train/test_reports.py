@@ -57,7 +57,15 @@ def test_a_line_for_each_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     options = HYDRA | {"max_steps": 1, "save_steps": 1}
     main(command_line(tmp_path / "out", **options))
     first = capsys.readouterr().out
-    starts = ["base  ", "tower  ", "extensions  hydralora", "data        10 rows", "training    updates: 1", "saving  "]
+    starts = [
+        "base  ",
+        "tower  ",
+        "answer end  '</s>'",
+        "extensions  hydralora",
+        "data        10 rows",
+        "training    updates: 1",
+        "saving  ",
+    ]
     lines = [line for line in first.splitlines() if line.startswith(tuple(starts))]
     assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
     main(command_line(tmp_path / "out", **options))
