@@ -29,7 +29,7 @@ from llava.model.formats import (
     read_tensors,
     weight_file_names,
 )
-from llava.model.generation_defaults import read_ends
+from llava.model.generation_defaults import add_trained_end, read_ends
 from llava.model.image_tokens import add_image_tokens, wanted_tokens
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.model.language_model.causal_lm import LlavaForCausalLM
@@ -109,6 +109,7 @@ def load_pretrained_model(
         read_ends(model.generation_config, contents.folder)
     tokenizer = load_tokenizer(_tokenizer_folder(contents, base))
     take_trained_template(model.config, tokenizer, contents.folder)
+    add_trained_end(model, tokenizer)
     _check_vocabulary(model, tokenizer, Path(_tokenizer_folder(contents, base)))
     tokens = wanted_tokens(model.config)
     _keep_here(model, bool(tokens))

@@ -12,7 +12,10 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from llava.data.answer_end import eos_ids
+from llava.conversation import TOKENIZER_VERSION
+from llava.data.answer_end import eos_ids, turn_end
+from llava.data.templates import template_of_mode
+from llava.data.trained_template import TEMPLATE_KEY
 from llava.runtime.weights.base_weights import check_generation
 
 GENERATION_FILE = "generation_config.json"
@@ -70,6 +73,21 @@ def read_ends(config: GenerationConfig, folder: Path) -> None:
     if (folder / GENERATION_FILE).is_file():
         check_generation(folder)
         add_ends(config, eos_ids(GenerationConfig.from_pretrained(folder)))
+
+
+def add_trained_end(model: Any, tokenizer: Any) -> None:
+    """Make generation end where the template of the training ends an answer; earlier versions saved no such token.
+
+    Args:
+        model: loaded, its configuration with the template (`take_trained_template`); other models stay as they are.
+        tokenizer: of the model.
+    """
+    name = getattr(model.config, TEMPLATE_KEY, None)
+    if name is None or (name == TOKENIZER_VERSION and not tokenizer.chat_template):
+        return
+    turn = turn_end(template_of_mode(name, tokenizer), tokenizer)
+    if turn is not None and turn.token is not None:
+        add_ends(model.generation_config, [turn.token])
 
 
 def _problem(config: GenerationConfig | None) -> str | None:

@@ -135,6 +135,8 @@ def record_settings(model: LlavaForCausalLM, args: RunArguments, tokenizer: Any)
 
 def check_answer_end(args: RunArguments, tokenizer: Any) -> None:
     """Say, before anything large is loaded, if the model would not learn to end its answers by a token."""
+    if args.program:  # which ends answers by the end-of-sequence token
+        return
     template = select_template(args.model.version, tokenizer)
     problem = end_problem(template, turn_end(template, tokenizer), tokenizer, args.model.version)
     if problem is not None:
@@ -143,7 +145,7 @@ def check_answer_end(args: RunArguments, tokenizer: Any) -> None:
 
 def record_answer_end(model: LlavaForCausalLM, args: RunArguments, tokenizer: Any) -> None:
     """Make the token with which the template ends an answer end generation too; checkpoints carry it along."""
-    turn = turn_end(select_template(args.model.version, tokenizer), tokenizer)
+    turn = None if args.program else turn_end(select_template(args.model.version, tokenizer), tokenizer)
     added = add_ends(model.generation_config, answer_end(turn, tokenizer, model.generation_config).ids)
     if turn is not None and turn.token is not None:
         also = "" if turn.token not in added else ", added to those of generation_config"

@@ -51,6 +51,11 @@ def test_checkpoints_carry_the_end_of_the_template(
         _, model, _, _ = load_pretrained_model(str(folder), None if recipe == "full" else str(base), device="cpu")
         assert model.generation_config.eos_token_id == ends
     assert json.loads((base / "generation_config.json").read_text())["eos_token_id"] == ends[0]
+    # A folder of an earlier version says its template in `run.json` or `config.json`, and no end.
+    saved = json.loads((out / "generation_config.json").read_text())
+    (out / "generation_config.json").write_text(json.dumps(saved | {"eos_token_id": ends[0]}))
+    _, model, _, _ = load_pretrained_model(str(out), None if recipe == "full" else str(base), device="cpu")
+    assert model.generation_config.eos_token_id == ends
     if recipe == "lora":
         write_full_weights(out, tmp_path / "merged", str(base))
         assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"] == ends
