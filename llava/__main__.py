@@ -17,18 +17,21 @@ from llava.errors import LlavaError
 from llava.scripts.files import source
 
 PROGRAMS = {
-    "train": ("llava.train.train_mem", "llava.train.train", "llava.train.train_sparse"),
+    "train": ("llava.train.train_mem", "llava.train.train", "llava.train.train_sparse", "llava.train.train_xformers"),
     "data": ("llava.data.check",),
     "eval": (
         "llava.eval",
         *("llava.eval.model_vqa_loader", "llava.eval.model_vqa", "llava.eval.model_vqa_mmbench"),
         *("llava.eval.model_vqa_qbench", "llava.eval.model_vqa_science", "llava.eval.run_llava"),
+        "llava.eval.model_qa",
         *("llava.eval.merge", "llava.eval.score", "llava.eval.report"),
         *("llava.eval.eval_captions", "llava.eval.eval_chartqa", "llava.eval.eval_gqa", "llava.eval.eval_mme"),
         *("llava.eval.eval_pope", "llava.eval.eval_qbench", "llava.eval.eval_science_qa", "llava.eval.eval_textvqa"),
+        *("llava.eval.eval_science_qa_gpt4", "llava.eval.eval_science_qa_gpt4_requery"),
+        *("llava.eval.eval_gpt_review", "llava.eval.eval_gpt_review_visual"),
         *("llava.eval.eval_gpt_review_bench", "llava.eval.summarize_gpt_review"),
     ),
-    "serve": ("llava.serve.cli", "llava.serve.api"),
+    "serve": ("llava.serve.cli", "llava.serve.api", "llava.serve.controller", "llava.serve.model_worker"),
     "convert": ("llava.convert",),
     "weights": ("llava.model.consolidate", "llava.model.make_delta", "llava.model.apply_delta"),
     "hydralora": (

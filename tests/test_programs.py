@@ -144,6 +144,7 @@ OTHER_PARSERS = (
     "llava.train.train_mem",
     "llava.train.train",
     "llava.train.train_sparse",
+    "llava.train.train_xformers",
     "hydralora.evaluate",
 )
 """Their parsers are transformers' and the harness's, which name the file."""

@@ -16,6 +16,7 @@ from llava.eval import eval_gpt_review_bench, long_answers, merge, model_vqa_qbe
 from llava.eval.answering.answers import AnswersFile, Task, ToRow, answer_row, settings_path
 from llava.eval.answering.processes import Processes, part_of, put_together
 from llava.eval.scoring import mmbench
+from llava.eval.scoring import reviews as asked_reviews
 from tests.reliability.hostile_files import DRAWS, FOREIGN, SEED, SPECIAL, corpus, spoiled_answers
 from tests.reliability.snapshots import snapshot
 
@@ -244,7 +245,7 @@ def reviews(folder: Path, output: Path) -> list[str]:
 def test_reviews_are_recognized_before_they_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "reviews.jsonl"
     arguments = reviews(tmp_path, path)
-    monkeypatch.setattr(eval_gpt_review_bench, "ask", lambda *_, **__: "8 7\nfine")
+    monkeypatch.setattr(asked_reviews, "ask", lambda *_, **__: "8 7\nfine")
     for name, content in CORPUS.items():
         if name.endswith(" 0"):
             path.write_bytes(content)

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from llava.conversation import conv_templates
 from llava.errors import BadSampleError, FlagError
-from llava.eval import model_vqa, model_vqa_loader, run_llava
+from llava.eval import model_qa, model_vqa, model_vqa_loader, run_llava
 from llava.eval.answering import options as program
 from llava.eval.answering.loading import LoadedModel, choose_device, choose_dtype
 from llava.eval.model_vqa_loader import main
+from llava.runtime.tokenizer import load_tokenizer
 from tests.golden import golden_dir
 
 QUERY = "How many dogs are there?"
@@ -161,6 +165,9 @@ EVALUATION = [
     *(f"scripts/convert_{name}_for_submission.py" for name in ("mmbench", "seed", "vizwiz", "vqav2")),
     *(f"scripts/convert_{name}_for_eval.py" for name in ("gqa", "mmvet")),
     "llava/serve/cli.py",
+    "llava/eval/model_qa.py",
+    *(f"llava/eval/eval_science_qa_gpt4{name}.py" for name in ("", "_requery")),
+    *(f"llava/eval/eval_gpt_review{name}.py" for name in ("", "_visual", "_bench")),
 ]
 SPARSE_EVALUATION = [
     *(f"llava/dynamic_eval/model_vqa{name}.py" for name in ("", "_loader", "_science")),
@@ -190,11 +197,11 @@ def test_every_option_of_the_original_is_there(script: str) -> None:
     parser = parser_of(script)
     actions = {flag: action for action in parser._actions for flag in action.option_strings}
     for option in golden:
-        (flag,) = option["flags"]
-        if option["dest"] not in ("device", "image_file"):
-            assert actions[flag].default == option["default"], flag
-        assert actions[flag].dest == option["dest"]
-        assert actions[flag].help, "every option explains itself"
+        for flag in option["flags"]:
+            if option["dest"] not in ("device", "image_file"):
+                assert actions[flag].default == option["default"], flag
+            assert actions[flag].dest == option["dest"]
+            assert actions[flag].help, "every option explains itself"
 
 
 def test_the_program_is_thin() -> None:
@@ -203,6 +210,36 @@ def test_the_program_is_thin() -> None:
         name for name, value in vars(model_vqa_loader).items() if getattr(value, "__module__", "") == main.__module__
     ]
     assert sorted(own) == ["build_parser", "main", "make_task"]
+
+
+def test_a_language_model_answers_questions_without_an_image(
+    question_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the original's flags, on a folder that is no LLaVA: what transformers' own model says."""
+    monkeypatch.undo()  # the model of the other tests is a LLaVA
+    base = golden_dir("llava") / "tiny-vicuna"
+    rows = [json.loads(line) for line in question_file.read_text().splitlines()]
+    texts_only = [row | {"category": "generic"} for row in rows if "image" not in row]
+    questions = tmp_path / "texts.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in texts_only))
+    files = ["--model-name", str(base), "--question-file", str(questions), "--answers-file", str(tmp_path / "a.jsonl")]
+    path = model_qa.main([*files, "--device", "cpu", "--temperature", "0", "--max_new_tokens", "5"])
+    answers = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(answers) == 2
+    assert answers[0].keys() >= {"question_id", "text", "answer_id", "model_id", "metadata"}
+
+    tokenizer, model = load_tokenizer(base), AutoModelForCausalLM.from_pretrained(base)
+    for row, answer in zip(texts_only, answers, strict=True):
+        conversation = conv_templates["vicuna_v1"].copy()
+        conversation.append_message(conversation.roles[0], row["text"])
+        conversation.append_message(conversation.roles[1], None)
+        ids = torch.tensor([tokenizer(conversation.get_prompt()).input_ids])
+        expected = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+        text = tokenizer.decode(expected, skip_special_tokens=True)
+        assert answer["text"] == text.split(conversation.sep2)[0].strip()
+
+    with pytest.raises(BadSampleError, match=r"questions\.jsonl:1: the row has an image.*model_vqa"):
+        model_qa.main(["--model-name", str(base), "--question-file", str(question_file)])
 
 
 def one_question(checkpoint: Path, image_file: str, **changes: Any) -> types.SimpleNamespace:

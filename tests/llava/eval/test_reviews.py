@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from llava.errors import BadSampleError, FlagError
+from llava.eval import eval_gpt_review, eval_gpt_review_visual
 from llava.eval import eval_gpt_review_bench as bench
 from llava.eval import summarize_gpt_review as summary
 from tests.llava.eval.benchmark_data import write_json, write_lines
@@ -122,3 +123,59 @@ def test_what_cannot_be_reviewed(
         summary.main(["-f", str(tmp_path / "bad.jsonl")])
     with pytest.raises(FlagError, match="give --dir or --files"):
         summary.main([])
+
+
+def without(argv: list[str], *flags: str) -> list[str]:
+    """A command line without some options of one value each."""
+    places = {argv.index(flag) + step for flag in flags for step in (0, 1)}
+    return [word for place, word in enumerate(argv) if place not in places]
+
+
+def test_reviews_of_questions_without_an_image(service: type[Service], argv: list[str], tmp_path: Path) -> None:
+    """No context; a category without a rule takes the rule `default`."""
+    write_json(
+        tmp_path / "rule.json",
+        {"default": {"role": "Assistant", "prompt": "Judge."}, "conv": {"role": "Player", "prompt": "Judge conv."}},
+    )
+    path = eval_gpt_review.main(without(argv, "--context"))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["category"] for row in rows] == ["conv", "detail", "conv"]
+    assert [row["tuple"] for row in rows] == [[8.0, 6.0], [9.0, 9.0], [7.0, 3.5]]
+    asked = [request["messages"][1]["content"] for request in service.requests]
+    assert asked[0] == (
+        "[Question]\nQ0?\n\n[Player 1]\nfirst 0\n\n[End of Player 1]\n\n"
+        "[Player 2]\nsecond 0\n\n[End of Player 2]\n\n[System]\nJudge conv.\n\n"
+    )
+    assert asked[1].endswith("[End of Assistant 2]\n\n[System]\nJudge.\n\n")
+    assert service.requests[0]["model"] == "gpt-4"
+    with pytest.raises(SystemExit):
+        eval_gpt_review.main(argv)  # knows no --context
+
+
+def test_reviews_with_captions_and_boxes(service: type[Service], argv: list[str], tmp_path: Path) -> None:
+    box = {"category": "boat", "bbox": [0.25, 0.5, 1, 1]}
+    line = {"image": "a.jpg", "captions": ["A lake.", "A boat."], "instances": [box, box | {"category": "tree"}]}
+    write_lines(tmp_path / "context.jsonl", [line])
+    write_json(tmp_path / "rule.json", {kind: {"role": "R", "prompt": "P"} for kind in ("conv", "detail")})
+    path = eval_gpt_review_visual.main(argv)
+    assert len(path.read_text().splitlines()) == 3
+    assert service.requests[0]["messages"][1]["content"].startswith(
+        "[Context]\nA lake.\nA boat.\n\nboat: [0.25, 0.5, 1, 1]\ntree: [0.25, 0.5, 1, 1]\n\n[Question]\nQ0?\n\n[R 1]\n"
+    )
+    # As in the original, only `eval_gpt_review` has a rule for categories without one.
+    write_json(tmp_path / "rule.json", {"conv": {"role": "R", "prompt": "P"}, "default": {"role": "R", "prompt": "P"}})
+    with pytest.raises(BadSampleError, match=r"questions\.jsonl:2: .*rule\.json has no rule 'detail'"):
+        eval_gpt_review_visual.main(argv)
+
+
+def test_a_context_that_does_not_fit_is_named(service: type[Service], argv: list[str], tmp_path: Path) -> None:
+    rule = {"role": "R", "prompt": "P"}
+    write_json(tmp_path / "rule.json", {f"{prefix}conv": rule for prefix in ("", "llava_bench_")})
+    with pytest.raises(BadSampleError, match=r"context\.jsonl:1: not as expected \(KeyError\('instances'\)\)"):
+        eval_gpt_review_visual.main(argv)  # the captions of LLaVA-Bench
+    write_lines(tmp_path / "context.jsonl", [{"image": "b.jpg", "caption": ["A lake."]}])
+    with pytest.raises(
+        BadSampleError, match=r"questions\.jsonl:1: .*context\.jsonl has no line for the image 'a\.jpg'"
+    ):
+        bench.main(argv)
+    assert not service.requests

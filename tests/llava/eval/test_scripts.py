@@ -158,3 +158,24 @@ def test_with_processes_of_its_own(data: Path, checkpoint: Path, tmp_path: Path)
     done = Programs(Path(sys.executable)).script("scripts/v1_5/eval/textvqa.sh", *TINY, **environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("tiny-llava-v1.5\nSamples: 3\nAccuracy: 0.00%")
+
+
+def test_the_scripts_of_the_first_llava_answer_and_score_scienceqa(
+    served: Programs, data: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Two scripts as upstream's: one answers with all GPUs, one scores."""
+    folder = shutil.copytree(data / "scienceqa", tmp_path / "sqa")
+    shutil.copyfile(folder / "llava_test_CQM-A.json", folder / "llava_test_QCM-LEA.json")
+    paths = {"SCIENCEQA": str(folder), "ANSWERS": str(tmp_path / "mine.jsonl"), "MODEL": str(checkpoint)}
+    early = served.script("scripts/sqa_eval_gather.sh", **paths)
+    assert early.returncode != 0
+    done = served.script("scripts/sqa_eval_batch.sh", *TINY, **paths)
+    assert done.returncode == 0, done.stderr
+    assert sum("--chunk-idx" in call for call in served.calls) == 2
+    asked = json.loads((folder / "llava_test_QCM-LEA.json").read_text())
+    assert len((tmp_path / "mine.jsonl").read_text().splitlines()) == len(asked) > 1
+    done = served.script("scripts/sqa_eval_gather.sh", **paths)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "mine_result.json").read_text())
+    assert result["count"] == len(asked)
+    assert len(json.loads((tmp_path / "mine_output.json").read_text())) == 2
