@@ -167,7 +167,8 @@ class DynamicExtension(Extension):
             config = convert.read_config(folder)
             if config is None:
                 return None
-            return ImportedState(config.to_dict(), convert.read_predictors(folder, config), frozenset())
+            tensors = convert.read_predictors(folder, config)
+            return ImportedState(config.to_dict(), tensors, convert.predictor_names(folder))
         except ValueError as error:
             raise CheckpointError(str(error)) from error
 

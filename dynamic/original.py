@@ -19,6 +19,7 @@ from dynamic.config import SparseConfig
 from dynamic.model import IMAGE, INSTRUCT, OUTPUT_TEXT
 from llava.runtime.files import READ_ERRORS, read_json, refuse_pointer
 from llava.runtime.weights.torch_files import load_plain
+from llava.runtime.weights.weight_files import weights_of
 
 CONFIG_FILE = "config.json"
 CONFIG_KEY = "sparse_config"
@@ -74,6 +75,12 @@ def read_predictors(folder: Path, config: SparseConfig) -> dict[str, Tensor]:
             f"{missing}; it was saved by a program that does not know them"
         )
     return tensors
+
+
+def predictor_names(folder: Path) -> frozenset[str]:
+    """Names of all tensors of predictors in a folder; the original stores those that its configuration switches off."""
+    beginnings = tuple(f"model.{name}." for name in (IMAGE, OUTPUT_TEXT, INSTRUCT))
+    return frozenset(name for name in weights_of(folder) if name.startswith(beginnings))
 
 
 def add_to_folder(folder: Path, config: SparseConfig, tensors: Mapping[str, Tensor]) -> None:

@@ -69,7 +69,8 @@ class ImportedState:
     Attributes:
         config: configuration to `attach` with.
         tensors: the extension's tensors under our names, relative to the LLaVA model.
-        claimed: file names in the folder, or keys in `non_lora_trainables.bin`, that nobody else needs to read.
+        claimed: file names in the folder, or names of tensors in `non_lora_trainables.bin` or full weights, that nobody
+            else needs to read.
     """
 
     config: Config

@@ -21,8 +21,10 @@ from llava.model.builder import base_folder
 from llava.model.checkpoint import load_trained
 from llava.model.formats import NON_LORA_FILE, CheckpointContents, inspect_checkpoint, read_projector, read_tensors
 from llava.model.language_model.backbones import backbone_class, load_config
+from llava.model.multimodal_encoder.stored import is_stored_tower
 from llava.runtime.files import read_json
 from llava.runtime.output import check_new, new_path
+from llava.runtime.program import errors_only
 from llava.runtime.weights.adapter_counts import check_lora
 from llava.runtime.weights.base_weights import read_base
 from llava.runtime.weights.completeness import FILE_LIST
@@ -65,7 +67,8 @@ def _export_extensions(contents: CheckpointContents, base: str, output: Path) ->
     """Let each extension write what its original code would have written."""
     config = load_config(contents.folder)
     config.vocab_size = load_config(base).vocab_size
-    model, _ = read_base(backbone_class(contents.folder), base, config, dtype=torch.float32)
+    with errors_only():  # a tower among the weights stays where it is
+        model, _ = read_base(backbone_class(contents.folder), base, config, is_stored_tower, dtype=torch.float32)
     available = installed_extensions(list(contents.extensions))
     for name, folder in contents.extensions.items():
         model.extensions.attach(model, available[name], read_json(folder / "config.json"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from llava.model.generation_defaults import add_trained_end, read_ends
 from llava.model.image_tokens import add_image_tokens, wanted_tokens
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.model.language_model.causal_lm import LlavaForCausalLM
+from llava.model.multimodal_encoder.stored import is_stored_tower, stored_tower
 from llava.runtime.files import naming, read_json, reading
 from llava.runtime.hub import local_folder
 from llava.runtime.offloading import (
@@ -104,7 +105,8 @@ def load_pretrained_model(
         options["device_map"] = device_map if place == torch.device("cuda") else {"": str(place)}
     # Base and tokenizer first: everything that follows is checked against both, errors name the file at fault.
     config_file = contents.folder / "config.json"
-    model, missing = _load_base(contents, base, options)
+    imported = _imported_states(contents)
+    model, missing = _load_base(contents, base, options, _claimed(imported))
     if base is not None:
         read_ends(model.generation_config, contents.folder)
     tokenizer = load_tokenizer(_tokenizer_folder(contents, base))
@@ -118,11 +120,16 @@ def load_pretrained_model(
         add_image_tokens(model, tokenizer, tokens)
     near = [contents.folder, *([Path(base)] if base else [])]
     image_processor = None
+    stored = stored_tower(base or contents.folder) if contents.tower is None else None
     if getattr(model.config, "mm_vision_tower", None):  # a trained tower is read here, from inside the checkpoint
         with naming(config_file):
-            image_processor = model.get_model().load_vision_tower(near, dtype).image_processor
+            image_processor = model.get_model().load_vision_tower(near, dtype, stored).image_processor
+    elif stored is not None:
+        raise CheckpointError(
+            f"{stored.folder}: contains a vision tower in its weights, but {config_file} has no 'mm_vision_tower'"
+        )
     # Extensions add their modules now; the weights are read below with the rest, into real memory.
-    imported = _attach_extensions(model, contents)
+    _attach_extensions(model, contents, imported)
     materialize(model, model.extensions.named_parameters(model))
     if "attn_implementation" in options:  # what was asked for; what an extension chose is needed for its losses
         model.config._attn_implementation = options["attn_implementation"]
@@ -195,9 +202,12 @@ def base_folder(contents: CheckpointContents, model_base: str | None) -> str | N
 
 
 def _load_base(
-    contents: CheckpointContents, base: str | None, options: dict[str, Any]
+    contents: CheckpointContents, base: str | None, options: dict[str, Any], claimed: Collection[str]
 ) -> tuple[LlavaForCausalLM, set[str]]:
-    """The bare LLaVA with the base weights, and the names of the weights that these did not have."""
+    """The bare LLaVA with the base weights, and the names of the weights that these did not have.
+
+    Of the weights there, the tower's and those that are `claimed` by extensions are read by others.
+    """
     backbone, config = backbone_class(contents.folder), load_config(contents.folder)
     if base is None:
         weight_files(contents.weights)  # complains about missing shards by name
@@ -211,11 +221,26 @@ def _load_base(
         config.vocab_size = load_config(base).vocab_size  # image tokens of the checkpoint get their rows later
     source = base or contents.folder
     with errors_only():  # weights that come from other files later are no news; what is missing then is an error
-        return read_base(backbone, source, config, **options)
+        return read_base(backbone, source, config, lambda name: is_stored_tower(name) or name in claimed, **options)
 
 
-def _attach_extensions(model: LlavaForCausalLM, contents: CheckpointContents) -> dict[str, ImportedState]:
-    """Attach what the checkpoint was trained with; returns the states read from original layouts."""
+def _imported_states(contents: CheckpointContents) -> dict[str, ImportedState]:
+    """What extensions read from a folder of an original layout, by their names."""
+    if contents.extensions:
+        return {}
+    states = {name: each.import_checkpoint(contents.folder) for name, each in installed_extensions().items()}
+    return {name: state for name, state in states.items() if state is not None}
+
+
+def _claimed(imported: dict[str, ImportedState]) -> frozenset[str]:
+    """Names of the tensors that belong to extensions."""
+    return frozenset().union(*(state.claimed for state in imported.values()))
+
+
+def _attach_extensions(
+    model: LlavaForCausalLM, contents: CheckpointContents, imported: dict[str, ImportedState]
+) -> None:
+    """Attach what the checkpoint was trained with: of our own layout, or read from original layouts."""
     if contents.extensions:
         wanted = {name: read_json(path / "config.json") for name, path in contents.extensions.items()}
         available = installed_extensions(list(wanted))
@@ -224,15 +249,9 @@ def _attach_extensions(model: LlavaForCausalLM, contents: CheckpointContents) ->
             _check_recorded(contents, available[name], wanted[name])
             with naming(config_file, CheckpointError), reading(config_file, "no extension of these settings fits"):
                 model.extensions.attach(model, available[name], wanted[name])
-        return {}
-    imported: dict[str, ImportedState] = {}
-    candidates: dict[str, Extension] = installed_extensions()
-    for name, extension in candidates.items():
-        state = extension.import_checkpoint(contents.folder)
-        if state is not None:
-            model.extensions.attach(model, extension, state.config)
-            imported[name] = state
-    return imported
+    candidates = installed_extensions()
+    for name, state in imported.items():
+        model.extensions.attach(model, candidates[name], state.config)
 
 
 def _check_recorded(contents: CheckpointContents, extension: Extension, config: Config) -> None:
@@ -332,7 +351,7 @@ def _check_claimed(contents: CheckpointContents, imported: dict[str, ImportedSta
     """Everything in upstream's non-LoRA file must be somebody's: projector or an extension."""
     if contents.non_lora is None:
         return
-    claimed = frozenset().union(*(state.claimed for state in imported.values()))
+    claimed = _claimed(imported)
     names = read_tensors(contents.non_lora)
     unknown = sorted(names.keys() - projector_tensors(names).keys() - claimed)
     if unknown:

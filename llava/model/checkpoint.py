@@ -33,6 +33,7 @@ from llava.model.formats import (
 )
 from llava.model.image_tokens import image_token_rows, load_image_tokens
 from llava.model.language_model.causal_lm import LlavaForCausalLM
+from llava.model.multimodal_encoder.stored import fill, is_stored_tower, stored_tower
 from llava.runtime.files import read_json
 from llava.runtime.partition import fetch, full_shape, whole
 from llava.runtime.weights.adapter_counts import check_adapter
@@ -86,9 +87,10 @@ def _collect(model: nn.Module, keep: bool) -> _Trained:
         found.projector = fetch(parts[Component.PROJECTOR], keep)
     if Component.LANGUAGE_MODEL not in trained:
         found.image_tokens = image_token_rows(llava, keep)
-    if Component.VISION_TOWER in trained:
+    tower = llava.get_vision_tower()
+    if Component.VISION_TOWER in trained or (found.weights and tower is not None and tower.is_from_elsewhere()):
         own = {id(weight) for weight in parts[Component.VISION_TOWER].values()}  # and not what extensions added
-        network = llava.get_vision_tower().loaded()
+        network = tower.loaded()
         found.tower = fetch({name: weight for name, weight in network.named_parameters() if id(weight) in own}, keep)
     if isinstance(model, PeftModel):
         adapter = {id(weight) for weight in parts[Component.ADAPTER].values()}
@@ -106,7 +108,8 @@ def save_checkpoint(model: nn.Module, folder: str | Path, tokenizer: Any = None,
     """Write everything that is trained, with all that is needed to load it again.
 
     A language model that is trained itself is written in full; otherwise only adapters, projector and extensions. A
-    frozen projector is written too if it is not that of the base.
+    frozen projector is written too if it is not that of the base, and with full weights a tower that was read from
+    those of the base and is not the one that is named.
 
     Args:
         model: LLaVA model or the PEFT model around it.
@@ -255,6 +258,8 @@ def _load_non_lora(projector: dict[str, nn.Parameter], path: Path) -> None:
 def load_full_weights(llava: LlavaForCausalLM, contents: CheckpointContents) -> None:
     """Read full weights into an existing model, to resume a run that trains the language model itself.
 
+    A tower among them is read too, unless the folder has one by itself, which `load_trained` reads.
+
     Raises:
         CheckpointError: names or shapes differ.
     """
@@ -263,5 +268,8 @@ def load_full_weights(llava: LlavaForCausalLM, contents: CheckpointContents) -> 
     tensors: dict[str, Tensor] = {}
     for path in weight_files(contents.weights):
         tensors |= read_tensors(path)
-    tower_prefix = "model.vision_tower."
-    copy_tensors(wanted, {k: v for k, v in tensors.items() if not k.startswith(tower_prefix)}, contents.folder)
+    copy_tensors(wanted, {k: v for k, v in tensors.items() if not is_stored_tower(k)}, contents.folder)
+    tower, stored = llava.get_vision_tower(), stored_tower(contents.folder)
+    if stored is not None and tower is not None and contents.tower is None:
+        network = tower.loaded()
+        fill(network, stored, tower.used_names(network), tower.vision_tower_name)

@@ -57,8 +57,12 @@ def write_full_weights(checkpoint: str | Path, output: str | Path, model_base: s
         config = copy.deepcopy(model.config)
         config.architectures, config.use_cache, config.dtype = [type(model).__name__], True, dtype
         model.save_pretrained(folder, state_dict={name: weight.detach() for name, weight in weights.items()})
+        tower = model.get_vision_tower()
         if contents.tower is not None:
             shutil.copytree(contents.tower, folder / TOWER_FOLDER)
+        elif tower is not None and tower.is_from_elsewhere():
+            tower.save(folder / TOWER_FOLDER, dict(tower.loaded().to(dtype).named_parameters()))
+            config.mm_vision_tower = TOWER_FOLDER
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return Path(output)

@@ -18,6 +18,7 @@ from llava.errors import FlagError
 from llava.extension import ExtensionSet
 from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.multimodal_encoder.builder import build_vision_tower, set_normalization
+from llava.model.multimodal_encoder.stored import StoredTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import SpliceOptions, splice
 from llava.model.tiles import merge_tiles
@@ -51,20 +52,32 @@ class LlavaMetaModel:
         """The tower, or None for a model without vision."""
         return self.vision_tower
 
-    def load_vision_tower(self, near: Iterable[str | Path] = (), dtype: torch.dtype | None = None) -> VisionTower:
+    def load_vision_tower(
+        self,
+        near: Iterable[str | Path] = (),
+        dtype: torch.dtype | None = None,
+        stored: StoredTower | None = None,
+    ) -> VisionTower:
         """Read the tower named in the configuration, looking inside and beside the folders `near`.
 
+        Args:
+            near: folders searched for a tower given by a relative name.
+            dtype: of its weights; None: float32.
+            stored: the tower in full weights, whose weights are read in place of those of the one that is named.
+
         Raises:
-            CheckpointError: the tower cannot be found.
+            CheckpointError: the tower cannot be found, or `stored` is not of its kind and shape.
         """
         tower = build_vision_tower(self.config, near)
         with torch.random.fork_rng(devices=[]):  # ZeRO-3 builds modules for real and would draw for each
-            tower.load_model(dtype)
+            tower.load_model(dtype, stored)
         set_normalization(tower.image_processor, getattr(self.config, "mm_image_normalization", "tower"))
         self.vision_tower = tower
         return tower
 
-    def initialize_vision_modules(self, model_args: Any, near: Iterable[str | Path] = ()) -> None:
+    def initialize_vision_modules(
+        self, model_args: Any, near: Iterable[str | Path] = (), stored: StoredTower | None = None
+    ) -> None:
         """Give a language model its tower and projector, as `train.py` is told by its flags.
 
         An existing projector is kept. `--pretrain_mm_mlp_adapter` is read by the caller, which knows file formats.
@@ -72,6 +85,7 @@ class LlavaMetaModel:
         Args:
             model_args: `ModelArguments` of the run.
             near: folders searched for a tower given by a bare name.
+            stored: the tower in the base's full weights, which is kept.
         """
         config = self.config
         config.mm_vision_tower = model_args.vision_tower
@@ -80,7 +94,7 @@ class LlavaMetaModel:
         config.mm_patch_merge_type = model_args.mm_patch_merge_type
         config.mm_image_normalization = model_args.mm_image_normalization
         config.use_mm_proj = True
-        tower = self.load_vision_tower(near)
+        tower = self.load_vision_tower(near, stored=stored)
         width_changed = getattr(config, "mm_hidden_size", tower.hidden_size) != tower.hidden_size
         if self.mm_projector is not None and width_changed:
             raise FlagError(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from llava.model.image_tokens import (
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.model.loss import LossReduction
+from llava.model.multimodal_encoder.stored import is_stored_tower, stored_tower
+from llava.runtime.program import errors_only
 from llava.runtime.quantization import choose_cpu_kernels, quantisation_config
 from llava.runtime.weights.base_weights import read_base
 from llava.runtime.weights.weight_files import check_base
@@ -61,8 +64,17 @@ def weight_dtype(args: RunArguments) -> torch.dtype:
     return torch.bfloat16 if args.training.bf16 else torch.float16 if args.training.fp16 else torch.float32
 
 
-def load_base(args: RunArguments, attn_implementation: str | None) -> LlavaForCausalLM:
-    """The language model or LLaVA named by `--model_name_or_path`, without its tower."""
+def load_base(args: RunArguments, attn_implementation: str | None, claimed: Collection[str] = ()) -> LlavaForCausalLM:
+    """The language model or LLaVA named by `--model_name_or_path`, without its tower.
+
+    Args:
+        args: options of the run.
+        attn_implementation: of the tests; `--attn_implementation` holds over it.
+        claimed: names of weights in the base that belong to extensions.
+
+    Raises:
+        CheckpointError: weights are missing, or some belong to nobody.
+    """
     name = args.model.model_name_or_path
     options: dict[str, Any] = {"dtype": weight_dtype(args), "cache_dir": args.training.cache_dir}
     implementation = args.model.attn_implementation or attn_implementation
@@ -77,8 +89,14 @@ def load_base(args: RunArguments, attn_implementation: str | None) -> LlavaForCa
     cache_dir = args.training.cache_dir
     config = load_config(name, cache_dir)
     check_base(name)
-    with same_draws(args.training):
-        model, missing = read_base(backbone_class(name, cache_dir), name, config, **options)
+    with errors_only(), same_draws(args.training):  # a tower among the weights is read later; the rest are errors
+        model, missing = read_base(
+            backbone_class(name, cache_dir),
+            name,
+            config,
+            lambda weight: is_stored_tower(weight) or weight in claimed,
+            **options,
+        )
     if missing:
         raise CheckpointError(
             f"{name}: lacks {len(missing)} weights that its config.json asks for: {sorted(missing)[:3]}"
@@ -98,7 +116,8 @@ def add_vision(model: LlavaForCausalLM, args: RunArguments) -> None:
         CheckpointError: tower or projector file is missing or does not fit.
     """
     near = [args.model.model_name_or_path]
-    model.get_model().initialize_vision_modules(args.model, near)
+    stored = stored_tower(args.model.model_name_or_path, args.training.cache_dir)
+    model.get_model().initialize_vision_modules(args.model, near, stored)
     if args.model.pretrain_mm_mlp_adapter:
         source = projector_file(args.model.pretrain_mm_mlp_adapter)
         wanted, tensors = components(model)[Component.PROJECTOR], read_projector(source)
@@ -196,7 +215,8 @@ def build_model(args: RunArguments, tokenizer: Any, attn_implementation: str | N
     """
     recorded = recorded_extensions(args.model.model_name_or_path, args.training.cache_dir)
     check_recorded(args.model.model_name_or_path, recorded, args.extensions)
-    llava = load_base(args, attn_implementation)
+    claimed = frozenset().union(*(each.claimed for each in recorded.values()))
+    llava = load_base(args, attn_implementation, claimed)
     say_base(args, llava)
     say_settings(args)
     if args.model.vision_tower is not None:

@@ -27,11 +27,13 @@ class Recorded:
         config: its configuration then.
         tensors: by their name in the LLaVA model.
         source: where they were read.
+        claimed: names of tensors among the base's full weights that are these.
     """
 
     config: Config
     tensors: dict[str, Tensor]
     source: Path
+    claimed: frozenset[str] = frozenset()
 
 
 def recorded_extensions(base: str | Path, cache_dir: str | None = None) -> dict[str, Recorded]:
@@ -57,7 +59,9 @@ def recorded_extensions(base: str | Path, cache_dir: str | None = None) -> dict[
         }
     imported = {name: extension.import_checkpoint(folder) for name, extension in installed_extensions().items()}
     return {
-        name: Recorded(state.config, state.tensors, folder) for name, state in imported.items() if state is not None
+        name: Recorded(state.config, state.tensors, folder, state.claimed)
+        for name, state in imported.items()
+        if state is not None
     }
 
 

@@ -41,8 +41,10 @@ def say_tower(args: RunArguments, model: Any) -> None:
     if tower is None:
         say(args, "tower", "none: text only")
         return
-    text = f"{args.model.vision_tower}: images of {tower.image_size} pixels, projector {args.model.mm_projector_type}"
-    say(args, "tower", text)
+    source = args.model.vision_tower
+    if tower.stored is not None:
+        source = f"the weights inside {tower.stored.folder}, settings of {args.model.vision_tower}"
+    say(args, "tower", f"{source}: images of {tower.image_size} pixels, projector {args.model.mm_projector_type}")
 
 
 def say_data(args: RunArguments, dataset: LazySupervisedDataset) -> None:

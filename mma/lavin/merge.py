@@ -165,13 +165,14 @@ def merge_checkpoint(
         declare_biases(model)
         parts = components(model)
         written = [Component.LANGUAGE_MODEL, Component.PROJECTOR]
-        if tower_before == "normal" or contents.tower is not None:
+        tower = model.get_vision_tower()
+        inside = contents.tower is not None or (tower is not None and tower.is_from_elsewhere())
+        if tower_before == "normal" or inside:
             written.append(Component.VISION_TOWER)
         for weight in (weight for part in written for weight in parts[part].values()):
             weight.data = weight.data.to(dtype)
             weight.requires_grad_(True)  # what is trained is written
         model.config.dtype = dtype
-        tower = model.get_vision_tower()
         if tower is not None:  # a relative name was found beside the base
             model.config.mm_vision_tower = tower.vision_tower_name
         save_checkpoint(model, folder, tokenizer)

@@ -53,8 +53,6 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
     """
 
     decoder_class: ClassVar[type[LlavaDecoder]]
-    # Upstream stores the tower inside full checkpoints and never reads it from there; neither do we.
-    _keys_to_ignore_on_load_unexpected = [r"model\.vision_tower\."]  # noqa: RUF012 (transformers' own way to declare it)
 
     def __init__(self, config: Any) -> None:
         warn_once()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from llava.errors import CheckpointError, FlagError
+from llava.model.multimodal_encoder.stored import StoredTower, fill
+from llava.runtime.weights.tensors import Entry
+from llava.runtime.weights.weight_files import weights_of
 
 SELECT_FEATURES = ("patch", "cls_patch", "cls_every_N")
 
@@ -62,6 +65,7 @@ class VisionTower(nn.Module, abc.ABC):
     Attributes:
         vision_tower: the network; None until `load_model`.
         image_processor: turns RGB images into pixel values; None until `load_model`.
+        stored: where the weights were read instead of the place that is named: in the full weights of a LLaVA; or None.
         trainable: False runs the network without gradient and in evaluation mode; True if anything in it is trained,
             its own weights or what an extension added.
 
@@ -84,6 +88,7 @@ class VisionTower(nn.Module, abc.ABC):
         self.select_layer = select_layer
         self.select_feature = select_feature
         self.trainable = False
+        self.stored: StoredTower | None = None
         self.vision_tower = None
         self.image_processor = None
         self.shape = self.read_shape()
@@ -154,17 +159,49 @@ class VisionTower(nn.Module, abc.ABC):
         """True once the weights are in memory."""
         return self.vision_tower is not None
 
-    def load_model(self, dtype: torch.dtype | None = None) -> None:
+    def load_model(self, dtype: torch.dtype | None = None, stored: StoredTower | None = None) -> None:
         """Read weights and image processor; the weights are frozen until `freeze.py` says otherwise.
 
+        Args:
+            dtype: of the weights; None: float32.
+            stored: the tower in full weights, to be read in place of the one that is named.
+
         Raises:
-            CheckpointError: weights are missing in the folder.
+            CheckpointError: weights are missing in the folder, or `stored` is not a tower of this shape.
         """
         self.image_processor = self.read_image_processor()
-        self.vision_tower = self.read_network(self.vision_tower_name, dtype or torch.float32)
+        dtype, self.stored = dtype or torch.float32, stored
+        if stored is None:
+            self.vision_tower = self.read_network(self.vision_tower_name, dtype)
+        else:
+            self.vision_tower = self.read_stored(stored, dtype)
         self.vision_tower.requires_grad_(False)
         self.trainable = False
         self.eval()
+
+    def read_stored(self, stored: StoredTower, dtype: torch.dtype) -> nn.Module:
+        """Network with the weights of a tower in full weights.
+
+        What they lack and no feature depends on comes from the tower that is named.
+
+        Raises:
+            CheckpointError: a weight is missing, unknown, of another shape, or not of finite numbers; names it.
+        """
+        network = self.read_network(self.vision_tower_name, dtype)
+        fill(network, stored, self.used_names(network), self.vision_tower_name)
+        return network
+
+    def is_from_elsewhere(self) -> bool:
+        """Whether the weights were read from full weights and are not those of the tower that is named.
+
+        A frozen tower that somebody stored along is the one that is named, as in LLaVA-1.5's folders.
+        """
+        return self.stored is not None and not self.stored.equals(self.named_entries())
+
+    def named_entries(self) -> Mapping[str, Entry]:
+        """What the files of the tower that is named contain; nothing if they cannot be compared."""
+        folder = Path(self.vision_tower_name)
+        return weights_of(folder) if folder.is_dir() else {}
 
     def load_weights(self, folder: str | Path) -> None:
         """Replace the weights by those of a tower that was saved in a checkpoint, keeping dtype and device.
@@ -198,13 +235,20 @@ class VisionTower(nn.Module, abc.ABC):
 
     def used_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters that the selected feature depends on: the blocks behind it get no gradient."""
-        network = self.loaded()
-        used = [*self.embedding_modules(network), *self.blocks(network)[: self.num_blocks]]
-        wanted = {id(part) for part in used if isinstance(part, nn.Parameter)}
-        wanted |= {id(weight) for part in used if isinstance(part, nn.Module) for weight in part.parameters()}
+        wanted = self._used_ids(self.loaded())
         for name, parameter in self.named_parameters():
             if id(parameter) in wanted:
                 yield name, parameter
+
+    def used_names(self, network: nn.Module) -> list[str]:
+        """Names in a network of the parameters that the selected feature depends on."""
+        wanted = self._used_ids(network)
+        return [name for name, parameter in network.named_parameters() if id(parameter) in wanted]
+
+    def _used_ids(self, network: nn.Module) -> set[int]:
+        used = [*self.embedding_modules(network), *self.blocks(network)[: self.num_blocks]]
+        wanted = {id(part) for part in used if isinstance(part, nn.Parameter)}
+        return wanted | {id(weight) for part in used if isinstance(part, nn.Module) for weight in part.parameters()}
 
     def train(self, mode: bool = True) -> VisionTower:
         """Training mode for a tower that is trained; a frozen one always stays in evaluation mode."""

@@ -13,11 +13,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llava.data.tiling import output_size
 from llava.errors import CheckpointError
 from llava.model.multimodal_encoder.base import TowerShape, VisionTower
+from llava.model.multimodal_encoder.stored import STORED_PREFIX, StoredTower, check_names, check_shape, fill
 from llava.model.settings import IMAGE_PROCESSOR, VISION_TOWER
 from llava.runtime.files import read_json, reading, refuse_pointers
 from llava.runtime.program import errors_only
 from llava.runtime.weights.settings import check_settings
-from llava.runtime.weights.tensors import Entry, check_dtype, check_finite
+from llava.runtime.weights.tensors import Entry, check_dtype, check_finite, check_numbers
 from llava.runtime.weights.weight_files import weights_of
 
 
@@ -80,10 +81,7 @@ class TransformersTower(VisionTower):
         if folder.is_dir():
             refuse_pointers(folder)
         entries = weights_of(folder) if folder.is_dir() else {}
-        options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        problem = "its weights cannot be read as its config.json says"
-        with errors_only(), reading(source, problem):  # a full model's text model is no news
-            model, report = self.model_class.from_pretrained(source, **options)
+        model, report = self._from_pretrained(source, source, dtype)
         if report["mismatched_keys"]:
             name, stored, wanted = sorted(report["mismatched_keys"])[0]
             raise CheckpointError(
@@ -104,6 +102,29 @@ class TransformersTower(VisionTower):
                 if (entry := _entry(entries, name)) is not None:
                     check_dtype(name, entry.dtype, path)
                 check_finite(name, getattr(weight, "ds_tensor", weight), path)
+        return model
+
+    def _from_pretrained(
+        self, source: str, weights: str | None, dtype: torch.dtype, **options: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """The model and transformers' report; `source` is for messages, `weights` where they are unless given."""
+        options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        problem = "its weights cannot be read as its config.json says"
+        with errors_only(), reading(source, problem):  # a full model's text model is no news
+            return self.model_class.from_pretrained(weights, **options)
+
+    def read_stored(self, stored: StoredTower, dtype: torch.dtype) -> nn.Module:
+        """As in `VisionTower`; the weights of the tower that is named are not read unless some are lacking."""
+        tensors, tower = stored.read(), self.vision_tower_name
+        check_numbers({STORED_PREFIX + name: tensor for name, tensor in tensors.items()}, stored.folder)
+        model, report = self._from_pretrained(str(stored.folder), None, dtype, config=self.config, state_dict=tensors)
+        for name, found, expected in sorted(report["mismatched_keys"]):
+            check_shape(stored.folder, tower, name, found, expected)
+        missing = set(report["missing_keys"])
+        check_names(stored.folder, tower, missing & set(self.used_names(model)), report["unexpected_keys"])
+        if missing:  # no feature depends on them, but a saved tower is whole
+            model = self.read_network(tower, dtype)
+            fill(model, stored, self.used_names(model), tower)
         return model
 
     def blocks(self, network: Any) -> Sequence[nn.Module]:

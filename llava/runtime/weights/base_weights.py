@@ -7,7 +7,7 @@ configuration with a wrong size may ask for terabytes. So the files' own descrip
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,27 @@ from transformers import GenerationConfig
 from llava.errors import CheckpointError, FlagError, LlavaError
 from llava.runtime.files import read_json, reading
 from llava.runtime.offloading import check_quantised_map, computed_map
+from llava.runtime.weights.derived import check_derived
 from llava.runtime.weights.settings import GENERATION, check_settings
 from llava.runtime.weights.tensors import Entry, check_dtype, check_finite
 from llava.runtime.weights.weight_files import weights_of
 
 
-def read_base(cls: Any, source: str | Path, config: Any, **options: Any) -> tuple[Any, set[str]]:
+def _nobodys(name: str) -> bool:
+    """Whether a weight is read by somebody else: no."""
+    return False
+
+
+def read_base(
+    cls: Any, source: str | Path, config: Any, elsewhere: Callable[[str], bool] = _nobodys, **options: Any
+) -> tuple[Any, set[str]]:
     """`cls.from_pretrained`, refusing weights that do not fit or are not numbers.
 
     Args:
         cls: class of the model.
         source: folder, or id on a model hub, whose files transformers fetches.
         config: its configuration.
+        elsewhere: of the name of a weight in the files, whether the caller reads it by other means.
         options: as `from_pretrained` takes them.
 
     Returns:
@@ -37,7 +46,8 @@ def read_base(cls: Any, source: str | Path, config: Any, **options: Any) -> tupl
 
     Raises:
         CheckpointError: a file is damaged; a weight has another shape than `config.json` says, is not of a
-            floating-point type, or contains NaN or infinite values. The file and the weight are named.
+            floating-point type, contains NaN or infinite values, or belongs to no part of the model. The file and the
+            weight are named.
         FlagError: the model cannot be placed as `device_map` says; of quantised layers for which there is no room on
             the device, the names.
     """
@@ -68,8 +78,31 @@ def read_base(cls: Any, source: str | Path, config: Any, **options: Any) -> tupl
             f"for {tuple(wanted)}"
         )
     missing = set(report["missing_keys"])
+    check_known({name for name in report["unexpected_keys"] if not elsewhere(name)}, model, entries, source)
+    check_derived(model, {name: entry for name, entry in entries.items() if not elsewhere(name)})
     check_model(model, entries, source, missing)
     return model, missing
+
+
+def check_known(unknown: Collection[str], model: nn.Module, entries: Mapping[str, Entry], source: str | Path) -> None:
+    """Refuse weights that a model has no place for: without them it would be another model.
+
+    Args:
+        unknown: their names.
+        model: what was made of the other weights.
+        entries: of the files.
+        source: folder or id.
+
+    Raises:
+        CheckpointError: there are any; names the file, the class and the weights.
+    """
+    if unknown:
+        names = sorted(unknown)
+        raise CheckpointError(
+            f"{_file_of(entries, names[0], source)}: {len(names)} weights belong to no part of a "
+            f"{type(model).__name__}, as which config.json is read (first: {names[:3]}); without them it would be "
+            "another model. Correct 'architectures' and 'model_type', or remove these weights if they are not needed"
+        )
 
 
 def _stays_on_device(settings: Any) -> bool:

@@ -91,6 +91,27 @@ def read_tensors(path: Path, inner: str | None = None) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: is damaged or no file of tensors ({error})") from error
 
 
+def read_entries(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+    """The tensors of entries by their names in the files, on the CPU; each file is opened once.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in dict.fromkeys(entry.path for entry in entries.values()):
+        names = [name for name, entry in entries.items() if entry.path == path]
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, "pt") as file:
+                    tensors |= {name: file.get_tensor(name) for name in names}
+            except READ_ERRORS as error:
+                raise CheckpointError(f"{path}: is damaged or was cut off ({error})") from error
+        else:
+            content = _load(path, mapped=True)
+            tensors |= {name: content[name] for name in names}
+    return {name: tensors[name] for name in entries}
+
+
 def describe(files: Iterable[Path]) -> dict[str, Entry]:
     """What files of weights say about their tensors; values are not read.
 
