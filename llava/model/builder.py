@@ -34,15 +34,10 @@ from llava.model.image_tokens import add_image_tokens, wanted_tokens
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.model.multimodal_encoder.stored import is_stored_tower, stored_tower
+from llava.model.placement import keep_here, place_new_parts
 from llava.runtime.files import naming, read_json, reading
 from llava.runtime.hub import local_folder
-from llava.runtime.offloading import (
-    bring_in,
-    bring_in_tensor,
-    check_placed,
-    is_offloaded,
-    materialize,
-)
+from llava.runtime.offloading import is_offloaded, materialize
 from llava.runtime.program import errors_only
 from llava.runtime.quantization import choose_cpu_kernels, quantisation_config
 from llava.runtime.tokenizer import load_tokenizer
@@ -114,7 +109,7 @@ def load_pretrained_model(
     add_trained_end(model, tokenizer)
     _check_vocabulary(model, tokenizer, Path(_tokenizer_folder(contents, base)))
     tokens = wanted_tokens(model.config)
-    _keep_here(model, bool(tokens))
+    keep_here(model, bool(tokens))
     if tokens:
         _check_image_tokens(tokenizer, tokens, contents)
         add_image_tokens(model, tokenizer, tokens)
@@ -138,7 +133,7 @@ def load_pretrained_model(
     if load_4bit:
         choose_cpu_kernels(model, trained=False)
     if "device_map" in options:
-        _place_new_parts(model)
+        place_new_parts(model)
     else:  # the dtype is there already; a cast would round extensions and rotary frequencies too
         model.to(place)
     model.requires_grad_(False)
@@ -364,51 +359,6 @@ def _check_claimed(contents: CheckpointContents, imported: dict[str, ImportedSta
 def _has_projector(non_lora: Path | None) -> bool:
     """True if upstream's non-LoRA file contains a projector; without one, it is that of the base."""
     return non_lora is not None and bool(projector_tensors(read_tensors(non_lora)))
-
-
-def _keep_here(model: LlavaForCausalLM, tokens: bool) -> None:
-    """Take what is filled from the checkpoint, or used outside of a layer, out of the hands of accelerate.
-
-    Args:
-        model: as `from_pretrained` placed it.
-        tokens: whether rows of image tokens will be filled.
-    """
-    decoder = model.get_model()
-    bring_in(decoder, recurse=False)
-    newline = getattr(decoder, "image_newline", None)
-    if newline is not None and newline.is_meta:
-        bring_in_tensor(model, "model.image_newline")
-    if decoder.mm_projector is not None:
-        bring_in(decoder.mm_projector)
-    if tokens:
-        table, head = model.get_input_embeddings(), model.get_output_embeddings()
-        tied = getattr(model.config, "tie_word_embeddings", False)
-        for module in (table, head):
-            bring_in(module)
-        if tied:
-            head.weight = table.weight
-
-
-def _place_new_parts(model: LlavaForCausalLM) -> None:
-    """Put tower, projector and extensions where their neighbors compute, when transformers placed the rest.
-
-    Raises:
-        CheckpointError: a layer has no place.
-    """
-    decoder = model.get_model()
-    device = model.device
-    for part in (decoder.get_vision_tower(), decoder.mm_projector):
-        if part is not None:
-            part.to(device)
-    newline = getattr(decoder, "image_newline", None)
-    if newline is not None and not newline.is_meta:
-        newline.data = newline.data.to(device)
-    owners = dict(model.named_modules())
-    for name, parameter in model.extensions.named_parameters(model).items():
-        neighbours = owners[name.rpartition(".")[0]].parameters()
-        here = (p.device for p in neighbours if p is not parameter and not p.is_meta)
-        parameter.data = parameter.data.to(next(here, device))
-    check_placed(model)
 
 
 def _tokenizer_folder(contents: CheckpointContents, base: str | None) -> str:
