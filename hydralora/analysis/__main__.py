@@ -2,13 +2,15 @@
 
     python -m hydralora.analysis math=ADAPTER_1 law=ADAPTER_2 --output-dir analysis
 
-Reads plain LoRA, HydraLoRA and the original's adapters; writes figures and `similarity.json`.
+Reads plain LoRA, HydraLoRA and the original's adapters; writes figures and `similarity.json`. Without arguments the
+adapters are those of the environment variable MODEL_PATHS, a JSON object of names and paths, as in the original.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from llava.runtime.program import run_program
 
 RESULT_FILE = "similarity.json"
 NO_FIGURES = "none"
+MODEL_PATHS = "MODEL_PATHS"
+"""Environment variable with which the original is told its adapters."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,7 +35,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m hydralora.analysis", description="Compare the A and B matrices of several adapters."
     )
-    parser.add_argument("adapters", nargs="+", metavar="NAME=ADAPTER", help="a name and the folder of an adapter")
+    parser.add_argument(
+        "adapters",
+        nargs="*",
+        metavar="NAME=ADAPTER",
+        help=f"a name and the folder of an adapter, or its file of weights; none: those of {MODEL_PATHS}",
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("analysis"), help="where figures and numbers go")
     parser.add_argument(
         "--method",
@@ -61,6 +70,24 @@ def named_adapters(arguments: Sequence[str]) -> dict[str, dict[str, AdaptedLayer
     return adapters
 
 
+def adapters_of_environment() -> list[str]:
+    """`NAME=ADAPTER` for each entry of MODEL_PATHS.
+
+    Raises:
+        FlagError: the variable is not set, or is not a JSON object of names and paths.
+    """
+    text = os.environ.get(MODEL_PATHS)
+    if text is None:
+        raise FlagError(f"name adapters as NAME=ADAPTER, or set {MODEL_PATHS} to a JSON object of names and paths")
+    try:
+        paths = json.loads(text)
+    except ValueError as error:
+        raise FlagError(f"{MODEL_PATHS} is not valid JSON ({error})") from error
+    if not isinstance(paths, dict) or not paths or not all(isinstance(path, str) for path in paths.values()):
+        raise FlagError(f"{MODEL_PATHS} is {text!r:.80}, expected a JSON object of names and paths")
+    return [f"{name}={path}" for name, path in paths.items()]
+
+
 def print_summary(record: dict[str, dict]) -> None:
     """The means over all layers, as a table."""
     table = Table(title="Mean over the layers", title_justify="left")
@@ -84,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         LlavaError: an adapter or an option is wrong.
     """
     args = build_parser().parse_args(argv)
-    adapters = named_adapters(args.adapters)
+    adapters = named_adapters(args.adapters or adapters_of_environment())
     record: dict[str, dict] = {}
     if len(adapters) > 1:
         rows = between_adapters(adapters)

@@ -36,12 +36,20 @@ class AdaptedLayer:
         return self.name.rpartition(".")[2]
 
 
-def read_adapter(folder: Path) -> dict[str, AdaptedLayer]:
+def read_adapter(place: Path) -> dict[str, AdaptedLayer]:
     """The layers of an adapter by name, in float32.
 
+    Args:
+        place: folder of the adapter, or the file of its weights there.
+
     Raises:
-        CheckpointError: the folder is no adapter of a known kind.
+        CheckpointError: the folder is no adapter of a known kind, or a file is not called as the weights of one.
     """
+    if place.is_file() and place.name not in (OUR_WEIGHTS, ORIGINAL_WEIGHTS):
+        raise CheckpointError(
+            f"{place}: not {OUR_WEIGHTS} or {ORIGINAL_WEIGHTS}; name the folder of the adapter, with its {CONFIG_FILE}"
+        )
+    folder = place.parent if place.is_file() else place
     config = folder / CONFIG_FILE
     if not config.is_file():
         raise CheckpointError(f"{folder}: has no {CONFIG_FILE}, so it is no adapter")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from hydralora.analysis.similarity import cosine, overlap
 from hydralora.tuner import hydralora_layers
 from hydralora.tuner.original import export_adapter
 from llava.errors import CheckpointError, FlagError
+from tests.command_lines import Snippet, run_with_stand_ins
 from tests.hydralora.tuner.models import TARGETS, adapted, tiny_llama
 
 pytest.importorskip("sklearn", reason="the extra `analysis` is not installed")
@@ -118,3 +120,51 @@ def test_refused(tmp_path: Path) -> None:
     other = save(tmp_path / "other", 1, target_modules=["o_proj"])
     with pytest.raises(FlagError, match="no layer in common"):
         main([f"a={ours}", f"b={other}", "--output-dir", str(tmp_path / "out")])
+
+
+def test_the_list_of_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names and files of weights in an environment variable, which the script of the original's name passes on."""
+    paths = {name: str(save(tmp_path / name, seed) / "adapter_model.safetensors") for seed, name in enumerate("ab")}
+    monkeypatch.setenv("MODEL_PATHS", json.dumps(paths))
+    by_list = json.loads(main(["--output-dir", str(tmp_path / "list"), "--method", "none"]).read_text())
+    words = [f"{name}={Path(path).parent}" for name, path in paths.items()]
+    by_words = json.loads(main([*words, "--output-dir", str(tmp_path / "words"), "--method", "none"]).read_text())
+    assert by_list == by_words
+    assert by_list["adapters"]["layers"]
+
+    listed = "MODEL_PATHS=" + shlex.quote(json.dumps(paths))
+    text = f"""cat > seen <<'END'
+#!/bin/sh
+exec python "$@" "$MODEL_PATHS"
+END
+chmod +x seen
+{listed} PYTHON=./seen bash scripts/hydralora/tesn_lora.sh --method pca
+"""
+    (tmp_path / "shell").mkdir()
+    (command,) = run_with_stand_ins(Snippet("block", text), tmp_path / "shell")
+    assert command == ["python", "-m", "hydralora.analysis", "--method", "pca", json.dumps(paths)]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "name adapters as NAME=ADAPTER, or set MODEL_PATHS"),
+        ("", "MODEL_PATHS is not valid JSON"),
+        ("[]", "expected a JSON object"),
+        ("{}", "expected a JSON object"),
+        ('{"a": 1}', "expected a JSON object"),
+    ],
+)
+def test_a_list_that_cannot_be_read(value: str | None, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MODEL_PATHS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("MODEL_PATHS", value)
+    with pytest.raises(FlagError, match=message):
+        main([])
+
+
+def test_a_file_without_its_configuration_is_named(tmp_path: Path) -> None:
+    folder = save(tmp_path / "first", 1)
+    (folder / "adapter_model.safetensors").rename(folder / "math.safetensors")
+    with pytest.raises(CheckpointError, match=r"math\.safetensors: not adapter_model"):
+        read_adapter(folder / "math.safetensors")
