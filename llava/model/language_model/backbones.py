@@ -1,4 +1,7 @@
-"""Which class reads which language model, found by the `model_type` of its `config.json`.
+"""Which class reads which language model, found by `model_type` and `architectures` in its `config.json`.
+
+"llava", upstream's first name for every LLaVA, says nothing of the language model: there `architectures` decides, or the
+names of the weights if there is none. What contradicts is refused.
 
 A further backbone is one file with three short classes and one line here; see `docs/architecture.md`.
 """
@@ -22,8 +25,12 @@ from llava.model.settings import VISION_KEYS
 from llava.runtime.files import read_json, reading
 from llava.runtime.program import errors_only
 from llava.runtime.weights.settings import check_language_model, check_settings
+from llava.runtime.weights.weight_files import named_weights
 
 CONFIG_FILE = "config.json"
+HF_TYPES = ("llava", "llava_next")
+"""Model types of transformers' own format, whose `config.json` has a `text_config`."""
+
 NEEDED_WITH_TOWER = ("mm_hidden_size", "mm_vision_select_layer")
 """What a LLaVA's `config.json` must say where it names a tower; since v1.5 the aspect ratio of images too."""
 
@@ -35,9 +42,25 @@ CLASSES: tuple[type[LlavaForCausalLM], ...] = (
 )
 
 
+ALIASES = {"llava_qwen": LlavaQwen2ForCausalLM}
+"""Model types of other programs: LLaVA-NeXT's for Qwen1.5 and Qwen2."""
+
+ARCHITECTURE_ALIASES = {"LlavaQwenForCausalLM": LlavaQwen2ForCausalLM, "LLaMAForCausalLM": LlavaLlamaForCausalLM}
+"""Names of classes in other programs: LLaVA-NeXT's, and that of the first conversions of Llama."""
+
+UNTOLD = "llava"
+"""Model type of upstream's first releases, and of LLaVA-NeXT's, whatever their language model."""
+
+
+def _architectures() -> dict[str, type[LlavaForCausalLM]]:
+    """Class by the names that `architectures` may have: of the LLaVA, and of its language model."""
+    names = {name: cls for cls in CLASSES for name in (cls.__name__, cls.__bases__[-1].__name__)}
+    return names | ARCHITECTURE_ALIASES
+
+
 def _model_types() -> dict[str, type[LlavaForCausalLM]]:
     """Class by model type, of LLaVAs and of the plain language models that they are made from."""
-    types: dict[str, type[LlavaForCausalLM]] = {}
+    types: dict[str, type[LlavaForCausalLM]] = dict(ALIASES)
     for cls in CLASSES:
         types[cls.config_class.model_type] = cls
         types[cls.config_class.__base__.model_type] = cls
@@ -48,7 +71,7 @@ def backbone_class(name_or_path: str | Path, cache_dir: str | None = None) -> ty
     """The class for a folder or hub id of a language model or a LLaVA.
 
     Raises:
-        CheckpointError: `config.json` is missing or names another kind of model.
+        CheckpointError: `config.json` is missing, names another kind of model, or contradicts itself.
     """
     own = Path(name_or_path) / CONFIG_FILE
     if own.is_file():
@@ -60,19 +83,63 @@ def backbone_class(name_or_path: str | Path, cache_dir: str | None = None) -> ty
     if not content:
         raise CheckpointError(f"{name_or_path}: holds no config.json, so it is no language model")
     kind, types = content.get("model_type"), _model_types()
-    if kind == "llava":
-        if "text_config" in content:
-            raise CheckpointError(
-                f"{name_or_path}: is a LLaVA in transformers' own format; turn it into ours first: "
-                "python -m llava.convert from-hf FOLDER OUTPUT"
-            )
-        kind = LlavaLlamaForCausalLM.config_class.model_type  # what upstream called it at first
+    if "text_config" in content and kind in HF_TYPES:
+        raise CheckpointError(
+            f"{name_or_path}: is a LLaVA in transformers' own format; turn it into ours first: "
+            "python -m llava.convert from-hf FOLDER OUTPUT"
+        )
+    where = own if own.is_file() else name_or_path
+    named = _named_class(content.get("architectures"), where)
+    if kind == UNTOLD:
+        return named or _class_by_weights(name_or_path, content, cache_dir, where)
     if not isinstance(kind, str) or kind not in types:
         raise CheckpointError(
-            f"{own if own.is_file() else name_or_path}: the model type in its config.json is {kind!r}; backbones here "
-            f"are {sorted(types)}"
+            f"{where}: the model type in its config.json is {kind!r}; backbones here are {sorted(types)}"
+        )
+    if named not in (None, types[kind]):
+        raise CheckpointError(
+            f"{where}: contradicts itself: its model_type is '{kind}', but its architectures are "
+            f"{content['architectures']}; correct the one that the weights do not belong to"
         )
     return types[kind]
+
+
+def _named_class(architectures: Any, where: str | Path) -> type[LlavaForCausalLM] | None:
+    """The class that `architectures` names; None if it names none that is known.
+
+    Raises:
+        CheckpointError: it is not a list of names, or names classes of two kinds.
+    """
+    names = [] if architectures is None else architectures
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{where}: its 'architectures' is {architectures!r:.80}, expected a list of names")
+    known = _architectures()
+    found = list(dict.fromkeys(known[name] for name in names if name in known))
+    if len(found) > 1:
+        raise CheckpointError(f"{where}: its architectures {names} are of several kinds; leave the one of the weights")
+    return found[0] if found else None
+
+
+def _class_by_weights(
+    name_or_path: str | Path, content: Mapping[str, Any], cache_dir: str | None, where: str | Path
+) -> type[LlavaForCausalLM]:
+    """The class of a "llava" without known architectures: by the weights that only one language model has.
+
+    Llama and Mistral have the same weights, and compute the same without a sliding window.
+
+    Raises:
+        CheckpointError: `architectures` names a class that is not known here.
+    """
+    if content.get("architectures"):
+        raise CheckpointError(
+            f"{where}: its architectures are {content['architectures']}; known here are {sorted(_architectures())}"
+        )
+    last = {".".join(name.split(".")[-2:]) for name in named_weights(name_or_path, cache_dir)[1]}
+    if "q_norm.weight" in last:
+        return LlavaQwen3ForCausalLM
+    if "q_proj.bias" in last and "o_proj.bias" not in last:
+        return LlavaQwen2ForCausalLM
+    return LlavaLlamaForCausalLM if content.get("sliding_window") is None else LlavaMistralForCausalLM
 
 
 def load_config(name_or_path: str | Path, cache_dir: str | None = None) -> Any:

@@ -14,19 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from llava.errors import CheckpointError
-from llava.runtime.hub import local_folder
 from llava.runtime.partition import full_shape, whole
 from llava.runtime.weights.tensors import Entry, check_numbers, read_entries
-from llava.runtime.weights.weight_files import weights_of
+from llava.runtime.weights.weight_files import named_weights
 
 STORED_PREFIX = "model.vision_tower.vision_tower."
 """Beginning of the names of a tower's weights in full weights."""
 
 POSITION_IDS = "embeddings.position_ids"
 """A buffer that transformers stored until 4.31: the numbers of the positions in order."""
-
-HUB_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")
-"""Files of full weights on a hub, in the order in which transformers looks for them."""
 
 
 def is_stored_tower(name: str) -> bool:
@@ -146,17 +142,6 @@ def stored_tower(name: str | Path, cache_dir: str | None = None) -> StoredTower 
     Raises:
         CheckpointError: a file of weights is missing or damaged.
     """
-    folder, entries = _full_weights(name, cache_dir)
+    folder, entries = named_weights(name, cache_dir)
     own = {key.removeprefix(STORED_PREFIX): entry for key, entry in entries.items() if is_stored_tower(key)}
     return StoredTower(folder, own) if own else None
-
-
-def _full_weights(name: str | Path, cache_dir: str | None) -> tuple[Path, dict[str, Entry]]:
-    """A folder and what its full weights contain; of a model on a hub, where its files are kept here."""
-    if Path(name).is_dir():
-        return Path(name), weights_of(Path(name))
-    for pattern in HUB_WEIGHTS:
-        folder = local_folder(name, (pattern,), cache_dir=cache_dir)
-        if folder.is_dir() and (entries := weights_of(folder)):
-            return folder, entries
-    return Path(name), {}

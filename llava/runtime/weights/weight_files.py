@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from llava.errors import CheckpointError
 from llava.runtime.files import read_json, refuse_pointer, refuse_pointers
+from llava.runtime.hub import local_folder
 from llava.runtime.weights.completeness import check_file_list
 from llava.runtime.weights.tensors import Entry, describe
 from llava.runtime.weights.torch_files import load_plain
@@ -17,6 +18,10 @@ WEIGHT_FILES = (
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 """Full weights, one file or the index of several, in the order in which transformers looks for them."""
+
+
+HUB_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")
+"""Patterns of the same, with the files that an index lists, as they are fetched from a hub."""
 
 
 def first_file(folder: Path, names: tuple[str, ...]) -> Path | None:
@@ -82,6 +87,21 @@ def described_weights(weights: Path | None) -> dict[str, Entry]:
 def weights_of(folder: Path) -> dict[str, Entry]:
     """As `described_weights`, of a folder; nothing if it has no full weights."""
     return described_weights(first_file(folder, WEIGHT_FILES))
+
+
+def named_weights(name: str | Path, cache_dir: str | None = None) -> tuple[Path, dict[str, Entry]]:
+    """A folder and what its full weights contain; of a model on a hub, where its files are kept here.
+
+    Raises:
+        CheckpointError: as `described_weights`, or the hub does not have it.
+    """
+    if Path(name).is_dir():
+        return Path(name), weights_of(Path(name))
+    for pattern in HUB_WEIGHTS:
+        folder = local_folder(name, (pattern,), cache_dir=cache_dir)
+        if folder.is_dir() and (entries := weights_of(folder)):
+            return folder, entries
+    return Path(name), {}
 
 
 def check_base(folder: str | Path) -> None:
