@@ -1,7 +1,7 @@
 """Which class reads which language model, found by `model_type` and `architectures` in its `config.json`.
 
-"llava", upstream's first name for every LLaVA, says nothing of the language model: there `architectures` decides, or the
-names of the weights if there is none. What contradicts is refused.
+"llava", upstream's first name for every LLaVA, says nothing of the language model: there `architectures` decides, or
+the names of the weights if there is none. What contradicts is refused.
 
 A further backbone is one file with three short classes and one line here; see `docs/architecture.md`.
 """

@@ -1,4 +1,4 @@
-"""Which class reads a folder: by model type, architectures or the weights' names; what contradicts is refused by name."""
+"""Which class reads a folder: by model type, architectures or the weights' names; what contradicts is refused."""
 
 from __future__ import annotations
 
@@ -75,17 +75,20 @@ REFUSED = [
 ]
 
 
+PROGRAMS = {
+    "load": lambda folder, output: load_pretrained_model(str(folder), device="cpu"),
+    "train": lambda folder, output: train(command_line(output, model_name_or_path=folder, max_steps=1)),
+}
+
+
 @pytest.mark.parametrize(("kind", "settings", "message"), REFUSED)
-@pytest.mark.parametrize("program", ["load", "train"])
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_contradictions_are_refused(
     program: str, kind: str, settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     folder = write(kind, tmp_path / "base", **settings)
     with pytest.raises(CheckpointError, match=message):
-        if program == "load":
-            load_pretrained_model(str(folder), device="cpu")
-        else:
-            train(command_line(tmp_path / "out", model_name_or_path=folder, max_steps=1))
+        PROGRAMS[program](folder, tmp_path / "out")
 
 
 FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
