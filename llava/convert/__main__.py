@@ -34,7 +34,9 @@ def add_hf_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `to-hf` that have a default."""
     add_base(parser)
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: that of the weights")
-    parser.add_argument("--conv-mode", default="vicuna_v1", help="template that becomes the chat template")
+    parser.add_argument(
+        "--conv-mode", help="template that becomes the chat template; default: that of the checkpoint's training"
+    )
 
 
 def write_hf(args: argparse.Namespace) -> Path:
@@ -45,7 +47,7 @@ def write_hf(args: argparse.Namespace) -> Path:
 
 
 def _read_hf(args: argparse.Namespace) -> Path:
-    written = from_hf(args.checkpoint, args.output, args.image_aspect_ratio)
+    written = from_hf(args.checkpoint, args.output, args.image_aspect_ratio, args.conv_mode)
     print(f"written: {written}")
     return written
 
@@ -92,6 +94,9 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     add_hf_options(commands.choices["to-hf"])
     commands.choices["from-hf"].add_argument(
         "--image_aspect_ratio", help="how images are treated, where it is not as the processor says (llava-hf: pad)"
+    )
+    commands.choices["from-hf"].add_argument(
+        "--conv-mode", help="template that the model was trained with, where its chat template is none of those here"
     )
     add_base(commands.choices["to-original"])
     return whole if command is None else commands.choices[command]

@@ -12,16 +12,21 @@ import torch
 from transformers import LlavaConfig as HfConfig
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from llava.conversation import conv_templates
+from llava.conversation import TOKENIZER_VERSION
 from llava.convert.hf_format import check_convertible, hf_config, hf_model, our_config, our_tensors, refuse_extensions
-from llava.convert.hf_processor import chat_template, hf_image_processor, hf_tokenizer
+from llava.convert.hf_processor import hf_image_processor, hf_tokenizer
 from llava.convert.hf_reading import HfFolder, read_hf_folder
+from llava.convert.hf_template import chat_template, recognized_mode, takes_texts
+from llava.data.templates import template_of_mode
+from llava.data.trained_template import TEMPLATE_KEY, record_template, same_template
 from llava.errors import CheckpointError, FlagError
+from llava.eval.answering.conv_mode import Fallback, conv_mode_of_turns
+from llava.eval.answering.prompts import check_conv_mode, infer_conv_mode
 from llava.model.builder import base_folder, load_pretrained_model
 from llava.model.formats import TOWER_FOLDER, CheckpointContents, inspect_checkpoint, weight_file_names
 from llava.model.language_model.backbones import CLASSES
 from llava.runtime.files import naming, read_json, reading
-from llava.runtime.hub import local_folder
+from llava.runtime.hub import get_model_name_from_path, local_folder
 from llava.runtime.output import check_new, new_path
 from llava.runtime.program import errors_only
 from llava.runtime.tokenizer import LlamaTokenizer, check_pieces
@@ -36,7 +41,7 @@ def to_hf(
     output: str | Path,
     model_base: str | None = None,
     dtype: str = "auto",
-    conv_mode: str = "vicuna_v1",
+    conv_mode: str | None = None,
 ) -> Path:
     """Write a checkpoint in transformers' format, with its processor.
 
@@ -47,7 +52,7 @@ def to_hf(
         output: folder to write.
         model_base: base of the checkpoint, where it is not the recorded one.
         dtype: `auto`, or a key of `DTYPES`.
-        conv_mode: conversation template that becomes the chat template.
+        conv_mode: conversation template that becomes the chat template; None: that of the checkpoint's training.
 
     Returns:
         The folder written. It appears whole or not at all.
@@ -56,8 +61,7 @@ def to_hf(
         CheckpointError: the checkpoint cannot be read, or `output` exists already.
         FlagError: transformers' LLaVA cannot express it.
     """
-    if conv_mode not in conv_templates:
-        raise FlagError(f"--conv-mode {conv_mode}: no such template; there are {sorted(conv_templates)}")
+    mode = exported_mode(conv_mode, str(checkpoint))
     check_new(output, [checkpoint, model_base])
     contents = inspect_checkpoint(local_folder(checkpoint))
     refuse_extensions(sorted(contents.extensions))
@@ -69,16 +73,20 @@ def to_hf(
         str(contents.folder), base, device="cpu", torch_dtype=loaded_in
     )
     check_convertible(model)
+    wrapped = bool(getattr(model.config, "mm_use_im_start_end", False))
+    template = chat_template(template_of_mode(mode, tokenizer), wrapped)
     with new_path(output, [checkpoint, base]) as folder:
         folder.mkdir()
         tokens = hf_tokenizer(tokenizer, folder)
         image_token = tokens.convert_tokens_to_ids("<image>")
-        record = {"tokenizer": _tokenizer_settings(tokenizer), "image_processor": image_processor.to_dict()}
+        record = {
+            "tokenizer": _tokenizer_settings(tokenizer),
+            "image_processor": image_processor.to_dict(),
+            "chat_template": tokenizer.get_chat_template() if tokenizer.chat_template else None,
+        }
+        tokens.chat_template = template
         config = hf_config(model, image_token, record)
         pixels = hf_image_processor(image_processor, getattr(model.config, "image_aspect_ratio", None))
-        template = chat_template(conv_templates[conv_mode], bool(getattr(model.config, "mm_use_im_start_end", False)))
-        if template is None:
-            print(f"no chat template is written: '{conv_mode}' has no counterpart; pass whole prompts to the processor")
         processor = LlavaProcessor(
             image_processor=pixels,
             tokenizer=tokens,
@@ -90,24 +98,49 @@ def to_hf(
         hf_model(model, config, target).save_pretrained(folder)
         processor.save_pretrained(folder)
         pixels.save_pretrained(folder)
+    print(f"chat template: the prompts of --conv-mode {mode}")
     return Path(output)
 
 
-def from_hf(checkpoint: str | Path, output: str | Path, image_aspect_ratio: str | None = None) -> Path:
+def exported_mode(wanted: str | None, checkpoint: str) -> str:
+    """The template that becomes the chat template: that of the training, unless another is asked for.
+
+    Of a checkpoint that does not say, the name tells it as to upstream; Vicuna's v1 by the system text of LLaVA-1.5.
+
+    Raises:
+        FlagError: there is no template `wanted`.
+        CheckpointError: the folder names a template that does not exist, or the hub cannot be asked.
+    """
+    guess = infer_conv_mode(get_model_name_from_path(checkpoint))
+    fallback = Fallback("vicuna_v1" if guess in ("llava_v0", "llava_v1") else guess)
+    return conv_mode_of_turns(fallback if wanted is None else wanted, checkpoint)
+
+
+def from_hf(
+    checkpoint: str | Path,
+    output: str | Path,
+    image_aspect_ratio: str | None = None,
+    conv_mode: str | None = None,
+) -> Path:
     """Write a LLaVA of transformers' format in ours: full weights, tokenizer, and the tower in `vision_tower/`.
 
     Args:
         checkpoint: folder with model and processor.
         output: folder to write.
         image_aspect_ratio: overrides what the image processor says.
+        conv_mode: the conversation template that the model was trained with; None: what `to-hf` recorded, else the one
+            whose prompts the folder's chat template writes.
 
     Returns:
         The folder written. It appears whole or not at all.
 
     Raises:
         CheckpointError: it is no LLaVA of transformers, or has parts that we do not have; or `output` exists already.
+        FlagError: there is no template `conv_mode`.
     """
     check_new(output, [checkpoint])
+    if conv_mode is not None:
+        check_conv_mode(conv_mode)
     source = read_hf_folder(local_folder(checkpoint))
     aspect_ratio = image_aspect_ratio or ("pad" if source.image_settings.get("do_pad") else "square")
     vocab_size = source.record.get("vocab_size") or _vocabulary(source.tokenizer, source.config)
@@ -117,6 +150,9 @@ def from_hf(checkpoint: str | Path, output: str | Path, image_aspect_ratio: str 
     ours.mm_vision_tower = TOWER_FOLDER
     processor = source.tower_processor()
     tokenizer = _our_tokenizer(source)
+    if "chat_template" in source.record:
+        tokenizer.chat_template = source.record["chat_template"]
+    _record_template(ours, tokenizer, source, conv_mode)
     with errors_only():
         model, missing = read_base(LlavaForConditionalGeneration, source.folder, source.config, dtype="auto")
     if missing:
@@ -129,6 +165,50 @@ def from_hf(checkpoint: str | Path, output: str | Path, image_aspect_ratio: str 
         _save_language_model(model, ours, vocab_size, folder, source.config_file)
         tokenizer.save_pretrained(folder)
     return Path(output)
+
+
+def _record_template(config: Any, tokenizer: Any, source: HfFolder, wanted: str | None) -> None:
+    """Write the template of the model's training into its configuration, as far as anybody says it.
+
+    Args:
+        config: with what `to-hf` recorded.
+        tokenizer: with the chat template that it had before `to-hf`; gets that of a folder which others wrote, if that
+            is the template.
+        source: the folder.
+        wanted: the template that was asked for.
+
+    Raises:
+        FlagError: `wanted` is `tokenizer`, and the chat template there is none for texts.
+    """
+    recorded = getattr(config, TEMPLATE_KEY, None)
+    if recorded is not None and (wanted is None or same_template(wanted, recorded)):
+        return
+    if recorded is not None:
+        print(
+            f"[WARNING] {source.config_file}: was trained with the template '{recorded}', but --conv-mode asks for "
+            f"'{wanted}': using '{wanted}'"
+        )
+    mode = wanted
+    if mode is None and source.record:  # the checkpoint did not say it before `to-hf` either, which had to guess
+        return
+    if mode is None and source.chat_template is not None:
+        mode = recognized_mode(source.chat_template, source.tokenizer)
+    if mode is None:
+        print(
+            f"[WARNING] {source.folder}: no template here writes the prompts of its chat template, so the checkpoint "
+            "does not say how it is asked; name the template by --conv-mode"
+        )
+        return
+    if mode == TOKENIZER_VERSION and "chat_template" not in source.record:
+        if source.chat_template is None or not takes_texts(source.chat_template, source.tokenizer):
+            raise FlagError(
+                f"--conv-mode {mode}: {source.folder} has no chat template that takes messages of one text, <image> "
+                "within it, as prompts are written here; name another template"
+            )
+        tokenizer.chat_template = source.chat_template
+    template_of_mode(mode, tokenizer)  # refused where the tokenizer has no template of its own
+    record_template(config, mode, tokenizer)
+    print(f"template: --conv-mode {mode}")
 
 
 def _stored_dtype(contents: CheckpointContents, base: str | None) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Tokenizer, chat template and image processor of a checkpoint in transformers' own LLaVA format.
+"""Tokenizer and image processor of a checkpoint in transformers' own LLaVA format.
 
 The fast tokenizer written here gives the ids that a LLaVA was trained with: the text behind an image is tokenized as a
 text of its own, and that behind `</s>` is not.
@@ -14,8 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, LlamaTokenizerFast, LlavaImageProcessor, PreTrainedTokenizerFast
 
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation, SeparatorStyle
+from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.pixels import PLAIN_ASPECT_RATIOS
 from llava.data.tiling import output_size
 from llava.errors import FlagError
@@ -70,61 +69,6 @@ def _llama_backend(tokenizer: LlamaTokenizer) -> Tokenizer:
     new = [token for index, token in added if index >= tokenizer.vocab_size]
     backend.add_special_tokens([AddedToken(token.content, special=True, normalized=False) for token in new])
     return backend
-
-
-def chat_template(template: Conversation, mm_use_im_start_end: bool) -> str | None:
-    """A Jinja chat template that writes the prompts of a conversation template; None where its style has none.
-
-    The images of a message stand in front of its text, each with a line feed behind it.
-
-    Args:
-        template: without messages.
-        mm_use_im_start_end: images stand between `<im_start>` and `<im_end>`.
-    """
-    if template.sep_style is SeparatorStyle.TWO:
-        system, ends = template.system + template.sep, (template.sep, template.sep2)
-        heads = tuple(f"{role}: " for role in template.roles)
-        opening = f"{template.roles[1]}:"
-    elif template.sep_style is SeparatorStyle.MPT:
-        system, ends = template.system + template.sep, (template.sep, template.sep)
-        heads, opening = template.roles, template.roles[1]
-    else:
-        return None
-    image = DEFAULT_IMAGE_TOKEN
-    if mm_use_im_start_end:
-        image = f"{DEFAULT_IM_START_TOKEN}{image}{DEFAULT_IM_END_TOKEN}"
-    prefix = "" if template.sep_style is SeparatorStyle.TWO else _system_prefix(template.system)
-    return "".join(
-        [
-            "{%- macro body(content) -%}",
-            "{%- if content is string -%}{{- content -}}{%- else -%}",
-            "{%- for part in content if part.type == 'image' -%}{{- " + _literal(image + "\n") + " -}}{%- endfor -%}",
-            "{%- for part in content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}",
-            "{%- endif -%}{%- endmacro -%}",
-            "{%- if messages[0].role == 'system' -%}",
-            "{{- " + _literal(prefix) + " + body(messages[0].content) + " + _literal(template.sep) + " -}}",
-            "{%- else -%}{{- " + _literal(system) + " -}}{%- endif -%}",
-            "{%- for message in messages -%}",
-            "{%- if message.role == 'user' -%}",
-            "{{- " + _literal(heads[0]) + " + body(message.content) + " + _literal(ends[0]) + " -}}",
-            "{%- elif message.role == 'assistant' -%}",
-            "{{- " + _literal(heads[1]) + " + body(message.content) + " + _literal(ends[1]) + " -}}",
-            "{%- endif -%}{%- endfor -%}",
-            "{%- if add_generation_prompt -%}{{- " + _literal(opening) + " -}}{%- endif -%}",
-        ]
-    )
-
-
-def _system_prefix(system: str) -> str:
-    """The marker line in front of a system text (`<|im_start|>system` and the like)."""
-    first, found, _ = system.partition("\n")
-    return first + "\n" if found and first.startswith("<|") else ""
-
-
-def _literal(text: str) -> str:
-    """A Jinja string."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-    return f"'{escaped}'"
 
 
 def hf_image_processor(image_processor: Any, aspect_ratio: str | None) -> LlavaImageProcessor:

@@ -61,6 +61,7 @@ class HfFolder:
         tokenizer: with the `<image>` token.
         image_settings: of its image processor.
         tower_class: the kind of its vision tower.
+        chat_template: of its processor, or where that has none, of its tokenizer.
     """
 
     folder: Path
@@ -69,6 +70,7 @@ class HfFolder:
     tokenizer: Any
     image_settings: Mapping[str, Any]
     tower_class: type[TransformersTower]
+    chat_template: str | None
 
     @property
     def config_file(self) -> Path:
@@ -111,7 +113,9 @@ def read_hf_folder(folder: Path) -> HfFolder:
     check_weight_files(folder)
     tower_class = _tower_class(config, path)
     record = _checked_settings(content, path)
-    return HfFolder(folder, config, record, _tokenizer(folder), _image_settings(folder), tower_class)
+    tokenizer = _tokenizer(folder)
+    text = _chat_template(folder, tokenizer)
+    return HfFolder(folder, config, record, tokenizer, _image_settings(folder), tower_class, text)
 
 
 def _check_config(content: Mapping[str, Any], path: Path) -> None:
@@ -150,6 +154,7 @@ def _checked_settings(content: Mapping[str, Any], path: Path) -> Mapping[str, An
     tokenizer = record.get("tokenizer")
     if "tokenizer" not in record or not isinstance(tokenizer, dict | None):
         raise CheckpointError(f"{where}: its 'tokenizer' is neither an object nor null")
+    check_settings(record, {"chat_template": Rule("str")}, where)
     if tokenizer is not None:
         check_settings(tokenizer, TOKENIZER_SETTINGS, where)
         added = tokenizer.get("added")
@@ -172,6 +177,25 @@ def _tokenizer(folder: Path) -> Any:
         raise CheckpointError(f"{folder}: contains neither tokenizer.json nor tokenizer.model")
     with reading(folder, f"no tokenizer can be made of {', '.join(files)}"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _chat_template(folder: Path, tokenizer: Any) -> str | None:
+    """As newer versions of transformers write it, as older ones did, or that of the tokenizer.
+
+    Raises:
+        CheckpointError: it is not a text.
+    """
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file():
+        with reading(jinja):
+            return jinja.read_text(encoding="utf-8")
+    for path in (folder / "chat_template.json", folder / "processor_config.json"):
+        text = read_json(path).get("chat_template") if path.is_file() else None
+        if text is not None and not isinstance(text, str):
+            raise CheckpointError(f"{path}: its 'chat_template' is {text!r:.60}; expected the text of a template")
+        if text is not None:
+            return text
+    return tokenizer.get_chat_template() if tokenizer.chat_template else None
 
 
 def _image_processor_file(folder: Path) -> Path:

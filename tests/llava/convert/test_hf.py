@@ -20,7 +20,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.convert.hf import from_hf, to_hf
 from llava.convert.hf_format import SETTINGS_KEY, check_convertible
-from llava.convert.hf_processor import chat_template, hf_tokenizer
+from llava.convert.hf_processor import hf_tokenizer
 from llava.data.pixels import process_images
 from llava.errors import CheckpointError, FlagError
 from llava.eval.answering.prompts import tokenizer_image_token
@@ -271,28 +271,6 @@ def test_ids(variant: dict[str, bool], tmp_path: Path) -> None:
         if not variant.get("legacy") and text.startswith((" ", "\u2581")):
             continue  # two blanks in front of a prompt: the fast tokenizer has one
         assert fast(text).input_ids == tokenizer_image_token(text, tokenizer, image_token), text
-
-
-@pytest.mark.parametrize("name", ["vicuna_v1", "chatml_direct", "mpt"])
-@pytest.mark.parametrize("system", [None, "Be brief."])
-def test_chat_templates(name: str, system: str | None, tmp_path: Path) -> None:
-    fast = hf_tokenizer(make_tokenizer(), tmp_path)
-    conversation = conv_templates[name].copy()
-    turns = [("user", "<image>\nWhat's shown?\n"), ("assistant", "A ship."), ("user", "{{ why }}")]
-    messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in turns]
-    messages[0]["content"] = [{"type": "image"}, {"type": "text", "text": "What's shown?\n"}]
-    if system is not None:
-        marker = conversation.system.partition("\n")[0] + "\n" if name != "vicuna_v1" else ""
-        conversation.system = marker + system
-        messages.insert(0, {"role": "system", "content": system})
-    for role, text in turns:
-        conversation.append_message(conversation.roles[role == "assistant"], text)
-    template = chat_template(conv_templates[name], False)
-    assert fast.apply_chat_template(messages, chat_template=template, tokenize=False) == conversation.get_prompt()
-    conversation.append_message(conversation.roles[1], None)
-    opened = fast.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
-    assert opened == conversation.get_prompt()
-    assert chat_template(conv_templates["llava_llama_2"], False) is None
 
 
 def test_foreign_folder(tmp_path: Path) -> None:
