@@ -7,7 +7,7 @@ tokens are masked, by a policy that attention obeys from the sparse layer on; wi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -70,6 +70,18 @@ class DynamicExtension(Extension):
             return options.config().to_dict()
         except ValueError as error:
             raise FlagError(f"{error} (the flags have the same names)") from error
+
+    def unused_options(self, options: Mapping[str, Any]) -> Collection[str]:
+        """Settings of predictors that are switched off."""
+        output = options["use_text_predictor"] and options["use_output_text_predictor"]
+        instruct = options["use_text_predictor"] and options["use_instruct_predictor"]
+        of_vision = ("vision_keep_rate", "nhead", "dim_feedforward", "num_layers")
+        return {
+            *(() if options["use_vision_predictor"] else of_vision),
+            *(() if options["use_text_predictor"] else ("use_output_text_predictor", "use_instruct_predictor")),
+            *(() if output else ("output_text_keep_rate", "output_text_len_for_training")),
+            *(() if instruct else ("instruct_keep_rate", "instruct_len_for_training")),
+        }
 
     def attach(self, model: nn.Module, config: Config) -> None:
         """Add the predictors; their parameters are float32 whatever the base is.

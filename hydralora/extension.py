@@ -6,7 +6,7 @@ is decided in `flags.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -62,6 +62,12 @@ class HydraLoraExtension(Extension):
         """
         settings = settings_from_flags(args.options[self.name], args)
         return None if settings is None else settings.to_dict()
+
+    def unused_options(self, options: Mapping[str, Any]) -> Collection[str]:
+        """Settings of the routed blocks without `--llm_moe`, and of HydraLoRA on attention without its modules."""
+        blocks = () if options["llm_moe"] else ("dense_moe", "llm_moe_num_experts", "moe_balance_w")
+        linear = [name for name in options if name.startswith("hydralora_") and not options["hydralora_modules"]]
+        return {*blocks, *linear, "vit_trainable"}
 
     def attach(self, model: nn.Module, config: Config) -> None:
         """Put blocks and updates in place; the added parameters are float32 whatever the base is.

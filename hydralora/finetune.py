@@ -8,7 +8,6 @@ Works on any causal language model of transformers and any set of its linear lay
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,12 +34,11 @@ from hydralora.text.training import (
 from hydralora.tuner.original import OUR_WEIGHTS
 from llava.errors import FlagError
 from llava.runtime import checkpointing
-from llava.runtime.output import replace_text
-from llava.runtime.program import package_versions, run_program
-from llava.runtime.resume_check import check_resumable
+from llava.runtime.places import RUN_FILE
+from llava.runtime.program import run_program
+from llava.runtime.resume_check import check_has_state, check_resumable
+from llava.runtime.run_record import Resumption, describe, resumption, used_sections, write_run_record
 from llava.runtime.saving import prepare_folder
-from llava.runtime.unchanged import FINGERPRINTS, WORLD, fingerprints, flat, refuse_changes
-from llava.runtime.weights.completeness import RUN_FILE
 from llava.runtime.zero import join_processes, prepare_resume, set_precision
 
 __all__ = ["TextRun", "build_parser", "build_run", "main", "parse_args"]
@@ -91,21 +89,20 @@ def load_data(args: RunArguments, tokenizer: Any) -> tuple[InstructionDataset | 
 
 def run_record(args: RunArguments) -> dict[str, Any]:
     """What `run.json` says of a run: resolved options, package versions, and digests of what it reads."""
-    record = {
+    sections = {
         "model": dataclasses.asdict(args.model),
         "data": dataclasses.asdict(args.data),
-        "training": args.training.to_sanitized_dict(),
+        "training": args.training.to_dict(),
         "experts": args.experts,
-        WORLD: args.training.world_size,
-        "versions": package_versions(),
     }
-    return record | {FINGERPRINTS: fingerprints(flat(record))}
+    return describe(used_sections(sections), args.training)
 
 
-def write_run_record(args: RunArguments) -> None:
-    """Write `run.json`, before the first step."""
-    folder, record = Path(args.training.output_dir), run_record(args)
-    replace_text(folder / RUN_FILE, json.dumps(record, indent=2, sort_keys=True, default=str) + "\n")
+def start_record(args: RunArguments) -> None:
+    """Write `run.json` of a new run, before the first step; an evaluation alone replaces the record of no run."""
+    folder = Path(args.training.output_dir)
+    if args.training.do_train or not (folder / RUN_FILE).is_file():
+        write_run_record(args, run_record(args))
 
 
 def check_checkpointing(training: TrainingArguments, balance_weight: float) -> None:
@@ -122,12 +119,13 @@ def check_checkpointing(training: TrainingArguments, balance_weight: float) -> N
         )
 
 
-def build_run(args: RunArguments) -> TextRun:
-    """Everything up to the first step."""
+def build_run(args: RunArguments, resumed: Resumption | None = None) -> TextRun:
+    """Everything up to the first step; writes `run.json` of a new run."""
     training = args.training
     if training.should_save:
         prepare_folder(Path(training.output_dir), inputs_of(args))
-        write_run_record(args)
+        if resumed is None:
+            start_record(args)
     set_seed(training.seed)
     checkpointing.keep_the_graph(training)
     tokenizer = load_tokenizer(args)
@@ -150,6 +148,7 @@ def build_run(args: RunArguments) -> TextRun:
         data_collator=InstructionCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
+    trainer.resumption = resumed
     return TextRun(args, tokenizer, model, trainer)
 
 
@@ -173,17 +172,19 @@ def main(argv: Sequence[str] | None = None) -> Path:
     args = parse_args(argv)
     training, output = args.training, Path(args.training.output_dir)
     join_processes(training)
-    resume_from = None
+    resume_from, resumed = None, None
     if training.do_train:
         resume_from = training.resume_from_checkpoint or (get_last_checkpoint(output) if output.is_dir() else None)
-    if training.do_train:
         finished = (output / ADAPTER_FOLDER / OUR_WEIGHTS).is_file()
-        refuse_changes(run_record(args), output, None if resume_from is None else Path(resume_from), finished)
+        resumed = resumption(run_record(args), output, resume_from, finished, training.resume_changed)
     if resume_from is not None:
+        check_has_state(Path(resume_from))
         prepare_resume(training, Path(resume_from))
         check_resumable(Path(resume_from), training)
         require_adapter(Path(resume_from))
-    run = build_run(args)
+    run = build_run(args, resumed)
+    for note in resumed.notes if resumed is not None and training.should_log else ():
+        print(note)
     adapter = output / ADAPTER_FOLDER
     if training.do_train:
         result = run.trainer.train(resume_from_checkpoint=resume_from)
@@ -199,14 +200,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 def _print_summary(run: TextRun, adapter: Path | None, metrics: dict[str, float]) -> None:
     history = [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry]
-    lines = [f"{run.trainer.state.global_step} updates"]
+    updates, trained = run.trainer.state.global_step, run.args.training.do_train
+    title, lines = "Finished", [f"{updates} updates"]
+    if trained and updates == run.trainer.updates_before:
+        title, lines = "Nothing was left to train", [f"all {updates} updates were made before"]
     if history:
         lines.append(f"loss: {history[0]:.4f} at first, {history[-1]:.4f} at last")
     if metrics:
         lines.append(f"evaluation: loss {metrics['eval_loss']:.4f}, perplexity {metrics['perplexity']:.2f}")
     if adapter is not None:
         lines += [f"adapter: {adapter}", "", "It loads on its base in every process that imports hydralora:"]
-    Console().print(Panel("\n".join(lines), title="Finished", title_align="left", expand=False))
+    Console().print(Panel("\n".join(lines), title=title, title_align="left", expand=False))
     if adapter is not None:
         print(f'import hydralora; PeftModel.from_pretrained(base, "{adapter}")')
         print("and is evaluated (extra harness) by")

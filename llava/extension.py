@@ -9,7 +9,7 @@ Shapes are written with the letters of `docs/architecture.md` ("Letters of shape
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -93,6 +93,7 @@ class Extension:
 
     rates: ClassVar[tuple[str, ...]] = ()
     """Those of its options that are learning rates of all that it adds; empty where that has the run's rate."""
+
     adjustable: ClassVar[frozenset[str]] = frozenset()
     """Settings that may be edited in a checkpoint's `extensions/<name>/config.json`, to use it in another way."""
 
@@ -106,6 +107,10 @@ class Extension:
             FlagError: the options contradict each other; the message names the flags.
         """
         return None
+
+    def unused_options(self, options: Mapping[str, Any]) -> Collection[str]:
+        """Names of those of its options that have no effect under the others; they are not recorded."""
+        return ()
 
     # 2. Inputs
     def on_inputs(self, model: nn.Module, config: Config, inputs: MultimodalInputs) -> MultimodalInputs:

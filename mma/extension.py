@@ -7,7 +7,7 @@ Corresponds to LaVIN's `train.py`, `lavin/mm_adaptation.py` and the forward pass
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,17 @@ class MmaExtension(Extension):
         args.model.freeze_backbone = True
         _choose_visual_input(args, options)
         return config
+
+    def unused_options(self, options: Mapping[str, Any]) -> Collection[str]:
+        """The width of a projector that LLaVA's own flags describe, and what adapters that are not there would do."""
+        language, vision = options["adapter_type"] != "none", options["visual_adapter_type"] != "none"
+        routed = language or options["visual_adapter_type"] in ("router", "router_block")
+        return {
+            *(() if options["visual_input"] == "lavin" else ("hidden_proj",)),
+            *(() if language else ("drop_path",)),
+            *(() if routed else ("adapter_scale", "temperature")),
+            *(() if language or vision else ("adapter_dim", "adapter_dropout")),
+        }
 
     def attach(self, model: nn.Module, config: Config) -> None:
         """Put the adapters in place; their parameters are float32 whatever the base is.

@@ -17,7 +17,7 @@ from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.loading import read_config
 from llava.errors import FlagError
 from llava.runtime.files import refuse_pointer
-from llava.runtime.options import option
+from llava.runtime.options import CHANGED_HELP, option
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY
 from llava.runtime.values import check_values
 from llava.runtime.zero import zero_settings
@@ -86,6 +86,7 @@ class TrainingArguments(transformers.TrainingArguments):
         "adapter to start from: ours, or one of the original; it stays as it is, so flags that contradict its rank, "
         "alpha, dropout, experts, routing or modules are refused"
     )
+    resume_changed: bool = option(CHANGED_HELP, False)
     flash_attn: bool = option("use FlashAttention 2", False)
     double_quant: bool = option("4 bit: quantise the quantisation constants too", True)
     quant_type: str = option("4 bit: nf4 or fp4", "nf4")

@@ -42,6 +42,7 @@ from llava.runtime.program import errors_only
 from llava.runtime.quantization import choose_cpu_kernels, quantisation_config
 from llava.runtime.tokenizer import load_tokenizer
 from llava.runtime.weights.base_weights import read_base
+from llava.runtime.weights.run_file import latest
 from llava.runtime.weights.settings import LORA, check_settings
 from llava.runtime.weights.weight_files import check_base, weight_files
 
@@ -187,7 +188,7 @@ def base_folder(contents: CheckpointContents, model_base: str | None) -> str | N
     if contents.adapter is not None:
         recorded = read_json(contents.folder / "adapter_config.json").get("base_model_name_or_path")
     elif (contents.folder / "run.json").is_file():
-        recorded = read_json(contents.folder / "run.json")["arguments"]["model"]["model_name_or_path"]
+        recorded = latest(read_json(contents.folder / "run.json"))["arguments"]["model"]["model_name_or_path"]
     if recorded and (Path(recorded) / "config.json").is_file():
         return recorded
     raise CheckpointError(

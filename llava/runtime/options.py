@@ -10,6 +10,12 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+CHANGED_HELP = (
+    "resume although options that change the result, or the data, differ from those of the run; the differences are "
+    "printed and appended to run.json"
+)
+"""Help of `--resume_changed`, an option of every training program."""
+
 Options = TypeVar("Options")
 Config = TypeVar("Config")
 

@@ -7,7 +7,7 @@ HydraLoRA are both made of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from llava.runtime.files import reading
 from llava.runtime.finite_trainer import FiniteTrainer
 from llava.runtime.output import claim, discard, replacing
 from llava.runtime.resume_check import check_optimizer
+from llava.runtime.resumed_schedule import apply_settings, check_length, own_settings
+from llava.runtime.run_record import Resumption
 from llava.runtime.sampling import EpochSampler, random_order
 from llava.runtime.saving import FINAL, last_checkpoint, publish_files, publish_folder, rotate, staging_path
 from llava.runtime.weights.completeness import require, write_file_list
@@ -33,7 +35,14 @@ from llava.runtime.zero import load_zero_state
 class ResumableTrainer(FiniteTrainer):
     """Trainer that writes whole checkpoints; without DeepSpeed its updates are transformers'."""
 
+    resumption: Resumption | None = None
+    """What the program knows of a run that continues; set before `train`."""
+
+    updates_before = 0
+    """Updates that were made before this process started."""
+
     _staged: Path | None = None  # the checkpoint that is being written
+    _schedule_changes: Sequence[str] = ()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         if self.args.train_sampling_strategy != "random":
@@ -179,12 +188,33 @@ class ResumableTrainer(FiniteTrainer):
             return
         path, schedule = Path(checkpoint) / OPTIMIZER_NAME, Path(checkpoint) / SCHEDULER_NAME
         expected = self.lr_scheduler.state_dict().keys()
+        own = own_settings(self.optimizer)
         with reading(path, f"does not fit this run, or {SCHEDULER_NAME} does not"):
             super()._load_optimizer_and_scheduler(checkpoint)
         lacking = sorted(expected - load_plain(schedule).keys())
         if lacking:
             raise CheckpointError(f"{schedule}: lacks {lacking}, which the schedule of this run has")
         check_optimizer(self.optimizer, path)
+        if self._has_changed:
+            apply_settings(self.optimizer, self.lr_scheduler, own)
+
+    @property
+    def _has_changed(self) -> bool:
+        return self.resumption is not None and bool(self.resumption.changes or self._schedule_changes)
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """Where the run starts.
+
+        Raises:
+            FlagError: the run is longer or shorter than the one that the checkpoint is of, or nothing is left of it.
+        """
+        found = super()._init_training_state(max_steps, *args, **kwargs)
+        self.updates_before = self.state.global_step
+        if self.resumption is not None:
+            free = self.resumption.length_is_free or self.resumption.accepts_changes
+            self._schedule_changes = check_length(self.resumption.folder, max_steps, free, self.resumption.changes)
+            self.state.compute_steps(self.args, max_steps)  # how often to save and log is what the options of now say
+        return found
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.accelerator.scaler is None:
@@ -207,13 +237,22 @@ class ResumableTrainer(FiniteTrainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        load_zero_state(self.model_wrapped, Path(resume_from_checkpoint), self.args)
-        self._load_optimizer_and_scheduler(resume_from_checkpoint)  # under DeepSpeed, only the schedule
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        else:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+            self._load_zero(Path(resume_from_checkpoint))
+        if self.resumption is not None and self.args.should_save:  # everything of the checkpoint has been read
+            self.resumption.keep_record(self._schedule_changes)
+        return prepared
+
+    def _load_zero(self, checkpoint: Path) -> None:
+        own = own_settings(self.optimizer)
+        load_zero_state(self.model_wrapped, checkpoint, self.args)
+        self._load_optimizer_and_scheduler(str(checkpoint))  # under DeepSpeed, only the schedule
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
-        return prepared
+        if self._has_changed:
+            apply_settings(self.optimizer, self.lr_scheduler, own)
 
     def _load_best_model(self) -> None:
         # Its folder is named by a file of a resumed checkpoint, and DeepSpeed runs the pickles that it opens.

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from transformers import TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from llava.errors import CheckpointError
 from llava.runtime.files import check_torch_file, read_json, reading, refuse_pointers
-from llava.runtime.weights.completeness import RUN_FILE, check_file_list, require
+from llava.runtime.places import RUN_FILE
+from llava.runtime.weights.completeness import check_file_list, require
+from llava.runtime.weights.run_file import latest
 from llava.runtime.weights.settings import Rule, check_settings
 from llava.runtime.weights.tensors import is_finite
 from llava.runtime.weights.torch_files import load_plain, random_state_classes
@@ -45,6 +47,42 @@ TRAINER_STATE = {
 RANDOM_STATES = {"python", "numpy", "cpu"}
 
 
+def check_has_state(folder: Path) -> None:
+    """Refuse weights without the state of an optimizer, from which a run would start a new schedule.
+
+    `--save_only_model True` writes such checkpoints, and the output folder of a run is one.
+
+    Raises:
+        CheckpointError: says what the folder is, and from where a run could continue.
+    """
+    state, optimizer = folder / TRAINER_STATE_NAME, folder / OPTIMIZER_NAME
+    if not state.is_file() or optimizer.is_file() or any(folder.glob("global_step*")):
+        return
+    last = get_last_checkpoint(folder)
+    if last is not None:
+        what, instead = "is the output folder of a run, whose state is in its checkpoints", f"resume from {last}"
+    elif _saved_weights_alone(folder):
+        what, instead = "was written with --save_only_model", "choose another --output_dir to start again"
+    elif folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+        return  # a part of a checkpoint is missing, which `check_resumable` names
+    else:
+        what, instead = "is not a checkpoint-N of a run", "start a new run, in another --output_dir"
+    raise CheckpointError(
+        f"{folder}: {what}; {optimizer.name} is missing, and without the optimizer's state a run could not continue "
+        f"but would start a new schedule. See {folder / RUN_FILE}; {instead}"
+    )
+
+
+def _saved_weights_alone(folder: Path) -> bool:
+    record = folder / RUN_FILE
+    if not record.is_file():
+        return False
+    content = latest(read_json(record))
+    sections = content.get("arguments") or content
+    training = sections.get("training") if isinstance(sections, dict) else None
+    return isinstance(training, dict) and bool(training.get("save_only_model"))
+
+
 def check_resumable(folder: Path, training: TrainingArguments) -> None:
     """Refuse a checkpoint that lacks a part of the state of its run.
 
@@ -61,7 +99,6 @@ def check_resumable(folder: Path, training: TrainingArguments) -> None:
     check_file_list(folder, resume=True)
     state = folder / TRAINER_STATE_NAME
     step = _check_trainer_state(state, folder)
-    _refuse_weights_alone(folder)
     needed = [SCHEDULER_NAME] if training.deepspeed else [OPTIMIZER_NAME, SCHEDULER_NAME]
     for name in needed:
         require(folder / name, state, "describes a run to continue, which needs it")
@@ -86,19 +123,6 @@ def _check_trainer_state(path: Path, folder: Path) -> int:
     if step > content["max_steps"]:
         raise CheckpointError(f"{path}: 'global_step' is {step}, more than 'max_steps' {content['max_steps']}")
     return step
-
-
-def _refuse_weights_alone(folder: Path) -> None:
-    record = folder / RUN_FILE
-    if not record.is_file() or (folder / OPTIMIZER_NAME).is_file() or any(folder.glob("global_step*")):
-        return
-    content = read_json(record)
-    training = (content.get("arguments") or content).get("training")
-    if isinstance(training, dict) and training.get("save_only_model"):
-        raise CheckpointError(
-            f"{folder}: was written with --save_only_model (see {record}), without the optimizer's state, so no run "
-            "can continue from it; choose another --output_dir to start again"
-        )
 
 
 def _check_random_state(folder: Path, training: TrainingArguments, named_by: Path) -> None:

@@ -1,11 +1,13 @@
 """Is this the run that the output folder belongs to? Its record (`run.json`) against the options of now.
 
 A resumed run under other options would be neither the old run nor a new one, and its record would call old weights by
-new settings. What changes no number may change; the table below lists it, everything else has to be equal.
+new settings. What changes no number may change; the table below lists it, everything else has to be equal, unless
+`--resume_changed True` accepts the differences.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import math
@@ -14,48 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import CheckpointError, FlagError
-from llava.runtime import checkpointing
 from llava.runtime.files import read_json
-from llava.runtime.weights.completeness import RUN_FILE
+from llava.runtime.places import RUN_FILE
+from llava.runtime.used_settings import FREE, unused
 from llava.runtime.weights.fingerprint import WEIGHT_SUFFIXES, weights_fingerprint
-
-LOGGING = frozenset(
-    [
-        *("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-        *("logging_dir", "logging_steps", "logging_first_step", "logging_strategy", "logging_nan_inf_filter"),
-        *("log_level", "log_level_replica", "log_on_each_node", "disable_tqdm", "include_num_input_tokens_seen"),
-        *("skip_memory_metrics", "debug", "enable_jit_checkpoint", "include_for_metrics", "batch_eval_metrics"),
-    ]
-)
-SAVING = frozenset(
-    [
-        *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "save_strategy"),
-        *("save_total_limit", "save_only_model", "save_on_each_node", "save_safetensors"),
-        *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"),
-        *("hub_revision", "push_to_hub_token", "push_to_hub_model_id", "push_to_hub_organization"),
-    ]
-)
-MACHINE = frozenset(
-    [
-        *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
-        *("dataloader_prefetch_factor", "local_rank", "ddp_backend", "ddp_timeout", "ddp_bucket_cap_mb"),
-        *("ddp_find_unused_parameters", "ddp_broadcast_buffers", "ddp_static_graph", "use_cpu", "no_cuda"),
-        *("use_mps_device", "deepspeed", "accelerator_config", "parallelism_config", *checkpointing.FLAGS),
-        *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
-        *("torch_empty_cache_steps", "auto_find_batch_size", "attn_implementation", "flash_attn", "cache_dir"),
-        *("data_cache_dir", "overwrite_cache", "preprocessing_num_workers", "use_auth_token", "use_liger_kernel"),
-        *("eval_accumulation_steps", "eval_use_gather_object", "per_device_eval_batch_size", "eval_on_start"),
-        *("num_workers", "pin_mem", "dist_url", "dist_on_itp", "world_size", "device", "cpu_load", "log_dir", "resume"),
-    ]
-)
-NEVER_READ = frozenset(
-    [
-        *("lazy_preprocess", "is_multimodal", "mpt_attn_impl", "n_prompt", "keep_linebreaks", "use_fast_tokenizer"),
-        *("do_train", "do_predict", "remove_unused_columns", "prediction_loss_only", "_n_gpu", "n_gpu"),
-    ]
-)
-FREE = LOGGING | SAVING | MACHINE | NEVER_READ
-"""Options that change no number of a run, or only in the order of sums."""
+from llava.runtime.weights.run_file import check_resumes, latest
 
 PATHS = frozenset(
     [
@@ -74,14 +39,24 @@ EVALUATION = frozenset({"eval_strategy", "eval_steps", "eval_delay", "eval_batch
 
 LENGTH = frozenset({"max_steps", "num_train_epochs", "epochs"})
 """Options that say when the run ends. Free under a schedule that does not depend on it."""
+FIXED = frozenset({"optim"})
+"""Options that a checkpoint cannot be resumed without: it contains the state of that optimizer."""
+
 LENGTHLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 BATCH_NAMES = frozenset({*BATCH, "train_batch_size", "batch_size", "accum_iter"})
 """Free as long as the global batch, their product with the number of processes, stays the same."""
 
+ACCELERATOR = "accelerator_config"
+BATCH_SHARING = ("split_batches", "even_batches")
+"""Of accelerate's settings, those that say which rows make a batch."""
+
 WORLD, FINGERPRINTS = "world_size", "fingerprints"
 """Keys of a record: the number of processes, and a digest of what each of `PATHS` leads to."""
+
+EXTENSION = "extension "
+"""What comes before the name of an extension, for its configuration among the options."""
 
 SECTIONS = ("program", "model", "data", "training")
 """Of a record: what a program was told, and what came of it."""
@@ -116,11 +91,23 @@ def flat(record: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for section in SECTIONS:
         options |= sections.get(section) or {}
-    for name, values in (sections.get("options") or {}).items():
+    extensions = sections.get("extensions") or {}
+    for values in (sections.get("options") or {}).values():
         options |= values or {}
-        options[f"extension {name}"] = (sections.get("extensions") or {}).get(name)
+    for name in {*(sections.get("options") or {}), *extensions}:
+        options[f"{EXTENSION}{name}"] = extensions.get(name)
     if "experts" in sections:
         options["number of experts"] = sections["experts"]
+    return options
+
+
+def _effective(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in a record that have an effect; what a default follows from is filled in."""
+    options = flat(record)
+    left_out = unused(options)
+    options = {name: value for name, value in options.items() if name not in left_out}
+    if "data_seed" in options and options["data_seed"] in (None, "None"):
+        options["data_seed"] = options.get("seed")
     return options
 
 
@@ -157,14 +144,23 @@ def _same_path(one: Any, other: Any) -> bool:
 def _same(name: str, then: Mapping[str, Any], now: Mapping[str, Any], before: Any, after: Any) -> bool:
     """True if an option has the same meaning in both records."""
     if name not in PATHS:
-        return before == after
+        # Records of earlier versions have everything that is not a number as a text.
+        return before == after or str(before) == str(after) or (name == ACCELERATOR and _same_loading(before, after))
     prints = [(record.get(FINGERPRINTS) or {}).get(name) for record in (then, now)]
     return prints[0] == prints[1] if None not in prints else _same_path(before, after)
 
 
-def _batch(record: Mapping[str, Any], options: Mapping[str, Any]) -> int | None:
-    factors = [*(options.get(name) for name in BATCH), record.get(WORLD)]
-    return math.prod(factors) if all(isinstance(factor, int) for factor in factors) else None
+def _same_loading(before: Any, after: Any) -> bool:
+    """True if two values of `--accelerator_config` share out the same batches."""
+    tables = []
+    for value in (before, after):
+        try:
+            table = ast.literal_eval(value) if isinstance(value, str) else value
+        except (ValueError, SyntaxError):
+            return False
+        tables.append(table if isinstance(table, dict) else {})
+    one, other = tables
+    return all(one[name] == other[name] for name in BATCH_SHARING if name in one and name in other)
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -176,25 +172,74 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """
     # Both as they come out of a file: tuples are lists there, and numbers that are no JSON become strings.
     now = json.loads(json.dumps(now, default=str))
-    before, after = flat(then), flat(now)
+    before, after = _effective(then), _effective(now)
     free = set(FREE)
-    if _batch(then, before) is not None and _batch(then, before) == _batch(now, after):
-        free |= BATCH_NAMES
-    no_schedule = before.get("lr_scheduler_type") in LENGTHLESS and not any(
-        value for name, value in after.items() if name.startswith("extension ")
-    )
-    free |= LENGTH if no_schedule else set()
+    batch, changed_batch = batch_shares(then), batch_shares(now)
+    other_batch = batch is not None and changed_batch is not None and math.prod(batch) != math.prod(changed_batch)
+    free |= BATCH_NAMES if batch is not None and changed_batch is not None and not other_batch else set()
+    free |= LENGTH if length_is_free(then, now) else set()
     free |= set() if after.get("load_best_model_at_end") else EVALUATION
+    extensions = {name for name in (*before, *after) if name.startswith(EXTENSION)}
     lines = []
-    for name in sorted((before.keys() & after.keys()) - free):
-        if not _same(name, then, now, before[name], after[name]):
+    if batch is not None and changed_batch is not None and other_batch:
+        lines.append(f"global batch: {describe_shares(batch)} then, {describe_shares(changed_batch)} now")
+    for name in sorted((before.keys() & after.keys() | extensions) - free):
+        old, new = before.get(name), after.get(name)
+        if not _same(name, then, now, old, new):
             what = name if " " in name else f"--{name}"
-            changed = "the same path, other content" if before[name] == after[name] else f"{after[name]!r:.200} now"
-            lines.append(f"{what}: {before[name]!r:.200} then, {changed}")
+            changed = "the same path, other content" if old == new else f"{new!r:.200} now"
+            lines.append(f"{what}: {old!r:.200} then, {changed}")
     return lines
 
 
-def refuse_changes(now: Mapping[str, Any], output: Path, resume_from: Path | None, results: bool) -> None:
+def length_is_free(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """True if no learning rate, and nothing of an extension, depends on when the run ends."""
+    before, after = _effective(then), _effective(now)
+    runs = any(value for name, value in after.items() if name.startswith(EXTENSION))
+    return before.get("lr_scheduler_type") in LENGTHLESS and not runs
+
+
+Shares = tuple[int, int, int]
+"""Processes, micro batches and rows in each, whose product is the global batch."""
+
+
+def batch_shares(record: Mapping[str, Any]) -> Shares | None:
+    """What makes up the global batch of a run; None if that is not recorded."""
+    options = flat(record)
+    rows, steps = (options.get(name) for name in BATCH)
+    shares = (record.get(WORLD), steps, rows)
+    return shares if all(isinstance(share, int) for share in shares) else None  # type: ignore[return-value]
+
+
+def describe_shares(shares: Shares) -> str:
+    """A global batch in words; see `batch_shares`."""
+    return "{} rows ({} process(es) x {} micro batches x {} rows)".format(math.prod(shares), *shares)
+
+
+def find_record(output: Path, resume_from: Path | None) -> Path | None:
+    """The record of the run that a checkpoint, or else an output folder, belongs to."""
+    places = [] if resume_from is None else [resume_from / RUN_FILE]
+    if resume_from is None or resume_from.parent.resolve() == output.resolve():
+        places.append(output / RUN_FILE)
+    return next((path for path in places if path.is_file()), None)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of how a run was started or last resumed.
+
+    Raises:
+        CheckpointError: the record is damaged.
+    """
+    record = read_json(path)
+    check_resumes(record, path)
+    last = latest(record)
+    check_sections(last, path)
+    return last
+
+
+def refuse_changes(
+    now: Mapping[str, Any], output: Path, resume_from: Path | None, results: bool, accepted: bool = False
+) -> list[str]:
     """Refuse to continue, or to replace, what other options have made.
 
     Args:
@@ -202,24 +247,36 @@ def refuse_changes(now: Mapping[str, Any], output: Path, resume_from: Path | Non
         output: output folder of the run.
         resume_from: the checkpoint that the run would continue from.
         results: the output folder contains trained weights.
+        accepted: continue from the checkpoint all the same (`--resume_changed True`).
+
+    Returns:
+        The differences that were accepted, one line each.
 
     Raises:
         FlagError: lists the options that differ.
         CheckpointError: the record is damaged.
     """
-    places = [] if resume_from is None else [resume_from / RUN_FILE]
-    if resume_from is None or resume_from.parent.resolve() == output.resolve():
-        places.append(output / RUN_FILE)
-    record = next((path for path in places if path.is_file()), None)
+    if resume_from is not None and resume_from.parent.resolve() != output.resolve() and results:
+        refuse_changes(now, output, None, results)  # the results in the output folder are of another run
+    record = find_record(output, resume_from)
     if record is None or (resume_from is None and not results):
-        return
-    then = read_json(record)
-    check_sections(then, record)
+        return []
+    then = read_record(record)
     lines = differences(then, now)
-    if lines:
-        what = "be resumed from" if resume_from is not None else "be replaced by a run that is not the same"
-        raise FlagError(
-            f"{resume_from or output}: cannot {what} under changed options; according to {record}:\n  "
-            + "\n  ".join(lines)
-            + "\nGive the options of then, or another --output_dir"
+    fixed = [line for line in lines if line.partition(":")[0].removeprefix("--") in FIXED]
+    if not lines or (accepted and resume_from is not None and not fixed):
+        return lines
+    if resume_from is None:
+        what, instead = "be replaced by a run that is not the same", "another --output_dir"
+    elif accepted:
+        what, lines, instead = "be resumed with another optimizer, which has no state here", fixed, "a new --output_dir"
+    else:
+        what, instead = (
+            "be resumed from",
+            "another --output_dir, or --resume_changed True to continue with these changes",
         )
+    raise FlagError(
+        f"{resume_from or output}: cannot {what} under changed options; according to {record}:\n  "
+        + "\n  ".join(lines)
+        + f"\nGive the options of then, or {instead}"
+    )

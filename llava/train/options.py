@@ -12,8 +12,10 @@ from typing import Any, ClassVar
 import torch
 import transformers
 
-from llava.runtime.options import option
+from llava.extension import installed_extensions
+from llava.runtime.options import CHANGED_HELP, option
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY
+from llava.runtime.used_settings import without
 from llava.runtime.values import check_values
 from llava.runtime.zero import zero_settings
 from llava.train.base_settings import BaseSettings
@@ -81,6 +83,7 @@ class TrainingArguments(transformers.TrainingArguments):
     optim: str = option("optimizer, by transformers' name", "adamw_torch")
     cache_dir: str | None = option("where files from a model hub are kept")
     freeze_mm_mlp_adapter: bool = option("do not train the projector", False)
+    resume_changed: bool = option(CHANGED_HELP, False)
     mpt_attn_impl: str | None = option("accepted for compatibility: no MPT model here", "triton")
     model_max_length: int = option("longest sequence in tokens and image patches; the rest is cut off", 512)
     double_quant: bool = option("4 bit: quantise the quantisation constants too", True)
@@ -124,6 +127,10 @@ OWN_RANGES = {
 """What the numbers of `TrainingArguments` may be, where they are ours."""
 
 
+NOT_OF_TRAINING = ("do_train",)
+"""Options of transformers that this program, which always trains, never reads."""
+
+
 @dataclass
 class RunArguments:
     """All options of one run.
@@ -153,8 +160,16 @@ class RunArguments:
         return {
             "model": dataclasses.asdict(self.model),
             "data": dataclasses.asdict(self.data),
-            "training": self.training.to_sanitized_dict(),
-            "options": {name: dataclasses.asdict(options) for name, options in self.options.items()},
+            "training": without(self.training.to_dict(), NOT_OF_TRAINING),
+            "options": {
+                name: _used(name, options) for name, options in self.options.items() if name in self.extensions
+            },
             "extensions": self.extensions,
             "program": self.program,
         }
+
+
+def _used(name: str, options: Any) -> dict[str, Any]:
+    """The options of an extension that is on, without those that have no effect."""
+    values = dataclasses.asdict(options)
+    return without(values, installed_extensions([name])[name].unused_options(values))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from llava.data.dataset import LazySupervisedDataset
+from llava.runtime.run_record import Resumption
 from llava.train.base_settings import changed_settings, kept_settings
 from llava.train.options import RunArguments
 
@@ -52,11 +52,13 @@ def say_data(args: RunArguments, dataset: LazySupervisedDataset) -> None:
     say(args, "data", f"{len(dataset):,} rows of {', '.join(map(str, args.data.data_path or []))}")
 
 
-def say_training(args: RunArguments, resume_from: str | None) -> None:
-    """How large an update is, and where the run starts."""
+def say_training(args: RunArguments, resumed: Resumption | None) -> None:
+    """How large an update is, and where the run starts; of a resumed run, what differs from before."""
+    for note in () if resumed is None else resumed.notes:
+        say(args, "resume", note)
     training = args.training
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     length = f"updates: {training.max_steps}" if training.max_steps > 0 else f"epochs: {training.num_train_epochs:g}"
-    start = "" if resume_from is None else f", resumed from {Path(resume_from).name}"
+    start = "" if resumed is None else f", resumed from {resumed.folder.name}"
     processes = f"processes: {training.world_size} ({training.device.type})"
     say(args, "training", f"{length}, rows an update: {rows}, {processes}{start}")

@@ -45,5 +45,9 @@ def print_summary(run: Run, metrics: dict[str, Any], command: str) -> None:
     if skipped:
         lines.append(f"{skipped} samples were skipped; they are listed in {run.dataset.skipped_file}")
     lines += [f"checkpoint: {Path(run.args.training.output_dir)}", "", "Next:"]
-    Console().print(Panel("\n".join(lines), title="Training finished", title_align="left", expand=False))
+    title = "Training finished"
+    if run.trainer.state.global_step == run.trainer.updates_before:
+        title = "Nothing was left to train"
+        lines[0] = f"all {run.trainer.state.global_step} updates were made before"
+    Console().print(Panel("\n".join(lines), title=title, title_align="left", expand=False))
     print(command)

@@ -24,11 +24,10 @@ from llava.model.formats import has_results
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.runtime import checkpointing
 from llava.runtime.program import run_program
-from llava.runtime.resume_check import check_resumable
-from llava.runtime.run_record import run_record, write_run_record
+from llava.runtime.resume_check import check_has_state, check_resumable
+from llava.runtime.run_record import Resumption, resumption, run_record, write_run_record
 from llava.runtime.saving import prepare_folder
 from llava.runtime.tokenizer import load_tokenizer
-from llava.runtime.unchanged import refuse_changes
 from llava.runtime.zero import join_processes, prepare_resume
 from llava.train.arguments import parse_args
 from llava.train.build import build_dataset, build_model, check_answer_end, skipped_file
@@ -62,10 +61,15 @@ class Parts:
 USUAL_PARTS = Parts()
 
 
-def build_run(args: RunArguments, attn_implementation: str | None = None, parts: Parts = USUAL_PARTS) -> Run:
-    """Everything up to the first step; writes `run.json`."""
+def build_run(
+    args: RunArguments,
+    attn_implementation: str | None = None,
+    parts: Parts = USUAL_PARTS,
+    resumed: Resumption | None = None,
+) -> Run:
+    """Everything up to the first step; writes `run.json` of a new run."""
     training = args.training
-    if training.should_save:
+    if training.should_save and resumed is None:
         write_run_record(args)
     set_seed(training.seed)
     tokenizer = load_tokenizer(args.model.model_name_or_path, model_max_length=training.model_max_length)
@@ -86,6 +90,7 @@ def build_run(args: RunArguments, attn_implementation: str | None = None, parts:
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    trainer.resumption = resumed
     return Run(args, tokenizer, model, dataset, trainer)
 
 
@@ -121,7 +126,12 @@ def train(args: RunArguments, attn_implementation: str | None = None, parts: Par
     join_processes(args.training)
     output = Path(args.training.output_dir)
     resume_from = args.training.resume_from_checkpoint or (get_last_checkpoint(output) if output.is_dir() else None)
-    refuse_changes(run_record(args), output, None if resume_from is None else Path(resume_from), has_results(output))
+    # What is recorded is what runs: a default of the program counts as if it were given
+    args.model.attn_implementation = args.model.attn_implementation or attn_implementation
+    changed = args.training.resume_changed
+    resumed = resumption(run_record(args), output, resume_from, has_results(output), changed)
+    if resume_from is not None:
+        check_has_state(Path(resume_from))
     if args.training.should_save:
         prepare_folder(output, inputs_of(args))
         if resume_from is None:
@@ -129,8 +139,8 @@ def train(args: RunArguments, attn_implementation: str | None = None, parts: Par
     if resume_from is not None:
         prepare_resume(args.training, Path(resume_from))
         check_resumable(Path(resume_from), args.training)
-    run = build_run(args, attn_implementation, parts)
-    say_training(args, resume_from)
+    run = build_run(args, attn_implementation, parts, resumed)
+    say_training(args, resumed)
     result = run.trainer.train(resume_from_checkpoint=resume_from)
     say(args, "saving", str(output))
     run.trainer.save_model()

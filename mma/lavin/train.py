@@ -8,6 +8,7 @@ with the data, the learning rate and the epochs of LaVIN. `--help` lists the opt
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from llava.data.rows import RowFiles
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.runtime.program import run_program
+from llava.runtime.used_settings import without
 from llava.runtime.zero import join_processes
 from llava.train.build import skipped_file
 from llava.train.options import RunArguments
@@ -25,7 +27,7 @@ from mma.lavin.data.dataset import LavinDataset
 from mma.lavin.data.instructions import read_mixture
 from mma.lavin.data.prompts import OPTIONS
 from mma.lavin.data.scienceqa import read_split, training_rows
-from mma.lavin.train_arguments import LavinArguments, parse_args
+from mma.lavin.train_arguments import IDLE, LavinArguments, parse_args
 from mma.lavin.train_options import build_parser
 from mma.lavin.trainer import LavinTrainer, epoch_of
 from mma.lavin.weights.base import base_folder
@@ -111,6 +113,11 @@ def next_command(args: LavinArguments) -> str:
     return shlex.join(["python", "-m", "mma.eval", *model, *data, "--max_batch_size", "64"])
 
 
+def own_settings(own: argparse.Namespace) -> dict[str, Any]:
+    """LaVIN's options for the record of a run, without those that nothing reads."""
+    return without(vars(own), IDLE)
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train as the command line says; an output folder that holds checkpoints is resumed.
 
@@ -125,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     source = read_source(args)
     epoch_of(len(source.rows), args.own.batch_size, args.own.accum_iter, args.run.training.world_size)
     prepare_base(args)
-    args.run.program = vars(args.own)
+    args.run.program = own_settings(args.own)
     parts = Parts(
         dataset=dataset_maker(args, source),
         trainer=partial(LavinTrainer, schedule=args.schedule),

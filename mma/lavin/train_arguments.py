@@ -131,15 +131,18 @@ def _problems(own: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     return problems
 
 
-def _say_what_is_idle(own: argparse.Namespace, names: set[str]) -> None:
-    idle = {
-        "data_path": "the original never reads it; --data_root has the data",
-        "n_prompt": "the original never reads it in training",
-        "cpu_load": "weights are read from mapped files in any case",
-        "world_size": "the launcher decides",
-    }
-    for name in sorted(names & idle.keys()):
-        print(f"--{name} is ignored: {idle[name]}")
+IDLE = {
+    "data_path": "the original never reads it; --data_root has the data",
+    "n_prompt": "the original never reads it in training",
+    "cpu_load": "weights are read from mapped files in any case",
+    "world_size": "the launcher decides",
+}
+"""Options that nothing reads, and why."""
+
+
+def _say_what_is_idle(names: set[str]) -> None:
+    for name in sorted(names & IDLE.keys()):
+        print(f"--{name} is ignored: {IDLE[name]}")
 
 
 def _wants_cpu(own: argparse.Namespace, rest: Sequence[str]) -> bool:
@@ -225,7 +228,7 @@ def parse_args(argv: Sequence[str] | None = None) -> LavinArguments:
     problems = _problems(own, rest)
     if problems:
         raise FlagError("this run cannot start:\n  " + "\n  ".join(problems))
-    _say_what_is_idle(own, names)
+    _say_what_is_idle(names)
     by_samples = absolute_learning_rate(own.blr, own.batch_size, own.accum_iter, launched_processes())
     rate = by_samples if own.lr is None else own.lr
     values = _values(own, rate) | _precision(own, rest)

@@ -121,7 +121,7 @@ def mma_program(files: LavinFiles) -> Program:
     def record(line: list[str]) -> dict[str, Any]:
         args = mma.lavin.train.parse_args(line)
         mma.lavin.train.prepare_base(args)
-        args.run.program = vars(args.own)
+        args.run.program = mma.lavin.train.own_settings(args.own)
         return run_record(args.run)
 
     return Program("mma.train", words, mma.lavin.train.main, record)

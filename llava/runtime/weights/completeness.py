@@ -16,6 +16,7 @@ from llava.errors import CheckpointError
 from llava.runtime.files import read_json, refuse_pointer
 from llava.runtime.output import MARKER
 from llava.runtime.places import RUN_FILE
+from llava.runtime.weights.run_file import latest
 
 FILE_LIST = "checkpoint_files.json"
 
@@ -170,7 +171,7 @@ def check_run_record(folder: Path) -> None:
     path = folder / RUN_FILE
     if not path.is_file():
         return
-    arguments = read_json(path).get("arguments")
+    arguments = latest(read_json(path)).get("arguments")
     sections = arguments if isinstance(arguments, dict) else {}
     found = (sections.get(name) for name in ("model", "training", "extensions"))
     model, training, extensions = (part if isinstance(part, dict) else {} for part in found)
