@@ -18,6 +18,7 @@ from llava.errors import CheckpointError
 from llava.runtime.files import read_json, reading
 from llava.runtime.hub import local_folder
 from llava.runtime.weights.completeness import RUN_FILE
+from llava.runtime.weights.run_file import latest
 
 TEMPLATE_KEY = "conversation_template"
 """Key of the template's name in `config.json`: a value of `--conv-mode`."""
@@ -150,7 +151,7 @@ def _in_config(path: Path) -> TrainedTemplate | None:
 
 def _in_record(path: Path) -> TrainedTemplate | None:
     """By the options of the run. A program around the training (LaVIN's) writes prompts of its own."""
-    arguments = read_json(path).get("arguments")
+    arguments = latest(read_json(path)).get("arguments")
     model = arguments.get("model") if isinstance(arguments, Mapping) else None
     version = model.get("version") if isinstance(model, Mapping) else None
     if version is None or arguments.get("program"):
