@@ -29,20 +29,28 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
-        ("apply", "put the extensions in; renews an earlier version; does nothing the second time"),
+        ("apply", "put the extensions in; renews an earlier version; keeps those that are in already"),
         ("check", "say whether apply would succeed, and where the edits would go; changes nothing"),
         ("revert", "restore every byte of the checkout"),
         ("status", "say whether the checkout is clean, applied or drifted (changed after the patch)"),
     ):
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        command.add_argument("llava_dir", type=Path, metavar="LLAVA_DIR", help="folder of the LLaVA checkout")
+        command.add_argument(
+            "llava_dir",
+            type=Path,
+            metavar="LLAVA_DIR",
+            nargs="?",
+            default=Path(),
+            help="folder of the LLaVA checkout (default: the current directory)",
+        )
         if name in ("apply", "check"):
             command.add_argument(
                 "--extensions",
-                default=DEFAULT,
                 metavar="NAMES",
-                help=f"what to put in, by comma: {', '.join(EXTENSIONS)} (default: {DEFAULT})",
+                help=f"what to put in, comma-separated: {', '.join(EXTENSIONS)} (default: what is in already, else "
+                f"{DEFAULT})",
             )
+            command.add_argument("--only", action="store_true", help="take out the extensions that are not named")
         if name in ("apply", "revert"):
             command.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
         if name != "status":
@@ -64,13 +72,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(state == "drifted")
         if args.command == "revert":
             return _revert(checkout, args)
-        return _apply(checkout, chosen([name.strip() for name in args.extensions.split(",")]), args)
+        return _apply(checkout, _wanted(checkout, args), args)
     except BrokenPipeError:  # the reader of the output has seen enough, as in `apply ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (PatchError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _wanted(checkout: Checkout, args: argparse.Namespace) -> list[Extension]:
+    """The extensions that the checkout is to have.
+
+    Raises:
+        PatchError: a name is unknown, or `--only` stands without names.
+    """
+    names = [] if args.extensions is None else [name.strip() for name in args.extensions.split(",")]
+    if args.only and not names:
+        raise PatchError("--only takes out what --extensions does not name; pass --extensions too")
+    if names:
+        chosen(names)
+    return chosen(names) if args.only else operations.with_applied(checkout, names, DEFAULT)
 
 
 def _apply(checkout: Checkout, extensions: list[Extension], args: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """An edit: where something is inserted into a file of the checkout, and what.
 
 Edits only insert; what upstream wrote stays as it is, byte for byte. Inserted lines end with `# moe_patch`, so that a
-reader of the checkout sees where they come from.
+reader of the checkout sees where they come from, and so that they can be taken out again without any record.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from moe_patch.errors import PatchError
 from moe_patch.syntax import Finder
 
 MARK = "# moe_patch"
+
+EXPRESSION = "extensions_moe.Flags, "
+"""The one text that is inserted within a line, which has no room for the mark."""
 
 Place = Literal["before", "after", "expression", "branch"]
 
@@ -92,6 +95,24 @@ def insert(located: Sequence[Located], source: bytes, path: str) -> bytes:
     except (SyntaxError, ValueError) as error:
         raise PatchError(f"{path}: the edits would make it invalid ({error}); please report this file") from error
     return result
+
+
+def without_edits(content: bytes) -> bytes:
+    """The file without what edits have inserted: marked lines, the `el` after a branch, and our name within a line."""
+    kept: list[bytes] = []
+    branch = False
+    for line in content.splitlines(keepends=True):
+        text = line.strip()
+        if text.endswith(MARK.encode()):
+            # Lines of a branch follow its `if`; any other marked line is a statement by itself.
+            branch = text.startswith(b"if ") or (branch and line[:1].isspace())
+            continue
+        indent = line[: len(line) - len(line.lstrip())]
+        if branch and text.startswith(b"elif "):
+            line = indent + line[len(indent) + len(b"el") :]
+        branch = False
+        kept.append(line.replace(EXPRESSION.encode(), b""))
+    return b"".join(kept)
 
 
 def _located(edit: Edit, node: ast.AST, lines: list[bytes]) -> Located:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_patch import syntax
-from moe_patch.edits import Edit
+from moe_patch.edits import EXPRESSION, Edit
 from moe_patch.errors import PatchError
 
 PACKAGE = "llava.extensions_moe"
@@ -61,7 +61,7 @@ COMMON = (
         "class TrainingArguments(transformers.TrainingArguments)",
         syntax.class_with_base(name="TrainingArguments", base="transformers.TrainingArguments"),
         "expression",
-        ("extensions_moe.Flags, ",),
+        (EXPRESSION,),
     ),
     Edit(
         TRAIN,
@@ -196,6 +196,10 @@ EXTENSIONS = {
         ),
     )
 }
+
+
+EDITABLE = tuple(dict.fromkeys(edit.file for extension in EXTENSIONS.values() for edit in extension.edits))
+"""Upstream's files that an extension edits; all others are left alone, whatever a manifest says."""
 
 
 def chosen(names: Sequence[str]) -> list[Extension]:

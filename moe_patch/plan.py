@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_patch import manifest as manifests
-from moe_patch import sources
+from moe_patch import recovery, sources
 from moe_patch.checkout import Checkout, digest
 from moe_patch.edits import MARK, Located, insert, locate
 from moe_patch.errors import PatchError
@@ -19,7 +19,7 @@ class Plan:
     """What is to be written.
 
     Attributes:
-        manifest: that will lie in the checkout.
+        manifest: that will be in the checkout.
         originals: untouched content of every file that is edited, or was by an earlier version, by path.
         edited: their content with the edits.
         added: our files by path.
@@ -62,13 +62,6 @@ def make_plan(checkout: Checkout, extensions: Sequence[Extension], force: bool =
     problems: list[str] = []
     edited = {name: originals[name] for name in originals if name not in edits}
     for name, wanted in edits.items():
-        # Without the manifest nobody knows the original content; a second edit on top could not be taken back.
-        if earlier is None and MARK.encode() in originals[name]:
-            problems.append(
-                f"{name}: holds edits of moe_patch, but {manifests.FILE} is gone; get the file back with: "
-                f"git checkout -- {name}"
-            )
-            continue
         found, missing = locate(wanted, originals[name], name)
         problems += missing
         # The order in the file, which is that of the printed plan.
@@ -121,7 +114,7 @@ def drift(checkout: Checkout, manifest: Manifest) -> list[str]:
         content = checkout.read(name)
         if content is None:
             lines.append(f"{name}: gone")
-        elif digest(content) != expected and manifest.finished:
+        elif digest(content) != expected and digest(content) not in manifest.replaced.get(name, []):
             lines.append(f"{name}: changed after the patch")
     return lines
 
@@ -156,7 +149,17 @@ def _originals(checkout: Checkout, names: Sequence[str], earlier: Manifest | Non
             else:
                 problems.append(f"{name}: was changed after the patch; python -m moe_patch revert says what to do")
         elif content is None:
-            problems.append(f"{name}: is missing; this is no LLaVA that the patch knows")
+            problems.append(f"{name}: is missing; the patch does not know this LLaVA")
+        elif MARK.encode() in content:
+            # A second edit on top could not be taken back: without a manifest the original has to be certain.
+            before = recovery.certain_original(checkout, name, content)
+            if before is None:
+                problems.append(
+                    f"{name}: contains edits of moe_patch, but {manifests.FILE} is gone and the file is not the "
+                    f"commit's with these edits; take them out with: python -m moe_patch revert --force"
+                )
+            else:
+                found[name] = before
         else:
             found[name] = content
             fresh.append(name)
@@ -174,7 +177,7 @@ def _refuse_foreign_files(checkout: Checkout, added: dict[str, bytes], earlier: 
         for name in added
         if (content := checkout.read(name)) is not None
         and content != added[name]
-        and not (earlier and (not earlier.finished or digest(content) == earlier.added.get(name)))
+        and not (earlier and digest(content) in earlier.known_hashes(name))
     ]
     if foreign:
         reason = "was changed after the patch" if earlier else "is there already and not from this patch"
