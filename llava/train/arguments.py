@@ -19,6 +19,7 @@ from llava.extension import Extension, installed_extensions
 from llava.runtime.retired_flags import translate_retired_flags
 from llava.runtime.values import parse
 from llava.train.base_settings import take_settings
+from llava.train.base_template import take_template
 from llava.train.checks import check_arguments
 from llava.train.options import DataArguments, ModelArguments, RunArguments, TrainingArguments
 
@@ -101,6 +102,7 @@ def parse_args(
     args = RunArguments(model, data, training, dict(zip(with_options, options, strict=True)))
     args.given = _written(parser, argv) | frozenset(given)
     take_settings(args)
+    take_template(args)
     for name, extension in extensions.items():
         config = extension.configure(args)
         if config is not None:

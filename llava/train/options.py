@@ -31,7 +31,9 @@ class ModelArguments:
         "folder or hub id of the language model or LLaVA to start from", "facebook/opt-125m"
     )
     version: str | None = option(
-        "conversation template: v1, vicuna_v1, plain, ...; tokenizer: the tokenizer's own chat template", "v0"
+        "conversation template: v1, vicuna_v1, plain, ...; tokenizer: the tokenizer's own chat template; not given: "
+        "that of the base, or v1 where its folder does not say",
+        "v0",
     )
     freeze_backbone: bool = option("train nothing of the language model itself", False)
     tune_mm_mlp_adapter: bool = option("train the projector alone (stage 1)", False)
@@ -144,6 +146,7 @@ class RunArguments:
         given: names of the options that were written down, be it with the value of their default.
         program: options of a program around this one that writes prompts of its own (`mma.train`), for `run.json`.
         base: what the base was trained with; options that were not given have its values.
+        base_template: the template that the base was trained with, as a `--conv-mode`; None if it does not say.
     """
 
     model: ModelArguments
@@ -154,6 +157,7 @@ class RunArguments:
     given: frozenset[str] = frozenset()
     program: dict[str, Any] = field(default_factory=dict)
     base: BaseSettings = field(default_factory=BaseSettings)
+    base_template: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Resolved values as JSON types, for `run.json`."""

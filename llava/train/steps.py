@@ -9,6 +9,7 @@ from torch import nn
 from llava.data.dataset import LazySupervisedDataset
 from llava.runtime.run_record import Resumption
 from llava.train.base_settings import changed_settings, kept_settings
+from llava.train.base_template import template_line
 from llava.train.options import RunArguments
 
 
@@ -33,6 +34,9 @@ def say_settings(args: RunArguments) -> None:
         say(args, "settings", f"of {args.base.source}: {kept}")
     for line in changed_settings(args):
         say(args, "settings", line)
+    template = template_line(args)
+    if template is not None:
+        say(args, "settings", template)
 
 
 def say_tower(args: RunArguments, model: Any) -> None:

@@ -16,7 +16,9 @@ from llava.model import apply_delta, consolidate, make_delta
 from llava.model.builder import load_pretrained_model
 from llava.model.full_weights import write_full_weights
 from llava.runtime.files import read_json
+from llava.train.steps import say_settings
 from llava.train.train import main as train
+from llava.train.train import parse_args
 from tests.golden import golden_dir
 from tests.llava.data.test_chat_template import WITH_BLANKS
 from tests.llava.train.test_training import BASE, command_line
@@ -153,3 +155,45 @@ def test_another_template_in_the_tokenizer_is_said(
     tokenizer, *_ = load_pretrained_model(str(tmp_path / "edited"), device="cpu")
     assert tokenizer.chat_template == WITH_BLANKS
     assert "another chat template than the model was trained with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "used", "line"),
+    [
+        ([], "tokenizer", "settings    of {base}: version tokenizer"),
+        (["--version", "tokenizer"], "tokenizer", None),
+        (["--version", "v1"], "v1", "settings    --version v1: {base} was trained with tokenizer"),
+    ],
+)
+def test_the_template_of_the_base_holds_unless_a_version_is_given(
+    given: list[str],
+    used: str,
+    line: str | None,
+    runs: Callable[[str, str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = runs("full", "tokenizer")
+    words = command_line(tmp_path / "out", model_name_or_path=base)
+    place = words.index("--version")
+    args = parse_args([*words[:place], *words[place + 2 :], *given])
+    assert args.model.version == used
+    say_settings(args)
+    out = capsys.readouterr().out
+    assert ("trained with tokenizer" in out or "version" in out) == (line is not None)
+    assert line is None or line.format(base=base) in out
+
+
+def test_a_program_with_a_version_of_its_own_keeps_it(runs: Callable[[str, str], Path], tmp_path: Path) -> None:
+    """LaVIN's prompts are none of a template."""
+    words = command_line(tmp_path / "out", model_name_or_path=runs("full", "tokenizer"))
+    place = words.index("--version")
+    args = parse_args([*words[:place], *words[place + 2 :]], defaults={"version": "plain"})
+    assert args.model.version == "plain"
+
+
+def test_a_base_that_does_not_say_leaves_the_default(base: Path, tmp_path: Path) -> None:
+    words = command_line(tmp_path / "out", model_name_or_path=base)
+    place = words.index("--version")
+    args = parse_args([*words[:place], *words[place + 2 :]])
+    assert (args.model.version, args.base_template) == ("v0", None)
