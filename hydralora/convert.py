@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hydralora.tuner.original import export_adapter, import_adapter
 from llava.errors import LlavaError
+from llava.runtime.program import run_program
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,4 +51,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

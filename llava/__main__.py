@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import ast
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from llava.errors import LlavaError
+from llava.runtime.program import run_program
 from llava.scripts.files import source
 
 PROGRAMS = {
@@ -115,7 +115,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:  # `run_program` does this for the others; its module imports transformers, which takes seconds
-        main()
-    except LlavaError as error:
-        sys.exit(f"error: {error}")
+    run_program(main)

@@ -6,6 +6,7 @@ Exit status: 0 if all is well, 1 if the patch does not fit, was refused or drift
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -133,4 +134,6 @@ def _revert(checkout: Checkout, args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):  # paths and anchors print on a terminal of any encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

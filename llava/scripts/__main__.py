@@ -12,12 +12,12 @@ import contextlib
 import os
 import shlex
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from llava.errors import FlagError, LlavaError
 from llava.runtime.output import new_path
+from llava.runtime.program import run_program
 from llava.scripts.files import FOLDERS, launch_files, source
 
 
@@ -74,7 +74,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:  # `run_program` does this for the others; its module imports transformers, which takes seconds
-        main()
-    except LlavaError as error:
-        sys.exit(f"error: {error}")
+    run_program(main)
