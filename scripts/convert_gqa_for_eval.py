@@ -17,13 +17,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python scripts/convert_gqa_for_eval.py", description=__doc__.splitlines()[0])
     parser.add_argument("--src", type=str, required=True, help="answers file")
     parser.add_argument("--dst", type=str, required=True, help="file to write")
+    parser.add_argument("--question-file", default=None, help="what was asked: answers to all of it must be there")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     args = build_parser().parse_args(argv)
-    gqa(args.src, args.dst)
+    gqa(args.src, args.dst, args.question_file)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.eval.scoring.matching import add_lenient
 from llava.eval.scoring.mmbench import write_spreadsheet
 from llava.runtime.program import run_program
 
@@ -23,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--result-dir", type=str, required=True, help="folder of answers files")
     parser.add_argument("--upload-dir", type=str, required=True, help="folder of spreadsheets")
     parser.add_argument("--experiment", type=str, required=True, help="name of both files without their endings")
+    add_lenient(parser)
     return parser
 
 
@@ -33,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.annotation_file,
         Path(args.result_dir) / f"{args.experiment}.jsonl",
         Path(args.upload_dir) / f"{args.experiment}.xlsx",
+        lenient=args.lenient,
     )
 
 

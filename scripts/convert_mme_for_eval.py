@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from llava.eval.scoring.matching import add_lenient
 from llava.eval.scoring.submission import mme
 from llava.runtime.program import run_program
 
@@ -19,13 +20,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-dir", type=str, required=True, help="MME_Benchmark_release_version")
     parser.add_argument("--result-file", type=str, required=True, help="answers file")
     parser.add_argument("--output-dir", type=str, required=True, help="folder to write <task>.txt into")
+    add_lenient(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     args = build_parser().parse_args(argv)
-    mme(args.data_dir, args.result_file, args.output_dir)
+    mme(args.data_dir, args.result_file, args.output_dir, lenient=args.lenient)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Answers on VQAv2 to the file for its server (upstream's script of this name).
 
 Usage: `python scripts/convert_vqav2_for_submission.py --split llava_vqav2_mscoco_test-dev2015 --ckpt llava-v1.5-7b`.
-Reads `<dir>/answers/<split>/<ckpt>/merge.jsonl`, writes `<dir>/answers_upload/<split>/<ckpt>.json`.
+Reads `<dir>/answers/<split>/<ckpt>/merge.jsonl`, writes `<dir>/answers_upload/<split>/<ckpt>.json`. The questions of
+`<dir>/<split>.jsonl` must be answered, or all test questions where there is no such file.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.eval.scoring.submission import VQAV2_QUESTIONS, vqav2
+from llava.eval.scoring.matching import add_lenient
+from llava.eval.scoring.submission import VQAV2_QUESTIONS, ids_of, vqav2
 from llava.runtime.program import run_program
 
 
@@ -24,17 +26,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--result_dir", type=str, default=None, help="folder of answers and upload; default: --dir")
     parser.add_argument("--ckpt", type=str, required=True, help="name of the model's answers folder")
     parser.add_argument("--split", type=str, required=True, help="name of the question file without its ending")
+    add_lenient(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     args = build_parser().parse_args(argv)
-    results = Path(args.result_dir or args.dir)
+    results, tests = Path(args.result_dir or args.dir), Path(args.test_dir or args.dir)
+    split = tests / f"{args.split}.jsonl"
     vqav2(
-        Path(args.test_dir or args.dir) / VQAV2_QUESTIONS,
+        tests / VQAV2_QUESTIONS,
         results / "answers" / args.split / args.ckpt / "merge.jsonl",
         results / "answers_upload" / args.split / f"{args.ckpt}.json",
+        ids_of(split) if split.is_file() else None,
+        lenient=args.lenient,
     )
 
 

@@ -9,13 +9,15 @@ of an answer is the image's id. COCO's tokenizer is a Java program: see `llava/e
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from llava.errors import BadSampleError
 from llava.eval.answering.answers import Task
-from llava.eval.answering.questions import read_json, read_jsonl
+from llava.eval.answering.questions import read_json
 from llava.eval.scoring.captions import TOKENIZERS, bleu4, cider, pair
+from llava.eval.scoring.matching import Sides, by_id, check_fit, id_of, read_matching
 from llava.runtime.program import run_program
 
 PROMPT = "Provide a one-sentence caption for the provided image."
@@ -42,7 +44,7 @@ def read_tasks(annotation_file: str | Path) -> list[Task]:
 
 
 def score(
-    tasks: Sequence[Task], texts: dict[int | str, str], tokenizer: str = "ptb"
+    tasks: Sequence[Task], texts: Mapping[Any, str], tokenizer: str = "ptb"
 ) -> tuple[dict[str, float], list[float]]:
     """CIDEr and BLEU-4 of one caption for each task.
 
@@ -50,13 +52,13 @@ def score(
         both scores by name, and the CIDEr of each caption.
 
     Raises:
-        BadSampleError: a task has no answer.
+        BadSampleError: a task has no answer, or an answer no task.
         FlagError: what the tokenizer needs is missing.
     """
-    missing = [task.question_id for task in tasks if task.question_id not in texts]
-    if missing:
-        raise BadSampleError(f"no caption for {len(missing)} of {len(tasks)} images, the first is {missing[0]}")
-    answers = [texts[task.question_id] for task in tasks]
+    asked = [task.question_id for task in tasks]
+    check_fit(asked, list(texts), Sides("the captions", "the images"))
+    captions_by_id = by_id(texts)
+    answers = [captions_by_id[id_of(key)] for key in asked]
     captions = pair(answers, [task.extra["captions"] for task in tasks], tokenizer)
     whole, each = cider(captions)
     return {"CIDEr": whole, "BLEU-4": bleu4(captions)}, each
@@ -79,12 +81,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Run the program.
 
     Raises:
-        BadSampleError: a file is broken, or a caption is missing.
+        BadSampleError: a file is broken, or captions and images do not fit.
         FlagError: what the tokenizer needs is missing.
     """
     args = build_parser().parse_args(argv)
-    texts = {row["question_id"]: row["text"] for _, row in read_jsonl(args.result_file)}
-    scores, _ = score(read_tasks(args.annotation_file), texts, args.tokenizer)
+    tasks = read_tasks(args.annotation_file)
+    texts = read_matching(args.result_file, [task.question_id for task in tasks], args.annotation_file)
+    scores, _ = score(tasks, texts, args.tokenizer)
     for name, value in scores.items():
         print(f"{name}: {100 * value:.2f}")
     return scores

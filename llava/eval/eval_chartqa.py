@@ -9,12 +9,14 @@ equal but for upper and lower case (Methani et al., 2020; Masry et al., 2022). A
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from llava.errors import BadSampleError
 from llava.eval.answering.answers import Task
-from llava.eval.answering.questions import field, read_json, read_jsonl
+from llava.eval.answering.questions import field, read_json
+from llava.eval.scoring.matching import Sides, by_id, check_fit, id_of, read_matching
 from llava.runtime.program import run_program
 
 KINDS = ("human", "augmented")
@@ -62,17 +64,18 @@ def read_tasks(annotation_dir: str | Path) -> list[Task]:
     return tasks
 
 
-def score(tasks: Sequence[Task], texts: dict[str, str]) -> dict[str, float]:
+def score(tasks: Sequence[Task], texts: Mapping[Any, str]) -> dict[str, float]:
     """Relaxed accuracy in [0, 1]: of each kind of question, and over all under `all`.
 
     Raises:
-        BadSampleError: a task has no answer.
+        BadSampleError: a task has no answer, or an answer no task.
     """
+    check_fit([task.question_id for task in tasks], list(texts), Sides("the answers", "the annotations"))
+    answers = by_id(texts)
     right: dict[str, list[bool]] = {}
     for task in tasks:
-        if task.question_id not in texts:
-            raise BadSampleError(f"{task.where}: no answer to question {task.question_id!r}; answer all first")
-        right.setdefault(task.extra["kind"], []).append(relaxed_match(texts[task.question_id], task.extra["label"]))
+        matches = relaxed_match(answers[id_of(task.question_id)], task.extra["label"])
+        right.setdefault(task.extra["kind"], []).append(matches)
     scores = {kind: sum(values) / len(values) for kind, values in right.items()}
     return {"all": sum(map(sum, right.values())) / len(tasks)} | scores
 
@@ -96,8 +99,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         BadSampleError: see `read_tasks` and `score`.
     """
     args = build_parser().parse_args(argv)
-    texts = {row["question_id"]: row["text"] for _, row in read_jsonl(args.result_file)}
-    scores = score(read_tasks(args.annotation_dir), texts)
+    tasks = read_tasks(args.annotation_dir)
+    texts = read_matching(args.result_file, [task.question_id for task in tasks], args.annotation_dir)
+    scores = score(tasks, texts)
     for name, value in scores.items():
         print(f"{name}: {100 * value:.2f}%")
     return scores

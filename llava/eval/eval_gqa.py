@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from llava.errors import BadSampleError
 from llava.eval.answering.questions import read_json
+from llava.eval.scoring.matching import Sides, check_fit, id_of, refuse_unlabeled
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file
 from llava.runtime.program import run_program
@@ -52,28 +52,29 @@ class GQAScore:
         return "\n".join(f"{name}: {100 * value:.2f}%" for name, value in parts if value is not None)
 
 
-def read_predictions(path: str | Path, wanted: Sequence[str]) -> dict[str, str]:
-    """The predictions by question, checked as the benchmark's own program needs them.
+def read_predictions(
+    path: str | Path, wanted: Sequence[str], questions_file: str | Path, known: Collection[str]
+) -> dict[str, str]:
+    """The predictions by question.
+
+    Args:
+        path: the predictions.
+        wanted: ids of the questions that are scored.
+        questions_file: for messages.
+        known: ids of all questions, those that are not scored included.
 
     Raises:
-        BadSampleError: the file is no JSON list of `questionId` (text) and `prediction` (text), a question is answered
-            twice, or a wanted one not at all.
+        BadSampleError: the file is not a JSON list of `questionId` and `prediction` (text), a question is answered
+            twice or is not known, or a wanted one is not answered.
     """
     rows = read_json(path, list)
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("questionId", "prediction")):
-            raise BadSampleError(f"{path}: entry {number} must have the texts 'questionId' and 'prediction': {row!r}")
-    twice = [key for key, count in Counter(row["questionId"] for row in rows).items() if count > 1]
-    if twice:
-        raise BadSampleError(f"{path}: {len(twice)} questions are answered more than once, the first is {twice[0]}")
-    predictions = {row["questionId"]: row["prediction"] for row in rows}
-    missing = [key for key in wanted if key not in predictions]
-    if missing:
-        raise BadSampleError(
-            f"{path}: no prediction for {len(missing)} of {len(wanted)} questions, the first is {missing[0]}; the "
-            f"benchmark scores complete files only"
-        )
-    return predictions
+        key, text = (row.get("questionId"), row.get("prediction")) if isinstance(row, dict) else (None, None)
+        if not isinstance(key, str | int) or isinstance(key, bool) or not isinstance(text, str):
+            raise BadSampleError(f"{path}: entry {number} must have 'questionId' and the text 'prediction': {row!r}")
+    # What is in the file of questions without being scored (it is not balanced) may be answered.
+    check_fit(wanted, [row["questionId"] for row in rows], Sides(path, questions_file), known=known)
+    return {id_of(row["questionId"]): row["prediction"] for row in rows}
 
 
 def evaluate(questions_file: str | Path, predictions_file: str | Path, only: Collection[str] | None = None) -> GQAScore:
@@ -93,7 +94,8 @@ def evaluate(questions_file: str | Path, predictions_file: str | Path, only: Col
     }
     if not questions:
         raise BadSampleError(f"{questions_file}: no balanced questions here")
-    predictions = read_predictions(predictions_file, list(questions))
+    refuse_unlabeled([key for key, row in questions.items() if "answer" not in row], questions_file, "answer")
+    predictions = read_predictions(predictions_file, list(questions), questions_file, everything.keys())
     right = {key: predictions[key] == row["answer"] for key, row in questions.items()}
     types = {key: row.get("types", {}).get("structural") for key, row in questions.items()}
     by_type: dict[str, list[bool]] = {}

@@ -5,18 +5,21 @@ python -m llava.eval.eval_mme --results_dir playground/data/eval/MME/eval_tool/a
 The folder holds one file per task, as the benchmark's own tool wants: `<task>.txt`, lines of image, question, ground
 truth and response with tabs between them, the two questions of an image one after the other
 (`scripts/convert_mme_for_eval.py` writes such a folder). The rules are those of the benchmark's `calculation.py`: a
-response counts by its first four characters.
+response counts by its first four characters. Totals are sums over tasks, so a folder without some of the tasks is
+refused; where only a part of the benchmark was asked, `--data-dir` says which.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llava.errors import BadSampleError
+from llava.eval.scoring.matching import add_lenient
 from llava.runtime.files import data_text
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file
@@ -102,17 +105,57 @@ def score_task(rows: Sequence[tuple[str, str, str]]) -> TaskScore:
     return TaskScore(len(both), sum(right) / len(right), sum(both) / len(both), parsed.count(OTHER))
 
 
-def evaluate(results_dir: str | Path) -> dict[str, TaskScore]:
+def evaluate(
+    results_dir: str | Path, data_dir: str | Path | None = None, *, lenient: bool = False
+) -> dict[str, TaskScore]:
     """The score of every task that the folder has a file for, in the benchmark's order.
 
+    Args:
+        results_dir: folder of `<task>.txt`.
+        data_dir: the benchmark's own folder; tasks that it does not have are not expected. None: all are.
+        lenient: score the tasks that are there.
+
     Raises:
-        BadSampleError: the folder has no file of a known task, a file of an unknown one, or a broken one.
+        BadSampleError: the folder has no file of a known task, a file of an unknown one, or a broken one; or (without
+            `lenient`) a task has no file, or not a line for each question in `data_dir`.
     """
     paths = {path.stem: path for path in sorted(Path(results_dir).glob("*.txt"))}
     known = PERCEPTION + COGNITION
     if not paths or not paths.keys() <= set(known):
         raise BadSampleError(f"{results_dir}: has files of {sorted(paths)}, wanted <task>.txt with a task of {known}")
+    if not lenient:
+        _refuse_incomplete(Path(results_dir), paths, None if data_dir is None else _asked(Path(data_dir)))
     return {task: score_task(read_task(paths[task])) for task in known if task in paths}
+
+
+def _asked(data_dir: Path) -> dict[str, int]:
+    """Number of questions of each known task in the benchmark's folder."""
+    files = [*data_dir.glob("*/*.txt"), *data_dir.glob("*/questions_answers_YN/*.txt")]
+    counts: Counter[str] = Counter()
+    for path in files:
+        task = path.relative_to(data_dir).parts[0]
+        if task in PERCEPTION + COGNITION:
+            counts[task] += sum(bool(line.strip()) for line in data_text(path).splitlines())
+    if not counts:
+        raise BadSampleError(f"{data_dir}: no questions here, wanted <task>/<image>.txt")
+    return dict(counts)
+
+
+def _refuse_incomplete(results_dir: Path, paths: dict[str, Path], asked: dict[str, int] | None) -> None:
+    """Raise if a task has no file, or (where the numbers of questions are known) not a line for each question."""
+    missing = [task for task in (PERCEPTION + COGNITION if asked is None else asked) if task not in paths]
+    if missing:
+        raise BadSampleError(
+            f"{results_dir}: no answers to {len(missing)} tasks: {', '.join(sorted(missing))}. Answer them first; or "
+            "pass the benchmark's folder as --data-dir if it has no others, or --lenient to add up those that are there"
+        )
+    for task, number in (asked or {}).items():
+        found = len(read_task(paths[task]))
+        if found != number:
+            raise BadSampleError(
+                f"{paths[task]}: {found} answers to {number} questions of the task; answer all of them first, or pass "
+                "--lenient"
+            )
 
 
 def totals(scores: dict[str, TaskScore]) -> dict[str, float]:
@@ -143,7 +186,9 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m llava.eval.eval_mme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results_dir", "--results-dir", type=str, required=True, help="folder with <task>.txt files")
+    parser.add_argument("--data-dir", type=str, default=None, help="MME_Benchmark_release_version: what was asked")
     parser.add_argument("--output", type=str, default=None, help="write the scores as JSON here, too")
+    add_lenient(parser)
     return parser
 
 
@@ -156,8 +201,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, TaskScore]:
     args = build_parser().parse_args(argv)
     if args.output is not None:
         read = [Input("--results_dir", path) for path in sorted(Path(args.results_dir).glob("*.txt"))]
+        read += [Input("--data-dir", args.data_dir)]
         refuse_file("--output", args.output, read)
-    scores = evaluate(args.results_dir)
+    scores = evaluate(args.results_dir, args.data_dir, lenient=args.lenient)
     print(table(scores))
     if args.output is not None:
         tasks = {task: asdict(one) | {"score": one.score} for task, one in scores.items()}

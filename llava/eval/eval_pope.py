@@ -3,9 +3,9 @@
 python -m llava.eval.eval_pope --annotation-dir pope/coco --question-file pope/llava_pope_test.jsonl \
     --result-file pope/answers/llava-v1.5-7b.jsonl
 
-Prints the same lines as upstream, the categories in alphabetical order. Answers are paired with labels by their order
-within a category. Where their numbers differ, the pairs are wrong from the first missing answer on: upstream says
-nothing, here there is a warning, and with `--strict` an error.
+Prints the same lines as upstream, the categories in alphabetical order. The labels of a category have no ids: they are
+in the order of its questions, by which answers are paired with them. A missing answer would pair all that follow with
+the wrong label, as it does upstream; here it is an error, and with `--lenient` a warning.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava.errors import BadSampleError
+from llava.errors import BadSampleError, FlagError
 from llava.eval.answering.questions import field, read_jsonl
+from llava.eval.scoring.matching import Sides, add_lenient, check_fit, id_of, read_pairs
 from llava.runtime.program import run_program
 
 PREFIX, SUFFIX = "coco_pope_", ".json"
@@ -83,6 +84,43 @@ def read_labels(path: Path) -> list[bool]:
     return [field(row, "label", (str,), where) != "no" for where, row in read_jsonl(path)]
 
 
+def read_by_category(question_file: str | Path, result_file: str | Path, *, lenient: bool) -> dict[str, list[bool]]:
+    """What the answers say, by category, in the order of the questions where each has one answer.
+
+    Raises:
+        BadSampleError: a file is broken, or answers do not fit the questions.
+    """
+    rows = [(field(row, "question_id", (int, str), where), where, row) for where, row in read_jsonl(question_file)]
+    categories = {id_of(key): field(row, "category", (str,), where) for key, where, row in rows}
+    pairs = read_pairs(result_file)
+    unknown = [key for key, _ in pairs if id_of(key) not in categories]
+    # An answer to no question has no category, so it cannot be left to chance.
+    sides = Sides(result_file, question_file)
+    check_fit([key for key, _, _ in rows], [key for key, _ in pairs], sides, lenient=lenient and not unknown)
+    order = {key: number for number, key in enumerate(categories)}
+    if not lenient:
+        pairs.sort(key=lambda pair: order[id_of(pair[0])])
+    by_category: dict[str, list[bool]] = {}
+    for key, text in pairs:
+        by_category.setdefault(categories[id_of(key)], []).append(says_yes(text))
+    return by_category
+
+
+def _unequal(result_file: str | Path, category: str, answers: list[bool], labels: list[bool], path: Path) -> str:
+    return f"{result_file}: {len(answers)} answers of category '{category}' for {len(labels)} labels in {path}"
+
+
+def _refuse_unequal(
+    result_file: str | Path, paths: dict[str, Path], answers: dict[str, list[bool]], labels: dict[str, list[bool]]
+) -> None:
+    """Raise if a category has not as many answers as labels."""
+    for category, path in paths.items():
+        found = answers.get(category, [])
+        if len(found) != len(labels[category]):
+            fault = _unequal(result_file, category, found, labels[category], path)
+            raise BadSampleError(f"{fault}; the questions must be those of the labels, and all be answered")
+
+
 def lines(result: PopeScore, answers: Sequence[bool]) -> str:
     """Upstream's printed lines."""
     yes = sum(answers) / len(answers)
@@ -102,7 +140,7 @@ def lines(result: PopeScore, answers: Sequence[bool]) -> str:
 
 
 def evaluate(
-    annotation_dir: str | Path, question_file: str | Path, result_file: str | Path, *, strict: bool = False
+    annotation_dir: str | Path, question_file: str | Path, result_file: str | Path, *, lenient: bool = False
 ) -> dict[str, PopeScore]:
     """Score every category that the folder has labels for, and print upstream's lines.
 
@@ -111,33 +149,32 @@ def evaluate(
 
     Raises:
         BadSampleError: there are no label files, an answer belongs to no question, no category has answers, or
-            (`strict`) one has not as many answers as labels.
+            (without `lenient`) a question has no answer, or a category not as many answers as labels.
     """
-    categories = {
-        field(row, "question_id", (int, str), where): field(row, "category", (str,), where)
-        for where, row in read_jsonl(question_file)
+    by_category = read_by_category(question_file, result_file, lenient=lenient)
+    paths = {
+        path.name.removeprefix(PREFIX).removesuffix(SUFFIX): path
+        for path in sorted(Path(annotation_dir).glob(f"{PREFIX}*{SUFFIX}"))
     }
-    by_category: dict[str, list[bool]] = {}
-    for where, row in read_jsonl(result_file):
-        question_id = field(row, "question_id", (int, str), where)
-        if question_id not in categories:
-            raise BadSampleError(f"{where}: {question_file} has no question {question_id!r}")
-        by_category.setdefault(categories[question_id], []).append(says_yes(field(row, "text", (str,), where)))
-    paths = sorted(Path(annotation_dir).glob(f"{PREFIX}*{SUFFIX}"))
     if not paths:
         raise BadSampleError(f"{annotation_dir}: no label files {PREFIX}*{SUFFIX} here")
+    unlabeled = sorted(by_category.keys() - paths.keys())
+    if unlabeled and not lenient:
+        raise BadSampleError(
+            f"{annotation_dir}: no labels of {len(unlabeled)} categories of {question_file}: {unlabeled}"
+        )
+    labels = {category: read_labels(path) for category, path in paths.items()}
+    if not lenient:  # all categories are compared before the first one is printed
+        _refuse_unequal(result_file, paths, by_category, labels)
     scores = {}
-    for path in paths:
-        category = path.name.removeprefix(PREFIX).removesuffix(SUFFIX)
-        answers, labels = by_category.get(category, []), read_labels(path)
-        if len(answers) != len(labels):
-            fault = f"{result_file}: {len(answers)} answers of category '{category}' for {len(labels)} labels in {path}"
-            if strict:
-                raise BadSampleError(f"{fault}; answer the missing questions first")
-            print(f"warning: {fault}; behind the first missing answer the pairs are wrong", file=sys.stderr)
+    for category in paths:
+        answers = by_category.get(category, [])
+        if len(answers) != len(labels[category]):
+            fault = _unequal(result_file, category, answers, labels[category], paths[category])
+            print(f"warning: {fault}; after the first missing answer the pairs are wrong", file=sys.stderr)
             if not answers:
                 continue
-        scores[category] = score(answers, labels)
+        scores[category] = score(answers, labels[category])
         print(f"Category: {category}, # samples: {len(answers)}")
         print(lines(scores[category], answers))
         print("====================================")
@@ -147,14 +184,15 @@ def evaluate(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The original options and `--strict`."""
+    """The original options and ours."""
     parser = argparse.ArgumentParser(
         prog="python -m llava.eval.eval_pope", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--annotation-dir", type=str, required=True, help="folder with coco_pope_<category>.json")
     parser.add_argument("--question-file", type=str, required=True, help="questions with question_id and category")
     parser.add_argument("--result-file", type=str, required=True, help="answers file")
-    parser.add_argument("--strict", action="store_true", help="an answer too few or too many is an error")
+    add_lenient(parser)
+    parser.add_argument("--strict", action="store_true", help="the default, accepted for earlier command lines")
     return parser
 
 
@@ -163,9 +201,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, PopeScore]:
 
     Raises:
         BadSampleError: see `evaluate`.
+        FlagError: two flags contradict each other.
     """
     args = build_parser().parse_args(argv)
-    return evaluate(args.annotation_dir, args.question_file, args.result_file, strict=args.strict)
+    if args.strict and args.lenient:
+        raise FlagError("--strict and --lenient exclude each other; pass one of them")
+    return evaluate(args.annotation_dir, args.question_file, args.result_file, lenient=args.lenient)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,22 @@
 python -m llava.eval.eval_qbench --result-file qbench/answers/llvisionqa_dev_llava-v1.5-7b.jsonl
 
 The benchmark's own score reads free answers with a language model; this one counts an answer that gives the letter of
-the right candidate (`B`, `B. text`, `The answer is B.`) or is its text.
+the right candidate (`B`, `B. text`, `The answer is B.`) or is its text. The rows are those of the question file with
+the answers; `--question-file` sees whether all of them are there.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from llava.errors import BadSampleError
-from llava.eval.answering.questions import read_jsonl
+from llava.eval.answering.questions import read_json, read_jsonl
 from llava.eval.eval_science_qa import parse_answer
+from llava.eval.scoring.matching import ADVICE, listed
 from llava.runtime.program import run_program
 
 LETTERS = "ABCD"
@@ -33,19 +37,50 @@ def is_right(row: dict[str, Any]) -> bool:
 
 
 def score(rows: Iterable[dict[str, Any]]) -> list[float] | None:
-    """1.0 or 0.0 for each row; None if the rows have no right answers (the test split)."""
+    """1.0 or 0.0 for each row; None if the rows have no right answers (the test split).
+
+    Raises:
+        BadSampleError: some rows have a right answer and others have none, or one is none of the candidates.
+    """
     rows = list(rows)
-    return [float(is_right(row)) for row in rows] if all("correct_ans" in row for row in rows) else None
+    unlabeled = [name_of(row) for row in rows if "correct_ans" not in row]
+    if unlabeled and len(unlabeled) == len(rows):
+        return None
+    if unlabeled:
+        raise BadSampleError(f"{len(unlabeled)} of {len(rows)} rows have no 'correct_ans': {listed(unlabeled)}")
+    return [float(is_right(row)) for row in rows]
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """What tells a row of Q-Bench from the others; it has no id."""
+    return f"{row.get('img_path')}: {row.get('question')}"
+
+
+def check_complete(question_file: str | Path, rows: Sequence[dict[str, Any]], result_file: str | Path) -> None:
+    """Refuse answers that are not those to the questions of a file.
+
+    Raises:
+        BadSampleError: the file is broken, or questions and answers do not fit.
+    """
+    asked, answered = (Counter(map(name_of, some)) for some in (read_json(question_file, list), rows))
+    # A question may be in the file twice; then it is answered twice.
+    faults = {"questions have no answer": asked - answered, "answers belong to no question": answered - asked}
+    messages = [f"{some.total()} {fault}: {listed(list(some))}" for fault, some in faults.items() if some]
+    if messages:
+        raise BadSampleError(f"{result_file}: does not fit {question_file}: {'; '.join(messages)}. {ADVICE}")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The option of this program."""
+    """The options of this program."""
     parser = argparse.ArgumentParser(
         prog="python -m llava.eval.eval_qbench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--result-file", type=str, required=True, help="answers of llava.eval.model_vqa_qbench")
+    parser.add_argument(
+        "--question-file", type=str, default=None, help="what was asked: answers to all of it must be there"
+    )
     return parser
 
 
@@ -53,15 +88,18 @@ def main(argv: Sequence[str] | None = None) -> float | None:
     """Run the program; returns the accuracy in [0, 1], None where there are no right answers to compare with.
 
     Raises:
-        BadSampleError: the file is missing, broken or empty.
+        BadSampleError: the file is missing, broken or empty, or does not fit `--question-file`.
     """
     args = build_parser().parse_args(argv)
-    scores = score(row for _, row in read_jsonl(args.result_file))
+    rows = [row for _, row in read_jsonl(args.result_file)]
+    if not rows:
+        raise BadSampleError(f"{args.result_file}: no answers here")
+    if args.question_file is not None:
+        check_complete(args.question_file, rows, args.result_file)
+    scores = score(rows)
     if scores is None:
         print(f"{args.result_file}: no public answers to this split; submit the file to Q-Bench")
         return None
-    if not scores:
-        raise BadSampleError(f"{args.result_file}: no answers here")
     print(f"Samples: {len(scores)}\nLetter accuracy: {100 * sum(scores) / len(scores):.2f}%")
     return sum(scores) / len(scores)
 

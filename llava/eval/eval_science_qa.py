@@ -3,7 +3,8 @@
 python -m llava.eval.eval_science_qa --base-dir scienceqa --result-file answers.jsonl \
     --output-file output.json --output-result result.json
 
-Prints upstream's line and writes its two files. A question without an answer counts as wrong.
+Prints upstream's line and writes its two files. A question without an answer is an error; upstream counts it as wrong,
+and so does `--lenient`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llava.errors import BadSampleError
 from llava.eval.answering.questions import field, read_json, read_jsonl
+from llava.eval.scoring.matching import Sides, add_lenient, check_fit, id_of, listed, refuse_unlabeled
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file
 from llava.runtime.program import run_program
@@ -78,6 +80,7 @@ def evaluate(
     options: Sequence[str] = "ABCDE",
     *,
     only_answered: bool = False,
+    lenient: bool = False,
 ) -> ScienceQAScore:
     """Score an answers file.
 
@@ -86,22 +89,29 @@ def evaluate(
         result_file: JSON lines with question_id, prompt and text.
         split: which list of `pid_splits.json`.
         options: the letters of the choices, in order.
-        only_answered: leave out what has no answer, instead of counting it as wrong.
+        only_answered: leave out what has no answer.
+        lenient: count what has no answer as wrong, and leave out answers to questions of other splits.
 
     Raises:
-        BadSampleError: a file is missing or broken, or the split is unknown or empty.
+        BadSampleError: a file is missing or broken, the split is unknown or empty, a question of it has no problem, or
+            (without `lenient`) answers and questions do not fit.
     """
     base = Path(base_dir)
     splits = read_json(base / "pid_splits.json", dict)
     if not splits.get(split):
         raise BadSampleError(f"{base / 'pid_splits.json'}: no questions in split '{split}'; it has {sorted(splits)}")
     problems = read_json(base / "problems.json", dict)
-    answers = {field(row, "question_id", (str, int), where): row for where, row in read_jsonl(result_file)}
+    asked = list(dict.fromkeys(map(id_of, splits[split])))
+    refuse_absent(asked, problems, base)
+    rows = [(field(row, "question_id", (str, int), where), where, row) for where, row in read_jsonl(result_file)]
+    for _, where, row in rows:
+        field(row, "text", (str,), where), field(row, "prompt", (str,), where)
+    answers = {id_of(key): row for key, _, row in rows}
+    chosen = [key for key in asked if key in answers] if only_answered else asked
+    check_fit(chosen, [key for key, _, _ in rows], Sides(result_file, f"split '{split}' of {base}"), lenient=lenient)
     output: dict[str, list[dict[str, Any]]] = {"correct": [], "incorrect": []}
     results, outputs = {}, {}
-    for key in dict.fromkeys(splits[split]):
-        if only_answered and key not in answers:
-            continue
+    for key in chosen:
         problem, answer = problems[key], answers.get(key, MISSING)
         letter = parse_answer(answer["text"], options)
         results[key] = option_index(letter, problem["choices"], options)
@@ -121,8 +131,23 @@ def evaluate(
     return ScienceQAScore(output, result, sum(images.values()), images["correct"])
 
 
+def refuse_absent(asked: Sequence[str], problems: Mapping[str, Any], base_dir: Path) -> None:
+    """Refuse a split that has questions without a problem.
+
+    Raises:
+        BadSampleError: there are some; the message names them.
+    """
+    absent = [key for key in asked if key not in problems]
+    if absent:
+        raise BadSampleError(
+            f"{base_dir / 'problems.json'}: has no problem for {len(absent)} questions of the split: {listed(absent)}; "
+            "are both files of one download?"
+        )
+    refuse_unlabeled([key for key in asked if "answer" not in problems[key]], base_dir / "problems.json", "answer")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """The original options."""
+    """The original options and `--lenient`."""
     parser = argparse.ArgumentParser(
         prog="python -m llava.eval.eval_science_qa",
         description=__doc__,
@@ -134,6 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-result", type=str, required=True, help="write accuracy and parsed answers here")
     parser.add_argument("--split", type=str, default="test", help="split of pid_splits.json")
     parser.add_argument("--options", type=list, default=list("ABCDE"), help="letters of the choices, as ABCDE")
+    add_lenient(parser)
     return parser
 
 
@@ -148,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> ScienceQAScore:
     for flag, path in (("--output-file", args.output_file), ("--output-result", args.output_result)):
         refuse_file(flag, path, inputs)
     refuse_file("--output-result", args.output_result, [Input("--output-file", args.output_file)])
-    score = evaluate(args.base_dir, args.result_file, args.split, args.options)
+    score = evaluate(args.base_dir, args.result_file, args.split, args.options, lenient=args.lenient)
     print(score)
     replace_text(args.output_file, json.dumps(score.output, indent=2))
     replace_text(args.output_result, json.dumps(score.result, indent=2))

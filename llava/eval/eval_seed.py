@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.errors import BadSampleError
-from llava.eval.answering.questions import field, read_json, read_jsonl
+from llava.eval.answering.questions import read_json
+from llava.eval.scoring.matching import id_of, read_matching, refuse_unlabeled
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file
 
@@ -36,32 +36,18 @@ class SeedScore:
         return "\n".join(lines + [f"{kind} accuracy: {100 * value:.2f}%" for kind, value in self.by_kind.items()])
 
 
-def as_answered(question_id: Any) -> int | str:
-    """An id as the answers file has it: a number where it can be one."""
-    try:
-        return int(question_id)
-    except ValueError:
-        return str(question_id)
-
-
 def read_answers(annotation: dict[str, Any], result_file: str | Path) -> list[str]:
     """The answer to each annotated question, in their order.
 
     Raises:
-        BadSampleError: the file is broken, or answers are missing.
+        BadSampleError: the file is broken, or answers and questions do not fit: the leaderboard wants all; or a
+            question has no right answer.
     """
-    texts = {
-        field(row, "question_id", (int, str), where): field(row, "text", (str,), where)
-        for where, row in read_jsonl(result_file)
-    }
-    ids = [as_answered(question["question_id"]) for question in annotation["questions"]]
-    missing = [key for key in ids if key not in texts]
-    if missing:
-        raise BadSampleError(
-            f"{result_file}: no answer to {len(missing)} of {len(ids)} questions, the first is {missing[0]!r}; answer "
-            f"them first, the leaderboard wants all"
-        )
-    return [texts[key] for key in ids]
+    questions = annotation["questions"]
+    refuse_unlabeled([one["question_id"] for one in questions if "answer" not in one], "the annotation", "answer")
+    ids = [question["question_id"] for question in questions]
+    texts = read_matching(result_file, ids, "the annotation")
+    return [texts[id_of(key)] for key in ids]
 
 
 def score(annotation: dict[str, Any], answers: list[str]) -> SeedScore:

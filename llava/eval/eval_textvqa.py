@@ -2,12 +2,14 @@
 
 python -m llava.eval.eval_textvqa --annotation-file TextVQA_0.5.1_val.json --result-file answers/llava-v1.5-7b.jsonl
 
-Prints the same lines as upstream. An answer belongs to the question of the same image that its prompt holds.
+Prints the same lines as upstream. An answer belongs to the question of the same image that its prompt holds. Questions
+without an answer are an error; upstream scores the others, and so does `--lenient`.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 from llava.errors import BadSampleError, FlagError
 from llava.eval.answering.questions import field, read_json, read_jsonl
 from llava.eval.m4c_evaluator import Prediction, TextVQAAccuracyEvaluator
+from llava.eval.scoring.matching import Sides, add_lenient, check_fit, id_of, refuse_unlabeled
 from llava.runtime.program import run_program
 
 OCR_MARKER = "Reference OCR token: "
@@ -45,25 +48,49 @@ def question_of(prompt: str, where: str = "prompt") -> str:
     )
 
 
-def pair(annotation_file: str | Path, result_file: str | Path) -> list[tuple[dict[str, Any], Prediction]]:
+def pair(
+    annotation_file: str | Path, result_file: str | Path, *, lenient: bool = False
+) -> list[tuple[dict[str, Any], Prediction]]:
     """Each row of the answers file with its answer and the annotators' answers, in file order.
 
     Raises:
-        BadSampleError: a file is broken, or an answer belongs to no question; names the row.
+        BadSampleError: a file is broken, an answer belongs to no question (names the row), or (without `lenient`) a
+            question has no answer or several.
     """
-    annotations = {
-        (row["image_id"], row["question"].lower()): row["answers"] for row in read_json(annotation_file, dict)["data"]
-    }
-    pairs = []
+    annotated = read_json(annotation_file, dict)["data"]
+    asked = [(id_of(row["image_id"]), row["question"].lower()) for row in annotated]
+    unlabeled = [
+        f"{image}: {question}" for (image, question), row in zip(asked, annotated, strict=True) if "answers" not in row
+    ]
+    refuse_unlabeled(unlabeled, annotation_file, "answers")
+    annotations = {key: row["answers"] for key, row in zip(asked, annotated, strict=True)}
+    pairs, answered = [], []
     for where, row in read_jsonl(result_file):
-        key = field(row, "question_id", (str, int), where), question_of(field(row, "prompt", (str,), where), where)
+        image = id_of(field(row, "question_id", (str, int), where))
+        key = image, question_of(field(row, "prompt", (str,), where), where)
         if key not in annotations:
             raise BadSampleError(f"{where}: {annotation_file} has no question {key[1]!r} about image {key[0]!r}")
+        answered.append(key)
         pairs.append((row, Prediction(pred_answer=field(row, "text", (str,), where), gt_answers=annotations[key])))
+    _check_counts(asked, answered, Sides(result_file, annotation_file), lenient)
     return pairs
 
 
-def eval_single(annotation_file: str | Path, result_file: str | Path) -> float:
+def _check_counts(asked: list[tuple[str, str]], answered: list[tuple[str, str]], sides: Sides, lenient: bool) -> None:
+    """As `check_fit`, for questions that may be annotated several times, and are then answered as often."""
+
+    def numbered(keys: list[tuple[str, str]]) -> list[str]:
+        seen: Counter[tuple[str, str]] = Counter()
+        names = []
+        for key in keys:
+            seen[key] += 1
+            names.append(f"{key[0]}: {key[1]}" + (f" ({seen[key]})" if seen[key] > 1 else ""))
+        return names
+
+    check_fit(numbered(asked), numbered(answered), sides, lenient=lenient)
+
+
+def eval_single(annotation_file: str | Path, result_file: str | Path, *, lenient: bool = False) -> float:
     """Score one answers file and print upstream's lines.
 
     Returns:
@@ -72,7 +99,7 @@ def eval_single(annotation_file: str | Path, result_file: str | Path) -> float:
     Raises:
         BadSampleError: as `pair`, or there are no answers.
     """
-    predictions = [prediction for _, prediction in pair(annotation_file, result_file)]
+    predictions = [prediction for _, prediction in pair(annotation_file, result_file, lenient=lenient)]
     accuracy = TextVQAAccuracyEvaluator().eval_pred_list(predictions)
     print(Path(result_file).stem)
     print(f"Samples: {len(predictions)}\nAccuracy: {100 * accuracy:.2f}%\n")
@@ -80,7 +107,7 @@ def eval_single(annotation_file: str | Path, result_file: str | Path) -> float:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The original options."""
+    """The original options and `--lenient`."""
     parser = argparse.ArgumentParser(
         prog="python -m llava.eval.eval_textvqa",
         description=__doc__,
@@ -89,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--annotation-file", type=str, required=True, help="TextVQA_0.5.1_val.json")
     parser.add_argument("--result-file", type=str, help="answers of one model")
     parser.add_argument("--result-dir", type=str, help="folder: score every .jsonl file in it")
+    add_lenient(parser)
     return parser
 
 
@@ -104,13 +132,13 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
         raise FlagError("give --result-file or --result-dir: there is nothing to score")
     accuracies = []
     if args.result_file is not None:
-        accuracies.append(eval_single(args.annotation_file, args.result_file))
+        accuracies.append(eval_single(args.annotation_file, args.result_file, lenient=args.lenient))
     if args.result_dir is not None:
         for path in sorted(Path(args.result_dir).iterdir()):
             if path.suffix != ".jsonl":
                 print(f"Skipping {path.name}")
                 continue
-            accuracies.append(eval_single(args.annotation_file, path))
+            accuracies.append(eval_single(args.annotation_file, path, lenient=args.lenient))
     return accuracies
 
 

@@ -26,6 +26,7 @@ from llava.eval.answering.answers import Row, Task
 from llava.eval.answering.questions import read_json, read_questions
 from llava.eval.m4c_evaluator import TextVQAAccuracyEvaluator
 from llava.eval.scoring import mmbench, submission
+from llava.eval.scoring.matching import id_of
 from llava.runtime.output import replace_text
 from llava.runtime.recognize import refuse_foreign
 
@@ -91,7 +92,8 @@ def vqav2(run: BenchmarkRun) -> Outcome:
     if not run.complete:
         return INCOMPLETE
     path = run.data / "answers_upload" / run.split / f"{run.model}.json"
-    submission.vqav2(run.data / submission.VQAV2_QUESTIONS, run.answers, path)
+    asked = [task.question_id for task in run.tasks]
+    submission.vqav2(run.data / submission.VQAV2_QUESTIONS, run.answers, path, asked)
     return Outcome(files=[path], note="upload it to the VQAv2 server (EvalAI)")
 
 
@@ -106,7 +108,7 @@ def vizwiz(run: BenchmarkRun) -> Outcome:
 def gqa(run: BenchmarkRun) -> Outcome:
     """Accuracy, and the file of predictions for GQA's own program."""
     path = submission.gqa(run.answers, run.answers.with_name(f"{run.answers.stem}_predictions.json"))
-    ids = {str(task.question_id) for task in run.tasks}
+    ids = {id_of(task.question_id) for task in run.tasks}
     questions = run.data / "data" / "testdev_balanced_questions.json"
     score = eval_gqa.evaluate(questions, path, None if run.complete else ids)
     metrics = {"accuracy": 100 * score.accuracy}
@@ -116,14 +118,14 @@ def gqa(run: BenchmarkRun) -> Outcome:
     samples = [
         sample(task, row, labels[key], float(predictions[key] == labels[key]))
         for task, row in zip(run.tasks, run.rows, strict=True)
-        if (key := str(task.question_id)) in labels
+        if (key := id_of(task.question_id)) in labels
     ]
     return Outcome(metrics, samples, [path])
 
 
 def textvqa(run: BenchmarkRun) -> Outcome:
     """Soft accuracy."""
-    pairs = textvqa_module.pair(run.data / "TextVQA_0.5.1_val.json", run.answers)
+    pairs = textvqa_module.pair(run.data / "TextVQA_0.5.1_val.json", run.answers, lenient=not run.complete)
     evaluator = TextVQAAccuracyEvaluator()
     samples = [
         sample(task, row, list(prediction["gt_answers"]), evaluator.score(prediction))
@@ -147,7 +149,7 @@ def science_qa(run: BenchmarkRun) -> Outcome:
 
 def pope(run: BenchmarkRun) -> Outcome:
     """F1 and accuracy, averaged over the categories, and of each category."""
-    scores = eval_pope.evaluate(run.data / "coco", run.questions, run.answers, strict=run.complete)
+    scores = eval_pope.evaluate(run.data / "coco", run.questions, run.answers, lenient=not run.complete)
     metrics = {
         "F1": 100 * sum(one.f1 for one in scores.values()) / len(scores),
         "accuracy": 100 * sum(one.accuracy for one in scores.values()) / len(scores),
@@ -180,8 +182,9 @@ def mme(run: BenchmarkRun) -> Outcome:
         refuse_foreign(old, "image\tquestion\ttruth\tresponse\n")
     for old in earlier:
         old.unlink()
-    submission.mme(run.data / "MME_Benchmark_release_version", run.answers, folder)
-    scores = eval_mme.evaluate(folder)
+    data = run.data / "MME_Benchmark_release_version"
+    submission.mme(data, run.answers, folder, lenient=not run.complete)
+    scores = eval_mme.evaluate(folder, data, lenient=not run.complete)
     print(eval_mme.table(scores))
     metrics = {group.lower(): total for group, total in eval_mme.totals(scores).items()}
     return Outcome(metrics | {task: one.score for task, one in scores.items()}, files=[folder])
@@ -207,11 +210,9 @@ def mmbench_sheet(run: BenchmarkRun) -> Outcome:
 def seed(run: BenchmarkRun) -> Outcome:
     """Accuracy of all, image and video questions, and of each type."""
     annotation = read_json(run.data / "SEED-Bench.json", dict)
-    asked = {task.question_id for task in run.tasks}
+    asked = {id_of(task.question_id) for task in run.tasks}
     if not run.complete:
-        annotation["questions"] = [
-            row for row in annotation["questions"] if eval_seed.as_answered(row["question_id"]) in asked
-        ]
+        annotation["questions"] = [row for row in annotation["questions"] if id_of(row["question_id"]) in asked]
     answers = eval_seed.read_answers(annotation, run.answers)
     score = eval_seed.score(annotation, answers)
     metrics = {"accuracy": 100 * score.total}
@@ -229,7 +230,8 @@ def seed(run: BenchmarkRun) -> Outcome:
 
 def mmvet(run: BenchmarkRun) -> Outcome:
     """A file for the benchmark's evaluator, which asks GPT-4."""
-    path = submission.mmvet(run.answers, run.data / "results" / f"{run.model}.json")
+    questions = run.questions if run.complete else None
+    path = submission.mmvet(run.answers, run.data / "results" / f"{run.model}.json", questions)
     return Outcome(files=[path], note="score it with MM-Vet's evaluator")
 
 

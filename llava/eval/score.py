@@ -4,7 +4,7 @@ python -m llava.eval.score --question-file questions.jsonl --answers-file answer
 
 An answer is right if it equals the label after both were normalised: surrounding white space and one trailing full
 stop are removed, upper and lower case are the same. Nothing else is forgiven ("two" is not "2", "Yes, it is" is not
-"yes"). Every question must have exactly one answer.
+"yes"). Every question must have exactly one answer; the ids 7 and "7" are the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from llava.errors import BadSampleError
-from llava.eval.answering.questions import Question, field, read_jsonl, read_questions
+from llava.eval.answering.questions import Question, read_jsonl, read_questions
+from llava.eval.scoring.matching import by_id, id_of, read_matching
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file
 from llava.runtime.program import package_versions, run_program
@@ -31,8 +32,6 @@ Z_95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
 
 ALL = "all"
-NAMED_IDS = 10
-"""How many ids an error lists."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,7 @@ def score_answers(questions: Sequence[Question], texts: dict[int | str, str]) ->
     Raises:
         BadSampleError: a question has no label, or a category is called `all`.
     """
+    answers = by_id(texts)
     right: dict[str, list[bool]] = {}
     labels: dict[str, Counter[str]] = {}
     for question in questions:
@@ -95,7 +95,7 @@ def score_answers(questions: Sequence[Question], texts: dict[int | str, str]) ->
         if question.category == ALL:
             raise BadSampleError(f"{question.where}: the category '{ALL}' is taken by the total; rename it")
         label = normalize(question.label)
-        right.setdefault(question.category, []).append(normalize(texts[question.question_id]) == label)
+        right.setdefault(question.category, []).append(normalize(answers[id_of(question.question_id)]) == label)
         labels.setdefault(question.category, Counter())[label] += 1
     most_frequent = {category: max(counts.values()) for category, counts in labels.items()}
     scores = {category: _score(right[category], most_frequent[category]) for category in sorted(right)}
@@ -114,34 +114,10 @@ def read_answers(path: str | Path, questions: Sequence[Question]) -> dict[int | 
         BadSampleError: questions or answers share an id, a question has no answer, or an answer no question; the
             message says how many and names them.
     """
-    rows = [
-        (field(row, "question_id", (int, str), where), field(row, "text", (str,), where))
-        for where, row in read_jsonl(path)
-    ]
-    asked = Counter(question.question_id for question in questions)
-    answered = Counter(question_id for question_id, _ in rows)
-    faults = {
-        "question ids appear more than once in the question file": _repeated(asked),
-        "question ids are answered more than once": _repeated(answered),
-        "questions have no answer": [key for key in asked if key not in answered],
-        "answers belong to no question": [key for key in answered if key not in asked],
-    }
-    messages = [f"{len(ids)} {fault}: {_listed(ids)}" for fault, ids in faults.items() if ids]
-    if messages:
-        raise BadSampleError(
-            f"{path}: {len(rows)} answers do not fit {len(questions)} questions: {'; '.join(messages)}. An unfinished "
-            f"answers file is completed by the command that began it"
-        )
-    return dict(rows)
-
-
-def _repeated(counts: Counter[int | str]) -> list[int | str]:
-    return [key for key, count in counts.items() if count > 1]
-
-
-def _listed(ids: Sequence[int | str]) -> str:
-    rest = len(ids) - NAMED_IDS
-    return ", ".join(map(repr, ids[:NAMED_IDS])) + (f" and {rest} more" if rest > 0 else "")
+    asked = [question.question_id for question in questions]
+    where = questions[0].where.rpartition(":")[0] if questions else "no questions"
+    texts = read_matching(path, asked, where)
+    return {question_id: texts[id_of(question_id)] for question_id in asked}
 
 
 def model_ids(path: str | Path) -> list[str]:

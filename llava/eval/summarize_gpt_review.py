@@ -3,6 +3,7 @@
 python -m llava.eval.summarize_gpt_review -f llava-bench-in-the-wild/reviews/llava-v1.5-7b.jsonl
 
 Prints upstream's lines, with the two means behind the ratio: 100 * (mean of the second score) / (mean of the first).
+`--question` sees whether every question has its review.
 """
 
 from __future__ import annotations
@@ -13,21 +14,41 @@ from pathlib import Path
 
 from llava.errors import BadSampleError, FlagError
 from llava.eval.answering.questions import field, read_jsonl
+from llava.eval.scoring.matching import Sides, by_id, check_fit, id_of, listed
+from llava.eval.scoring.submission import ids_of
 from llava.runtime.program import run_program
 
 PREFIXES = ("gpt4_text", "reviews_", "review_")
 ALL = "all"
 
 
-def relative_scores(path: str | Path, ignore: Collection[int] = ()) -> dict[str, tuple[float, float, float]]:
+def relative_scores(
+    path: str | Path, ignore: Collection[int | str] = (), questions: str | Path | None = None
+) -> dict[str, tuple[float, float, float]]:
     """By category, in alphabetical order, and for `all`: the ratio in percent, and the means of both scores.
 
+    Args:
+        path: file of reviews.
+        ignore: ids of reviews to leave out.
+        questions: what was to be reviewed; None: only that nothing is reviewed twice is seen.
+
     Raises:
-        BadSampleError: the file is broken or empty, or a review has no score (upstream counts it as -1 to -1).
+        BadSampleError: the file is broken or empty, a review has no score (upstream counts it as -1 to -1), reviews do
+            not fit the questions, or one to leave out is not there.
     """
+    rows = read_jsonl(path)
+    reviewed = [row["question_id"] for _, row in rows if "question_id" in row]
+    asked = list(by_id((key, key) for key in reviewed).values()) if questions is None else ids_of(questions)
+    check_fit(asked, reviewed, Sides(path, path if questions is None else questions))
+    ignored = set(map(id_of, ignore))
+    absent = sorted(ignored - set(map(id_of, reviewed)))
+    if absent:
+        raise BadSampleError(
+            f"{path}: --ignore names {len(absent)} questions that have no review here: {listed(absent)}"
+        )
     scores: dict[str, list[tuple[float, float]]] = {}
-    for where, row in read_jsonl(path):
-        if row.get("question_id") in ignore:
+    for where, row in rows:
+        if "question_id" in row and id_of(row["question_id"]) in ignored:
             continue
         pair = row["tuple"] if "tuple" in row else field(row, "score", (list,), where)
         if len(pair) != 2 or min(pair) < 0:
@@ -45,7 +66,7 @@ def relative_scores(path: str | Path, ignore: Collection[int] = ()) -> dict[str,
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The original options that have an effect there."""
+    """The original options that have an effect there, and `--question`."""
     parser = argparse.ArgumentParser(
         prog="python -m llava.eval.summarize_gpt_review",
         description=__doc__,
@@ -53,7 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-d", "--dir", default=None, help=f"folder of review files, {', '.join(PREFIXES)}*.jsonl")
     parser.add_argument("-f", "--files", nargs="*", default=[], help="review files; in --dir, if that is given")
-    parser.add_argument("-i", "--ignore", nargs="*", type=int, default=[], help="question ids to leave out")
+    parser.add_argument("-i", "--ignore", nargs="*", default=[], help="question ids to leave out")
+    parser.add_argument("-q", "--question", default=None, help="questions.jsonl: each must have a review")
     return parser
 
 
@@ -71,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, tuple[float, 
     names = args.files or [path.name for path in folder.glob("*.jsonl") if path.name.startswith(PREFIXES)]
     results = {}
     for name in sorted(names):
-        results[name] = relative_scores(folder / name, args.ignore)
+        results[name] = relative_scores(folder / name, args.ignore, args.question)
         print(Path(name).name.replace("gpt4_text_", "").replace(".jsonl", ""))
         for category, (ratio, first, second) in results[name].items():
             print(category, ratio, round(first * 10, 1), round(second * 10, 1))

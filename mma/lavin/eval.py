@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> ScienceQAScore:
         found = score(
             answers,
             {name: data.problem(number) for number, name in enumerate(data.ids)},
+            asked=[str(task.question_id) for task in tasks],
             options=args.options,
             fallback=random.Random(args.seed) if args.random_fallback else None,
         )

@@ -83,7 +83,7 @@ READERS: dict[str, tuple[str, Reader]] = {
         lambda path: score.main(["--question-file", other(path), "--answers-file", str(path)]),
     ),
     "GQA, truths": ("truths.json", lambda path: eval_gqa.evaluate(path, other(path))),
-    "GQA, predictions": ("predictions.json", lambda path: eval_gqa.read_predictions(path, [])),
+    "GQA, predictions": ("predictions.json", lambda path: eval_gqa.read_predictions(path, [], "questions.json", ())),
     "GQA, answers": ("answers.jsonl", lambda path: submission.gqa(path, path.parent / "new.json")),
     "MME, results": ("existence.txt", eval_mme.read_task),
     "MME, truths": (

@@ -16,6 +16,7 @@ import numpy as np
 
 from llava.errors import FlagError
 from llava.eval.answering.questions import read_json, read_jsonl
+from llava.eval.scoring.matching import id_of
 
 NEEDED = ("benchmark", "title", "split", "model", "questions", "complete", "metrics", "settings", "arguments")
 RESAMPLES = 10_000
@@ -88,17 +89,28 @@ def read_run(path: Path) -> Scored:
     seen: Counter[str] = Counter()
     samples = {}
     for _, row in read_jsonl(beside) if beside.is_file() else ():
-        name = str(row["question_id"])
+        name = id_of(row["question_id"])
         samples[name, seen[name]] = row
         seen[name] += 1
     return Scored(path, result, samples)
 
 
 def group_runs(runs: Sequence[Scored]) -> list[Group]:
-    """Runs by benchmark and split, in the order in which they were given."""
+    """Runs by benchmark and split, in the order in which they were given.
+
+    Raises:
+        FlagError: a run has no question in common with the first of its benchmark and split.
+    """
     groups: dict[tuple[str, str], list[Scored]] = {}
     for run in runs:
         groups.setdefault((run.result["benchmark"], run.result["split"]), []).append(run)
+    for first, *others in groups.values():
+        for other in others:
+            if first.samples and other.samples and not first.samples.keys() & other.samples.keys():
+                raise FlagError(
+                    f"{other.path}: none of its {len(other.samples)} questions is among the {len(first.samples)} of "
+                    f"{first.path}, so there is nothing to compare; give runs on the same questions"
+                )
     return [
         Group(str(members[0].result["title"]), split, members, _notes(members))
         for (_, split), members in groups.items()
@@ -113,10 +125,14 @@ def _notes(runs: Sequence[Scored]) -> list[str]:
         if any(value != values[0] for value in values):
             notes.append(f"`{name}` differs: {', '.join(map(str, values))}")
     counts = [run.result["questions"] for run in runs]
+    asked = [set(run.samples) for run in runs]
     if len(set(counts)) > 1:
         notes.append(
             f"the numbers of questions differ: {', '.join(map(str, counts))}; differences are over the common ones"
         )
+    elif all(asked) and any(one != asked[0] for one in asked):
+        common = len(set.intersection(*asked))
+        notes.append(f"the questions differ: {common} of {counts[0]} are common; differences are over those")
     if not all(run.result["complete"] for run in runs):
         notes.append("not the whole benchmark")
     return notes

@@ -20,7 +20,8 @@ from PIL import Image
 from llava.data.images import read_rgb
 from llava.errors import BadImageError, BadSampleError, FlagError
 from llava.eval.answering.answers import Row, Task, answer_row
-from llava.eval.answering.questions import read_jsonl
+from llava.eval.answering.questions import field, read_jsonl
+from llava.eval.scoring.matching import Sides, check_fit, id_of
 from llava.runtime.files import refuse_pointer
 from llava.runtime.output import replacing
 from llava.runtime.places import Input, refuse_file
@@ -153,22 +154,28 @@ def to_row(task: Task, text: str, model_id: str) -> Row:
     }
 
 
-def write_spreadsheet(annotation_file: str | Path, answers_file: str | Path, output: str | Path) -> Path:
+def write_spreadsheet(
+    annotation_file: str | Path, answers_file: str | Path, output: str | Path, *, lenient: bool = False
+) -> Path:
     """Write the spreadsheet for the server: the benchmark's table with a column of answers, the last of each question.
 
     Returns:
         the written file.
 
     Raises:
-        BadSampleError: a file is missing or broken.
+        BadSampleError: a file is missing or broken, or (without `lenient`) answers and questions do not fit.
         FlagError: pandas or openpyxl is missing.
     """
     refuse_file("the output", output, [Input("the questions", annotation_file), Input("the answers", answers_file)])
     table = read_table(annotation_file)
+    rows = [(field(row, "question_id", (int, str), where), where, row) for where, row in read_jsonl(answers_file)]
+    answered = [key for key, _, _ in rows]
+    sides = Sides(answers_file, annotation_file)
+    check_fit(table["index"].tolist(), answered, sides, lenient=lenient, repeats=True)  # a question has several rounds
     table = table.drop(columns=[name for name in NOT_FOR_UPLOAD if name in table.columns])
     # A spreadsheet cannot hold control characters, which a model may well say.
-    texts = {row["question_id"]: CONTROL.sub("", row["text"]) for _, row in read_jsonl(answers_file)}
-    table.insert(PREDICTION_COLUMN, "prediction", table["index"].map(texts.get))
+    texts = {id_of(key): CONTROL.sub("", field(row, "text", (str,), where)) for key, where, row in rows}
+    table.insert(PREDICTION_COLUMN, "prediction", table["index"].map(lambda index: texts.get(id_of(index))))
     refuse_foreign_bytes(Path(output), SPREADSHEET)
     try:
         with replacing(output) as partial:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from llava.errors import BadSampleError, FlagError
 from llava.eval.answering.questions import field, read_json, read_jsonl
 from llava.eval.answering.recognition import REVIEW_SHAPE, check_writable, recognize_rows, repair
+from llava.eval.scoring.matching import Sides, by_id, check_fit, id_of, listed
 from llava.runtime.places import Input, refuse_file
 
 BASE_URL = "https://api.openai.com/v1"
@@ -88,7 +89,7 @@ def ask(text: str, *, model: str, max_tokens: int) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser, model: str, context: str | None = None) -> None:
-    """The original options, and `--model`.
+    """The original options, `--model` and `--subset`.
 
     Args:
         parser: of the program.
@@ -103,6 +104,7 @@ def add_options(parser: argparse.ArgumentParser, model: str, context: str | None
     parser.add_argument("-o", "--output", required=True, help="reviews, JSON lines; continued")
     parser.add_argument("--max-tokens", type=int, default=1024, help="limit on the tokens of a review")
     parser.add_argument("--model", type=str, default=model, help="the reviewer; scores of different ones differ")
+    parser.add_argument("--subset", action="store_true", help="--question is a part of what both files answer")
 
 
 def read_requests(
@@ -128,22 +130,35 @@ def read_requests(
         raise FlagError(f"--answer-list: {len(args.answer_list)} files, must be two: the reference's and the model's")
     rules = read_json(args.rule, dict)
     questions = read_jsonl(args.question)
-    answers = [{row["question_id"]: row for _, row in read_jsonl(path)} for path in args.answer_list]
+    # All is compared before the first paid request.
+    answers = [_rows_by_id(path, questions, args) for path in args.answer_list]
     requests = []
     for number, (where, question) in enumerate(questions, start=1):
         key, category = question["question_id"], f"{prefix}{question['category']}"
-        for path, rows in zip(args.answer_list, answers, strict=True):
-            if key not in rows:
-                raise BadSampleError(f"{where}: {path} has no answer to question {key!r}")
         rule = category if category in rules else default
         if rule not in rules:
             raise BadSampleError(f"{where}: {args.rule} has no rule '{category}'")
-        first, second = (rows[key] for rows in answers)
+        first, second = (rows[id_of(key)] for rows in answers)
         ids = {f"answer{n}_id": row.get("answer_id", key) for n, row in enumerate((first, second), start=1)}
         known = {"id": number, "question_id": key, **ids, "category": category}
         context = None if context_of is None else context_of(question, where)
         requests.append((known, content(question, context, [first["text"], second["text"]], rules[rule])))
     return requests
+
+
+def _rows_by_id(path: str, questions: Sequence[tuple[str, Row]], args: argparse.Namespace) -> dict[str, Row]:
+    """The rows of an answers file by question.
+
+    Raises:
+        BadSampleError: the file is broken, or does not fit the questions.
+    """
+    rows = [(field(row, "question_id", (int, str), where), where, row) for where, row in read_jsonl(path)]
+    for _, where, row in rows:
+        field(row, "text", (str,), where)
+    asked = [field(row, "question_id", (int, str), where) for where, row in questions]
+    known = [id_of(key) for key, _, _ in rows] if args.subset else ()
+    check_fit(asked, [key for key, _, _ in rows], Sides(path, args.question), known=known)
+    return by_id((key, row) for key, _, row in rows)
 
 
 def by_image(path: str | Path, describe: Callable[[Row], str]) -> ContextOf:
@@ -190,14 +205,21 @@ def write_reviews(args: argparse.Namespace, requests: Sequence[tuple[Row, str]])
         requests: of `read_requests`.
 
     Raises:
-        FlagError, BadSampleError: see `ask` and `parse_scores`; or the file contains something else than reviews.
+        FlagError, BadSampleError: see `ask` and `parse_scores`; or the file contains something else than reviews of
+            these questions.
     """
     output = Path(args.output)
     check_writable(output, "--output")
     found = recognize_rows(output, [REVIEW_SHAPE], what="reviews")
     repair(output, found)
-    done = {row["question_id"] for _, row in found.rows}
-    for known, text in tqdm([one for one in requests if one[0]["question_id"] not in done], unit="review"):
+    done = {id_of(row["question_id"]) for _, row in found.rows}
+    strange = sorted(done - {id_of(known["question_id"]) for known, _ in requests})
+    if strange:
+        raise BadSampleError(
+            f"{output}: {len(strange)} reviews belong to no question of {args.question}: {listed(strange)}; "
+            "name another --output"
+        )
+    for known, text in tqdm([one for one in requests if id_of(one[0]["question_id"]) not in done], unit="review"):
         review = ask(text, model=args.model, max_tokens=args.max_tokens)
         line = json.dumps(known | {"content": review, "tuple": parse_scores(review)}) + "\n"
         with output.open("a", encoding="utf-8") as file:

@@ -13,6 +13,7 @@ from typing import Any
 
 from llava.errors import BadSampleError, FlagError
 from llava.eval.answering.questions import read_json
+from llava.eval.scoring.matching import id_of, listed
 from llava.runtime.output import replace_text
 
 OPTIONS = "ABCDE"
@@ -99,14 +100,19 @@ def read_split(base_dir: str | Path, split: str) -> dict[str, dict[str, Any]]:
     """The problems of a split by id, in its order.
 
     Raises:
-        BadSampleError: a file is missing or broken, or there is no such split.
+        BadSampleError: a file is missing or broken, there is no such split, or it has a question without a problem.
     """
     base = Path(base_dir)
     splits = read_json(base / "pid_splits.json", dict)
     if split not in splits:
         raise BadSampleError(f"{base / 'pid_splits.json'}: no split '{split}'; it has {sorted(splits)}")
     problems = read_json(base / "problems.json", dict)
-    return {key: problems[key] for key in splits[split]}
+    absent = [key for key in splits[split] if id_of(key) not in problems]
+    if absent:
+        raise BadSampleError(
+            f"{base / 'problems.json'}: has no problem for {len(absent)} questions of split '{split}': {listed(absent)}"
+        )
+    return {id_of(key): problems[id_of(key)] for key in splits[split]}
 
 
 def convert_to_llava(base_dir: str | Path, split: str, prompt_format: str = "QCM-LEA") -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from llava.errors import BadSampleError
 from llava.eval.eval_mme import COGNITION, NO, PERCEPTION, YES, TaskScore
+from llava.eval.scoring.matching import Sides, check_fit
 from llava.runtime.files import data_text
 
 IMAGE_SUFFIXES = (".jpg", ".png")
@@ -133,7 +134,11 @@ def rows_of(questions: Sequence[MmeQuestion], answers: dict[str, str]) -> dict[s
     Args:
         questions: the two of each image in a row.
         answers: text by the name of the question.
+
+    Raises:
+        BadSampleError: a question has no answer, or an answer no question.
     """
+    check_fit([question.name for question in questions], list(answers), Sides("the answers", "the questions of MME"))
     rows: dict[str, list[tuple[str, str, str]]] = {}
     for question in questions:
         row = (question.image, question.truth, response_part(answers[question.name]))

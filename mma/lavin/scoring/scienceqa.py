@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llava.eval.scoring.matching import Sides, check_fit
 from mma.lavin.data.prompts import OPTIONS, Problem
 
 STATED = re.compile(r"The answer is ([A-Z]).")
@@ -106,6 +107,7 @@ def score(
     answers: Mapping[str, str],
     problems: Mapping[str, Problem],
     *,
+    asked: Sequence[str] | None = None,
     options: Sequence[str] = OPTIONS,
     fallback: random.Random | None = None,
 ) -> ScienceQAScore:
@@ -113,10 +115,16 @@ def score(
 
     Args:
         answers: text by problem, in the order of the split.
-        problems: problems by id, checked.
+        problems: by id, checked; there may be more than were asked.
+        asked: ids of the problems that must be answered; None: those that are.
         options: letters of the choices.
         fallback: draws a choice, in that order, where an answer states none; None: such an answer is wrong.
+
+    Raises:
+        BadSampleError: what was asked has no answer, or an answer no problem.
     """
+    wanted = [name for name in answers if name in problems] if asked is None else asked
+    check_fit(wanted, list(answers), Sides("the answers", "the problems"))
     predictions: dict[str, int] = {}
     unparsable: list[str] = []
     for name, text in answers.items():

@@ -17,7 +17,8 @@ answer_in_chunks "$MERGED" "$PROGRAMS.model_vqa_loader" \
     --conv-mode "${CONV_MODE:-vicuna_v1}" \
     "$@"
 
-"$PYTHON" "$SCRIPTS/convert_gqa_for_eval.py" --src "$MERGED" --dst "$GQADIR/testdev_balanced_predictions.json"
+"$PYTHON" "$SCRIPTS/convert_gqa_for_eval.py" --src "$MERGED" --dst "$GQADIR/testdev_balanced_predictions.json" \
+    --question-file "$EVAL/gqa/$SPLIT.jsonl"
 "$PYTHON" -m llava.eval.eval_gqa \
     --questions "$GQADIR/testdev_balanced_questions.json" \
     --predictions "$GQADIR/testdev_balanced_predictions.json"

@@ -26,4 +26,4 @@ fi
     --rule "${RULE:-$FOLDER/rule.json}" \
     --answer-list "$FOLDER/answers_gpt4.jsonl" "$ANSWERS" \
     --output "$FOLDER/reviews/$CKPT.jsonl"
-"$PYTHON" -m llava.eval.summarize_gpt_review -f "$FOLDER/reviews/$CKPT.jsonl"
+"$PYTHON" -m llava.eval.summarize_gpt_review -f "$FOLDER/reviews/$CKPT.jsonl" --question "$FOLDER/questions.jsonl"

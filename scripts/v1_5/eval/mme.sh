@@ -19,4 +19,5 @@ answer_in_chunks "$ANSWERS" "$PROGRAMS.model_vqa_loader" \
     --data-dir "$EVAL/MME/MME_Benchmark_release_version" \
     --result-file "$ANSWERS" \
     --output-dir "$EVAL/MME/eval_tool/answers/$CKPT"
-"$PYTHON" -m llava.eval.eval_mme --results_dir "$EVAL/MME/eval_tool/answers/$CKPT"
+"$PYTHON" -m llava.eval.eval_mme --results_dir "$EVAL/MME/eval_tool/answers/$CKPT" \
+    --data-dir "$EVAL/MME/MME_Benchmark_release_version"

@@ -15,5 +15,6 @@ answer_in_chunks "$ANSWERS" "$PROGRAMS.model_vqa" \
     --conv-mode "${CONV_MODE:-vicuna_v1}" \
     "$@"
 
-"$PYTHON" "$SCRIPTS/convert_mmvet_for_eval.py" --src "$ANSWERS" --dst "$EVAL/mm-vet/results/$CKPT.json"
+"$PYTHON" "$SCRIPTS/convert_mmvet_for_eval.py" --src "$ANSWERS" --dst "$EVAL/mm-vet/results/$CKPT.json" \
+    --question-file "$EVAL/mm-vet/llava-mm-vet.jsonl"
 echo "score with MM-Vet's evaluator: $EVAL/mm-vet/results/$CKPT.json"

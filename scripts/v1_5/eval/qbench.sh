@@ -24,4 +24,4 @@ answer_in_chunks "$ANSWERS" "$PROGRAMS.model_vqa_qbench" \
     --lang "${LANGUAGE_OF_REQUEST:-en}" \
     "$@"
 
-"$PYTHON" -m llava.eval.eval_qbench --result-file "$ANSWERS"
+"$PYTHON" -m llava.eval.eval_qbench --result-file "$ANSWERS" --question-file "$QUESTIONS"

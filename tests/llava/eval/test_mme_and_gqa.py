@@ -26,7 +26,7 @@ def folder(path: Path, files: dict[str, str]) -> Path:
 
 def test_mme_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = folder(tmp_path / "results", {"count.txt": COUNT, "code_reasoning.txt": CODE})
-    scores = eval_mme.main(["--results_dir", str(results), "--output", str(tmp_path / "mme.json")])
+    scores = eval_mme.main(["--results_dir", str(results), "--output", str(tmp_path / "mme.json"), "--lenient"])
     assert scores["count"] == eval_mme.TaskScore(images=2, accuracy=0.75, accuracy_plus=0.5, other=1)
     assert scores["code_reasoning"] == eval_mme.TaskScore(images=1, accuracy=0.5, accuracy_plus=0.0, other=0)
     assert eval_mme.totals(scores) == {"Perception": 125.0, "Cognition": 50.0}
@@ -63,7 +63,7 @@ def test_mme_responses(text: str, parsed: str) -> None:
 )
 def test_mme_refuses_broken_files(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(BadSampleError, match=message):
-        eval_mme.evaluate(folder(tmp_path / "results", {"count.txt": text}))
+        eval_mme.evaluate(folder(tmp_path / "results", {"count.txt": text}), lenient=True)
 
 
 def test_mme_refuses_unknown_tasks(tmp_path: Path) -> None:
@@ -127,12 +127,21 @@ def test_gqa_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gqa(tmp_path, predictions(q1="Yes", q2="left.", q3="a chair")).accuracy == 0.0
 
 
+def test_gqa_finds_ids_that_are_numbers(tmp_path: Path) -> None:
+    rows = [row | {"questionId": int(row["questionId"])} for row in predictions(q1="yes", q2="left", q3="chair")]
+    assert gqa(tmp_path, rows).accuracy == 1.0
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (predictions(q1="yes", q2="left"), "no prediction for 1 of 3 questions, the first is 3"),
-        (predictions(q1="yes", q2="left", q3="chair") + predictions(q1="no"), "1 questions are answered more than"),
-        ([{"questionId": 1, "prediction": "yes"}], "entry 1 must have the texts 'questionId' and 'prediction'"),
+        (predictions(q1="yes", q2="left"), "1 questions have no answer: '3'"),
+        (
+            predictions(q1="yes", q2="left", q3="chair") + predictions(q1="no"),
+            "1 question ids are answered more than once: '1'",
+        ),
+        (predictions(q1="yes", q2="left", q3="chair", q9="a"), "1 answers belong to no question: '9'"),
+        ([{"questionId": True, "prediction": "yes"}], "entry 1 must have 'questionId' and the text 'prediction'"),
         ({"1": "yes"}, "expected a JSON list, found dict"),
     ],
 )

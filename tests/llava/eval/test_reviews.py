@@ -116,7 +116,7 @@ def test_what_cannot_be_reviewed(
     with pytest.raises(FlagError, match="OPENAI_API_KEY is not set"):
         bench.main(argv)
     write_lines(tmp_path / "second.jsonl", [])
-    with pytest.raises(BadSampleError, match=r"second\.jsonl has no answer to question 0"):
+    with pytest.raises(BadSampleError, match=r"second\.jsonl: 0 answers do not fit 3 questions .*: 0, 1, 2"):
         bench.main(argv)
     write_lines(tmp_path / "bad.jsonl", [{"question_id": 0, "tuple": [-1, -1]}])
     with pytest.raises(BadSampleError, match=r"bad\.jsonl:1: the review has no pair of scores"):

@@ -79,7 +79,12 @@ MISFITS = {
     "missing": (QUESTIONS, ROWS[:3], ["2 questions have no answer: 'e1', 'e2'", "3 answers do not fit 5 questions"]),
     "duplicate": (QUESTIONS, [*ROWS, ROWS[1]], ["1 question ids are answered more than once: 1"]),
     "unknown": (QUESTIONS, answers(TEXTS | {"zz": "a"}), ["1 answers belong to no question: 'zz'"]),
-    "another type": (QUESTIONS, answers(TEXTS | {"0": "2"})[1:], ["1 questions have no answer: 0", "no question: '0'"]),
+    "another type": (QUESTIONS, answers(TEXTS | {"0": "2"}), ["1 question ids are answered more than once: 0"]),
+    "questions of two types": (
+        [*QUESTIONS, QUESTIONS[0] | {"question_id": str(QUESTIONS[0]["question_id"])}],
+        ROWS,
+        ["1 question ids appear more than once in the question file: 0"],
+    ),
     "duplicate questions": ([*QUESTIONS, QUESTIONS[0]], ROWS, ["more than once in the question file: 0"]),
     "both at once": (QUESTIONS, [*ROWS[1:], ROWS[1]], ["have no answer: 0", "answered more than once: 1"]),
 }
