@@ -25,6 +25,10 @@ class ImageCountError(BadSampleError):
     """The text of a row asks for more or fewer images than the row has."""
 
 
+class ImageCutError(BadSampleError):
+    """An image of a row begins after the longest length, so that it would be cut off."""
+
+
 class NoTargetError(BadSampleError):
     """A row has no token to train on."""
 

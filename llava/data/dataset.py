@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llava.conversation import Conversation
+from llava.data.image_names import image_names
 from llava.data.images import ImageTransform, ProcessedImage, load_image
 from llava.data.labels import tokenize_conversation
 from llava.data.rows import Row, RowFiles, open_rows
@@ -62,7 +63,8 @@ class LazySupervisedDataset(Dataset[Item]):
         image_length: embeddings of an image; only used to see whether a target lies within `model_max_length`. None
             counts an image as one.
         on_bad_sample: `stop` raises the error of a bad row; `skip` writes it to `skipped_file` and gives the next good
-            row of the same modality in its place, so that steps and batch shapes stay as they are.
+            row of the same modality in its place, so that steps and batch shapes stay as they are; where no row is
+            text, one with an image takes the place of a row without.
         skipped_file: see `llava/data/skipped.py`.
         requires_image: leave out the rows without an image.
 
@@ -149,13 +151,16 @@ class LazySupervisedDataset(Dataset[Item]):
         if self.on_bad_sample == "stop":
             return self._load(index)
         has_image = self._size(index).images > 0
-        for candidate in (*range(index, len(self)), *range(index)):
-            if candidate in self._bad_rows or (self._size(candidate).images > 0) != has_image:
-                continue
-            try:
-                return self._load(candidate)
-            except BadSampleError as error:
-                self._skip(candidate, error)
+        # A row that seems to be text may have lost its image: where no row is text, one with an image replaces it.
+        for any_kind in (False, True) if not has_image and self.transform is not None else (False,):
+            for candidate in (*range(index, len(self)), *range(index)):
+                same_kind = (self._size(candidate).images > 0) == has_image
+                if candidate in self._bad_rows or not (same_kind or any_kind):
+                    continue
+                try:
+                    return self._load(candidate)
+                except BadSampleError as error:
+                    self._skip(candidate, error)
         kind = "with" if has_image else "without"
         raise BadSampleError(f"{self.records.paths}: no row {kind} image can be trained on; see {self.skipped_file}")
 
@@ -291,19 +296,6 @@ def _image_count(row: Row, name: str) -> int:
 def _with_row(error: BadSampleError, name: str) -> BadSampleError:
     """The error with file, row and id in front; that of an image names them already."""
     return error if isinstance(error, BadImageError) else type(error)(f"{name}: {error}")
-
-
-def image_names(row: Row) -> list[str]:
-    """Names of a row's images: none if `image` is absent, null or an empty list.
-
-    Raises:
-        BadSampleError: `image` is neither a name nor a list of names.
-    """
-    value = row.get("image")
-    names = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(name, str) and name for name in names):
-        raise BadSampleError(f"'image' must be a file name or a list of file names, not {value!r}")
-    return names
 
 
 def conversation_of(row: Row) -> list[Mapping[str, Any]]:

@@ -16,14 +16,15 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
-from llava.data.dataset import conversation_of, image_names
+from llava.data.dataset import conversation_of
+from llava.data.image_names import image_names
 from llava.data.images import image_path, image_size, load_image
-from llava.data.labels import TokenizedPrompt, tokenize_conversation
+from llava.data.labels import TokenizedPrompt, image_starts, refuse_cut_images, tokenize_conversation
 from llava.data.rows import Row, RowFiles
 from llava.data.tiling import ImageLength
-from llava.errors import BadSampleError, ImageCountError, NoTargetError, TokenBorderError
+from llava.errors import BadSampleError, ImageCountError, ImageCutError, NoTargetError, TokenBorderError
 
 
 class Kind(StrEnum):
@@ -35,6 +36,8 @@ class Kind(StrEnum):
     MISSING_IMAGE = "missing image"
     BROKEN_IMAGE = "broken image"
     IMAGE_COUNT = "image count"
+    IMAGE_CUT = "image cut off"
+    IMAGE_WORD = "image word"
     TOKEN_BORDER = "token border"
     NO_TARGET = "no target"
     TOO_LONG = "too long"
@@ -46,10 +49,12 @@ class Kind(StrEnum):
 EXPLANATIONS = {
     Kind.UNREADABLE_ROW: "no JSON, or no JSON object",
     Kind.BAD_TURNS: "the conversation is malformed, or its speakers do not take turns",
-    Kind.BAD_IMAGE_ENTRY: "'image' is neither a file name nor a list of file names",
+    Kind.BAD_IMAGE_ENTRY: "'image' is neither a file name nor a list of file names, or another key names images",
     Kind.MISSING_IMAGE: "the image file is missing or lies outside the image folder",
     Kind.BROKEN_IMAGE: "the image file cannot be read",
     Kind.IMAGE_COUNT: "the text has more or fewer <image> than the row has images",
+    Kind.IMAGE_CUT: "an image begins behind --model_max_length",
+    Kind.IMAGE_WORD: "a row without image says <image> within its text, which is trained on as a word",
     Kind.TOKEN_BORDER: "a token lies across the border of an answer",
     Kind.NO_TARGET: "there is no answer to train on",
     Kind.TOO_LONG: "the first answer begins behind --model_max_length",
@@ -58,7 +63,7 @@ EXPLANATIONS = {
     Kind.ANSWER_END: "no single token ends an answer of this template; a matter of --version, not of the rows",
 }
 
-TRAINABLE = frozenset({Kind.TRUNCATED, Kind.DUPLICATE_ID, Kind.ANSWER_END})
+TRAINABLE = frozenset({Kind.IMAGE_WORD, Kind.TRUNCATED, Kind.DUPLICATE_ID, Kind.ANSWER_END})
 """Kinds that training takes as they are; rows with any other stop it, or are left out (`--on_bad_sample skip`)."""
 
 ERROR_KINDS = {ImageCountError: Kind.IMAGE_COUNT, TokenBorderError: Kind.TOKEN_BORDER, NoTargetError: Kind.NO_TARGET}
@@ -214,7 +219,10 @@ class RowReports(Dataset[RowReport]):
         except BadSampleError as error:
             report.problems.append(Problem(ERROR_KINDS.get(type(error), Kind.BAD_TURNS), str(error)))
             return
-        positions, report.tokens = _positions(prompt, settings.image_lengths(row))
+        if not report.images and DEFAULT_IMAGE_TOKEN in prompt.prompt:
+            report.problems.append(Problem(Kind.IMAGE_WORD, f"{DEFAULT_IMAGE_TOKEN} in the text, and no image"))
+        lengths = settings.image_lengths(row)
+        positions, report.tokens = _positions(prompt, lengths)
         targets = [
             position for position, label in zip(positions, prompt.labels.tolist(), strict=True) if label != IGNORE_INDEX
         ]
@@ -223,7 +231,12 @@ class RowReports(Dataset[RowReport]):
         if report.cut == report.trained:
             message = f"the first answer begins at position {targets[0]}, a sample is cut at {settings.max_length}"
             report.problems.append(Problem(Kind.TOO_LONG, message))
-        elif report.cut:
+            return
+        try:
+            refuse_cut_images(image_starts(prompt.input_ids.tolist(), lengths), settings.max_length)
+        except ImageCutError as error:
+            report.problems.append(Problem(Kind.IMAGE_CUT, str(error)))
+        if report.cut:
             message = (
                 f"{report.cut} of {report.trained} trained tokens are cut off: {report.tokens} positions, "
                 f"a sample is cut at {settings.max_length}"

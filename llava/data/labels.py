@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, Piece, SeparatorStyle
-from llava.data.turns import Turn, excerpt, place_image, training_pieces, turn_text
-from llava.errors import ImageCountError, NoTargetError, TokenBorderError
+from llava.data.image_names import is_mark
+from llava.data.turns import SPEAKERS, Turn, excerpt, place_image, training_pieces, turn_text
+from llava.errors import ImageCountError, ImageCutError, NoTargetError, TokenBorderError
 from llava.runtime.tokenizer import encode_with_spans, starts_with_bos
 from llava.segments import Span
 
@@ -56,7 +57,8 @@ def tokenize_conversation(
         turns: turns in the order of the data file.
         tokenizer: see `load_tokenizer`.
         template: template without messages.
-        image_count: number of images of the sample; with 0 `<image>` is a word like any other.
+        image_count: number of images of the sample; with 0 `<image>` is a word like any other, unless it stands where a
+            mark does (`is_mark`).
         mm_use_im_start_end: write `<im_start>` and `<im_end>` around each image.
         max_length: longest sample in tokens. One without image is cut here; one with images is cut later, by the
             collator and once more when each image has become `patches_per_image` embeddings.
@@ -64,10 +66,13 @@ def tokenize_conversation(
 
     Raises:
         BadSampleError: the turns are malformed or do not alternate, the number of `<image>` differs from the number
-            of images, a token lies across the border of an answer, or no target lies within `max_length`.
+            of images, a token lies across the border of an answer, no target lies within `max_length`, or an image
+            begins after it.
     """
     texts = [turn_text(turn, number) for number, turn in enumerate(turns)]
-    if image_count:
+    if not image_count:
+        refuse_blind_marks(turns, texts)
+    else:
         texts = [place_image(text, image_count, template, mm_use_im_start_end) for text in texts]
     pieces = training_pieces([turn["from"] for turn in turns], texts, template)
     prompt = "".join(piece.text for piece in pieces)
@@ -81,8 +86,50 @@ def tokenize_conversation(
     ids, spans = _encode(prompt, tokenizer, has_images, not template.writes_bos)
     labels = _labels(ids, spans, pieces, prompt)
     _check_target(ids, labels, prompt, max_length, patches_per_image)
+    if max_length is not None:
+        refuse_cut_images(image_starts(ids, patches_per_image), max_length)
     end = None if has_images else max_length
     return TokenizedPrompt(torch.tensor(ids[:end]), torch.tensor(labels[:end]), prompt, spans[:end])
+
+
+def refuse_blind_marks(turns: Sequence[Turn], texts: Sequence[str]) -> None:
+    """Refuse marks in a row without image.
+
+    Raises:
+        ImageCountError: a turn of the user begins or ends with `<image>`.
+    """
+    for number, (turn, text) in enumerate(zip(turns, texts, strict=True)):
+        if turn["from"] == SPEAKERS[0] and is_mark(text):
+            raise ImageCountError(
+                f"{text.count(DEFAULT_IMAGE_TOKEN)} {DEFAULT_IMAGE_TOKEN} in turn {number} but 0 image(s) in the "
+                f"sample; name the image as 'image', or remove {DEFAULT_IMAGE_TOKEN}. The turn is: {excerpt(text, 0)}"
+            )
+
+
+def image_starts(ids: Sequence[int], patches_per_image: int | Sequence[int]) -> list[int]:
+    """Position at which each image of a prompt begins, once every image has its full length.
+
+    Args:
+        ids: T token ids; each image is one `IMAGE_TOKEN_INDEX`.
+        patches_per_image: embeddings per image, or those of each image.
+    """
+    marks = [position for position, index in enumerate(ids) if index == IMAGE_TOKEN_INDEX]
+    lengths = [patches_per_image] * len(marks) if isinstance(patches_per_image, int) else list(patches_per_image)
+    return [mark - number + sum(lengths[:number]) for number, mark in enumerate(marks)]
+
+
+def refuse_cut_images(starts: Sequence[int], max_length: int) -> None:
+    """Refuse a sample that ends before one of its images begins.
+
+    Raises:
+        ImageCutError: it does; the message says which image.
+    """
+    for number, start in enumerate(starts, start=1):
+        if start >= max_length:
+            raise ImageCutError(
+                f"image {number} of {len(starts)} begins at position {start}, but a sample is cut at {max_length} "
+                "(--model_max_length), so it would be cut off"
+            )
 
 
 def _encode(

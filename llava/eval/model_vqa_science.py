@@ -18,7 +18,7 @@ from llava.data.images import load_image
 from llava.errors import BadSampleError
 from llava.eval.answering.answers import Task
 from llava.eval.answering.options import add_model_options, add_question_options, add_sampling_options, answer_questions
-from llava.eval.answering.questions import field, read_json
+from llava.eval.answering.questions import field, images_of, read_json
 from llava.eval.scoring.mmbench import INSTRUCTIONS
 from llava.runtime.program import run_program
 
@@ -43,7 +43,7 @@ def read_tasks(path: str | Path, *, single_pred_prompt: bool = False) -> list[Ta
         if not turns:
             raise BadSampleError(f"{where}: the conversation has no turn")
         text = field(turns[0], "value", (str,), where).replace(DEFAULT_IMAGE_TOKEN, "").strip() + instruction
-        images = (field(row, "image", (str,), where),) if "image" in row else ()
+        images = images_of(row, where)
         shown = f"{DEFAULT_IMAGE_TOKEN}\n{text}" if images else text
         tasks.append(Task(field(row, "id", (str, int), where), text, shown, images, where))
     return tasks

@@ -6,7 +6,8 @@ import contextlib
 import importlib.util
 from pathlib import Path
 
-from llava.data.dataset import ON_BAD_SAMPLE, image_names
+from llava.data.dataset import ON_BAD_SAMPLE
+from llava.data.image_names import image_names
 from llava.data.pixels import ASPECT_RATIOS
 from llava.data.rows import RowFiles, open_rows
 from llava.data.tiling import MERGE_TYPES, parse_grid_pinpoints

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llava.data.image_names import image_names
 from llava.errors import BadSampleError, FlagError
 from llava.runtime.files import data_bytes
 
@@ -127,22 +128,23 @@ def _question(row: dict[str, Any], where: str) -> Question:
     return Question(
         question_id=field(row, "question_id", (int, str), where),
         text=field(row, "text", (str,), where),
-        images=_images(row, where),
+        images=images_of(row, where),
         category=str(row.get("category") or DEFAULT_CATEGORY),
         label=label,
         where=where,
     )
 
 
-def _images(row: dict[str, Any], where: str) -> tuple[str, ...]:
-    """`image` may be a name, a list of names, null or absent."""
-    value = row.get("image")
-    if value is None:
-        return ()
-    names = value if isinstance(value, list) else [value]
-    if not all(isinstance(name, str) and name for name in names):
-        raise BadSampleError(f"{where}: 'image' must be a file name or a list of file names, found {value!r}")
-    return tuple(names)
+def images_of(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """Names of the images of a row, by the keys that training reads (`llava/data/image_names.py`).
+
+    Raises:
+        BadSampleError: as `image_names`; the message names the row.
+    """
+    try:
+        return tuple(image_names(row))
+    except BadSampleError as error:
+        raise BadSampleError(f"{where}: {error}") from error
 
 
 def split_list(items: Sequence[T], num_chunks: int) -> list[Sequence[T]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import BadSampleError
+from llava.eval.answering.questions import images_of
 from llava.runtime.files import data_text
 
 
@@ -71,11 +72,8 @@ def _conversation(row: Any, index: int, where: str) -> ReferenceConversation:
     texts = [turn.get("value") for turn in turns]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise BadSampleError(f"{where}: a turn has no text in 'value'")
-    image = row.get("image")
-    images = [] if image is None else image if isinstance(image, list) else [image]
-    if not all(isinstance(name, str) and name for name in images):
-        raise BadSampleError(f"{where}: 'image' must be a file name or a list of file names, found {image!r}")
+    images = images_of(row, where)
     # The marker is put where the program wants it, whatever place the file gives it.
     plain = [text.replace(DEFAULT_IMAGE_TOKEN, "").strip() for text in texts]
     pairs = tuple(Turn(question, reference) for question, reference in zip(plain[::2], plain[1::2], strict=True))
-    return ReferenceConversation(row.get("id", index), tuple(images), pairs, where)
+    return ReferenceConversation(row.get("id", index), images, pairs, where)

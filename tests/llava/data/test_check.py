@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from llava.data.check import build_parser, main, settings_of
-from llava.data.dataset import image_names
+from llava.data.image_names import image_names
 from llava.data.inspection import Kind, RowReport, RowReports
 from llava.data.rows import open_rows
 from llava.data.statistics import distribution, summarise
@@ -44,6 +44,17 @@ ROWS: list[tuple[set[Kind], Any]] = [
     ({Kind.BROKEN_IMAGE}, row("broken", "<image>", "A.", image="broken.png")),
     ({Kind.IMAGE_COUNT}, row("count", "<image> <image> <image>", "A.", image=["im0.png", "im0.png"])),
     ({Kind.NO_TARGET}, row("empty", "Hi", "")),
+    (set(), row("images", "<image>\nWhat?", "A bus.", images=["im0.png"])),
+    ({Kind.BAD_IMAGE_ENTRY}, row("path", "<image>\nWhat?", "A bus.", image_path="im0.png")),
+    ({Kind.BAD_IMAGE_ENTRY}, row("video", "<image>\nWhat?", "A bus.", video="im0.mp4")),
+    ({Kind.BAD_IMAGE_ENTRY}, row("two keys", "<image>\nWhat?", "A bus.", image="im0.png", images=["im1.png"])),
+    ({Kind.IMAGE_COUNT}, row("no image", "<image>\nWhat?", "A bus.")),
+    ({Kind.IMAGE_COUNT}, row("no mark", "What?", "A bus.", image="im0.png")),
+    ({Kind.IMAGE_WORD}, row("word", "Where does <image> belong in RSS?", "In <channel>.")),
+    (
+        {Kind.IMAGE_CUT, Kind.TRUNCATED},
+        row("cut", "<image> First", "Yes.", LONG + "<image> Second", "No.", image=["im0.png", "im0.png"]),
+    ),
     ({Kind.TOO_LONG}, row("long question", LONG, "A.")),
     ({Kind.TRUNCATED}, row("long answer", "Hi", LONG)),
     ({Kind.DUPLICATE_ID}, row("good", "Hi", "Hello again")),
@@ -85,13 +96,13 @@ def test_every_problem_is_reported_with_its_row(workers: int, data: list[Path], 
     for entry in found["list"]:
         by_row.setdefault((entry["file"], entry["row"]), set()).add(entry["kind"])
     expected = {(str(data[index >= 6]), index - 6 * (index >= 6)): kinds for index, (kinds, _) in enumerate(ROWS)}
-    expected[str(data[1]), 9] = {Kind.UNREADABLE_ROW}
+    expected[str(data[1]), len(ROWS) - 6] = {Kind.UNREADABLE_ROW}
     assert by_row == {where: kinds for where, kinds in expected.items() if kinds}
-    assert found["files"] == {str(data[0]): 6, str(data[1]): 10}
+    assert found["files"] == {str(data[0]): 6, str(data[1]): len(ROWS) - 5}
     assert found["problems"][Kind.MISSING_IMAGE] == 3
-    assert sum(found["problems"].values()) == len(found["list"]) == 15
+    assert sum(found["problems"].values()) == len(found["list"]) == sum(len(kinds) for kinds, _ in ROWS) + 1
     messages = {(entry["row"], entry["kind"]): entry["message"] for entry in found["list"]}
-    assert messages[7, Kind.DUPLICATE_ID] == f"the id 'good' is also that of {data[0]}, row 0"
+    assert messages[15, Kind.DUPLICATE_ID] == f"the id 'good' is also that of {data[0]}, row 0"
 
 
 def test_what_passes_the_check_is_what_training_takes(data: list[Path], tmp_path: Path) -> None:
@@ -104,7 +115,7 @@ def test_what_passes_the_check_is_what_training_takes(data: list[Path], tmp_path
     stopping = {
         (entry["file"], entry["row"])
         for entry in json.loads((tmp_path / "check.json").read_text())["list"]
-        if entry["kind"] not in (Kind.DUPLICATE_ID, Kind.TRUNCATED)
+        if entry["kind"] not in (Kind.DUPLICATE_ID, Kind.TRUNCATED, Kind.IMAGE_WORD)
     }
     options = command_line(tmp_path / "out", image_folder=data[0].parent / "images", model_max_length=120)
     dataset = build_run(parse_args([*options, "--data_path", *map(str, data)])).dataset

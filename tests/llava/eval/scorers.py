@@ -24,7 +24,7 @@ from llava.eval import (
     score,
     summarize_gpt_review,
 )
-from llava.eval.scoring import mmbench, submission
+from llava.eval.scoring import mmbench, reviews, submission
 from mma.lavin.scoring import mme as lavin_mme
 from mma.lavin.scoring import scienceqa as lavin_scienceqa
 from tests.llava.eval import benchmark_data
@@ -94,7 +94,8 @@ def review(data: Path, answers: Path, out: Path) -> None:
         bench / "rule.json",
     ]
     words = [*files, "--answer-list", answers, answers, "--output", out / "reviews.jsonl"]
-    eval_gpt_review_bench.read_requests(eval_gpt_review_bench.build_parser().parse_args(list(map(str, words))))
+    args = eval_gpt_review_bench.build_parser().parse_args(list(map(str, words)))
+    reviews.read_requests(args, prefix="llava_bench_")
 
 
 def texts(answers: Path) -> dict[str, str]:
