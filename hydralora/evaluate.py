@@ -28,6 +28,7 @@ from llava.runtime.finite_logits import LogitsWatch, are_sound, no_answer
 from llava.runtime.hub import local_folder
 from llava.runtime.places import Input, refuse_additions, refuse_file
 from llava.runtime.program import run_program
+from llava.runtime.weights.base_weights import GENERATION_FILE
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -36,7 +37,7 @@ MODEL_TYPE = "hydralora"
 SHOWN = 80
 """Characters of a question in a message."""
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.*", GENERATION_FILE)
 
 
 class AdaptedModel:

@@ -29,6 +29,7 @@ from hydralora.text.training import (
     add_adapter,
     load_base,
     load_tokenizer,
+    record_end,
     require_adapter,
 )
 from hydralora.tuner.original import OUR_WEIGHTS
@@ -141,6 +142,7 @@ def build_run(args: RunArguments, resumed: Resumption | None = None) -> TextRun:
         model.print_trainable_parameters()
     trainer = HydraLoraTrainer(
         balance_weight=model.active_peft_config.balance_weight,
+        ends=record_end(model, tokenizer, training.should_log),
         model=model,
         args=training,
         train_dataset=train,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -30,9 +30,10 @@ from llava.runtime.hub import TOKENIZER_FILES, local_folder
 from llava.runtime.partition import fetch
 from llava.runtime.quantization import choose_cpu_kernels, quantisation_config
 from llava.runtime.resumable_trainer import ResumableTrainer
+from llava.runtime.tokenizer import add_ends
 from llava.runtime.tokenizer import load_tokenizer as read_tokenizer
 from llava.runtime.weights.adapter_counts import check_adapter
-from llava.runtime.weights.base_weights import read_base
+from llava.runtime.weights.base_weights import GENERATION_FILE, read_base
 from llava.runtime.weights.completeness import RUN_FILE, require
 from llava.runtime.weights.torch_files import check_weights
 from llava.runtime.weights.weight_files import check_base
@@ -139,6 +140,23 @@ def add_adapter(base: nn.Module, args: RunArguments) -> PeftModel:
     return get_peft_model(base, config)
 
 
+def record_end(model: PeftModel, tokenizer: Any, announce: bool) -> GenerationConfig | None:
+    """Make the token with which answers are trained to end also end generation.
+
+    Returns:
+        What the adapter's folder has to say of it; None if the base's `generation_config.json` names the token.
+    """
+    config, end = getattr(model, "generation_config", None), tokenizer.eos_token_id
+    if config is None or not add_ends(config, [end]):
+        return None
+    if announce:
+        print(
+            f"answers are trained to end with {tokenizer.eos_token!r} (token {end}), at which generation did not end "
+            f"by the base's generation_config; {GENERATION_FILE} in the adapter's folder adds it"
+        )
+    return GenerationConfig(eos_token_id=config.eos_token_id)
+
+
 def link_adapter(source: Path, target: Path) -> None:
     """Put the adapter and tokenizer files of `source` under `target` too, without storing them twice.
 
@@ -146,7 +164,7 @@ def link_adapter(source: Path, target: Path) -> None:
     """
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
-        if path.is_file() and any(path.match(pattern) for pattern in ("adapter_*", *TOKENIZER_FILES)):
+        if path.is_file() and any(path.match(pattern) for pattern in ("adapter_*", GENERATION_FILE, *TOKENIZER_FILES)):
             copy = target / path.name
             copy.unlink(missing_ok=True)
             try:
@@ -171,9 +189,9 @@ def require_adapter(checkpoint: Path) -> None:
 class HydraLoraTrainer(ResumableTrainer):
     """Trainer that adds the balance loss and logs expert utilization, by task where the data has tasks."""
 
-    def __init__(self, *, balance_weight: float, **kwargs: Any) -> None:
+    def __init__(self, *, balance_weight: float, ends: GenerationConfig | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.balance_weight = balance_weight
+        self.balance_weight, self.ends = balance_weight, ends
         self.statistics = TaskStatistics()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -188,6 +206,8 @@ class HydraLoraTrainer(ResumableTrainer):
 
     def _write_model(self, folder: Path) -> None:
         """Write the adapter; under DeepSpeed in the optimizer's precision, not in that of the forward pass."""
+        if self.ends is not None and self.args.should_save:
+            self.ends.save_pretrained(folder)
         if not self.is_deepspeed_enabled:
             super()._write_model(folder)
             return

@@ -17,6 +17,7 @@ from llava.convert.hf_format import check_convertible, hf_config, hf_model, our_
 from llava.convert.hf_processor import hf_image_processor, hf_tokenizer
 from llava.convert.hf_reading import HfFolder, read_hf_folder
 from llava.convert.hf_template import chat_template, recognized_mode, takes_texts
+from llava.data.answer_end import answer_end, turn_end
 from llava.data.templates import template_of_mode
 from llava.data.trained_template import TEMPLATE_KEY, record_template, same_template
 from llava.errors import CheckpointError, FlagError
@@ -25,11 +26,12 @@ from llava.eval.answering.prompts import check_conv_mode, infer_conv_mode
 from llava.model.builder import base_folder, load_pretrained_model
 from llava.model.formats import TOWER_FOLDER, CheckpointContents, inspect_checkpoint, weight_file_names
 from llava.model.language_model.backbones import CLASSES
+from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.runtime.files import naming, read_json, reading
 from llava.runtime.hub import get_model_name_from_path, local_folder
 from llava.runtime.output import check_new, new_path
 from llava.runtime.program import errors_only
-from llava.runtime.tokenizer import LlamaTokenizer, check_pieces
+from llava.runtime.tokenizer import LlamaTokenizer, add_ends, check_pieces
 from llava.runtime.weights.base_weights import read_base
 from llava.runtime.weights.settings import Rule, check_settings
 
@@ -87,6 +89,7 @@ def to_hf(
         tokens.chat_template = template
         config = hf_config(model, image_token, record)
         pixels = hf_image_processor(image_processor, getattr(model.config, "image_aspect_ratio", None))
+        _export_end(model, tokenizer, mode)
         processor = LlavaProcessor(
             image_processor=pixels,
             tokenizer=tokens,
@@ -114,6 +117,14 @@ def exported_mode(wanted: str | None, checkpoint: str) -> str:
     guess = infer_conv_mode(get_model_name_from_path(checkpoint))
     fallback = Fallback("vicuna_v1" if guess in ("llava_v0", "llava_v1") else guess)
     return conv_mode_of_turns(fallback if wanted is None else wanted, checkpoint)
+
+
+def _export_end(model: LlavaForCausalLM, tokenizer: Any, mode: str) -> None:
+    """Make the exported generation_config name the token that ends an answer of the template, or say the text."""
+    end = answer_end(turn_end(template_of_mode(mode, tokenizer), tokenizer), tokenizer, model.generation_config)
+    add_ends(model.generation_config, end.ids)
+    if end.texts:
+        print(f"answers of '{mode}' end with {end.texts[0]!r}, which is not a token: use it as a stop string")
 
 
 def from_hf(

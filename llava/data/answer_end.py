@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
@@ -19,7 +18,7 @@ from llava.conversation import TOKENIZER_VERSION, Conversation, SeparatorStyle, 
 from llava.data.templates import VERSIONS_WITHOUT_TEMPLATE, select_template
 from llava.data.turns import SPEAKERS, training_pieces
 from llava.errors import BadSampleError, FlagError
-from llava.runtime.tokenizer import encode_with_spans
+from llava.runtime.tokenizer import encode_with_spans, eos_ids
 
 QUESTION = f"{DEFAULT_IMAGE_TOKEN}\nquestion"
 ANSWER = "answer"
@@ -113,12 +112,6 @@ def turn_end(template: Conversation, tokenizer: PreTrainedTokenizerBase) -> Turn
     token = ends[0][0] if ends and ends[0][0] == found[0][0] else None
     words = prompt[first : ends[0][1] if ends else first + len(text)].strip()
     return TurnEnd(text, tuple(names), token, trained, words)
-
-
-def eos_ids(config: GenerationConfig | None) -> list[int]:
-    """The tokens that end generation by a `generation_config`, which has one, a list, or none."""
-    ids = getattr(config, "eos_token_id", None)
-    return [] if ids is None else torch.as_tensor(ids).flatten().tolist()
 
 
 def answer_end(

@@ -29,7 +29,7 @@ from llava.model.formats import (
     read_tensors,
     weight_file_names,
 )
-from llava.model.generation_defaults import add_trained_end, read_ends
+from llava.model.generation_defaults import add_trained_end
 from llava.model.image_tokens import add_image_tokens, wanted_tokens
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.model.language_model.causal_lm import LlavaForCausalLM
@@ -41,7 +41,7 @@ from llava.runtime.offloading import is_offloaded, materialize
 from llava.runtime.program import errors_only
 from llava.runtime.quantization import choose_cpu_kernels, quantisation_config
 from llava.runtime.tokenizer import load_tokenizer
-from llava.runtime.weights.base_weights import read_base
+from llava.runtime.weights.base_weights import read_base, read_ends
 from llava.runtime.weights.run_file import latest
 from llava.runtime.weights.settings import LORA, check_settings
 from llava.runtime.weights.weight_files import check_base, weight_files

@@ -6,19 +6,15 @@ sampling, so a run would fail when it first saves full weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
 
 from llava.conversation import TOKENIZER_VERSION
-from llava.data.answer_end import eos_ids, turn_end
+from llava.data.answer_end import turn_end
 from llava.data.templates import template_of_mode
 from llava.data.trained_template import TEMPLATE_KEY
-from llava.runtime.weights.base_weights import check_generation
-
-GENERATION_FILE = "generation_config.json"
+from llava.runtime.tokenizer import add_ends
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 BEAMS = ("early_stopping", "length_penalty")
@@ -45,34 +41,6 @@ def mend_generation_config(model: Any, source: str) -> None:
         mended = GenerationConfig(**{name: values.get(name) for name in TOKENS})
     model.generation_config = mended
     print(f"{source}: its generation_config.json is invalid and could not be saved; left out: {', '.join(idle)}")
-
-
-def add_ends(config: GenerationConfig, ids: Sequence[int]) -> list[int]:
-    """Make generation end at each of `ids`, in addition to what it ends at; returns those that are new.
-
-    A configuration that names them all is left as it is.
-    """
-    present = eos_ids(config)
-    new = [token for token in ids if token not in present]
-    if new:
-        ends = [*present, *new]
-        config.eos_token_id = ends if len(ends) > 1 else ends[0]
-    return new
-
-
-def read_ends(config: GenerationConfig, folder: Path) -> None:
-    """Make generation end at what a checkpoint without full weights was trained to end its answers with.
-
-    Args:
-        config: of the base; changed.
-        folder: of the checkpoint. Those of upstream and of earlier versions do not say.
-
-    Raises:
-        CheckpointError: its file cannot be read, or has an impossible value.
-    """
-    if (folder / GENERATION_FILE).is_file():
-        check_generation(folder)
-        add_ends(config, eos_ids(GenerationConfig.from_pretrained(folder)))
 
 
 def add_trained_end(model: Any, tokenizer: Any) -> None:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import sentencepiece
-from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizer, PreTrainedTokenizerBase
 
 from llava.errors import CheckpointError
 from llava.runtime.files import read_json, reading, refuse_pointers
@@ -288,3 +289,22 @@ def encode_with_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[li
 def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """True if the tokenizer puts `<s>` in front of every text."""
     return tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def eos_ids(config: GenerationConfig | None) -> list[int]:
+    """The tokens that end generation by a `generation_config`, which has one, a list, or none."""
+    ids = getattr(config, "eos_token_id", None)
+    return [] if ids is None else torch.as_tensor(ids).flatten().tolist()
+
+
+def add_ends(config: GenerationConfig, ids: Sequence[int]) -> list[int]:
+    """Make generation end at each of `ids`, in addition to what it ends at; returns those that are new.
+
+    A configuration that names them all is left as it is.
+    """
+    present = eos_ids(config)
+    new = [token for token in ids if token not in present]
+    if new:
+        ends = [*present, *new]
+        config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    return new

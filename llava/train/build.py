@@ -24,7 +24,7 @@ from llava.extension import installed_extensions
 from llava.model.checkpoint import copy_tensors
 from llava.model.components import Component, components
 from llava.model.formats import IMAGE_TOKENS_FILE, NEWLINE, projector_file, read_projector
-from llava.model.generation_defaults import add_ends, mend_generation_config
+from llava.model.generation_defaults import mend_generation_config
 from llava.model.image_tokens import (
     BORDER_TOKENS,
     add_image_tokens,
@@ -38,6 +38,7 @@ from llava.model.loss import LossReduction
 from llava.model.multimodal_encoder.stored import is_stored_tower, stored_tower
 from llava.runtime.program import errors_only
 from llava.runtime.quantization import choose_cpu_kernels, quantisation_config
+from llava.runtime.tokenizer import add_ends
 from llava.runtime.weights.base_weights import read_base
 from llava.runtime.weights.weight_files import check_base
 from llava.runtime.zero import same_draws, set_precision, zero_stage

@@ -18,10 +18,13 @@ from transformers import GenerationConfig
 from llava.errors import CheckpointError, FlagError, LlavaError
 from llava.runtime.files import read_json, reading
 from llava.runtime.offloading import check_quantised_map, computed_map
+from llava.runtime.tokenizer import add_ends, eos_ids
 from llava.runtime.weights.derived import check_derived
 from llava.runtime.weights.settings import GENERATION, check_settings
 from llava.runtime.weights.tensors import Entry, check_dtype, check_finite
 from llava.runtime.weights.weight_files import weights_of
+
+GENERATION_FILE = "generation_config.json"
 
 
 def _nobodys(name: str) -> bool:
@@ -120,11 +123,26 @@ def check_generation(folder: Path) -> None:
     Raises:
         CheckpointError: names it.
     """
-    path = folder / "generation_config.json"
+    path = folder / GENERATION_FILE
     if path.is_file():
         check_settings(read_json(path), GENERATION, path)
         with reading(path):
             GenerationConfig.from_pretrained(folder)
+
+
+def read_ends(config: GenerationConfig, folder: Path) -> None:
+    """Make generation end at what a checkpoint without full weights was trained to end its answers with.
+
+    Args:
+        config: of the base; changed.
+        folder: of the checkpoint. Those of upstream and of earlier versions do not say.
+
+    Raises:
+        CheckpointError: its file cannot be read, or has an impossible value.
+    """
+    if (folder / GENERATION_FILE).is_file():
+        check_generation(folder)
+        add_ends(config, eos_ids(GenerationConfig.from_pretrained(folder)))
 
 
 def expected_weights(cls: Any, config: Any, folder: Path) -> dict[str, nn.Parameter]:

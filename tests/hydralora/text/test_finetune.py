@@ -29,6 +29,7 @@ from hydralora.finetune import build_run, main, parse_args
 from hydralora.text.arguments import build_parser
 from hydralora.text.options import number_of_experts
 from hydralora.text.training import link_adapter
+from hydralora.tuner.loading import load_adapter
 from hydralora.tuner.original import to_original
 from llava.errors import FlagError
 from llava.runtime import checkpointing
@@ -161,6 +162,25 @@ def test_the_originals_run(optimizer: str, folder: Path, tmp_path: Path) -> None
         assert (distances > 1e-5).sum() <= 60  # measured: 48 of 4640, by 4e-4 at most
         assert distances.max() < 6e-4
     assert any(not torch.allclose(expected[key], start[key], atol=1e-4) for key in expected), "the run must move them"
+
+
+def test_generation_ends_where_trained_answers_do(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A base whose generation_config names another token: the adapter's folder adds the one of the training."""
+    base = tmp_path / "base"
+    shutil.copytree(folder / "base", base)
+    path = base / "generation_config.json"
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    for named, ends in (([5], [5, 2]), ([5, 2], None)):
+        path.write_text(json.dumps(settings | {"eos_token_id": named}))
+        output = tmp_path / f"out-{len(named)}"
+        adapter = main(command_line(folder, output, model_name_or_path=base, max_steps=1, save_steps=1))
+        assert ("'</s>' (token 2), at which generation did not end" in capsys.readouterr().out) == (ends is not None)
+        for place in (adapter, output / "checkpoint-1" / "sft_lora_model"):
+            assert (place / "generation_config.json").is_file() == (ends is not None)
+            model = AutoModelForCausalLM.from_pretrained(base)
+            assert load_adapter(model, place).generation_config.eos_token_id == (ends or named)
 
 
 def test_the_files_of_the_original_are_there(folder: Path, tmp_path: Path) -> None:

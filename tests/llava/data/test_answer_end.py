@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from llava.data.answer_end import AnswerEnd, answer_end, end_problem, eos_ids, fitting_versions, turn_end
+from llava.data.answer_end import AnswerEnd, answer_end, end_problem, fitting_versions, turn_end
 from llava.data.check import main as check
 from llava.data.templates import select_template
 from llava.eval.answering.generation import EndsAtText, ending_arguments
+from llava.runtime.tokenizer import eos_ids
 from tests.golden import golden_dir
 from tests.llava.data.test_chat_template import CHATML, STRICT, WITH_BLOCKS
 from tests.llava.runtime.tokenizers import make_tokenizer

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from llava.convert.hf import to_hf
 from llava.eval.model_vqa_loader import main as answer
 from llava.model.builder import load_pretrained_model
 from llava.model.full_weights import write_full_weights
@@ -56,6 +57,9 @@ def test_checkpoints_carry_the_end_of_the_template(
     (out / "generation_config.json").write_text(json.dumps(saved | {"eos_token_id": ends[0]}))
     _, model, _, _ = load_pretrained_model(str(out), None if recipe == "full" else str(base), device="cpu")
     assert model.generation_config.eos_token_id == ends
+    if recipe == "full":
+        to_hf(out, tmp_path / "hf", conv_mode="chatml_direct")
+        assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == ends
     if recipe == "lora":
         write_full_weights(out, tmp_path / "merged", str(base))
         assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"] == ends
@@ -89,6 +93,11 @@ def test_a_trained_model_stops(
     base = save_qwen(tmp_path / "base", end)
     main(command_line(tmp_path / "out", model_name_or_path=base, version=version, **options, **rate))
     out = capsys.readouterr().out
+    if warns:
+        to_hf(tmp_path / "out", tmp_path / "hf", conv_mode="v1")
+        assert (
+            "answers of 'v1' end with '</s>', which is not a token: use it as a stop string" in capsys.readouterr().out
+        )
     warning = "answer end  --version v1: an answer ends with '</s>', which is not one end token"
     assert (warning in out) == warns
     assert not warns or out.index(warning) < out.index("base  ") < out.index("training  ")
