@@ -17,10 +17,11 @@ from pathlib import Path
 
 from llava.convert.hf import DTYPES, from_hf, to_hf
 from llava.convert.original import export_original
+from llava.runtime.files import read_json
 from llava.runtime.program import run_program
 
 SERVING = """written: {folder}
-in Python: transformers.LlavaForConditionalGeneration.from_pretrained("{folder}"), with its AutoProcessor
+in Python: transformers.{name}.from_pretrained("{folder}"), with its AutoProcessor
 vLLM:      vllm serve {folder}
 SGLang:    python -m sglang.launch_server --model-path {folder}"""
 
@@ -42,7 +43,7 @@ def add_hf_options(parser: argparse.ArgumentParser) -> None:
 def write_hf(args: argparse.Namespace) -> Path:
     """Run `to-hf` and print how to serve the folder."""
     written = to_hf(args.checkpoint, args.output, args.model_base, args.dtype, args.conv_mode)
-    print(SERVING.format(folder=written))
+    print(SERVING.format(folder=written, name=read_json(written / "config.json")["architectures"][0]))
     return written
 
 
@@ -63,7 +64,7 @@ COMMANDS: dict[str, tuple[str, str, Callable[[argparse.Namespace], Path]]] = {
     "to-hf": ("a checkpoint to transformers' format", ANY_CHECKPOINT, write_hf),
     "from-hf": (
         "transformers' format to ours",
-        "folder with a LlavaForConditionalGeneration and its processor",
+        "folder with a LlavaForConditionalGeneration or LlavaNextForConditionalGeneration and its processor",
         _read_hf,
     ),
     "to-original": (

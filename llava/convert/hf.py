@@ -1,4 +1,4 @@
-"""Converting a LLaVA to transformers' own format (`LlavaForConditionalGeneration`, for vLLM, SGLang, ...) and back.
+"""Converting a LLaVA to transformers' own format (its LLaVA or LLaVA-NeXT, for vLLM, SGLang, ...) and back.
 
 `python -m llava.convert to-hf` and `from-hf` are the programs. LoRA is merged; what cannot be expressed is refused.
 """
@@ -9,12 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import AddedToken
 from transformers import LlavaConfig as HfConfig
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaNextConfig, LlavaNextProcessor, LlavaProcessor
 
 from llava.conversation import TOKENIZER_VERSION
-from llava.convert.hf_format import check_convertible, hf_config, hf_model, our_config, our_tensors, refuse_extensions
-from llava.convert.hf_processor import hf_image_processor, hf_tokenizer
+from llava.convert.hf_format import (
+    MODELS,
+    HfModel,
+    check_convertible,
+    hf_config,
+    hf_model,
+    our_config,
+    our_tensors,
+    refuse_extensions,
+)
+from llava.convert.hf_processor import added_tokens, hf_image_processor, hf_tokenizer, plain_tokens
 from llava.convert.hf_reading import HfFolder, read_hf_folder
 from llava.convert.hf_template import chat_template, recognized_mode, takes_texts
 from llava.data.answer_end import answer_end, turn_end
@@ -88,9 +98,11 @@ def to_hf(
         }
         tokens.chat_template = template
         config = hf_config(model, image_token, record)
-        pixels = hf_image_processor(image_processor, getattr(model.config, "image_aspect_ratio", None))
+        aspect_ratio = getattr(model.config, "image_aspect_ratio", None)
+        pixels = hf_image_processor(image_processor, aspect_ratio, getattr(config, "image_grid_pinpoints", None))
         _export_end(model, tokenizer, mode)
-        processor = LlavaProcessor(
+        processor_class = LlavaNextProcessor if isinstance(config, LlavaNextConfig) else LlavaProcessor
+        processor = processor_class(
             image_processor=pixels,
             tokenizer=tokens,
             patch_size=config.vision_config.patch_size,
@@ -156,6 +168,10 @@ def from_hf(
     aspect_ratio = image_aspect_ratio or ("pad" if source.image_settings.get("do_pad") else "square")
     vocab_size = source.record.get("vocab_size") or _vocabulary(source.tokenizer, source.config)
     ours = our_config(source.config, _select_feature(source), vocab_size, aspect_ratio, source.config_file)
+    if image_aspect_ratio and isinstance(source.config, LlavaNextConfig) and image_aspect_ratio != "anyres":
+        raise FlagError(
+            f"--image_aspect_ratio {image_aspect_ratio}: {source.folder} is a LLaVA-NeXT, whose images are anyres"
+        )
     if image_aspect_ratio:
         ours.image_aspect_ratio = image_aspect_ratio
     ours.mm_vision_tower = TOWER_FOLDER
@@ -165,7 +181,7 @@ def from_hf(
         tokenizer.chat_template = source.record["chat_template"]
     _record_template(ours, tokenizer, source, conv_mode)
     with errors_only():
-        model, missing = read_base(LlavaForConditionalGeneration, source.folder, source.config, dtype="auto")
+        model, missing = read_base(MODELS[type(source.config)], source.folder, source.config, dtype="auto")
     if missing:
         files = weight_file_names(source.folder)
         raise CheckpointError(f"{source.folder}: lacks the weights {sorted(missing)[:3]} in {files}")
@@ -237,15 +253,15 @@ def _tokenizer_settings(tokenizer: Any) -> dict[str, Any] | None:
     """What the SentencePiece model alone does not say."""
     if not isinstance(tokenizer, LlamaTokenizer):
         return None
-    new = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if i >= tokenizer.vocab_size}
     return {
         "legacy": tokenizer.legacy,
         "add_bos_token": tokenizer.add_bos_token,
         "add_eos_token": tokenizer.add_eos_token,
         "model_max_length": tokenizer.model_max_length,
         "padding_side": tokenizer.padding_side,
-        "pad_token": tokenizer.pad_token,
-        "added": [new[index] for index in sorted(new)],
+        **{name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")},
+        "added": added_tokens(tokenizer),
+        "plain": plain_tokens(tokenizer),
     }
 
 
@@ -259,21 +275,33 @@ def _our_tokenizer(source: HfFolder) -> Any:
     if not path.is_file():
         return source.tokenizer
     settings = dict(record or {})
-    added = settings.pop("added", [])
+    added, plain = settings.pop("added", []), settings.pop("plain", [])
     named_in = source.config_file
     if record is None:
         named_in = source.folder / "tokenizer_config.json"
         stored = read_json(named_in)
         check_settings(stored, {"legacy": Rule("bool")}, named_in)
-        settings = {"legacy": stored.get("legacy"), "pad_token": "<unk>", "padding_side": "right"}
+        ends = {name: getattr(source.tokenizer, name) for name in ("bos_token", "eos_token")}
+        settings = {"legacy": stored.get("legacy"), "pad_token": "<unk>", "padding_side": "right"} | ends
+        stored_tokens = source.tokenizer.added_tokens_decoder
+        image = source.config.image_token_index
+        added = [stored_tokens[index].content for index in sorted(stored_tokens) if index < image]
+        plain = [name for name in plain_tokens(source.tokenizer) if name in added]
     check_pieces(path)
     with reading(named_in, "no tokenizer can be made with these settings"):
-        tokenizer = LlamaTokenizer(str(path), **settings)
-        tokenizer.add_tokens(added, special_tokens=True)
+        plainest = LlamaTokenizer(str(path))
+        known = {name: index for name, index in plainest.get_vocab().items() if index < plainest.vocab_size}
+        new = iter(range(plainest.vocab_size, plainest.vocab_size + len(added)))
+        decoder = {
+            known[name] if name in known else next(new): AddedToken(name, special=True, normalized=False)
+            for name in added
+        }
+        tokenizer = LlamaTokenizer(str(path), **settings, added_tokens_decoder=decoder)
+        tokenizer.add_tokens([name for name in added if name not in plain], special_tokens=True)
     return tokenizer
 
 
-def _vocabulary(tokenizer: Any, config: HfConfig) -> int:
+def _vocabulary(tokenizer: Any, config: HfConfig | LlavaNextConfig) -> int:
     """Rows that a LLaVA needs: all up to the image token, if nothing but special tokens stands behind it."""
     image, size = config.image_token_index, config.text_config.vocab_size
     added = tokenizer.added_tokens_decoder
@@ -291,9 +319,7 @@ def _select_feature(source: HfFolder) -> str:
     return "patch"
 
 
-def _save_language_model(
-    model: LlavaForConditionalGeneration, config: Any, vocab_size: int, folder: Path, config_file: Path
-) -> None:
+def _save_language_model(model: HfModel, config: Any, vocab_size: int, folder: Path, config_file: Path) -> None:
     """Full weights without the tower."""
     backbone = next(cls for cls in CLASSES if cls.config_class is type(config))
     tensors = our_tensors(model, vocab_size)

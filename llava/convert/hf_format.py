@@ -1,4 +1,4 @@
-"""Configuration and weights in transformers' own LLaVA format (`LlavaForConditionalGeneration`), and back.
+"""Configuration and weights in transformers' own formats (`LlavaForConditionalGeneration`, `LlavaNext...`), and back.
 
 The two hold the same modules under other names. What that format has no place for is kept in its `config.json` under
 `llava_extensions`, so that a round trip gives back the very checkpoint.
@@ -11,9 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LlavaForConditionalGeneration
+from transformers import (
+    GenerationConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+)
 from transformers import LlavaConfig as HfConfig
 
+from llava.data.tiling import parse_grid_pinpoints
 from llava.errors import CheckpointError, FlagError
 from llava.model.language_model.backbones import CLASSES
 from llava.model.language_model.causal_lm import LlavaForCausalLM
@@ -26,10 +32,18 @@ PREFIXES = (
     ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
     ("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
     ("model.vision_tower.vision_tower.", "model.vision_tower."),
+    ("model.image_newline", "model.image_newline"),
     ("lm_head.", "lm_head."),
     ("model.", "model.language_model."),
 )
 """Beginnings of names here and there; the first that fits counts."""
+
+HfModel = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
+MODELS = {HfConfig: LlavaForConditionalGeneration, LlavaNextConfig: LlavaNextForConditionalGeneration}
+"""Transformers' model by its configuration: images as one tile each, or as tiles of any resolution (LLaVA-NeXT)."""
+
+NEXT = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+"""Settings of a LLaVA that LLaVA-NeXT of transformers expresses: it always cuts, unpads and ends rows of tiles."""
 
 DERIVED = ("mm_vision_select_layer", "mm_vision_select_feature", "mm_hidden_size", "mm_projector_type")
 """Recorded settings that follow from the rest of `config.json` as well."""
@@ -91,14 +105,29 @@ def check_convertible(model: LlavaForCausalLM) -> None:
         raise FlagError(f"mm_vision_select_feature {tower.select_feature}: transformers' LLaVA has no such features")
     if config.mm_projector_type != "mlp2x_gelu":
         raise FlagError(f"mm_projector_type {config.mm_projector_type}: transformers' LLaVA has mlp2x_gelu alone")
-    if getattr(config, "mm_patch_merge_type", "flat") != "flat":
+    merge_type = getattr(config, "mm_patch_merge_type", "flat")
+    aspect_ratio = getattr(config, "image_aspect_ratio", None)
+    if is_next(config):
+        if tower.num_features != tower.num_patches:
+            raise FlagError(f"mm_vision_select_feature {tower.select_feature}: tiles with a class token are not merged")
+    elif merge_type != "flat" or aspect_ratio == "anyres":
         raise FlagError(
-            f"mm_patch_merge_type {config.mm_patch_merge_type}: transformers' LLaVA merges no tiles, and its LlavaNext "
-            "unpads them by other rules of rounding"
+            f"image_aspect_ratio {aspect_ratio} with mm_patch_merge_type {merge_type}: transformers has LLaVA with one "
+            f"tile for an image (flat), and LLaVA-NeXT with {NEXT}"
         )
 
 
-def hf_config(model: LlavaForCausalLM, image_token: int, record: dict[str, Any]) -> HfConfig:
+def is_next(config: Any) -> bool:
+    """Whether the counterpart of a LLaVA's configuration is LLaVA-NeXT."""
+    return all(getattr(config, name, None) == value for name, value in NEXT.items())
+
+
+def swapped(pinpoints: Any) -> list[list[int]]:
+    """Resolutions as (height, width) of those as (width, height), and back: transformers has the first."""
+    return [[second, first] for first, second in parse_grid_pinpoints(pinpoints)]
+
+
+def hf_config(model: LlavaForCausalLM, image_token: int, record: dict[str, Any]) -> HfConfig | LlavaNextConfig:
     """Configuration for the weights of `model`, with room for the image token.
 
     Args:
@@ -114,19 +143,21 @@ def hf_config(model: LlavaForCausalLM, image_token: int, record: dict[str, Any])
     vision = type(tower.loaded().config).from_dict(tower.loaded().config.to_dict())
     keeps_all_rows = tower.select_feature == "cls_patch" or not tower.shape.class_token
     settings = {key: value for key, value in ours.items() if key not in known and key not in _NOT_RECORDED}
-    return HfConfig(
+    tiles = {"image_grid_pinpoints": swapped(model.config.image_grid_pinpoints)} if is_next(model.config) else {}
+    return (LlavaNextConfig if tiles else HfConfig)(
         vision_config=vision,
         text_config=text,
         image_token_index=image_token,
         image_seq_length=tower.num_features,
         vision_feature_layer=tower.select_layer,
         vision_feature_select_strategy="full" if keeps_all_rows else "default",
+        **tiles,
         **{SETTINGS_KEY: {"settings": settings, "vocab_size": model.config.vocab_size} | record},
     )
 
 
 @torch.no_grad()
-def hf_model(model: LlavaForCausalLM, config: HfConfig, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+def hf_model(model: LlavaForCausalLM, config: HfConfig | LlavaNextConfig, dtype: torch.dtype) -> HfModel:
     """Transformers' model around the weights of ours; they are shared where the dtype is the same.
 
     The row of the image token is the mean of all others; generation never gives it.
@@ -141,7 +172,7 @@ def hf_model(model: LlavaForCausalLM, config: HfConfig, dtype: torch.dtype) -> L
         tensors[to_hf_name(name)] = value.to(dtype)
     config.dtype = dtype
     with torch.device("meta"):
-        result = LlavaForConditionalGeneration(config)
+        result = MODELS[type(config)](config)
     result.load_state_dict(tensors, assign=True)
     result.tie_weights()
     given = model.generation_config
@@ -150,7 +181,9 @@ def hf_model(model: LlavaForCausalLM, config: HfConfig, dtype: torch.dtype) -> L
     return result
 
 
-def our_config(config: HfConfig, select_feature: str, vocab_size: int, aspect_ratio: str, path: Path) -> Any:
+def our_config(
+    config: HfConfig | LlavaNextConfig, select_feature: str, vocab_size: int, aspect_ratio: str, path: Path
+) -> Any:
     """Configuration of a LLaVA here.
 
     Args:
@@ -188,8 +221,16 @@ def our_config(config: HfConfig, select_feature: str, vocab_size: int, aspect_ra
         "use_mm_proj": True,
         "image_aspect_ratio": aspect_ratio,
     }
+    if isinstance(config, LlavaNextConfig):
+        vision |= NEXT | {"image_grid_pinpoints": swapped(config.image_grid_pinpoints)}
     recorded = getattr(config, SETTINGS_KEY, {}).get("settings", {})
-    differing = [name for name in DERIVED if recorded.get(name, vision[name]) != vision[name]]
+    derived: tuple[str, ...] = DERIVED
+    if isinstance(config, LlavaNextConfig):
+        derived = (*DERIVED, *NEXT, "image_grid_pinpoints")
+        if "image_grid_pinpoints" in recorded:  # perhaps as text
+            pinpoints = swapped(swapped(recorded["image_grid_pinpoints"]))
+            recorded = recorded | {"image_grid_pinpoints": pinpoints}
+    differing = [name for name in derived if recorded.get(name, vision[name]) != vision[name]]
     if differing:
         raise CheckpointError(
             f"{path}: {differing} are {[recorded[name] for name in differing]} in '{SETTINGS_KEY}' and "
@@ -200,7 +241,7 @@ def our_config(config: HfConfig, select_feature: str, vocab_size: int, aspect_ra
     return ours
 
 
-def our_tensors(model: LlavaForConditionalGeneration, vocab_size: int) -> dict[str, Tensor]:
+def our_tensors(model: HfModel, vocab_size: int) -> dict[str, Tensor]:
     """Weights under our names, the rows behind the vocabulary cut off."""
     tensors = {from_hf_name(name): tensor for name, tensor in model.state_dict().items()}
     return {name: value[:vocab_size].clone() if name in TABLES else value for name, value in tensors.items()}

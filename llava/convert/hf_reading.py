@@ -1,4 +1,4 @@
-"""Reading a folder in transformers' own LLaVA format (`LlavaForConditionalGeneration`), each file checked first.
+"""Reading a folder in transformers' own format (its LLaVA or LLaVA-NeXT), each file checked first.
 
 transformers fills missing values by defaults and reports damaged files by many kinds of errors. Here every error names
 the file. What our own `to-hf` recorded in `config.json` is required as a whole where it is present.
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, LlavaNextConfig
 from transformers import LlavaConfig as HfConfig
 
-from llava.convert.hf_format import DERIVED, SETTINGS_KEY
-from llava.errors import CheckpointError
+from llava.convert.hf_format import DERIVED, SETTINGS_KEY, swapped
+from llava.errors import CheckpointError, FlagError
 from llava.model.multimodal_encoder.builder import KINDS
 from llava.model.multimodal_encoder.transformers_tower import TransformersTower, check_image_size
 from llava.model.settings import IMAGE_PROCESSOR, VISION_KEYS, VISION_TOWER
@@ -39,7 +39,7 @@ TOKENIZER_SETTINGS: Rules = {
     "add_eos_token": Rule("bool", required=True),
     "model_max_length": Rule("float", 1, 1e31, required=True),  # transformers writes 1e30 for no limit
     "padding_side": Rule("str", required=True, choices=("left", "right")),
-    "pad_token": Rule("str"),
+    **{name: Rule("str") for name in ("bos_token", "eos_token", "pad_token")},
 }
 """What `to-hf` records of a SentencePiece tokenizer."""
 
@@ -65,7 +65,7 @@ class HfFolder:
     """
 
     folder: Path
-    config: HfConfig
+    config: HfConfig | LlavaNextConfig
     record: Mapping[str, Any]
     tokenizer: Any
     image_settings: Mapping[str, Any]
@@ -107,15 +107,35 @@ def read_hf_folder(folder: Path) -> HfFolder:
     content = read_json(path)
     with reading(path):
         config = AutoConfig.from_pretrained(folder)
-    if not isinstance(config, HfConfig):
-        raise CheckpointError(f"{path}: says '{config.model_type}'; expected transformers' llava")
+    if not isinstance(config, HfConfig | LlavaNextConfig):
+        raise CheckpointError(f"{path}: says '{config.model_type}'; expected transformers' llava or llava_next")
     _check_config(content, path)
     check_weight_files(folder)
     tower_class = _tower_class(config, path)
     record = _checked_settings(content, path)
+    images = _image_settings(folder)
+    if isinstance(config, LlavaNextConfig):
+        _check_pinpoints(config, images, folder)
     tokenizer = _tokenizer(folder)
-    text = _chat_template(folder, tokenizer)
-    return HfFolder(folder, config, record, tokenizer, _image_settings(folder), tower_class, text)
+    return HfFolder(folder, config, record, tokenizer, images, tower_class, _chat_template(folder, tokenizer))
+
+
+def _check_pinpoints(config: LlavaNextConfig, images: Mapping[str, Any], folder: Path) -> None:
+    """Model and image processor must cut tiles for the same resolutions.
+
+    Raises:
+        CheckpointError: they differ, or are not sizes.
+    """
+    cut = images.get("image_grid_pinpoints")
+    try:
+        same = swapped(cut) == swapped(config.image_grid_pinpoints)
+    except FlagError as error:
+        raise CheckpointError(f"{folder / 'config.json'} or {_image_processor_file(folder)}: {error}") from error
+    if not same:
+        raise CheckpointError(
+            f"{_image_processor_file(folder)} cuts images for {cut}, but {folder / 'config.json'} has "
+            f"image_grid_pinpoints {config.image_grid_pinpoints}"
+        )
 
 
 def _check_config(content: Mapping[str, Any], path: Path) -> None:
@@ -157,13 +177,14 @@ def _checked_settings(content: Mapping[str, Any], path: Path) -> Mapping[str, An
     check_settings(record, {"chat_template": Rule("str")}, where)
     if tokenizer is not None:
         check_settings(tokenizer, TOKENIZER_SETTINGS, where)
-        added = tokenizer.get("added")
-        if not isinstance(added, list) or not all(isinstance(token, str) for token in added):
-            raise CheckpointError(f"{where}: the 'added' tokens of its tokenizer are not a list of texts")
+        for name in ("added", "plain"):  # earlier versions wrote the first alone
+            tokens = tokenizer.get(name, [] if name == "plain" else None)
+            if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+                raise CheckpointError(f"{where}: the '{name}' tokens of its tokenizer are not a list of texts")
     return record
 
 
-def _tower_class(config: HfConfig, path: Path) -> type[TransformersTower]:
+def _tower_class(config: HfConfig | LlavaNextConfig, path: Path) -> type[TransformersTower]:
     kind = config.vision_config.model_type
     tower_class = KINDS.get(kind)
     if tower_class is None or not issubclass(tower_class, TransformersTower):

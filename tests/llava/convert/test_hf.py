@@ -327,7 +327,10 @@ def test_hydralora_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[28, 56]]}, "anyres: .*LlavaNext"),
+        (
+            {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[28, 56]]},
+            "anyres with mm_patch_merge_type flat: .*LLaVA-NeXT",
+        ),
         ({"mm_patch_merge_type": "spatial"}, "mm_patch_merge_type spatial"),
     ],
 )
@@ -353,7 +356,7 @@ def test_refused_parts(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(CheckpointError, match="already exists"):
         to_hf(BASE, tmp_path / "there")
-    with pytest.raises(CheckpointError, match="expected transformers' llava"):
+    with pytest.raises(CheckpointError, match="expected transformers' llava or llava_next"):
         from_hf(LLAVA / "tiny-vicuna", tmp_path / "hf")
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         from_hf(tmp_path / "there", tmp_path / "hf")
