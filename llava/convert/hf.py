@@ -34,9 +34,10 @@ from llava.errors import CheckpointError, FlagError
 from llava.eval.answering.conv_mode import Fallback, conv_mode_of_turns
 from llava.eval.answering.prompts import check_conv_mode, infer_conv_mode
 from llava.model.builder import base_folder, load_pretrained_model
-from llava.model.formats import TOWER_FOLDER, CheckpointContents, inspect_checkpoint, weight_file_names
+from llava.model.formats import TOWER_FOLDER, inspect_checkpoint, weight_file_names
 from llava.model.language_model.backbones import CLASSES
 from llava.model.language_model.causal_lm import LlavaForCausalLM
+from llava.model.stored_dtype import DTYPES, stored_dtype
 from llava.runtime.files import naming, read_json, reading
 from llava.runtime.hub import get_model_name_from_path, local_folder
 from llava.runtime.output import check_new, new_path
@@ -44,8 +45,6 @@ from llava.runtime.program import errors_only
 from llava.runtime.tokenizer import LlamaTokenizer, add_ends, check_pieces
 from llava.runtime.weights.base_weights import read_base
 from llava.runtime.weights.settings import Rule, check_settings
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def to_hf(
@@ -79,7 +78,7 @@ def to_hf(
     refuse_extensions(sorted(contents.extensions))
     base = base_folder(contents, model_base)
     base = None if base is None else str(local_folder(base))
-    target = _stored_dtype(contents, base) if dtype == "auto" else DTYPES[dtype]
+    target = stored_dtype(base or contents.folder, "; give --dtype") if dtype == "auto" else DTYPES[dtype]
     loaded_in = torch.float32 if contents.adapter is not None else target
     tokenizer, model, image_processor, _ = load_pretrained_model(
         str(contents.folder), base, device="cpu", torch_dtype=loaded_in
@@ -236,17 +235,6 @@ def _record_template(config: Any, tokenizer: Any, source: HfFolder, wanted: str 
     template_of_mode(mode, tokenizer)  # refused where the tokenizer has no template of its own
     record_template(config, mode, tokenizer)
     print(f"template: --conv-mode {mode}")
-
-
-def _stored_dtype(contents: CheckpointContents, base: str | None) -> torch.dtype:
-    """Dtype that the configuration of the weights names; fp32 if it names none."""
-    content = read_json(Path(base or contents.folder) / "config.json")
-    name = content.get("dtype") or content.get("torch_dtype") or "float32"
-    if name not in DTYPES:
-        raise CheckpointError(
-            f"{base or contents.folder}: its weights are {name}; give --dtype, one of {sorted(DTYPES)}"
-        )
-    return DTYPES[name]
 
 
 def _tokenizer_settings(tokenizer: Any) -> dict[str, Any] | None:

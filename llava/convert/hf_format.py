@@ -23,6 +23,7 @@ from llava.data.tiling import parse_grid_pinpoints
 from llava.errors import CheckpointError, FlagError
 from llava.model.language_model.backbones import CLASSES
 from llava.model.language_model.causal_lm import LlavaForCausalLM
+from llava.model.multimodal_encoder.identity import DIGEST
 from llava.model.multimodal_encoder.transformers_tower import TransformersTower
 
 SETTINGS_KEY = "llava_extensions"
@@ -51,7 +52,7 @@ DERIVED = ("mm_vision_select_layer", "mm_vision_select_feature", "mm_hidden_size
 TABLES = ("lm_head.weight", "model.embed_tokens.weight")
 
 _NOT_RECORDED = frozenset(
-    {"model_type", "architectures", "transformers_version", "_name_or_path", "dtype", "extensions"}
+    {"model_type", "architectures", "transformers_version", "_name_or_path", "dtype", "extensions", DIGEST}
 )
 
 

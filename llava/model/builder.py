@@ -23,6 +23,7 @@ from llava.extension import Config, Extension, ImportedState, installed_extensio
 from llava.model.checkpoint import load_extension_tensors, load_trained
 from llava.model.components import Component, components
 from llava.model.formats import (
+    TOWER_FOLDER,
     CheckpointContents,
     inspect_checkpoint,
     projector_tensors,
@@ -114,7 +115,7 @@ def load_pretrained_model(
     if tokens:
         _check_image_tokens(tokenizer, tokens, contents)
         add_image_tokens(model, tokenizer, tokens)
-    near = [contents.folder, *([Path(base)] if base else [])]
+    near = [contents.folder, *([local_folder(base, (f"{TOWER_FOLDER}/*",))] if base else [])]
     image_processor = None
     stored = stored_tower(base or contents.folder) if contents.tower is None else None
     if getattr(model.config, "mm_vision_tower", None):  # a trained tower is read here, from inside the checkpoint

@@ -34,6 +34,7 @@ from llava.model.formats import (
 from llava.model.image_tokens import image_token_rows, load_image_tokens
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.model.multimodal_encoder.stored import fill, is_stored_tower, stored_tower
+from llava.model.tower_record import is_own, record_carried, record_named
 from llava.runtime.files import read_json
 from llava.runtime.partition import fetch, full_shape, whole
 from llava.runtime.weights.adapter_counts import check_adapter
@@ -88,7 +89,7 @@ def _collect(model: nn.Module, keep: bool) -> _Trained:
     if Component.LANGUAGE_MODEL not in trained:
         found.image_tokens = image_token_rows(llava, keep)
     tower = llava.get_vision_tower()
-    if Component.VISION_TOWER in trained or (found.weights and tower is not None and tower.is_from_elsewhere()):
+    if Component.VISION_TOWER in trained or (Component.LANGUAGE_MODEL in trained and is_own(tower)):
         own = {id(weight) for weight in parts[Component.VISION_TOWER].values()}  # and not what extensions added
         network = tower.loaded()
         found.tower = fetch({name: weight for name, weight in network.named_parameters() if id(weight) in own}, keep)
@@ -108,8 +109,8 @@ def save_checkpoint(model: nn.Module, folder: str | Path, tokenizer: Any = None,
     """Write everything that is trained, with all that is needed to load it again.
 
     A language model that is trained itself is written in full; otherwise only adapters, projector and extensions. A
-    frozen projector is written too if it is not that of the base, and with full weights a tower that was read from
-    those of the base and is not the one that is named.
+    frozen projector is written too if it is not that of the base, and with full weights a frozen tower that only a
+    checkpoint has. Other towers are named, with a digest.
 
     Args:
         model: LLaVA model or the PEFT model around it.
@@ -143,7 +144,9 @@ def save_checkpoint(model: nn.Module, folder: str | Path, tokenizer: Any = None,
         save_file(_portable(found.image_tokens), folder / IMAGE_TOKENS_FILE, {"format": "pt"})
     if found.tower:
         llava.get_vision_tower().save(folder / TOWER_FOLDER, found.tower)
-        config.mm_vision_tower = TOWER_FOLDER
+        record_carried(config, llava.get_vision_tower())
+    else:
+        record_named(config, llava.get_vision_tower(), alone=bool(found.weights))
     if isinstance(model, PeftModel):
         save_file(_portable(found.adapter), folder / "adapter_model.safetensors", {"format": "pt"})
         model.active_peft_config.save_pretrained(folder)

@@ -123,7 +123,8 @@ def _check_named(contents: CheckpointContents, config: Mapping[str, Any]) -> Non
     _check_extensions(contents, config)
     if (folder / TOWER_FOLDER).is_dir() and contents.tower is None:
         raise CheckpointError(f"{folder / TOWER_FOLDER}: contains none of {TOWER_MARKERS}, so it is not a vision tower")
-    if config.get("mm_vision_tower") == TOWER_FOLDER and contents.tower is None and (folder / RUN_FILE).is_file():
+    own = config.get("mm_vision_tower") == TOWER_FOLDER and contents.weights is not None  # else that of the base
+    if own and contents.tower is None and (folder / RUN_FILE).is_file():
         require(folder / TOWER_FOLDER / TOWER_MARKERS[0], config_file, "names the tower inside this folder")
     shards = sorted(path for pattern in SHARDS for path in folder.glob(pattern))
     if contents.weights is None and shards:

@@ -17,7 +17,9 @@ from llava.data.tiling import ImageLength, get_anyres_image_grid_shape
 from llava.errors import FlagError
 from llava.extension import ExtensionSet
 from llava.model.multimodal_encoder.base import VisionTower
-from llava.model.multimodal_encoder.builder import build_vision_tower, set_normalization
+from llava.model.multimodal_encoder.builder import set_normalization
+from llava.model.multimodal_encoder.identity import lasting_name
+from llava.model.multimodal_encoder.reading import read_tower
 from llava.model.multimodal_encoder.stored import StoredTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import SpliceOptions, splice
@@ -57,6 +59,7 @@ class LlavaMetaModel:
         near: Iterable[str | Path] = (),
         dtype: torch.dtype | None = None,
         stored: StoredTower | None = None,
+        identify: bool = False,
     ) -> VisionTower:
         """Read the tower named in the configuration, looking inside and beside the folders `near`.
 
@@ -64,16 +67,15 @@ class LlavaMetaModel:
             near: folders searched for a tower given by a relative name.
             dtype: of its weights; None: float32.
             stored: the tower in full weights, whose weights are read in place of those of the one that is named.
+            identify: compute the digest of its weights although the configuration has none to compare it with.
 
         Raises:
             CheckpointError: the tower cannot be found, or `stored` is not of its kind and shape.
+            FlagError: it has other weights than the configuration says.
         """
-        tower = build_vision_tower(self.config, near)
-        with torch.random.fork_rng(devices=[]):  # ZeRO-3 builds modules for real and would draw for each
-            tower.load_model(dtype, stored)
-        set_normalization(tower.image_processor, getattr(self.config, "mm_image_normalization", "tower"))
-        self.vision_tower = tower
-        return tower
+        self.vision_tower = read_tower(self.config, near, dtype, stored, identify)
+        set_normalization(self.vision_tower.image_processor, getattr(self.config, "mm_image_normalization", "tower"))
+        return self.vision_tower
 
     def initialize_vision_modules(
         self, model_args: Any, near: Iterable[str | Path] = (), stored: StoredTower | None = None
@@ -88,13 +90,15 @@ class LlavaMetaModel:
             stored: the tower in the base's full weights, which is kept.
         """
         config = self.config
-        config.mm_vision_tower = model_args.vision_tower
+        config.mm_vision_tower, config.mm_vision_tower_sha256 = model_args.vision_tower, None
         config.mm_vision_select_layer = model_args.mm_vision_select_layer
         config.mm_vision_select_feature = model_args.mm_vision_select_feature
         config.mm_patch_merge_type = model_args.mm_patch_merge_type
         config.mm_image_normalization = model_args.mm_image_normalization
         config.use_mm_proj = True
-        tower = self.load_vision_tower(near, stored=stored)
+        tower = self.load_vision_tower(near, stored=stored, identify=True)
+        config.mm_vision_tower = lasting_name(tower.vision_tower_name)
+        config.mm_vision_tower_sha256 = tower.digest
         width_changed = getattr(config, "mm_hidden_size", tower.hidden_size) != tower.hidden_size
         if self.mm_projector is not None and width_changed:
             raise FlagError(
@@ -121,6 +125,7 @@ class LlavaMetaModel:
         elif not hasattr(self, "image_newline"):
             width = self.config.hidden_size
             self.image_newline = nn.Parameter(torch.randn(width) / width**0.5)
+            self.has_new_projector = True  # a frozen one is written too, as nobody else has it
 
 
 class LlavaMetaForCausalLM:

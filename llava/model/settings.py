@@ -10,6 +10,8 @@ from llava.runtime.weights.settings import COUNT, SIZE, TOKEN, Rule, Rules
 
 VISION_KEYS: Rules = {
     "mm_vision_tower": Rule("str"),
+    "mm_vision_tower_sha256": Rule("str"),
+    "mm_vision_tower_from": Rule("str"),
     "mm_hidden_size": Rule("int", 1, SIZE),
     "mm_vision_select_layer": Rule("int", -COUNT, COUNT),
     "mm_vision_select_feature": Rule("str"),

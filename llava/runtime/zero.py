@@ -117,6 +117,21 @@ def same_draws(training: TrainingArguments) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def read_whole() -> Iterator[None]:
+    """Let transformers read models as without DeepSpeed: neither split over the processes nor rounded."""
+    from transformers.integrations import deepspeed as integration
+
+    reference = integration._hf_deepspeed_config_weak_ref
+    config = None if reference is None else reference()
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            integration.set_hf_deepspeed_config(config)
+
+
 def set_precision(model: nn.Module, training: TrainingArguments) -> None:
     """Trained weights in fp32; under DeepSpeed all weights in the one dtype that it computes in.
 

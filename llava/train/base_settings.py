@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 
 from llava.data.pixels import PLAIN_ASPECT_RATIOS
 from llava.data.tiling import parse_grid_pinpoints
-from llava.errors import CheckpointError, FlagError, LlavaError
+from llava.errors import CheckpointError, FlagError
 from llava.extension import RunOptions
-from llava.model.formats import projector_file
-from llava.model.multimodal_encoder.builder import resolve_vision_tower
+from llava.model.formats import TOWER_FOLDER, projector_file
+from llava.model.multimodal_encoder.identity import DIGEST
 from llava.runtime.files import read_json
 from llava.runtime.hub import local_folder
+from llava.runtime.weights.completeness import RUN_FILE
+from llava.train.base_tower import choose_tower
 
 CONFIG_FILE = "config.json"
-TEXT_ONLY = ("none", "None", "")
-"""Values of `--vision_tower` that mean no tower although the base has one."""
 
 
 class Setting(NamedTuple):
@@ -58,25 +58,31 @@ class BaseSettings:
         source: the folder or hub id; None for a plain language model.
         values: by the names of `SETTINGS`; empty for a plain language model.
         tower: `mm_vision_tower` as it is recorded there; None without one.
+        digest: of that tower's weights, if it is recorded.
+        remark: on a `--vision_tower` that was given, for the log.
     """
 
     source: str | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
     tower: str | None = None
+    digest: str | None = None
+    remark: str | None = None
 
 
-def read_config(name: str | Path, cache_dir: str | None = None) -> dict[str, Any]:
-    """The `config.json` of a folder or hub id; empty if there is none, which whoever reads the weights reports.
+def read_config(name: str | Path, cache_dir: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """Folder and `config.json` of a folder or hub id; empty if there is none, which whoever reads the weights reports.
+
+    A tower inside a model on a hub is fetched along.
 
     Raises:
         CheckpointError: the file is damaged.
     """
     try:
-        folder = local_folder(name, (CONFIG_FILE,), cache_dir=cache_dir)
+        folder = local_folder(name, (CONFIG_FILE, RUN_FILE, f"{TOWER_FOLDER}/*"), cache_dir=cache_dir)
     except CheckpointError:  # neither here nor on the hub: said where the weights are read
-        return {}
+        return Path(name), {}
     path = folder / CONFIG_FILE
-    return read_json(path) if path.is_file() else {}
+    return folder, read_json(path) if path.is_file() else {}
 
 
 def settings_of(config: Mapping[str, Any], source: str | Path) -> BaseSettings:
@@ -85,24 +91,28 @@ def settings_of(config: Mapping[str, Any], source: str | Path) -> BaseSettings:
         return BaseSettings()
     values = {name: config.get(name) for name in SETTINGS}
     values = {name: SETTINGS[name].absent if value is None else value for name, value in values.items()}
-    return BaseSettings(str(source), values, config["mm_vision_tower"])
+    return BaseSettings(str(source), values, config["mm_vision_tower"], config.get(DIGEST))
 
 
 def base_settings(args: RunOptions) -> BaseSettings:
     """The settings of `--model_name_or_path`; of a plain language model those that its projector was trained with.
 
+    Sets `--vision_tower` to the tower that the run uses.
+
     Raises:
-        CheckpointError: a `config.json` is damaged.
+        CheckpointError: a `config.json` is damaged, or there is no tower of the name that was given.
+        FlagError: see `choose_tower`.
     """
     model = args.model
-    base = model.model_name_or_path or ""
-    found = settings_of(read_config(base, args.training.cache_dir), base)
+    base = str(model.model_name_or_path or "")
+    folder, config = read_config(base, args.training.cache_dir)
+    found = replace(settings_of(config, base), remark=choose_tower(args, folder, config))
     if found.source is None and model.pretrain_mm_mlp_adapter:
         try:
             folder = projector_file(model.pretrain_mm_mlp_adapter).parent
         except CheckpointError:  # said by `checks.py`
             return found
-        found = settings_of(read_config(folder), folder)
+        found = settings_of(read_config(folder)[1], folder)
         return BaseSettings(found.source, found.values)  # the tower is frozen in stage 1, so the flag decides
     return found
 
@@ -114,13 +124,11 @@ def take_settings(args: RunOptions) -> None:
         args: before any extension has looked at them.
 
     Raises:
-        CheckpointError: a `config.json` is damaged.
+        CheckpointError, FlagError: see `base_settings`.
     """
     args.base = base_settings(args)
-    if args.model.vision_tower in TEXT_ONLY and "vision_tower" in args.given:
-        args.model.vision_tower, args.base = None, replace(args.base, values={})  # nothing is trained on images
-    elif args.model.vision_tower is None and args.base.tower is not None:
-        args.model.vision_tower = _found(args.base.tower, args.base.source)
+    if args.model.vision_tower is None:  # nothing is trained on images
+        args.base = replace(args.base, values={})
     for name, value in args.base.values.items():
         setting = SETTINGS[name]
         if name in args.given or value is None:
@@ -130,14 +138,6 @@ def take_settings(args: RunOptions) -> None:
                 continue
             value = value if isinstance(value, str) else str([tuple(size) for size in value])
         setattr(getattr(args, setting.part), name, value)
-
-
-def _found(tower: str, base: str | None) -> str:
-    """Where the tower that a base names is; the name itself where it is not found, which `build.py` reports."""
-    try:
-        return resolve_vision_tower(tower, [] if base is None else [base])
-    except LlavaError:
-        return tower
 
 
 def _same(name: str, one: Any, other: Any) -> bool:
@@ -154,7 +154,7 @@ def _same(name: str, one: Any, other: Any) -> bool:
 
 def changed_settings(args: RunOptions) -> list[str]:
     """Settings of a run that are not those of its base, a line each."""
-    lines = []
+    lines = [] if args.base.remark is None else [args.base.remark]
     for name, value in args.base.values.items():
         now = getattr(getattr(args, SETTINGS[name].part), name)
         if value is not None and not _same(name, value, now):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ from llava.data.markers import user_marker_ids
 from llava.data.templates import select_template
 from llava.data.tiling import check_grid_pinpoints
 from llava.data.trained_template import record_template
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, FlagError
 from llava.extension import installed_extensions
 from llava.model.checkpoint import copy_tensors
 from llava.model.components import Component, components
-from llava.model.formats import IMAGE_TOKENS_FILE, NEWLINE, projector_file, read_projector
+from llava.model.formats import IMAGE_TOKENS_FILE, NEWLINE, TOWER_FOLDER, projector_file, read_projector
 from llava.model.generation_defaults import mend_generation_config
 from llava.model.image_tokens import (
     BORDER_TOKENS,
@@ -35,6 +36,8 @@ from llava.model.image_tokens import (
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.model.loss import LossReduction
+from llava.model.multimodal_encoder.builder import resolve_vision_tower
+from llava.model.multimodal_encoder.identity import is_carried, lasting_name
 from llava.model.multimodal_encoder.stored import is_stored_tower, stored_tower
 from llava.runtime.program import errors_only
 from llava.runtime.quantization import choose_cpu_kernels, quantisation_config
@@ -114,11 +117,14 @@ def add_vision(model: LlavaForCausalLM, args: RunArguments) -> None:
     """Tower and projector, the latter with the weights of `--pretrain_mm_mlp_adapter` if given.
 
     Raises:
-        CheckpointError: tower or projector file is missing or does not fit.
+        CheckpointError: tower or projector file is missing or does not fit, or the tower that the base names has other
+            weights now.
     """
-    near = [args.model.model_name_or_path]
-    stored = stored_tower(args.model.model_name_or_path, args.training.cache_dir)
-    model.get_model().initialize_vision_modules(args.model, near, stored)
+    base = args.model.model_name_or_path
+    elsewhere = args.model.replace_vision_tower or is_carried(str(Path(base) / TOWER_FOLDER))
+    stored = None if elsewhere else stored_tower(base, args.training.cache_dir)
+    model.get_model().initialize_vision_modules(args.model, [base], stored)
+    check_same_tower(args, model.get_vision_tower())
     if args.model.pretrain_mm_mlp_adapter:
         source = projector_file(args.model.pretrain_mm_mlp_adapter)
         wanted, tensors = components(model)[Component.PROJECTOR], read_projector(source)
@@ -132,6 +138,41 @@ def add_vision(model: LlavaForCausalLM, args: RunArguments) -> None:
         model.get_vision_tower().to(dtype=weight_dtype(args))
     # Trained in fp32; a base loaded in half precision brings a projector in half precision along.
     model.get_model().mm_projector.to(torch.float32)
+
+
+def check_same_tower(args: RunArguments, tower: Any) -> None:
+    """Compare the weights of a tower with those that the base was trained with, as far as it recorded them.
+
+    Raises:
+        CheckpointError: they differ although no flag asked for another tower.
+    """
+    expected = args.base.digest
+    if expected is None or expected == tower.digest:
+        return
+    words = (
+        f"its weights have the SHA-256 {tower.digest[:16]}..., those that the base was trained with {expected[:16]}..."
+    )
+    if "vision_tower" not in args.given:
+        raise CheckpointError(
+            f"{tower.vision_tower_name}: {words}; name the tower of then by --vision_tower, or this one to use it"
+        )
+    say(args, "settings", f"--vision_tower {args.model.vision_tower}: {words}")
+
+
+def record_unread_tower(config: Any, args: RunArguments) -> None:
+    """Name the tower of a base that a run on text alone leaves unread, so that it resolves from anywhere.
+
+    Raises:
+        FlagError: the tower is in the full weights of the base, which checkpoints have to carry.
+    """
+    base = args.model.model_name_or_path
+    if stored_tower(base, args.training.cache_dir) is not None:
+        raise FlagError(
+            f"--vision_tower none: {base} has a vision tower in its weights, which checkpoints have to carry; leave "
+            "the flag out, the rows may be text alone"
+        )
+    with contextlib.suppress(CheckpointError):  # not here: the name is all that is known of it
+        config.mm_vision_tower = lasting_name(resolve_vision_tower(config.mm_vision_tower, [base]))
 
 
 def record_settings(model: LlavaForCausalLM, args: RunArguments, tokenizer: Any) -> None:
@@ -223,6 +264,8 @@ def build_model(args: RunArguments, tokenizer: Any, attn_implementation: str | N
     if args.model.vision_tower is not None:
         add_vision(llava, args)
         add_vocabulary(llava, args, tokenizer)
+    elif args.base.tower is not None:
+        record_unread_tower(llava.config, args)
     say_tower(args, llava)
     record_settings(llava, args, tokenizer)
     record_answer_end(llava, args, tokenizer)

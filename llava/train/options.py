@@ -52,6 +52,7 @@ class ModelArguments:
     )
     mm_image_normalization: str = option("mean and deviation of pixels: tower (its own), clip or imagenet", "tower")
     unfreeze_mm_vision_tower: bool = option("train the vision tower too; it is saved inside each checkpoint", False)
+    replace_vision_tower: bool = option("use --vision_tower although the base has a trained tower of its own", False)
     attn_implementation: str | None = option("sdpa, eager or flash_attention_2; train_mem.py prefers the last")
 
 

@@ -22,7 +22,7 @@ from llava.errors import CheckpointError
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import save_checkpoint
 from llava.model.components import Component, components
-from llava.model.formats import inspect_checkpoint
+from llava.model.tower_record import is_own
 from llava.runtime.output import check_new, new_path
 from llava.runtime.program import run_program
 from mma import folding
@@ -155,7 +155,6 @@ def merge_checkpoint(
         CheckpointError: see `merge` and `declare_biases`; or `output` exists.
     """
     check_new(output, [checkpoint, model_base])
-    contents = inspect_checkpoint(checkpoint)
     with new_path(output, [checkpoint, model_base]) as folder:
         tokenizer, model, _, _ = load_pretrained_model(
             str(checkpoint), model_base, device="cpu", torch_dtype=torch.float32
@@ -165,16 +164,12 @@ def merge_checkpoint(
         declare_biases(model)
         parts = components(model)
         written = [Component.LANGUAGE_MODEL, Component.PROJECTOR]
-        tower = model.get_vision_tower()
-        inside = contents.tower is not None or (tower is not None and tower.is_from_elsewhere())
-        if tower_before == "normal" or inside:
+        if tower_before == "normal" or is_own(model.get_vision_tower()):
             written.append(Component.VISION_TOWER)
         for weight in (weight for part in written for weight in parts[part].values()):
             weight.data = weight.data.to(dtype)
             weight.requires_grad_(True)  # what is trained is written
         model.config.dtype = dtype
-        if tower is not None:  # a relative name was found beside the base
-            model.config.mm_vision_tower = tower.vision_tower_name
         save_checkpoint(model, folder, tokenizer)
     return Path(output)
 

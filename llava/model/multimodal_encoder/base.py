@@ -66,6 +66,7 @@ class VisionTower(nn.Module, abc.ABC):
         vision_tower: the network; None until `load_model`.
         image_processor: turns RGB images into pixel values; None until `load_model`.
         stored: where the weights were read instead of the place that is named: in the full weights of a LLaVA; or None.
+        digest: of the weights as they were read, where somebody asked for it.
         trainable: False runs the network without gradient and in evaluation mode; True if anything in it is trained,
             its own weights or what an extension added.
 
@@ -89,6 +90,7 @@ class VisionTower(nn.Module, abc.ABC):
         self.select_feature = select_feature
         self.trainable = False
         self.stored: StoredTower | None = None
+        self.digest: str | None = None
         self.vision_tower = None
         self.image_processor = None
         self.shape = self.read_shape()
@@ -127,6 +129,10 @@ class VisionTower(nn.Module, abc.ABC):
     @abc.abstractmethod
     def read_image_processor(self) -> Any:
         """The image processor that the tower was trained with, computing with Pillow."""
+
+    def optional_weights(self, network: Any) -> Sequence[nn.Module]:
+        """Parts that no feature depends on and that a checkpoint may lack."""
+        return ()
 
     @abc.abstractmethod
     def embedding_modules(self, network: Any) -> Sequence[nn.Module | nn.Parameter]:

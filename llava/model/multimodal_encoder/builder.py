@@ -47,25 +47,37 @@ def _places(name: str, near: Iterable[str | Path]) -> list[Path]:
     return [*places, Path(name)]
 
 
-def resolve_vision_tower(name: str, near: Iterable[str | Path] = ()) -> str:
+def _searched(name: str, near: Iterable[str | Path], moved: bool) -> list[Path]:
+    """As `_places`; of a path that has moved, its last part as well."""
+    near, path = list(near), Path(name)
+    return _places(name, near) + (_places(path.name, near)[:-1] if moved and path.is_absolute() else [])
+
+
+def resolve_vision_tower(name: str, near: Iterable[str | Path] = (), moved: bool = False) -> str:
     """Path or hub id of a tower, or the `open_clip:` form with the path of its weights file resolved.
 
     Args:
         name: value of `--vision_tower` or of `mm_vision_tower` in a `config.json`.
         near: checkpoint folders in whose inside and neighbourhood a relative name is looked for.
+        moved: look there for the last part of an absolute path too; for a tower whose weights are checked.
 
     Raises:
         CheckpointError: nothing of that name exists and the name is no hub id; lists the places searched.
         FlagError: an `open_clip:` name lacks a part.
     """
+    return vision_tower_places(name, near, moved)[0]
+
+
+def vision_tower_places(name: str, near: Iterable[str | Path] = (), moved: bool = False) -> list[str]:
+    """Everything that `resolve_vision_tower` may mean, in its order; arguments and errors as there."""
     if name.startswith(open_clip_encoder.PREFIX):
-        return _resolve_open_clip(name, near)
-    searched = _places(name, near)
-    for candidate in searched:
-        if any((candidate / marker).is_file() for marker in TOWER_MARKERS):
-            return str(candidate)
+        return _open_clip_places(name, near, moved)
+    searched = _searched(name, near, moved)
+    found = [path for path in searched if any((path / marker).is_file() for marker in TOWER_MARKERS)]
+    if found:
+        return list(dict.fromkeys(map(str, found)))
     if is_hub_id(name):
-        return name
+        return [name]
     places = "\n  ".join(str(path) for path in searched)
     raise CheckpointError(
         f"no vision tower '{name}': none of these folders holds one of {TOWER_MARKERS}\n  {places}\n"
@@ -73,14 +85,14 @@ def resolve_vision_tower(name: str, near: Iterable[str | Path] = ()) -> str:
     )
 
 
-def _resolve_open_clip(name: str, near: Iterable[str | Path]) -> str:
+def _open_clip_places(name: str, near: Iterable[str | Path], moved: bool) -> list[str]:
     parts = open_clip_encoder.parse_name(name)
     if not parts.is_file:
-        return name
-    searched = _places(parts.pretrained, near)
-    for candidate in searched:
-        if candidate.is_file():
-            return f"{open_clip_encoder.PREFIX}{parts.architecture}/{candidate}"
+        return [name]
+    searched = _searched(parts.pretrained, near, moved)
+    found = [f"{open_clip_encoder.PREFIX}{parts.architecture}/{path}" for path in searched if path.is_file()]
+    if found:
+        return list(dict.fromkeys(found))
     places = "\n  ".join(str(path) for path in searched)
     raise CheckpointError(f"no vision tower '{name}': there is no such weights file\n  {places}")
 
@@ -113,9 +125,13 @@ def build_vision_tower(config: Any, near: Iterable[str | Path] = ()) -> VisionTo
         CheckpointError: the tower cannot be found, or is of an unknown kind.
         FlagError: the selected layer or feature does not exist, or the tower is to see an image in several scales.
     """
+    return tower_at(resolve_vision_tower(config.mm_vision_tower, near), config)
+
+
+def tower_at(path: str, config: Any) -> VisionTower:
+    """As `build_vision_tower`, of a resolved path."""
     if getattr(config, "s2", False):
         raise FlagError("the configuration asks for a tower in several scales (s2), which is not carried out here")
-    path = resolve_vision_tower(config.mm_vision_tower, near)
     return tower_class(path)(
         path,
         select_layer=config.mm_vision_select_layer,

@@ -67,10 +67,6 @@ class TransformersTower(VisionTower):
         check_image_size(processor, self.shape.image_size, path)
         return processor
 
-    def optional_weights(self, network: Any) -> Sequence[nn.Module]:
-        """Parts that no feature depends on and that a checkpoint may lack."""
-        return ()
-
     def read_network(self, source: str, dtype: torch.dtype) -> nn.Module:
         """The vision part of a checkpoint.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 
 from llava.errors import CheckpointError, FlagError
@@ -190,3 +191,28 @@ def test_nothing_is_uploaded(tmp_path: Path) -> None:
 def test_programs_start(name: str) -> None:
     module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
     assert module.__doc__.splitlines()[0] in module.build_parser().format_help().replace("\n", " ")
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["named in config.json", "seen in the files"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_merging_writes_the_dtype_of_a_base_on_the_hub(
+    dtype: torch.dtype, recorded: bool, near_tower: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache is laid out as the hub's own library does; nothing is fetched."""
+    cache, commit = near_tower / "cache", "0123456789abcdef0123456789abcdef01234567"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    folder = cache / "models--owner--tiny-vicuna"
+    base = folder / "snapshots" / commit
+    shutil.copytree(BASE, base, ignore=shutil.ignore_patterns("*.bin", "*.safetensors", "*.index.json"))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    torch.save({name: value.to(dtype) for name, value in weights(BASE).items()}, base / "pytorch_model.bin")
+    config = json.loads((base / "config.json").read_text())
+    config.pop("dtype", None)
+    config["torch_dtype"] = str(dtype).removeprefix("torch.") if recorded else None
+    (base / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    for name, path in (("hub", "owner/tiny-vicuna"), ("folder", str(base))):
+        output = near_tower / name
+        merge_lora_weights.main(["--model-path", str(LORA), "--model-base", path, "--save-model-path", str(output)])
+        assert {value.dtype for value in weights(output).values()} == {dtype}
