@@ -2,7 +2,8 @@
 
 python -m llava.eval.eval_science_qa_gpt4 --base-dir scienceqa --gpt4-result gpt4.json --our-result answers.jsonl
 
-Prints upstream's three lines, over the questions that both have answered.
+Prints upstream's three lines. Both must have answered every question; `--lenient` counts those that both have, as
+upstream does.
 """
 
 from __future__ import annotations
@@ -11,7 +12,17 @@ import argparse
 from collections.abc import Sequence
 
 from llava.errors import BadSampleError
-from llava.eval.scoring.science_qa import Problem, add_options, line, predict, read_answers, read_gpt4, read_problems
+from llava.eval.scoring.matching import add_lenient
+from llava.eval.scoring.science_qa import (
+    Problem,
+    add_options,
+    check_reference,
+    line,
+    predict,
+    read_answers,
+    read_gpt4,
+    read_problems,
+)
 from llava.runtime.program import run_program
 
 OURS, GPT4 = "ours", "gpt4"
@@ -21,13 +32,11 @@ def read_both(args: argparse.Namespace) -> list[Problem]:
     """The questions with an answer of the model and one of GPT-4.
 
     Raises:
-        BadSampleError: a file is missing or broken, or no question has both answers.
+        BadSampleError: a file is missing or broken, answers and questions do not fit, or no question has both answers.
     """
-    problems, ours, gpt4 = (
-        read_problems(args.base_dir, args.split),
-        read_answers(args.our_result),
-        read_gpt4(args.gpt4_result),
-    )
+    problems, gpt4 = read_problems(args.base_dir, args.split), read_gpt4(args.gpt4_result)
+    ours = read_answers(args.our_result, problems, lenient=args.lenient)
+    check_reference(args.gpt4_result, gpt4, problems, lenient=args.lenient)
     both = []
     for key, problem in problems.items():
         if key in ours and key in gpt4:
@@ -44,13 +53,14 @@ def read_both(args: argparse.Namespace) -> list[Problem]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The original options and `--seed`."""
+    """The original options, `--seed` and `--lenient`."""
     parser = argparse.ArgumentParser(
         prog="python -m llava.eval.eval_science_qa_gpt4",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_options(parser)
+    add_lenient(parser)
     return parser
 
 

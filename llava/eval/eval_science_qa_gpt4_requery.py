@@ -14,8 +14,16 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llava.errors import BadSampleError
-from llava.eval.scoring.science_qa import Problem, add_options, line, predict, read_answers, read_gpt4, read_problems
+from llava.eval.scoring.science_qa import (
+    Problem,
+    add_options,
+    check_reference,
+    line,
+    predict,
+    read_answers,
+    read_gpt4,
+    read_problems,
+)
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file
 from llava.runtime.program import run_program
@@ -31,19 +39,11 @@ def read_all(args: argparse.Namespace) -> tuple[list[Problem], dict[str, str]]:
     Raises:
         BadSampleError: a file is missing or broken, or a question has no answer of the model or of GPT-4.
     """
-    problems, ours, gpt4 = (
-        read_problems(args.base_dir, args.split),
-        read_answers(args.our_result),
-        read_gpt4(args.gpt4_result),
-    )
-    requery = read_answers(args.requery_result)
+    problems, gpt4 = read_problems(args.base_dir, args.split), read_gpt4(args.gpt4_result)
+    ours = read_answers(args.our_result, problems)
+    check_reference(args.gpt4_result, gpt4, problems)
+    requery = read_answers(args.requery_result, problems, all_asked=False)
     found = []
-    for path, answers in ((args.our_result, ours), (args.gpt4_result, gpt4)):
-        missing = [key for key in problems if key not in answers]
-        if missing:
-            raise BadSampleError(
-                f"{path}: {len(missing)} of {len(problems)} questions have no answer, first {missing[0]!r}"
-            )
     for key, problem in problems.items():
         decided = requery[key]["text"] if key in requery else MISSING
         texts = {OURS: ours[key]["text"], GPT4: gpt4[key], REQUERY: decided}

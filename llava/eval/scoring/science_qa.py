@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from llava.errors import BadSampleError
 from llava.eval.answering.questions import field, read_json, read_jsonl
 from llava.eval.eval_science_qa import FAILED, STATED
+from llava.eval.scoring.matching import Sides, by_id, check_fit
 
 Answers = dict[str, str]
 
@@ -97,17 +98,36 @@ def read_problems(base_dir: str | Path, split: str) -> dict[str, dict[str, Any]]
     return {key: problems[key] for key in splits[split]}
 
 
-def read_answers(path: str | Path) -> dict[str, dict[str, Any]]:
+def read_answers(
+    path: str | Path, asked: Collection[str], *, lenient: bool | None = None, all_asked: bool = True
+) -> dict[str, dict[str, Any]]:
     """The rows of an answers file by question id.
 
+    Args:
+        path: the file.
+        asked: ids of the questions of the split.
+        lenient: see `check_fit`.
+        all_asked: every question must have an answer.
+
     Raises:
-        BadSampleError: the file is missing or broken, or a row has no id or no text.
+        BadSampleError: the file is missing or broken, a row has no id or no text, or answers do not fit the questions.
     """
-    rows = {}
-    for where, row in read_jsonl(path):
+    rows = [(field(row, "question_id", (str, int), where), where, row) for where, row in read_jsonl(path)]
+    for _, where, row in rows:
         field(row, "text", (str,), where)
-        rows[str(field(row, "question_id", (str, int), where))] = row
-    return rows
+    by_key = by_id((key, row) for key, _, row in rows)
+    wanted = [key for key in asked if all_asked or key in by_key]
+    check_fit(wanted, [key for key, _, _ in rows], Sides(path, "the split"), lenient=lenient)
+    return by_key
+
+
+def check_reference(path: str | Path, answers: Answers, asked: Collection[str], *, lenient: bool | None = None) -> None:
+    """Refuse answers of GPT-4 that are not those to all questions; there may be some to other splits.
+
+    Raises:
+        BadSampleError: a question has no answer.
+    """
+    check_fit(list(asked), list(answers), Sides(path, "the split"), lenient=lenient, known=answers.keys())
 
 
 def read_gpt4(path: str | Path) -> Answers:

@@ -108,15 +108,37 @@ def test_guesses_follow_the_seed(argv: list[str], tmp_path: Path, capsys: pytest
 def test_questions_that_one_file_lacks(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = (tmp_path / "ours.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "ours.jsonl").write_text("".join(rows[:3]))
-    counts = gpt4.main(argv)
+    with pytest.raises(BadSampleError, match=r"ours\.jsonl: 3 answers .*4 questions have no answer: '3', .*--lenient"):
+        gpt4.main(argv)
+    assert not capsys.readouterr().out
+    counts = gpt4.main([*argv, "--lenient"])
     assert counts["total"] == 3
     assert capsys.readouterr().out.startswith("4 of 7 questions are not answered in both files and left out\n")
-    with pytest.raises(BadSampleError, match=r"ours\.jsonl: 4 of 7 questions have no answer, first '3'"):
+    with pytest.raises(BadSampleError, match=r"ours\.jsonl: 3 answers do not fit 7 .*: '3', '4', '5', '6'"):
         requery.main([*argv, *more(tmp_path)])
     assert not (tmp_path / "result.json").exists()
     (tmp_path / "ours.jsonl").write_text("")
-    with pytest.raises(BadSampleError, match="no question of split 'test' is answered in both"):
-        gpt4.main(argv)
+    with pytest.raises(BadSampleError, match=r"ours\.jsonl: 0 answers do not fit 7 questions"):
+        gpt4.main([*argv, "--lenient"])
+
+
+@pytest.mark.parametrize("name", ["ours", "requery"])
+def test_answers_to_other_questions(name: str, argv: list[str], tmp_path: Path) -> None:
+    """Ids may be numbers; an answer to a question of another split, or a second one, is refused."""
+    path = tmp_path / f"{name}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    write_lines(path, [row | {"question_id": int(row["question_id"])} for row in rows])
+    requery.main([*argv, *more(tmp_path)])
+    write_lines(path, [*rows, rows[0] | {"question_id": 0}, rows[0] | {"question_id": "7"}])
+    with pytest.raises(BadSampleError, match="answered more than once: '0'; 1 answers belong to no question: '7'"):
+        requery.main([*argv, *more(tmp_path)])
+
+
+def test_an_answer_of_gpt4_that_is_missing(argv: list[str], tmp_path: Path) -> None:
+    write_json(tmp_path / "gpt4.json", {"outputs": {str(n): said("A") for n in (0, 1, 2, 3, 5, 6, 7)}})
+    for run in (lambda: gpt4.main(argv), lambda: requery.main([*argv, *more(tmp_path)])):
+        with pytest.raises(BadSampleError, match=r"gpt4\.json: .*1 questions have no answer: '4'"):
+            run()
 
 
 @pytest.mark.parametrize(
