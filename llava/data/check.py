@@ -34,6 +34,7 @@ from llava.data.rows import open_rows
 from llava.data.statistics import PERCENTILES, DataSummary, summarise
 from llava.data.templates import select_template
 from llava.data.tiling import MERGE_TYPES, ImageLength, check_grid_pinpoints
+from llava.data.trained_template import trained_template, version_of_conv_mode
 from llava.errors import FlagError
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file, same_place
@@ -69,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder with the tokenizer: that of the base model",
     )
     # How a row becomes a prompt and how long it gets; without a model, so the tower's numbers are given here.
-    add("--version", default="v1", help="conversation template")
+    add("--version", help="conversation template; default: that of the model's training, or v1 where nothing says it")
     add("--model_max_length", type=int, default=2048, help="longest sample in tokens and image patches")
     add("--image_length", type=int, default=576, help="patches of one image or tile: 576 for CLIP-L with 336 pixels")
     add("--image_aspect_ratio", default="pad", help="as in training; anyres takes as many tiles as the image needs")
@@ -122,8 +123,14 @@ def refuse_inputs(args: argparse.Namespace) -> None:
         raise FlagError(f"--html {args.html}: is also --json {args.json}; name another file")
 
 
+def _version_of(model: str) -> str:
+    """The template that a run on a model takes where none is given."""
+    trained = trained_template(model)
+    return "v1" if trained is None else version_of_conv_mode(trained.name)
+
+
 def settings_of(args: argparse.Namespace) -> Settings:
-    """How the data would be trained on.
+    """How the data would be trained on; a `--version` that was not given is filled in.
 
     Raises:
         FlagError: the template is not known, or a folder does not exist.
@@ -131,6 +138,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """
     if args.image_folder is not None and not Path(args.image_folder).is_dir():
         raise FlagError(f"--image_folder {args.image_folder}: no such folder")
+    args.version = args.version or _version_of(args.model_name_or_path)
     at_least = {"model_max_length": 1, "image_length": 1, "tile_size": 1, "num_workers": 0, "samples": 0, "show": 0}
     for name, least in at_least.items():
         if getattr(args, name) < least:

@@ -50,6 +50,11 @@ def conv_mode_of_version(version: str) -> str:
     return "v1" if version in VERSIONS_WITHOUT_TEMPLATE else version
 
 
+def version_of_conv_mode(conv_mode: str) -> str:
+    """The `--version` that trains on the prompts of a `--conv-mode`: the template named `v0` is `default` as well."""
+    return "default" if conv_mode in VERSIONS_WITHOUT_TEMPLATE else conv_mode
+
+
 def same_template(one: str, other: str) -> bool:
     """True if two values of `--conv-mode` name one template, as `v1` and `vicuna_v1` do."""
     return one == other or (one in conv_templates and conv_templates.get(other) == conv_templates[one])

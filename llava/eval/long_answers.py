@@ -15,7 +15,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llava.conversation import Conversation, SeparatorStyle
 from llava.data.images import load_image
+from llava.data.templates import template_of_mode
 from llava.eval.answering.answers import AnswersFile, Row, Task
 from llava.eval.answering.conv_mode import HELP, Fallback, conv_mode_of_turns
 from llava.eval.answering.loading import LoadedModel, choose_device, choose_dtype, load_model
@@ -32,6 +34,9 @@ from llava.runtime.weights.fingerprint import weights_fingerprint
 SINGLE_PREDICTION = "Answer with the option's letter from the given choices directly."
 RANGES = {"temperature": NOT_NEGATIVE, "max_new_tokens": COUNT, "num_chunks": COUNT}
 """What the numbers of these programs may be."""
+
+FIRST, ANSWERED = "What?", "(an answer)"
+"""A first turn, of which `later_turn` needs what comes after it."""
 
 Measure = Callable[[Stepper, str], dict[str, Any]]
 """From a conversation whose prompt was fed, and the reference of the turn, to the values of the turn."""
@@ -87,6 +92,19 @@ def measure_meteor(max_new_tokens: int, wordnet: Any) -> Measure:
     return measure
 
 
+def later_turn(template: Conversation, question: str) -> str:
+    """What is fed between an answer, whose end was not, and the next one.
+
+    The original has its own words, without blanks and without an end of the answer, whatever the template is. They stay
+    for the templates that it was made for (v1); a model that was trained with another one gets that template's turn.
+    """
+    if template.sep_style is SeparatorStyle.TWO:
+        return f"{template.roles[0]}:{question}{template.roles[1]}:"
+    for role, text in zip(template.roles * 2, (FIRST, ANSWERED, question, None), strict=True):
+        template.append_message(role, text)
+    return template.get_prompt().rpartition(ANSWERED)[2]
+
+
 def measure_conversation(
     conversation: ReferenceConversation, loaded: LoadedModel, args: argparse.Namespace, measure: Measure, rounds: int
 ) -> dict[str, Any]:
@@ -104,7 +122,7 @@ def measure_conversation(
             images = load_images(task, loaded, lambda name, where: load_image(args.image_folder, name, row=where))
             stepper.feed(make_prompt("", task, loaded, args.conv_mode).input_ids, images)
         else:
-            text = f"USER:{turn.question}{suffix}ASSISTANT:"
+            text = later_turn(template_of_mode(args.conv_mode, loaded.tokenizer), turn.question + suffix)
             stepper.feed(loaded.tokenizer(text, add_special_tokens=False).input_ids)
         turns.append(measure(stepper, turn.reference))
     return {"turns": turns, "positions": stepper.positions}

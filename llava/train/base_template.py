@@ -7,8 +7,13 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from llava.data.templates import VERSIONS_WITHOUT_TEMPLATE
-from llava.data.trained_template import SMALL_FILES, conv_mode_of_version, same_template, trained_template
+from llava.data.trained_template import (
+    SMALL_FILES,
+    conv_mode_of_version,
+    same_template,
+    trained_template,
+    version_of_conv_mode,
+)
 from llava.errors import CheckpointError
 from llava.runtime.hub import local_folder
 from llava.train.options import RunArguments
@@ -34,8 +39,7 @@ def take_template(args: RunArguments) -> None:
     args.base_template = trained.name
     default = next(item.default for item in fields(model) if item.name == "version")
     if "version" not in args.given and model.version == default and not _holds(args):
-        # As a `--version`, two names mean the default template; the one of that name is called `default` too.
-        model.version = "default" if trained.name in VERSIONS_WITHOUT_TEMPLATE else trained.name
+        model.version = version_of_conv_mode(trained.name)
 
 
 def _holds(args: RunArguments) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from llava.conversation import conv_templates
+from llava.data.templates import select_template
 from llava.data.trained_template import same_template, trained_template
 from llava.errors import CheckpointError, FlagError
 from llava.eval import __main__ as benchmark_program
@@ -22,6 +23,7 @@ from llava.eval.answering.loading import LoadedModel
 from llava.eval.benchmarks import find
 from llava.eval.lmms import model as lmms
 from llava.serve import api, cli
+from tests.llava.data.test_chat_template import CHATML, byte_tokenizer
 
 NAMES = ("mine", "llava-plain", "llava-explain-lora", "llava-v1.5-7b", "llava-v1.6-mistral-7b", "llava-llama-2-mpt")
 """Folders whose words mean all kinds of templates, or a model after stage 1, to upstream."""
@@ -252,3 +254,24 @@ def test_long_answers_are_asked_for_as_in_the_training(
     settings = json.loads(path.with_name("out.jsonl.run.json").read_text())["settings"]
     assert settings["conv_mode"] == "mpt"
     assert len(json.loads(path.read_text())["turns"]) == rounds
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("vicuna_v1", "USER:Red?ASSISTANT:"),
+        ("v1_mmtag", "USER:Red?ASSISTANT:"),
+        ("chatml_direct", "<|im_end|><|im_start|>user\nRed?<|im_end|><|im_start|>assistant\n"),
+        ("llava_llama_2", " </s><s>[INST] Red? [/INST]"),
+        ("v0", "###Human: Red?###Assistant:"),
+    ],
+)
+def test_a_later_turn_is_that_of_the_template(mode: str, expected: str) -> None:
+    """Of v1 it has the words of the original, which are those of that template but for blanks."""
+    assert long_answers.later_turn(conv_templates[mode].copy(), "Red?") == expected
+
+
+def test_a_later_turn_of_the_tokenizers_own_template() -> None:
+    template = select_template("tokenizer", byte_tokenizer(CHATML))
+    expected = "<|im_end|>\n<|im_start|>user\nRed?<|im_end|>\n<|im_start|>assistant\n"
+    assert long_answers.later_turn(template, "Red?") == expected

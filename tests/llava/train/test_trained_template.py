@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from llava.convert.original import export_original
+from llava.data.check import main as check
 from llava.data.trained_template import CHAT_TEMPLATE_KEY, TEMPLATE_KEY, trained_template
 from llava.model import apply_delta, consolidate, make_delta
 from llava.model.builder import load_pretrained_model
@@ -197,3 +198,13 @@ def test_a_base_that_does_not_say_leaves_the_default(base: Path, tmp_path: Path)
     place = words.index("--version")
     args = parse_args([*words[:place], *words[place + 2 :]])
     assert (args.model.version, args.base_template) == ("v0", None)
+
+
+@pytest.mark.parametrize(("version", "used"), [([], "tokenizer"), (["--version", "v1"], "v1")])
+def test_the_check_of_data_takes_the_template_of_the_base(
+    version: list[str], used: str, runs: Callable[[str, str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = golden_dir("llava") / "data"
+    words = [str(data / "finetune.json"), "--image_folder", str(data / "images"), "--num_workers", "0"]
+    check([*words, "--tokenizer", str(runs("full", "tokenizer")), "--image_length", "4", *version])
+    assert f"--version {used} " in capsys.readouterr().out
