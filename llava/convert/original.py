@@ -115,9 +115,10 @@ def _refuse(contents: CheckpointContents) -> None:
             f"{checkpoint}: was trained with mm_use_im_start_end, and upstream's LoRA layout has no place for the rows "
             "of those tokens; merge the checkpoint with its base instead"
         )
-    if contents.tower is not None and contents.adapter is None:
+    if contents.tower is not None:
         raise CheckpointError(
-            f"{checkpoint}: its vision tower was trained along, and upstream reads towers from elsewhere"
+            f"{checkpoint}: has a vision tower of its own ({contents.tower}), which this layout is not written with; "
+            "python -m llava.convert to-hf and llava.model.consolidate carry it along"
         )
 
 

@@ -21,6 +21,9 @@ from llava.runtime.weights.settings import check_settings
 from llava.runtime.weights.tensors import Entry, check_dtype, check_finite, check_numbers
 from llava.runtime.weights.weight_files import weights_of
 
+OTHER_PARTS = frozenset({"text_model", "text_projection", "visual_projection", "logit_scale", "logit_bias"})
+"""Parts of a whole CLIP or SigLIP that are not its vision model."""
+
 
 class TransformersTower(VisionTower):
     """A vision model of transformers with `embeddings` and `encoder.layers`.
@@ -83,6 +86,12 @@ class TransformersTower(VisionTower):
             raise CheckpointError(
                 f"{_file_of(entries, name, source)}: '{name}' has shape {tuple(stored)}, but {folder / 'config.json'} "
                 f"asks for {tuple(wanted)}"
+            )
+        unknown = sorted(name for name in report["unexpected_keys"] if name.split(".")[0] not in OTHER_PARTS)
+        if unknown:
+            raise CheckpointError(
+                f"{_file_of(entries, unknown[0], source)}: {len(unknown)} weights belong to no part of the vision "
+                f"tower that {folder / 'config.json'} describes (first: {unknown[:3]}); without them it would be another one"
             )
         optional = {id(weight) for part in self.optional_weights(model) for weight in part.parameters()}
         optional_names = {name for name, weight in model.named_parameters() if id(weight) in optional}

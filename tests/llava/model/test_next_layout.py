@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llava.convert.original import export_original
 from llava.errors import CheckpointError
 from llava.model import apply_delta, consolidate, make_delta
 from llava.model.builder import load_pretrained_model
@@ -253,3 +254,24 @@ def test_a_frozen_tower_that_was_stored_along_is_the_named_one(tmp_path: Path) -
     assert not golden.is_from_elsewhere()
     folder = write_next("vicuna", tmp_path / "llava-v1.6")
     assert load(folder).get_vision_tower().is_from_elsewhere()
+
+
+def test_a_tower_folder_with_unknown_weights_is_refused(tmp_path: Path) -> None:
+    """Of a tower by itself too: a block that its `config.json` does not have is not dropped; a text model is."""
+    folder = write_next("vicuna", tmp_path / "llava-v1.6")
+    consolidate.main(["--src", str(folder), "--dst", str(tmp_path / "one")])
+    path = tmp_path / "one" / TOWER_FOLDER / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"text_model.a.weight": torch.zeros(2)}, path, {"format": "pt"})
+    load(tmp_path / "one")
+    save_file(tensors | {"encoder.layers.3.mlp.fc1.bias": torch.zeros(64)}, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 weights belong to no part of the vision tower.*layers\.3"):
+        load(tmp_path / "one")
+
+
+def test_a_tower_of_its_own_is_not_left_out_of_the_originals_layout(tmp_path: Path) -> None:
+    folder = write_next("vicuna", tmp_path / "llava-v1.6")
+    lora = run(tmp_path / "lora", folder, "vicuna", lora_enable=True, lora_r=4, unfreeze_mm_vision_tower=True)
+    with pytest.raises(CheckpointError, match="has a vision tower of its own"):
+        export_original(lora, tmp_path / "original", str(folder))
+    assert not (tmp_path / "original").exists()
