@@ -202,12 +202,23 @@ EDITABLE = tuple(dict.fromkeys(edit.file for extension in EXTENSIONS.values() fo
 """Upstream's files that an extension edits; all others are left alone, whatever a manifest says."""
 
 
+NOT_CARRIED = {
+    "dynamic": "neither training nor sparse inference: it drops tokens between two layers, and transformers 4.37 makes "
+    "one attention mask, one row of positions and one cache length for all layers of a pass; train and run it in "
+    "llava-extensions"
+}
+"""Extensions of this project that cannot be put into a checkout, with the reason."""
+
+
 def chosen(names: Sequence[str]) -> list[Extension]:
     """The entries of these names, in the order of the table.
 
     Raises:
-        PatchError: a name is unknown, or none is given.
+        PatchError: a name is unknown or of an extension that is not carried, or none is given.
     """
+    refused = [f"{name} is not carried, {NOT_CARRIED[name]}" for name in names if name in NOT_CARRIED]
+    if refused:
+        raise PatchError(f"--extensions {','.join(names)}: {'; '.join(refused)}")
     unknown = sorted(set(names) - set(EXTENSIONS))
     if unknown or not names:
         raise PatchError(f"--extensions {','.join(names)}: unknown {unknown}; known: {', '.join(EXTENSIONS)}")

@@ -72,6 +72,31 @@ class CompleteCheckpoints(TrainerCallback):
                 logs.update(extension.metrics(bare_model(model)))
 
 
+def let_frozen_be_missing(model: Any) -> None:
+    """Let a model read a checkpoint without its frozen parameters, which come from the base in every run.
+
+    DeepSpeed leaves them out of the checkpoints of a model with LoRA; transformers 4.37 has it read such a checkpoint
+    as if they were there. Any other difference is an error as before.
+
+    Args:
+        model: wrapped by PEFT, before DeepSpeed has wrapped it.
+    """
+    load = model.load_state_dict
+
+    def load_state_dict(state_dict: dict[str, Tensor], strict: bool = True, **options: Any) -> Any:
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        result = load(state_dict, strict=False, **options)
+        lost, unknown = sorted(set(result.missing_keys) - frozen), sorted(result.unexpected_keys)
+        if strict and (lost or unknown):
+            raise ValueError(
+                f"the checkpoint does not fit the model: it lacks {len(lost)} trained tensors, first {lost[:3]}, and "
+                f"has {len(unknown)} unknown ones, first {unknown[:3]}"
+            )
+        return result
+
+    model.load_state_dict = load_state_dict
+
+
 def copy_tensors(model: Any, tensors: dict[str, Tensor], path: Path) -> None:
     """Copy tensors into the parameters of these names.
 

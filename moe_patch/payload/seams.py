@@ -14,7 +14,14 @@ from typing import Any
 from moe_patch.payload import adapters
 from moe_patch.payload.extension import Extension, State
 from moe_patch.payload.folders import Folder, is_projector, read_folder, write_ours
-from moe_patch.payload.saving import Collect, CompleteCheckpoints, bare_model, copy_tensors, saved_state
+from moe_patch.payload.saving import (
+    Collect,
+    CompleteCheckpoints,
+    bare_model,
+    copy_tensors,
+    let_frozen_be_missing,
+    saved_state,
+)
 
 GLUE = {"hydralora": "HydraLora", "mma": "Mma"}
 """Every extension that there is: its class in the module `<name>_glue`, which is here if the extension was chosen."""
@@ -67,6 +74,8 @@ def prepare_trainer(trainer: Any, collect: Collect) -> None:
     if trainer.args.lora_enable and any(extension.is_active(trainer.args) for extension in CARRIED):
         # In front, so that the callbacks that print see what it adds to the log line.
         trainer.callback_handler.callbacks.insert(0, CompleteCheckpoints(CARRIED, collect))
+        if trainer.args.deepspeed:
+            let_frozen_be_missing(trainer.model)
 
 
 def save(model: Any, training_args: Any, state: State) -> State:

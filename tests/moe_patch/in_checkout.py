@@ -53,6 +53,7 @@ def main() -> None:
     """Run the program."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--deepspeed-on-cpu", action="store_true")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
     run.add_argument("module")
@@ -61,6 +62,10 @@ def main() -> None:
     for name in ("model_path", "model_base", "inputs", "output"):
         logits.add_argument(name)
     args = parser.parse_args()
+    if args.deepspeed_on_cpu:
+        import deepspeed_on_cpu
+
+        deepspeed_on_cpu.use_cpu()
     if args.cpu:
         use_cpu()
     if args.command == "logits":

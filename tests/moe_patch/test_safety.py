@@ -322,6 +322,15 @@ class TestFurtherExtensions:
         assert main(["apply", str(folder)]) == 1
         assert "['later'] of a later moe_patch" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("names", ["dynamic", "hydralora,dynamic"])
+    def test_one_that_is_not_carried(self, folder: Path, names: str, capsys: pytest.CaptureFixture[str]) -> None:
+        before = miniature.snapshot(folder)
+        assert main(["apply", str(folder), "--extensions", names]) == 1
+        message = capsys.readouterr().err
+        assert "dynamic is not carried, neither training nor sparse inference: " in message
+        assert "train and run it in llava-extensions" in message
+        assert miniature.snapshot(folder) == before
+
     def test_only_needs_names(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["apply", str(folder), "--only"]) == 1
         assert "pass --extensions too" in capsys.readouterr().err

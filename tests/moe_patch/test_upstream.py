@@ -127,7 +127,7 @@ def clone(target: Path) -> Path:
     source = os.environ["LLAVA_UPSTREAM_DIR"]
     commit = miniature.git(Path(source), "rev-parse", "HEAD").strip()
     miniature.git(target.parent, "clone", "-q", "--shared", "--no-checkout", "--sparse", source, str(target))
-    miniature.git(target, "sparse-checkout", "set", "llava")
+    miniature.git(target, "sparse-checkout", "set", "llava", "scripts")
     miniature.git(target, "checkout", "-q", commit)
     return target
 
@@ -308,6 +308,44 @@ def test_two_processes_train(run: str, flags: str, written: str, request: pytest
     output = checkout.program(title, *launcher, "--cpu", "run", "llava.train.train", *words, *extra)
     assert len(re.findall(r"'loss': [\d.]+", output)) == 3
     assert (checkout.work / f"{run}-by-two" / written).is_file()
+
+
+def zero_run(checkout: Upstream, stage: str, output: str) -> list[str]:
+    """The losses of a run with two processes under a stage of DeepSpeed; a folder with a checkpoint is resumed."""
+    words = TRAIN.replace("--bf16 True", "").replace("--no_cuda True", "").split()
+    for name, value in {"--output_dir": f"./{output}", "--gradient_accumulation_steps": "1"}.items():
+        words[words.index(name) + 1] = value
+    if stage == "zero3":  # upstream copies this file into a projector of the base that is split by then
+        place = words.index("--pretrain_mm_mlp_adapter")
+        del words[place : place + 2]
+    title = f"torchrun --nproc_per_node 2 ... train.py --deepspeed scripts/{stage}.json --output_dir ./{output} ..."
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(HERE / "in_checkout.py"))
+    settings = ("--deepspeed", str(checkout.checkout / "scripts" / f"{stage}.json"))
+    program = ("--deepspeed-on-cpu", "run", "llava.train.train", *words, *settings)
+    return re.findall(r"'loss': ([\d.]+)", checkout.program(title, *launcher, *program))
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_two_processes_under_deepspeed_train_resume_and_answer(applied: Upstream, stage: str) -> None:
+    """Resumed by upstream's own code in the middle of the epoch, to exactly the same weights."""
+    whole, resumed = applied.work / stage, applied.work / f"{stage}-resumed"
+    losses = zero_run(applied, stage, whole.name)
+    assert len(losses) == 3
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    assert zero_run(applied, stage, resumed.name) == losses[2:]
+    found, again, middle = (
+        torch.load(folder / "non_lora_trainables.bin", weights_only=True)
+        | load_file(folder / "adapter_model.safetensors")
+        for folder in (whole, resumed, whole / "checkpoint-2")
+    )
+    assert found.keys() == again.keys() == middle.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(again[name], tensor, rtol=0, atol=0, msg=name)
+    assert any(not middle[name].equal(tensor) for name, tensor in found.items())
+    logits, blocks = applied.logits(stage)
+    assert blocks == 3
+    applied.close("the same checkpoint in llava-extensions", logits, our_logits(applied, stage))
+    assert answers(applied, stage) == our_answers(applied, stage)
 
 
 @pytest.mark.parametrize("inputs", ["inputs", "text"])
