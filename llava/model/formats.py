@@ -15,7 +15,14 @@ from torch import Tensor
 
 from llava.errors import CheckpointError
 from llava.runtime.files import read_json, refuse_pointers
-from llava.runtime.weights.completeness import FILE_LIST, RUN_FILE, check_file_list, check_run_record, require
+from llava.runtime.weights.completeness import (
+    FILE_LIST,
+    RUN_FILE,
+    TOWER_FOLDER,
+    check_file_list,
+    check_run_record,
+    require,
+)
 from llava.runtime.weights.tensors import check_numbers, read_tensors
 from llava.runtime.weights.weight_files import WEIGHT_FILES, first_file, listing, weight_files
 
@@ -26,7 +33,6 @@ PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 NON_LORA_FILE = "non_lora_trainables.bin"
 EXTENSIONS_FOLDER = "extensions"
 NEWLINE = "image_newline"
-TOWER_FOLDER = "vision_tower"
 TOWER_MARKERS = ("config.json", "open_clip_config.json")
 IMAGE_TOKENS_FILE = "image_tokens.safetensors"
 

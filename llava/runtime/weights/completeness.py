@@ -20,6 +20,9 @@ from llava.runtime.weights.run_file import latest
 
 FILE_LIST = "checkpoint_files.json"
 
+TOWER_FOLDER = "vision_tower"
+"""Folder of a vision tower inside a checkpoint, and what `mm_vision_tower` in its `config.json` says then."""
+
 RESUME_FILES = (
     *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", "run.json"),
     *("global_step*", "latest"),
@@ -106,7 +109,7 @@ def check_file_list(folder: Path, resume: bool = False) -> None:
         if not isinstance(named, dict) or not all(isinstance(each, dict) for each in named.values()):
             raise CheckpointError(f"{path}: its '{section}' is not a table of files; delete the file to do without")
         for name, described in named.items():
-            if _is_split_otherwise(folder, name):
+            if _is_split_otherwise(folder, name) or _has_grown(folder, name, described) or _is_unused(folder, name):
                 continue
             _check_file(folder / name, described, path)
 
@@ -117,6 +120,24 @@ def _is_split_otherwise(folder: Path, name: str) -> bool:
         return False
     others = (path for pattern in FULL_WEIGHTS[:2] for path in folder.glob(pattern))
     return any(path.suffix == ".json" or "-of-" not in path.name for path in others)
+
+
+def _has_grown(folder: Path, name: str, described: Mapping[str, Any]) -> bool:
+    """True for full weights to which another program has added tensors, such as the vision tower.
+
+    A file of safetensors says its own length, and what it contains is compared with `config.json` when it is read.
+    """
+    path, size = folder / name, described.get("bytes")
+    if path.suffix != ".safetensors" or not path.is_file() or not isinstance(size, int):
+        return False
+    return any(Path(name).match(pattern) for pattern in FULL_WEIGHTS) and path.stat().st_size > size
+
+
+def _is_unused(folder: Path, name: str) -> bool:
+    """True for a file of the tower's folder where `config.json` names another tower since."""
+    if Path(name).parts[0] != TOWER_FOLDER or not (folder / "config.json").is_file():
+        return False
+    return read_json(folder / "config.json").get("mm_vision_tower") not in (None, TOWER_FOLDER)
 
 
 def _check_file(file: Path, described: Mapping[str, Any], record: Path) -> None:

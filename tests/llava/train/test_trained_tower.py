@@ -279,3 +279,23 @@ def test_a_base_whose_named_tower_was_replaced_is_refused_unless_the_flag_is_giv
     place = given.index("--vision_tower")
     with pytest.raises(CheckpointError, match="the base was trained with"):
         build_run(parse_args(given[:place] + given[place + 2 :]))
+
+
+def test_a_tower_that_was_put_into_the_weights_is_read(first: Path, trained: Tensor, tmp_path: Path) -> None:
+    """By another program, as LLaVA-1.6's folders are; the record of files is that of the folder before."""
+    folder = tmp_path / "inside"
+    shutil.copytree(first, folder, ignore=shutil.ignore_patterns("vision_tower", "run.json", "trainer_state.json"))
+    tower = load_file(first / "vision_tower" / "model.safetensors")
+    inside = {f"model.vision_tower.vision_tower.{name}": value for name, value in tower.items()}
+    save_file(load_file(folder / "model.safetensors") | inside, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config_of(folder) | {"mm_vision_tower": str(CLIP)}))
+    assert torch.equal(tower_of(folder), trained)
+    next_one = main(words(tmp_path / "next", model_name_or_path=folder, **LORA))
+    assert torch.equal(tower_of(next_one, folder), trained)
+    with pytest.raises(FlagError, match="has a vision tower in its weights"):
+        build_run(parse_args(words(tmp_path / "text", model_name_or_path=folder, vision_tower="none")))
+    # Weights that were cut are noticed as before.
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        tower_of(folder)
