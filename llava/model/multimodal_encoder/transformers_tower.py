@@ -91,7 +91,8 @@ class TransformersTower(VisionTower):
         if unknown:
             raise CheckpointError(
                 f"{_file_of(entries, unknown[0], source)}: {len(unknown)} weights belong to no part of the vision "
-                f"tower that {folder / 'config.json'} describes (first: {unknown[:3]}); without them it would be another one"
+                f"tower that {folder / 'config.json'} describes (first: {unknown[:3]}); without them it would be "
+                "another one"
             )
         optional = {id(weight) for part in self.optional_weights(model) for weight in part.parameters()}
         optional_names = {name for name, weight in model.named_parameters() if id(weight) in optional}
