@@ -13,7 +13,6 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +21,20 @@ from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import CLIPImageProcessorPil
 from transformers.hf_argparser import string_to_bool
 
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 from llava.data.answer_end import end_problem, turn_end
 from llava.data.check_page import PAGE_HEAD, write_page
-from llava.data.image_bounds import check_made
-from llava.data.inspection import EXPLANATIONS, TRAINABLE, Kind, RowReport, RowReports, Settings, mark_duplicates
+from llava.data.check_settings import settings_of
+from llava.data.inspection import EXPLANATIONS, TRAINABLE, Kind, RowReport, RowReports, mark_duplicates
 from llava.data.rows import open_rows
 from llava.data.statistics import PERCENTILES, DataSummary, summarise
-from llava.data.templates import select_template
-from llava.data.tiling import MERGE_TYPES, ImageLength, check_grid_pinpoints
-from llava.data.trained_template import trained_template, version_of_conv_mode
+from llava.data.tiling import MERGE_TYPES
 from llava.errors import FlagError
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file, same_place
 from llava.runtime.program import run_program
 from llava.runtime.recognize import refuse_foreign
-from llava.runtime.tokenizer import load_tokenizer
 
 ROWS_PER_STEP = 16
 
@@ -73,17 +67,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--version", help="conversation template; default: that of the model's training, or v1 where nothing says it")
     add("--model_max_length", type=int, default=2048, help="longest sample in tokens and image patches")
     add("--image_length", type=int, default=576, help="patches of one image or tile: 576 for CLIP-L with 336 pixels")
-    add("--image_aspect_ratio", default="pad", help="as in training; anyres takes as many tiles as the image needs")
-    add("--image_grid_pinpoints", help="anyres: possible resolutions, '[(336, 672), ...]'")
-    add("--mm_patch_merge_type", choices=MERGE_TYPES, default="flat", help="anyres: how tiles are merged")
+    add("--image_aspect_ratio", help="as in training: default that of the base, or pad where it is not a LLaVA")
+    add("--image_grid_pinpoints", help="anyres: possible resolutions, '[(336, 672), ...]'; default: those of the base")
+    add("--mm_patch_merge_type", choices=MERGE_TYPES, help="anyres: how tiles are merged; default: the base's, or flat")
     add("--tile_size", type=int, default=336, help="pixels that images are scaled to; anyres: side of a tile")
     add(
         "--mm_use_im_start_end",
         nargs="?",
         const=True,
-        default=False,
         type=string_to_bool,
-        help="<im_start> and <im_end> stand around images",
+        help="<im_start> and <im_end> stand around images; default: as in the base, or False",
     )
     # What counts as a problem.
     add("--skip_images", action="store_true", help="do not read the image files, only look whether they are there")
@@ -121,56 +114,6 @@ def refuse_inputs(args: argparse.Namespace) -> None:
             refuse_foreign(path, like)
     if args.json is not None and args.html is not None and same_place(args.json, args.html):
         raise FlagError(f"--html {args.html}: is also --json {args.json}; name another file")
-
-
-def _version_of(model: str) -> str:
-    """The template that a run on a model takes where none is given."""
-    trained = trained_template(model)
-    return "v1" if trained is None else version_of_conv_mode(trained.name)
-
-
-def settings_of(args: argparse.Namespace) -> Settings:
-    """How the data would be trained on; a `--version` that was not given is filled in.
-
-    Raises:
-        FlagError: the template is not known, or a folder does not exist.
-        CheckpointError: there is no tokenizer.
-    """
-    if args.image_folder is not None and not Path(args.image_folder).is_dir():
-        raise FlagError(f"--image_folder {args.image_folder}: no such folder")
-    args.version = args.version or _version_of(args.model_name_or_path)
-    at_least = {"model_max_length": 1, "image_length": 1, "tile_size": 1, "num_workers": 0, "samples": 0, "show": 0}
-    for name, least in at_least.items():
-        if getattr(args, name) < least:
-            raise FlagError(f"--{name} {getattr(args, name)}: must be at least {least}")
-    tokenizer = load_tokenizer(args.model_name_or_path, model_max_length=args.model_max_length)
-    if args.mm_use_im_start_end:
-        tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
-    return Settings(
-        template=select_template(args.version, tokenizer),
-        tokenizer=tokenizer,
-        image_folder=args.image_folder,
-        image_length=_image_length(args),
-        max_length=args.model_max_length,
-        mm_use_im_start_end=args.mm_use_im_start_end,
-        read_images=not args.skip_images,
-        check_size=partial(
-            check_made,
-            image_processor=CLIPImageProcessorPil(
-                size={"shortest_edge": args.tile_size},
-                crop_size={"height": args.tile_size, "width": args.tile_size},
-            ),
-            aspect_ratio=args.image_aspect_ratio,
-            grid_pinpoints=args.image_grid_pinpoints,
-        ),
-    )
-
-
-def _image_length(args: argparse.Namespace) -> ImageLength:
-    if args.image_aspect_ratio != "anyres":
-        return ImageLength(args.image_length)
-    resolutions = check_grid_pinpoints(args.image_grid_pinpoints, args.tile_size)
-    return ImageLength(args.image_length, args.mm_patch_merge_type, resolutions, args.tile_size)
 
 
 def check_rows(rows: RowReports, num_workers: int) -> list[RowReport]:

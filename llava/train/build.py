@@ -24,7 +24,14 @@ from llava.errors import CheckpointError, FlagError
 from llava.extension import installed_extensions
 from llava.model.checkpoint import copy_tensors
 from llava.model.components import Component, components
-from llava.model.formats import IMAGE_TOKENS_FILE, NEWLINE, TOWER_FOLDER, projector_file, read_projector
+from llava.model.formats import (
+    IMAGE_TOKENS_FILE,
+    NEWLINE,
+    TOKEN_TABLE,
+    TOWER_FOLDER,
+    projector_file,
+    read_projector,
+)
 from llava.model.generation_defaults import mend_generation_config
 from llava.model.image_tokens import (
     BORDER_TOKENS,
@@ -43,6 +50,7 @@ from llava.runtime.program import errors_only
 from llava.runtime.quantization import choose_cpu_kernels, quantisation_config
 from llava.runtime.tokenizer import add_ends
 from llava.runtime.weights.base_weights import read_base
+from llava.runtime.weights.tensors import describe
 from llava.runtime.weights.weight_files import check_base
 from llava.runtime.zero import same_draws, set_precision, zero_stage
 from llava.train.continued import check_recorded, recorded_extensions, train_on
@@ -132,6 +140,8 @@ def add_vision(model: LlavaForCausalLM, args: RunArguments) -> None:
             wanted.pop(f"model.{NEWLINE}", None)
         copy_tensors(wanted, tensors, source)
         model.get_model().has_new_projector = True
+        if not args.model.mm_use_im_start_end and TOKEN_TABLE in describe([source]):
+            say(args, "projector", f"{source}: its {TOKEN_TABLE} is used by --mm_use_im_start_end True alone")
     if args.training.deepspeed:  # has one precision for all; see `set_precision`
         return
     if not args.model.unfreeze_mm_vision_tower:

@@ -122,6 +122,8 @@ class TransformersTower(VisionTower):
     def read_stored(self, stored: StoredTower, dtype: torch.dtype) -> nn.Module:
         """As in `VisionTower`; the weights of the tower that is named are not read unless some are lacking."""
         tensors, tower = stored.read(), self.vision_tower_name
+        if Path(tower).is_dir():
+            refuse_pointers(Path(tower))
         check_numbers({STORED_PREFIX + name: tensor for name, tensor in tensors.items()}, stored.folder)
         model, report = self._from_pretrained(str(stored.folder), None, dtype, config=self.config, state_dict=tensors)
         for name, found, expected in sorted(report["mismatched_keys"]):

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava.data.check import build_parser, main, settings_of
+from llava.data.check import build_parser, main
+from llava.data.check_settings import settings_of
 from llava.data.image_names import image_names
 from llava.data.inspection import Kind, RowReport, RowReports
 from llava.data.rows import open_rows
@@ -219,7 +220,7 @@ def test_percentiles_are_values_of_rows() -> None:
 def test_the_options_of_a_run_have_the_same_names() -> None:
     names = {action.dest for action in build_parser()._actions}
     assert names >= {"image_folder", "model_name_or_path", "version", "model_max_length", "mm_use_im_start_end"}
-    for given, expected in (([], False), (["True"], True), (["False"], False)):
+    for given, expected in (([], None), (["True"], True), (["False"], False)):
         words = ["data.json", "--tokenizer", "x", *(["--mm_use_im_start_end", *given] if given else [])]
         assert build_parser().parse_args(words).mm_use_im_start_end is expected
     with pytest.raises(SystemExit):
@@ -257,3 +258,38 @@ def test_lengths_of_tiled_images_are_those_of_training(merge_type: str, tmp_path
         lengths.append(len(item["input_ids"]) - len(images) + places)
     assert [report.tokens for report in reports] == lengths
     assert len({report.tokens - report.trained for report in reports}) > 3
+
+
+RECORDED = {
+    "image_aspect_ratio": "anyres",
+    "image_grid_pinpoints": [[336, 672]],
+    "mm_patch_merge_type": "spatial_unpad",
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "expected"),
+    [
+        ({"mm_vision_tower": "x"} | RECORDED, [], ("anyres", [[336, 672]], "spatial_unpad", False)),
+        ({"mm_vision_tower": "x", "mm_use_im_start_end": True}, [], ("square", None, "flat", True)),
+        (
+            {"mm_vision_tower": "x"} | RECORDED,
+            ["--image_aspect_ratio", "pad"],
+            ("pad", [[336, 672]], "spatial_unpad", False),
+        ),
+        (RECORDED, [], ("pad", None, "flat", False)),
+    ],
+    ids=["a LLaVA", "a LLaVA that says little", "a flag", "no LLaVA"],
+)
+def test_what_the_base_says_holds_unless_a_flag_is_given(
+    config: dict[str, Any], flags: list[str], expected: tuple[Any, ...], tmp_path: Path
+) -> None:
+    for file in (LLAVA / "tiny-llava-v1.5").glob("*token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    args = build_parser().parse_args(["data.json", "--tokenizer", str(tmp_path), *flags])
+    settings = settings_of(args)
+    found = (args.image_aspect_ratio, args.image_grid_pinpoints, args.mm_patch_merge_type, args.mm_use_im_start_end)
+    assert found == expected
+    assert settings.image_length.merge_type == expected[2] if expected[0] == "anyres" else True
+    assert settings.mm_use_im_start_end is expected[3]

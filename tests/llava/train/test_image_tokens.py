@@ -131,7 +131,9 @@ def test_the_second_stage_begins_with_the_tokens_of_the_first(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("rows", [2, WORDS + 2])
-def test_projector_files_of_the_original_hold_the_tokens(rows: int, tmp_path: Path) -> None:
+def test_projector_files_of_the_original_hold_the_tokens(
+    rows: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The original's stage 1 writes its whole table; files with the two rows alone exist as well."""
     table = torch.randn(rows, 40)
     folder = tmp_path / "tiny-pretrain"
@@ -148,6 +150,10 @@ def test_projector_files_of_the_original_hold_the_tokens(rows: int, tmp_path: Pa
     options = BORDERS | {"model_name_or_path": LLAVA / "tiny-vicuna"}
     run = run_of(tmp_path / "out", **options, pretrain_mm_mlp_adapter=folder / "mm_projector.bin")
     assert torch.equal(table_of(run.model)[WORDS:], table[-2:])
+    assert "is used by" not in capsys.readouterr().out
+    options["mm_use_im_start_end"] = False
+    run_of(tmp_path / "without", **options, pretrain_mm_mlp_adapter=folder / "mm_projector.bin")
+    assert f"{TOKEN_TABLE} is used by --mm_use_im_start_end True alone" in capsys.readouterr().out
     torch.save(weights | {TOKEN_TABLE: table[:1]}, folder / "mm_projector.bin")
     with pytest.raises(CheckpointError, match="has 1 rows; the model has 898"):
         load_pretrained_model(str(folder), str(LLAVA / "tiny-vicuna"), device="cpu")
