@@ -138,8 +138,8 @@ def choose_samples(reports: Sequence[RowReport], count: int) -> list[int]:
 
 
 def _sample(rows: RowReports, index: int, report: RowReport) -> str:
-    row = rows.records[index]
-    title = escape(f"{rows.records.name(index)} (id {report.sample_id!r})")
+    row = rows.rows[index]
+    title = escape(f"{rows.rows.name(index)} (id {report.sample_id!r})")
     images = "".join(_figure(rows.settings, name) for name in image_names(row))
     numbers = f"{report.tokens:,} positions, {report.trained:,} trained, {report.images} image(s)"
     return f"<h3>{title}</h3><p>{numbers}</p>{images}{render_prompt(row, rows.settings)}\n"

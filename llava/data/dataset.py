@@ -102,7 +102,7 @@ class LazySupervisedDataset(Dataset[Item]):
             raise FlagError("--on_bad_sample skip needs a file to list the skipped rows in")
         if is_multimodal and image_processor is None:
             raise FlagError("a model with a vision tower needs its image processor to prepare the data")
-        self.records = data_path if isinstance(data_path, RowFiles) else open_rows(data_path)
+        self.rows = data_path if isinstance(data_path, RowFiles) else open_rows(data_path)
         self.tokenizer = tokenizer
         self.transform = (
             ImageTransform(image_processor, image_aspect_ratio, image_grid_pinpoints) if is_multimodal else None
@@ -119,27 +119,27 @@ class LazySupervisedDataset(Dataset[Item]):
 
     def _leave_out_text(self) -> int:
         """Keep the rows with an image and return the number of the others."""
-        rows = [row for row in range(len(self.records)) if self._has_image(row)]
+        rows = [row for row in range(len(self.rows)) if self._has_image(row)]
         if not rows:
             raise FlagError(
-                f"--requires_image True: none of the {len(self.records)} rows of {self.records.paths} has an image"
+                f"--requires_image True: none of the {len(self.rows)} rows of {self.rows.paths} has an image"
             )
-        before, self.records = len(self.records), self.records.select(rows)
+        before, self.rows = len(self.rows), self.rows.select(rows)
         self._bad_rows.clear()  # numbers of rows before the choice
         return before - len(rows)
 
     def _has_image(self, row: int) -> bool:
         """False also for a row that cannot be read, which is listed, if bad rows are skipped."""
         try:
-            return bool(image_names(self.records[row]))
+            return bool(image_names(self.rows[row]))
         except BadSampleError as error:
             if self.on_bad_sample == "stop":
-                raise _with_row(error, self.records.name(row)) from error
+                raise _with_row(error, self.rows.name(row)) from error
             self._skip(row, error)
             return False
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Item:
         try:
@@ -162,7 +162,7 @@ class LazySupervisedDataset(Dataset[Item]):
                 except BadSampleError as error:
                     self._skip(candidate, error)
         kind = "with" if has_image else "without"
-        raise BadSampleError(f"{self.records.paths}: no row {kind} image can be trained on; see {self.skipped_file}")
+        raise BadSampleError(f"{self.rows.paths}: no row {kind} image can be trained on; see {self.skipped_file}")
 
     @property
     def lengths(self) -> list[int]:
@@ -179,7 +179,7 @@ class LazySupervisedDataset(Dataset[Item]):
         empty = next((index for index, size in enumerate(self._sizes) if not size.words), None)
         if empty is not None:
             raise FlagError(
-                f"--group_by_modality_length: {self.records.name(empty)} has no words, so whether it has an image "
+                f"--group_by_modality_length: {self.rows.name(empty)} has no words, so whether it has an image "
                 "cannot be seen from its length; remove the row"
             )
         return [size.words if size.images else -size.words for size in self._sizes]
@@ -192,20 +192,20 @@ class LazySupervisedDataset(Dataset[Item]):
         """Size of a row; one that has no words or cannot be read counts as one word if bad rows are skipped."""
         skips = self.on_bad_sample == "skip"
         try:
-            row = self.records[index]
+            row = self.rows[index]
             words = sum(len(turn["value"].split()) for turn in row["conversations"])
-            return Size(max(words, int(skips)), _image_count(row, self.records.name(index)))
+            return Size(max(words, int(skips)), _image_count(row, self.rows.name(index)))
         except BadSampleError:
             if not skips:
                 raise
         except (LookupError, TypeError, AttributeError) as error:
             if not skips:
-                raise BadSampleError(f"{self.records.name(index)}: its turns cannot be read: {error!r}") from error
+                raise BadSampleError(f"{self.rows.name(index)}: its turns cannot be read: {error!r}") from error
         return Size(1, 0)
 
     def _load(self, index: int) -> Item:
-        row = self.records[index]
-        name = f"{self.records.name(index)} (id {row.get('id')!r})"
+        row = self.rows[index]
+        name = f"{self.rows.name(index)} (id {row.get('id')!r})"
         try:
             names = image_names(row)
             # Tiles are cut first: how long a prompt becomes depends on their number.
@@ -274,10 +274,10 @@ class LazySupervisedDataset(Dataset[Item]):
         """Remember and list a bad row."""
         self._bad_rows.add(index)
         try:
-            sample_id = self.records[index].get("id")
+            sample_id = self.rows[index].get("id")
         except BadSampleError:
             sample_id = None
-        append_skipped(self.skipped_file, self.records.source(index), sample_id, str(error))
+        append_skipped(self.skipped_file, self.rows.source(index), sample_id, str(error))
         logger.warning("skipped a sample: %s", error)
 
 

@@ -166,18 +166,18 @@ class Settings:
 class RowReports(Dataset[RowReport]):
     """The report of every row, made when it is asked for, so that several processes can share the work."""
 
-    def __init__(self, records: RowFiles, settings: Settings) -> None:
-        self.records = records
+    def __init__(self, rows: RowFiles, settings: Settings) -> None:
+        self.rows = rows
         self.settings = settings
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> RowReport:
-        path, number = self.records.source(index)
+        path, number = self.rows.source(index)
         report = RowReport(str(path), number)
         try:
-            row = self.records[index]
+            row = self.rows[index]
         except BadSampleError as error:
             report.problems.append(Problem(Kind.UNREADABLE_ROW, str(error)))
             return report

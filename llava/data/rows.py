@@ -125,12 +125,12 @@ def _open_file(path: Path) -> Rows:
     with path.open("rb") as file:
         first = next((line for line in file if line.removeprefix(BYTE_ORDER_MARK).strip()), b"")
     if first.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
-        records = Rows(path, None, _read_list(path))
+        rows = Rows(path, None, _read_list(path))
     else:
-        records = Rows(path, array("Q", _line_offsets(path)), None)
-    if not len(records):
+        rows = Rows(path, array("Q", _line_offsets(path)), None)
+    if not len(rows):
         raise FlagError(f"--data_path {path}: the file holds no rows")
-    return records
+    return rows
 
 
 def _read_list(path: Path) -> list[Any]:

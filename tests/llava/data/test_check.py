@@ -125,7 +125,7 @@ def test_what_passes_the_check_is_what_training_takes(data: list[Path], tmp_path
         try:
             DataCollatorForSupervisedDataset(dataset.tokenizer)([dataset[index]])
         except BadSampleError:
-            path, number = dataset.records.source(index)
+            path, number = dataset.rows.source(index)
             refused.add((str(path), number))
     assert refused == stopping
 
@@ -253,7 +253,7 @@ def test_lengths_of_tiled_images_are_those_of_training(merge_type: str, tmp_path
     lengths = []
     for row in range(10):
         item = run.dataset[row]
-        images = run.dataset._load_images(image_names(run.dataset.records[row]), str(row))
+        images = run.dataset._load_images(image_names(run.dataset.rows[row]), str(row))
         places = sum(run.dataset.image_length(image.pixels, image.size) for image in images)
         lengths.append(len(item["input_ids"]) - len(images) + places)
     assert [report.tokens for report in reports] == lengths

@@ -183,13 +183,13 @@ def test_several_files_are_used_as_one(tmp_path: Path) -> None:
     second = tmp_path / "b.json"
     second.write_text(json.dumps([BAD_ROWS["missing image"][0], GOOD_TEXT | {"id": "u"}, GOOD_IMAGE]))
     dataset = make_dataset([first, second])
-    assert [dataset.records[index].get("id") for index in range(5)] == ["t", "g", "g", "u", "g"]
+    assert [dataset.rows[index].get("id") for index in range(5)] == ["t", "g", "g", "u", "g"]
     assert [length > 0 for length in dataset.modality_lengths] == [False, True, True, False, True]
     assert dataset[3]["input_ids"].tolist() == dataset[0]["input_ids"].tolist()
     with pytest.raises(BadImageError, match=r"b\.json, row 0 \(id 'g'\).*absent\.png"):
         dataset[2]
     with pytest.raises(IndexError):
-        dataset.records[5]
+        dataset.rows[5]
     skipping = make_dataset([first, second], on_bad_sample="skip", skipped_file=tmp_path / "skipped.jsonl")
     assert torch.equal(skipping[2]["image"], skipping[4]["image"])
     (entry,) = read_skipped(tmp_path / "skipped.jsonl")
@@ -291,11 +291,11 @@ def test_requires_image_leaves_text_out(on_bad_sample: str, tmp_path: Path) -> N
     path.write_text(json.dumps(rows))
     options = {"on_bad_sample": on_bad_sample, "skipped_file": tmp_path / "skipped.jsonl"}
     dataset = make_dataset(path, requires_image=True, **options)
-    assert [dataset.records[index]["id"] for index in range(len(dataset))] == [1, 3, 4, 7]
+    assert [dataset.rows[index]["id"] for index in range(len(dataset))] == [1, 3, 4, 7]
     assert dataset.left_out == 5
     assert len(dataset.lengths) == len(dataset.modality_lengths) == 4
     assert all(length > 0 for length in dataset.modality_lengths)
-    assert dataset.records.name(3).endswith("row 7")
+    assert dataset.rows.name(3).endswith("row 7")
     assert all(dataset[index]["image"].any() for index in range(4))
     rows[1]["image"] = 3
     path.write_text(json.dumps(rows))

@@ -37,7 +37,7 @@ def test_training_and_evaluation_write_the_same_prompt(recipe: dict, base: Path,
     options = command_line(tmp_path / "out", **recipe, model_name_or_path=base, version="tokenizer")
     dataset = build_run(parse_args(options)).dataset
     row = next(row for row in json.loads((LLAVA / "data" / "finetune.json").read_text()) if "image" in row)
-    index = next(index for index in range(len(dataset)) if dataset.records[index] == row)
+    index = next(index for index in range(len(dataset)) if dataset.rows[index] == row)
     item = dataset[index]
     first = next(i for i, label in enumerate(item["labels"].tolist()) if label != IGNORE_INDEX)
     main(options)

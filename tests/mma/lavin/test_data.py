@@ -269,7 +269,7 @@ def test_a_sample_without_target_is_refused_or_listed(tmp_path: Path, tokenizer:
         dataset[0]
     listed = tmp_path / "skipped.jsonl"
     dataset = LavinDataset(
-        dataset.records,
+        dataset.rows,
         tokenizer,
         lavin_processor(28),
         image_folder=tmp_path / "images" / "train",

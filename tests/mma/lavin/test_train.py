@@ -160,7 +160,7 @@ def test_training_sees_the_images_of_the_evaluation(ratio: str, files: LavinFile
     run = build_run(args.run, parts=Parts(dataset=dataset_maker(args)))
     assert run.model.config.image_aspect_ratio == ratio
     number = next(n for n, length in enumerate(run.dataset.modality_lengths) if length > 0)
-    name, ours = run.dataset.records[number]["image"], run.dataset[number]["image"]
+    name, ours = run.dataset.rows[number]["image"], run.dataset[number]["image"]
     image = load_image(run.dataset.image_folder, name)
     assert image.width != image.height
     processor = run.model.get_vision_tower().image_processor
