@@ -5,13 +5,14 @@ Every error that a user can mend is shown in the conversation. gradio is importe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava.errors import FlagError, LlavaError
 from llava.eval.answering.generation import GenerationOptions
-from llava.serve.image_urls import ImagePolicy
 from mma.lavin.chat import LavinChat, Turn
+from mma.lavin.uploads import uploaded_file
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -22,11 +23,11 @@ WORDS = "Ask about an image, or without one. Another image begins a new conversa
 FIELDS = ("Temperature", "Top p", "Longest answer in tokens", "Seed")
 """Labels of the numbers that say how answers are generated."""
 
-MAX_UPLOAD_BYTES = ImagePolicy.max_bytes
-"""Of an image, as it comes; the page is to be launched with it."""
-
 UPLOADS_LOOKED_AT, UPLOADS_KEPT = 3600, 24 * 3600
 """Seconds: every hour, images of visitors that are older than a day are deleted; all of them when the page ends."""
+
+LARGEST = 2**63
+"""No number of the page is larger."""
 
 Messages = list[dict[str, str]]
 """What the page shows: `{"role": "user" | "assistant", "content": text}`."""
@@ -42,17 +43,26 @@ def messages_of(turns: list[Turn]) -> Messages:
     ]
 
 
-def chosen_options(*values: float | None) -> GenerationOptions:
+def chosen_options(values: Sequence[object], max_new_tokens: int) -> GenerationOptions:
     """How answers are generated, from the values of the fields `FIELDS`; None is a field that was cleared.
 
+    Args:
+        values: as a browser, or a request without one, sends them.
+        max_new_tokens: longest answer that the page offers.
+
     Raises:
-        FlagError: a field is empty, or a value is out of range.
+        FlagError: a field is empty or no finite number, or a value is out of range.
     """
-    empty = [label for label, value in zip(FIELDS, values, strict=True) if value is None]
-    if empty:
-        raise FlagError(f"there is no number in the field '{empty[0]}'; type one")
-    temperature, top_p, max_new_tokens, seed = (value for value in values if value is not None)
-    return GenerationOptions(temperature, top_p, max_new_tokens=int(max_new_tokens), seed=int(seed))
+    numbers = []
+    for label, value in zip(FIELDS, values, strict=True):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not -LARGEST <= value <= LARGEST:
+            shown = "" if value is None else f", but {str(value)[:40]!r}"
+            raise FlagError(f"there is no number in the field '{label}'{shown}; type one")
+        numbers.append(value)
+    temperature, top_p, length, seed = numbers
+    if length > max_new_tokens:
+        raise FlagError(f"an answer of {length:g} tokens is longer than the {max_new_tokens} that this page offers")
+    return GenerationOptions(float(temperature), float(top_p), max_new_tokens=int(length), seed=int(seed))
 
 
 class Handlers:
@@ -60,10 +70,12 @@ class Handlers:
 
     Args:
         chat: answers.
+        uploads: folder of the files that visitors upload.
+        max_new_tokens: longest answer that may be chosen.
     """
 
-    def __init__(self, chat: LavinChat) -> None:
-        self.chat = chat
+    def __init__(self, chat: LavinChat, uploads: str | Path, max_new_tokens: int) -> None:
+        self.chat, self.uploads, self.max_new_tokens = chat, uploads, max_new_tokens
 
     def ask(
         self,
@@ -82,8 +94,9 @@ class Handlers:
         """
         said = [*turns, (question, "")]
         try:
-            options = chosen_options(temperature, top_p, max_new_tokens, seed)
-            for answer in self.chat.ask(turns, question, image, options):
+            options = chosen_options((temperature, top_p, max_new_tokens, seed), self.max_new_tokens)
+            file = None if image is None else uploaded_file(image, self.uploads)
+            for answer in self.chat.ask(turns, question, file, options):
                 said = [*turns, (question, answer)]
                 yield "", said, messages_of(said)
         except LlavaError as error:
@@ -106,7 +119,6 @@ def build_page(chat: LavinChat, max_new_tokens: int) -> gr.Blocks:
     # An extra of the installation, imported where the page is made.
     import gradio as gr
 
-    handlers = Handlers(chat)
     cleaning = (UPLOADS_LOOKED_AT, UPLOADS_KEPT)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=cleaning) as page:
         gr.Markdown(f"# {TITLE}\n{WORDS}")
@@ -116,7 +128,7 @@ def build_page(chat: LavinChat, max_new_tokens: int) -> gr.Blocks:
             with gr.Column(scale=1):
                 image = gr.Image(type="filepath", label="Image", sources=["upload", "clipboard"])
                 # The file as it was uploaded: gradio would encode it again, and fail on a broken one without a word.
-                image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
+                image.preprocess = lambda payload: None if payload is None else payload.path or ""  # type: ignore[method-assign]
                 with gr.Accordion("Answers", open=False):
                     settings: list[Any] = [
                         gr.Slider(0, 2, 0.1, step=0.05, label=FIELDS[0], info="0: always the most probable word"),
@@ -129,6 +141,7 @@ def build_page(chat: LavinChat, max_new_tokens: int) -> gr.Blocks:
                 question = gr.Textbox(label="Question", placeholder="Ask something", autofocus=True)
                 with gr.Row():
                     send, stop, clear = gr.Button("Send", variant="primary"), gr.Button("Stop"), gr.Button("New")
+        handlers = Handlers(chat, image.GRADIO_CACHE, max_new_tokens)
         # The button and the Enter key ask alike. The API has the same two names, for visitors without a browser.
         asked = gr.on(
             [send.click, question.submit],

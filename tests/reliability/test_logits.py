@@ -427,7 +427,9 @@ def test_lavins_page_shows_the_error(lavin: tuple[LavinFiles, Path], tmp_path: P
         engine = Engine(too_large(answering.load_lavin(args, given, folders, "cpu")))
         engine.start()
         with closing(engine):
-            shown = list(Handlers(LavinChat(engine)).ask("What is a lake?", [], None, 0.0, 0.75, 4, 0))[-1][-1]
+            shown = list(Handlers(LavinChat(engine), tmp_path, 64).ask("What is a lake?", [], None, 0.0, 0.75, 4, 0))[
+                -1
+            ][-1]
         failed = "--torch-dtype bfloat16" in str(shown)
         assert failed == (dtype == "float16")
 

@@ -99,8 +99,8 @@ class GenerationOptions:
         torch.manual_seed(row_stream(self.seed, keys[0]).getrandbits(63))
         return arguments | {
             "do_sample": True,
-            "temperature": self.temperature,
-            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "temperature": float(self.temperature),
+            "top_p": 1.0 if self.top_p is None else float(self.top_p),
             "top_k": TOP_K,
         }
 
@@ -122,9 +122,9 @@ class RowSampler(LogitsProcessor):
 
     def __init__(self, options: GenerationOptions, keys: Sequence[str]) -> None:
         self.streams = [row_stream(options.seed, key) for key in keys]
-        self.warpers = LogitsProcessorList([TemperatureLogitsWarper(options.temperature)])
+        self.warpers = LogitsProcessorList([TemperatureLogitsWarper(float(options.temperature))])
         if options.top_p is not None and options.top_p < 1:
-            self.warpers.append(TopPLogitsWarper(options.top_p))
+            self.warpers.append(TopPLogitsWarper(float(options.top_p)))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Mask all but the drawn token.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from llava.errors import FlagError, LlavaError
+from llava.errors import BadImageError, FlagError, LlavaError
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.processes import Processes
 from llava.serve.engine import Engine
@@ -20,7 +21,8 @@ from mma.lavin import demo
 from mma.lavin.answering import find_folders, given_options, load_lavin
 from mma.lavin.chat import LavinChat, chat_prompt, shown_answer
 from mma.lavin.convert import export_file
-from mma.lavin.page import MAX_UPLOAD_BYTES, Handlers, build_page
+from mma.lavin.page import Handlers, build_page, chosen_options
+from mma.lavin.uploads import MAX_UPLOAD_BYTES, uploaded_file
 from tests.golden import load_case
 from tests.mma.lavin.lavin_files import LavinFiles
 from tests.mma.lavin.test_data import IMAGES
@@ -30,6 +32,7 @@ FLAGS = load_case("lavin", "cli_flags")[0]["demo_py"]
 IMAGE = str(IMAGES / "12.png")
 GREEDY = GenerationOptions(temperature=0, max_new_tokens=6)
 SETTINGS = (0.0, 0.75, 6, 0)
+DIGEST = "0" * 64
 
 
 def test_options_are_those_of_the_original() -> None:
@@ -131,8 +134,8 @@ def test_whoever_leaves_is_not_answered_any_further(chat: LavinChat) -> None:
 # Handlers
 
 
-def test_the_conversation_goes_on(chat: LavinChat) -> None:
-    handlers = Handlers(chat)
+def test_the_conversation_goes_on(chat: LavinChat, tmp_path: Path) -> None:
+    handlers = Handlers(chat, tmp_path, 64)
     *_, (box, turns, shown) = handlers.ask("Hello", [], None, *SETTINGS)
     assert box == ""
     assert [message["role"] for message in shown] == ["user", "assistant"]
@@ -152,15 +155,18 @@ def test_the_conversation_goes_on(chat: LavinChat) -> None:
         ("What?", None, (-1.0, 0.75, 6, 0), "--temperature -1.0"),
         ("What?", None, (0.0, 0.75, 6, None), "no number in the field 'Seed'"),  # gradio's value of a cleared field
         ("What?", None, (0.0, None, 6, 0), "no number in the field 'Top p'"),
+        ("What?", None, (0.0, 0.75, 601, 0), "an answer of 601 tokens is longer than the 600"),
     ],
 )
 def test_errors_are_shown_in_the_conversation(
     chat: LavinChat, tmp_path: Path, question: str, upload: str | None, settings: tuple, message: str
 ) -> None:
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    image = None if upload is None else str(tmp_path / upload)
+    folder = tmp_path / DIGEST
+    folder.mkdir()
+    (folder / "broken.png").write_bytes(b"no image")
+    image = None if upload is None else str(folder / upload)
     before = [("Hello", "Hi")]
-    ((box, turns, shown),) = Handlers(chat).ask(question, before, image, *settings)
+    ((box, turns, shown),) = Handlers(chat, tmp_path, 600).ask(question, before, image, *settings)
     assert (box, turns) == (question, before)  # nothing is lost, and the conversation is as it was
     assert shown[-1]["content"].startswith("Error: ")
     assert message in shown[-1]["content"]
@@ -169,14 +175,88 @@ def test_errors_are_shown_in_the_conversation(
     assert len(shown) == 3 + bool(question.strip())
 
 
-def test_a_failing_model_is_an_error_in_the_conversation(chat: LavinChat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_model_is_an_error_in_the_conversation(
+    chat: LavinChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("secret details")
 
     monkeypatch.setattr(chat.engine.loaded.model, "generate", fail)
-    *_, (_, _, shown) = Handlers(chat).ask("Hello", [], None, *SETTINGS)
+    *_, (_, _, shown) = Handlers(chat, tmp_path, 64).ask("Hello", [], None, *SETTINGS)
     assert "the model failed" in shown[-1]["content"]
     assert "secret" not in shown[-1]["content"]
+
+
+# What a request without a browser may send
+
+
+@pytest.mark.parametrize("position", range(4))
+@pytest.mark.parametrize("value", [None, "1", "", True, float("nan"), float("inf"), 10**400, [1], {"a": 1}])
+def test_numbers_that_are_none_are_refused(position: int, value: object) -> None:
+    values: list[object] = [0.5, 0.75, 6, 0]
+    assert chosen_options(values, 64).seed == 0
+    values[position] = value
+    with pytest.raises(FlagError, match="no number in the field"):
+        chosen_options(values, 64)
+
+
+@pytest.mark.parametrize("temperature", [1, 2, 1.0])
+def test_numbers_may_be_integers(temperature: float, chat: LavinChat, tmp_path: Path) -> None:
+    *_, (box, _, shown) = Handlers(chat, tmp_path, 64).ask("Hello", [], None, temperature, 1, 6, 0)
+    assert box == ""
+    assert "Error" not in shown[-1]["content"]
+
+
+def _elsewhere(root: Path) -> Iterator[object]:
+    """Paths that are no upload: other files, devices, folders, links, ways around the folder, no paths."""
+    uploads = root / "uploads"
+    (uploads / DIGEST / "deep").mkdir(parents=True)
+    for file in (root / "private.png", uploads / "loose.png", uploads / DIGEST / "deep" / "a.png"):
+        shutil.copy(IMAGE, file)
+        yield str(file)
+    (uploads / "other").mkdir()
+    shutil.copy(IMAGE, uploads / "other" / "a.png")
+    yield str(uploads / "other" / "a.png")
+    (uploads / DIGEST / "link.png").symlink_to(root / "private.png")
+    yield str(uploads / DIGEST / "link.png")
+    (root / "folder").mkdir()
+    shutil.copy(IMAGE, root / "folder" / "a.png")
+    (uploads / ("1" * 64)).symlink_to(root / "folder")
+    yield str(uploads / ("1" * 64) / "a.png")
+    os.mkfifo(uploads / DIGEST / "pipe")
+    yield str(uploads / DIGEST / "pipe")
+    yield str(uploads / DIGEST / ".." / ".." / "private.png")
+    yield from (str(uploads / DIGEST), str(uploads), str(uploads / DIGEST / "absent.png"))
+    yield from (
+        "/dev/zero",
+        "/etc/passwd",
+        "",
+        ".",
+        "a\0b",
+        "~",
+        "http://localhost/a.png",
+        3,
+        ["a"],
+        {"path": "/dev/zero"},
+    )
+
+
+def test_a_request_reads_uploads_alone(tmp_path: Path) -> None:
+    """The same words whatever is there, so that nobody learns which files the machine has."""
+    paths = list(_elsewhere(tmp_path))
+    assert len(paths) > 20
+    for path in paths:
+        with pytest.raises(BadImageError, match=r"^the image is on this server no more; upload it again$"):
+            uploaded_file(path, tmp_path / "uploads")
+    mine = tmp_path / "uploads" / DIGEST / "mine.png"
+    shutil.copy(IMAGE, mine)
+    assert uploaded_file(str(mine), tmp_path / "uploads") == mine
+    (tmp_path / "by-a-link").symlink_to(tmp_path / "uploads")
+    assert uploaded_file(str(tmp_path / "by-a-link" / DIGEST / "mine.png"), tmp_path / "by-a-link").samefile(mine)
+    with (tmp_path / "uploads" / DIGEST / "large.png").open("wb") as file:
+        file.truncate(MAX_UPLOAD_BYTES + 1)
+    with pytest.raises(BadImageError, match=f"the most is {MAX_UPLOAD_BYTES}"):
+        uploaded_file(file.name, tmp_path / "uploads")
 
 
 # The page
@@ -206,6 +286,13 @@ def test_the_page_over_http(chat: LavinChat, tmp_path: Path, monkeypatch: pytest
         assert box == "What?"
         assert "the image cannot be read" in str(shown[-1])
         assert "Traceback" not in str(shown)
+        shutil.copy(IMAGE, tmp_path / "private.png")
+        for path in (str(tmp_path / "private.png"), str(tmp_path / "gone.png"), "/dev/zero"):
+            box, shown = visitor.predict("What?", {"path": path}, *SETTINGS, api_name="/ask")
+            assert box == "What?"
+            assert "upload it again" in str(shown[-1])
+        _, shown = visitor.predict("Why?", image, 1, *SETTINGS[1:], api_name="/ask")
+        assert "Error" not in str(shown[-1])
         shown = visitor.predict(api_name="/begin")
         assert not shown
         (tmp_path / "large.png").write_bytes(bytes(MAX_UPLOAD_BYTES + 1))
