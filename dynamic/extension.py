@@ -179,8 +179,8 @@ class DynamicExtension(Extension):
             config = convert.read_config(folder)
             if config is None:
                 return None
-            tensors = convert.read_predictors(folder, config)
-            return ImportedState(config.to_dict(), tensors, convert.predictor_names(folder))
+            claimed = convert.predictor_names(folder)  # looks at every file, so a damaged one is named
+            return ImportedState(config.to_dict(), convert.read_predictors(folder, config), claimed)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
 

@@ -213,4 +213,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    from hydralora.evaluate import main as run  # under the module's own name: the harness takes a model type once
+
+    run_program(run)

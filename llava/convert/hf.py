@@ -72,12 +72,14 @@ def to_hf(
         CheckpointError: the checkpoint cannot be read, or `output` exists already.
         FlagError: transformers' LLaVA cannot express it.
     """
+    # What cannot be expressed is refused before anything is loaded.
     mode = exported_mode(conv_mode, str(checkpoint))
     check_new(output, [checkpoint, model_base])
     contents = inspect_checkpoint(local_folder(checkpoint))
     refuse_extensions(sorted(contents.extensions))
     base = base_folder(contents, model_base)
     base = None if base is None else str(local_folder(base))
+    # LoRA is merged in fp32 and rounded once.
     target = stored_dtype(base or contents.folder, "; give --dtype") if dtype == "auto" else DTYPES[dtype]
     loaded_in = torch.float32 if contents.adapter is not None else target
     tokenizer, model, image_processor, _ = load_pretrained_model(
@@ -88,6 +90,7 @@ def to_hf(
     template = chat_template(template_of_mode(mode, tokenizer), wrapped)
     with new_path(output, [checkpoint, base]) as folder:
         folder.mkdir()
+        # The image token gets the id behind the vocabulary; what transformers has no place for is recorded.
         tokens = hf_tokenizer(tokenizer, folder)
         image_token = tokens.convert_tokens_to_ids("<image>")
         record = {
@@ -99,6 +102,7 @@ def to_hf(
         config = hf_config(model, image_token, record)
         aspect_ratio = getattr(model.config, "image_aspect_ratio", None)
         pixels = hf_image_processor(image_processor, aspect_ratio, getattr(config, "image_grid_pinpoints", None))
+        # The processor counts the patches of an image by itself, as the model does.
         _export_end(model, tokenizer, mode)
         processor_class = LlavaNextProcessor if isinstance(config, LlavaNextConfig) else LlavaProcessor
         processor = processor_class(

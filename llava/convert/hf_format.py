@@ -197,6 +197,7 @@ def our_config(
     Raises:
         CheckpointError: the model has parts that we do not have, or what `to-hf` recorded says something else.
     """
+    # Parts that no LLaVA here has.
     text = config.text_config
     classes = {cls.config_class.__base__.model_type: cls.config_class for cls in CLASSES}
     if text.model_type not in classes:
@@ -209,6 +210,7 @@ def our_config(
         )
     if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
         raise CheckpointError(f"{path}: its projector is no mlp2x_gelu (another activation, or no biases)")
+    # The language model's settings, and what such a model says of images under our names.
     known = type(text)().to_dict()
     settings = {key: value for key, value in text.to_dict().items() if key in known and key not in _NOT_RECORDED}
     vision = {
@@ -224,6 +226,7 @@ def our_config(
     }
     if isinstance(config, LlavaNextConfig):
         vision |= NEXT | {"image_grid_pinpoints": swapped(config.image_grid_pinpoints)}
+    # Settings that `to-hf` recorded hold, unless somebody changed the model since.
     recorded = getattr(config, SETTINGS_KEY, {}).get("settings", {})
     derived: tuple[str, ...] = DERIVED
     if isinstance(config, LlavaNextConfig):

@@ -33,6 +33,8 @@ def take_template(args: RunArguments) -> None:
         folder = local_folder(model.model_name_or_path or "", SMALL_FILES, cache_dir=args.training.cache_dir)
     except CheckpointError:  # neither here nor on the hub: said where the weights are read
         return
+    if not folder.is_dir():
+        return
     trained = trained_template(folder)
     if trained is None:
         return

@@ -43,9 +43,9 @@ from llava.model.image_tokens import (
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.model.loss import LossReduction
-from llava.model.multimodal_encoder.builder import resolve_vision_tower
+from llava.model.multimodal_encoder.builder import build_vision_tower, resolve_vision_tower
 from llava.model.multimodal_encoder.identity import is_carried, lasting_name
-from llava.model.multimodal_encoder.stored import is_stored_tower, stored_tower
+from llava.model.multimodal_encoder.stored import StoredTower, is_stored_tower, stored_tower
 from llava.runtime.program import errors_only
 from llava.runtime.quantization import choose_cpu_kernels, quantisation_config
 from llava.runtime.tokenizer import add_ends
@@ -169,17 +169,26 @@ def check_same_tower(args: RunArguments, tower: Any) -> None:
     say(args, "settings", f"--vision_tower {args.model.vision_tower}: {words}")
 
 
+def _is_named(stored: StoredTower, config: Any) -> bool:
+    """Whether a tower in full weights is the one that the configuration names, as in LLaVA-1.5's folders."""
+    try:
+        return stored.equals(build_vision_tower(config, [stored.folder]).named_entries())
+    except CheckpointError:  # the named one is not here: what is in the weights is all there is
+        return False
+
+
 def record_unread_tower(config: Any, args: RunArguments) -> None:
     """Name the tower of a base that a run on text alone leaves unread, so that it resolves from anywhere.
 
     Raises:
-        FlagError: the tower is in the full weights of the base, which checkpoints have to carry.
+        FlagError: the full weights of the base have another tower, which checkpoints have to carry.
     """
     base = args.model.model_name_or_path
-    if stored_tower(base, args.training.cache_dir) is not None:
+    stored = stored_tower(base, args.training.cache_dir)
+    if stored is not None and not _is_named(stored, config):
         raise FlagError(
-            f"--vision_tower none: {base} has a vision tower in its weights, which checkpoints have to carry; leave "
-            "the flag out, the rows may be text alone"
+            f"--vision_tower none: {base} has a vision tower of its own in its weights, which checkpoints have to "
+            "carry; leave the flag out, the rows may be text alone"
         )
     with contextlib.suppress(CheckpointError):  # not here: the name is all that is known of it
         config.mm_vision_tower = lasting_name(resolve_vision_tower(config.mm_vision_tower, [base]))

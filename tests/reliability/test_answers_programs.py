@@ -131,7 +131,7 @@ def test_lavin_leaves_foreign_files_alone(program_name: str, lavin: Path, monkey
     for kind in FOREIGN:
         (lavin / "out" / "answers.jsonl").write_bytes(CORPUS[f"{kind} 2"])
         refused(lavin, lambda: run(str(lavin / "out")), "it looks like")
-    images = ["data", "data/images", "data/images/test"] if program_name == "mma.eval" else ["mme", "mme/out"]
+    images = ["data", "data/images", "data/images/test"] if program_name == "mma.eval" else ["mme", "mme/existence"]
     for name in ["weights", "weights/7B/out", "adapters", *images, ""]:
         refused(lavin, lambda name=name: run(str(lavin / name)), "--output_dir")
     for output in ("", ".", "..", "/"):

@@ -458,7 +458,7 @@ def test_an_empty_variable_is_refused_by_every_script(script: str, value: str | 
     if value is None:
         assert done.returncode == 0, done.stderr
         words = started.read_text().splitlines()
-        flag = "--answers-file" if script.endswith("_eval.sh") else "--output_dir"
+        flag = next(flag for flag in ("--answers-file", "--result-file", "--output_dir") if flag in words)
         assert words[words.index(flag) + 1].strip("./")
     else:
         assert done.returncode != 0

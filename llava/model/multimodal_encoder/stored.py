@@ -25,6 +25,10 @@ POSITION_IDS = "embeddings.position_ids"
 """A buffer that transformers stored until 4.31: the numbers of the positions in order."""
 
 
+FILE_PREFIX = "vision_model."
+"""Beginning of the names of a tower's weights in files of towers, which transformers' networks had until version 5."""
+
+
 def is_stored_tower(name: str) -> bool:
     """True for the name of a tower's weight in full weights."""
     return name.startswith(STORED_PREFIX)
@@ -77,7 +81,7 @@ class StoredTower:
 
 def bare_name(name: str) -> str:
     """Name of a weight in its network: without the beginning that transformers gave it until version 5."""
-    return name.removeprefix("vision_model.")
+    return name.removeprefix(FILE_PREFIX)
 
 
 def check_names(folder: Path, tower: str, missing: Collection[str], unknown: Collection[str]) -> None:

@@ -13,7 +13,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llava.data.tiling import output_size
 from llava.errors import CheckpointError
 from llava.model.multimodal_encoder.base import TowerShape, VisionTower
-from llava.model.multimodal_encoder.stored import STORED_PREFIX, StoredTower, check_names, check_shape, fill
+from llava.model.multimodal_encoder.stored import (
+    FILE_PREFIX,
+    STORED_PREFIX,
+    StoredTower,
+    check_names,
+    check_shape,
+    fill,
+)
 from llava.model.settings import IMAGE_PROCESSOR, VISION_TOWER
 from llava.runtime.files import read_json, reading, refuse_pointers
 from llava.runtime.program import errors_only
@@ -125,7 +132,9 @@ class TransformersTower(VisionTower):
         if Path(tower).is_dir():
             refuse_pointers(Path(tower))
         check_numbers({STORED_PREFIX + name: tensor for name, tensor in tensors.items()}, stored.folder)
-        model, report = self._from_pretrained(str(stored.folder), None, dtype, config=self.config, state_dict=tensors)
+        # Under the names of published files, which transformers then writes too.
+        named = {f"{FILE_PREFIX}{name}": tensor for name, tensor in tensors.items()}
+        model, report = self._from_pretrained(str(stored.folder), None, dtype, config=self.config, state_dict=named)
         for name, found, expected in sorted(report["mismatched_keys"]):
             check_shape(stored.folder, tower, name, found, expected)
         missing = set(report["missing_keys"])

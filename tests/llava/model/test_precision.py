@@ -70,9 +70,9 @@ def to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     told: list[Any] = []
     load_base = builder._load_base
 
-    def on_cpu(contents: Any, base: Any, options: dict[str, Any]) -> Any:
+    def on_cpu(contents: Any, base: Any, options: dict[str, Any], *more: Any) -> Any:
         told.append(options.get("device_map"))
-        return load_base(contents, base, options | ({"device_map": {"": "cpu"}} if told[-1] else {}))
+        return load_base(contents, base, options | ({"device_map": {"": "cpu"}} if told[-1] else {}), *more)
 
     monkeypatch.setattr(builder, "_load_base", on_cpu)
     return told

@@ -292,7 +292,7 @@ def test_a_tower_that_was_put_into_the_weights_is_read(first: Path, trained: Ten
     assert torch.equal(tower_of(folder), trained)
     next_one = main(words(tmp_path / "next", model_name_or_path=folder, **LORA))
     assert torch.equal(tower_of(next_one, folder), trained)
-    with pytest.raises(FlagError, match="has a vision tower in its weights"):
+    with pytest.raises(FlagError, match="has a vision tower of its own in its weights"):
         build_run(parse_args(words(tmp_path / "text", model_name_or_path=folder, vision_tower="none")))
     # Weights that were cut are noticed as before.
     content = (folder / "model.safetensors").read_bytes()
