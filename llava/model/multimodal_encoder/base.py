@@ -91,6 +91,7 @@ class VisionTower(nn.Module, abc.ABC):
         self.trainable = False
         self.stored: StoredTower | None = None
         self.digest: str | None = None
+        self._is_from_elsewhere: bool | None = None
         self.vision_tower = None
         self.image_processor = None
         self.shape = self.read_shape()
@@ -176,7 +177,7 @@ class VisionTower(nn.Module, abc.ABC):
             CheckpointError: weights are missing in the folder, or `stored` is not a tower of this shape.
         """
         self.image_processor = self.read_image_processor()
-        dtype, self.stored = dtype or torch.float32, stored
+        dtype, self.stored, self._is_from_elsewhere = dtype or torch.float32, stored, None
         if stored is None:
             self.vision_tower = self.read_network(self.vision_tower_name, dtype)
         else:
@@ -202,7 +203,9 @@ class VisionTower(nn.Module, abc.ABC):
 
         A frozen tower that somebody stored along is the one that is named, as in LLaVA-1.5's folders.
         """
-        return self.stored is not None and not self.stored.equals(self.named_entries())
+        if self._is_from_elsewhere is None:  # compared once: the files are as large as the tower
+            self._is_from_elsewhere = self.stored is not None and not self.stored.equals(self.named_entries())
+        return self._is_from_elsewhere
 
     def named_entries(self) -> Mapping[str, Entry]:
         """What the files of the tower that is named contain; nothing if they cannot be compared."""

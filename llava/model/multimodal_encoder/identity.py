@@ -15,6 +15,7 @@ from torch import nn
 
 from llava.model.formats import TOWER_FOLDER
 from llava.model.multimodal_encoder import open_clip_encoder
+from llava.model.multimodal_encoder.stored import bare_name
 from llava.runtime.files import read_json
 
 DIGEST = "mm_vision_tower_sha256"
@@ -32,7 +33,7 @@ def weights_digest(network: nn.Module, left_out: Iterable[nn.Module] = ()) -> st
         left_out: parts that checkpoints may lack.
     """
     optional = {id(weight) for part in left_out for weight in part.parameters()}
-    named = {name.removeprefix("vision_model."): weight for name, weight in network.named_parameters()}
+    named = {bare_name(name): weight for name, weight in network.named_parameters()}
     digest = hashlib.sha256()
     for name, weight in sorted(named.items()):
         if id(weight) in optional:
