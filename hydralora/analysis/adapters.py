@@ -43,7 +43,7 @@ def read_adapter(place: Path) -> dict[str, AdaptedLayer]:
         place: folder of the adapter, or the file of its weights there.
 
     Raises:
-        CheckpointError: the folder is no adapter of a known kind, or a file is not called as the weights of one.
+        CheckpointError: the folder is not an adapter of a known kind, or a file is not called as the weights of one.
     """
     if place.is_file() and place.name not in (OUR_WEIGHTS, ORIGINAL_WEIGHTS):
         raise CheckpointError(

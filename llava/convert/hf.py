@@ -126,7 +126,7 @@ def exported_mode(wanted: str | None, checkpoint: str) -> str:
     Of a checkpoint that does not say, the name tells it as to upstream; Vicuna's v1 by the system text of LLaVA-1.5.
 
     Raises:
-        FlagError: there is no template `wanted`.
+        FlagError: `wanted` is not the name of a template.
         CheckpointError: the folder names a template that does not exist, or the hub cannot be asked.
     """
     guess = infer_conv_mode(get_model_name_from_path(checkpoint))
@@ -162,7 +162,7 @@ def from_hf(
 
     Raises:
         CheckpointError: it is no LLaVA of transformers, or has parts that we do not have; or `output` exists already.
-        FlagError: there is no template `conv_mode`.
+        FlagError: `conv_mode` is not the name of a template.
     """
     check_new(output, [checkpoint])
     if conv_mode is not None:

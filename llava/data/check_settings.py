@@ -60,7 +60,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
     Raises:
         FlagError: the template is not known, or a folder does not exist.
-        CheckpointError: there is no tokenizer, or the base's `config.json` is damaged.
+        CheckpointError: the tokenizer is missing, or the base's `config.json` is damaged.
     """
     if args.image_folder is not None and not Path(args.image_folder).is_dir():
         raise FlagError(f"--image_folder {args.image_folder}: no such folder")

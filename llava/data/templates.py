@@ -40,6 +40,6 @@ def template_of_mode(conv_mode: str, tokenizer: Any = None) -> Conversation:
         tokenizer: only needed for its own template.
 
     Raises:
-        FlagError: there is no such template.
+        FlagError: the template is not known.
     """
     return conv_templates[conv_mode].copy() if conv_mode in conv_templates else select_template(conv_mode, tokenizer)

@@ -36,7 +36,7 @@ def choose_conv_mode(wanted: str | None, model_path: str, option: str = OPTION) 
         option: how `wanted` is given, for messages.
 
     Raises:
-        FlagError: there is no template `wanted`.
+        FlagError: `wanted` is not the name of a template.
         CheckpointError: the folder names a template that does not exist, or the hub cannot be asked.
     """
     trained = _by_training(wanted, model_path, option)
@@ -65,7 +65,7 @@ def conv_mode_of_questions(wanted: str, model_path: str, option: str = OPTION) -
         option: how `wanted` is given, for messages.
 
     Raises:
-        FlagError: there is no template `wanted`.
+        FlagError: `wanted` is not the name of a template.
         CheckpointError: the folder names a template that does not exist, or the hub cannot be asked.
     """
     trained = _by_training(wanted, model_path, option)

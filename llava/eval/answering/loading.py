@@ -38,7 +38,7 @@ class LoadedModel:
         """What ends an answer to a prompt of the template `conv_mode`; None stands for prompts without template.
 
         Raises:
-            FlagError: there is no such template.
+            FlagError: the template is not known.
         """
         if conv_mode is not None and conv_mode not in self._turn_ends:  # once, since a chat template has to be rendered
             self._turn_ends[conv_mode] = turn_end(new_conversation(conv_mode, self.tokenizer), self.tokenizer)

@@ -185,7 +185,7 @@ def make_prompt(key: str, task: Task, loaded: LoadedModel, conv_mode: str) -> Pr
     """Build and tokenize the conversation of one task.
 
     Raises:
-        FlagError: there is no such template.
+        FlagError: the template is not known.
         BadSampleError: markers and images of the question do not match.
     """
     input_ids = prompt_ids(conversation_of(task, loaded, conv_mode), loaded.tokenizer)  # (T,)

@@ -59,7 +59,7 @@ def make_candidate(key: str, task: Task, answer: str, loaded: LoadedModel, conv_
 
     Raises:
         BadSampleError: the answer is empty or cannot be written; or as `make_prompt`.
-        FlagError: there is no such template.
+        FlagError: the template is not known.
     """
     prompt = make_prompt(key, task, loaded, conv_mode)
     answer = answer.strip()

@@ -123,7 +123,7 @@ class TransformersTower(VisionTower):
         """The model and transformers' report; `source` is for messages, `weights` where they are unless given."""
         options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
         problem = "its weights cannot be read as its config.json says"
-        with errors_only(), reading(source, problem):  # a full model's text model is no news
+        with errors_only(), reading(source, problem):  # the text part of a whole model is left out
             return self.model_class.from_pretrained(weights, **options)
 
     def read_stored(self, stored: StoredTower, dtype: torch.dtype) -> nn.Module:
