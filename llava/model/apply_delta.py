@@ -26,9 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     args = build_parser().parse_args(argv)
-    output = combine(
-        Path(args.base_model_path), Path(args.delta_path), Path(args.target_model_path), operation=operator.add
-    )
+    folders = Path(args.base_model_path), Path(args.delta_path), Path(args.target_model_path)
+    output = combine(*folders, operation=operator.add, difference=True)
     print(f"written: {output}")
 
 

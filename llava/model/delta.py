@@ -19,6 +19,7 @@ from llava.runtime.output import new_path
 from llava.runtime.tokenizer import load_tokenizer
 from llava.runtime.weights.base_weights import check_fit, check_generation
 from llava.runtime.weights.completeness import FILE_LIST
+from llava.runtime.weights.derived import check_frequencies, is_derived
 from llava.runtime.weights.tensors import check_numbers
 from llava.runtime.weights.weight_files import WEIGHT_FILES, weight_files, weights_of
 
@@ -43,25 +44,31 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         found = read_tensors(path)
         check_numbers({name: tensor for name, tensor in found.items() if tensor.is_floating_point()}, path)
         tensors |= found
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    return {name: tensor for name, tensor in tensors.items() if not is_derived(name)}  # `_check_files` compares them
 
 
-def _check_files(folder: Path) -> None:
+def _check_files(folder: Path, difference: bool) -> None:
     """Refuse a folder whose other files are damaged, or whose weights are not those that its configuration asks for.
 
     They are copied as they are, so nobody else would notice before the result is loaded.
+
+    Args:
+        folder: of a model, or of the difference of two.
+        difference: which of the two.
 
     Raises:
         CheckpointError: names the file.
     """
     backbone, config = backbone_class(folder), load_config(folder)
     check_generation(folder)
-    check_fit(backbone, config, weights_of(folder), folder)
+    entries = weights_of(folder)
+    check_fit(backbone, config, entries, folder)
+    check_frequencies(backbone, config, entries, difference)
     if any(folder.glob("tokenizer*")):
         load_tokenizer(folder)
 
 
-def combine(base: Path, other: Path, output: Path, operation: Combine) -> Path:
+def combine(base: Path, other: Path, output: Path, operation: Combine, difference: bool = False) -> Path:
     """Combine each weight of `other` with that of `base`, and write the result with the other files of `other`.
 
     Args:
@@ -69,6 +76,7 @@ def combine(base: Path, other: Path, output: Path, operation: Combine) -> Path:
         other: folder of a LLaVA or of a difference.
         output: folder to write.
         operation: of (other, base), both fp32; the result is rounded to the dtype in `other`.
+        difference: `other` is a difference.
 
     Returns:
         The folder written. It appears whole or not at all.
@@ -77,8 +85,8 @@ def combine(base: Path, other: Path, output: Path, operation: Combine) -> Path:
         CheckpointError: the two do not belong together, or `output` exists already.
     """
     with new_path(output, [base, other]) as folder:
-        for each in (base, other):
-            _check_files(each)
+        _check_files(base, difference=False)
+        _check_files(other, difference)
         ours, theirs = _weights(other), _weights(base)
         _check(ours, theirs, base, other)
         result = {name: tensor.clone() for name, tensor in ours.items()}

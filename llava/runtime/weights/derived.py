@@ -7,8 +7,10 @@ configuration describes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from llava.errors import CheckpointError
@@ -26,8 +28,31 @@ def is_derived(name: str) -> bool:
     return name.endswith(FREQUENCIES)
 
 
-def check_derived(model: nn.Module, entries: Mapping[str, Entry]) -> None:
+def check_frequencies(cls: Any, config: Any, entries: Mapping[str, Entry], difference: bool = False) -> None:
+    """`check_derived` for a program that works on files, without a model.
+
+    Args:
+        cls: class of the model.
+        config: its configuration.
+        entries: of the files, by name.
+        difference: the files may be the difference of two models, whose frequencies are zero.
+
+    Raises:
+        CheckpointError: see `check_derived`.
+    """
+    if any(map(is_derived, entries)):
+        with torch.random.fork_rng(devices=[]), init_empty_weights():  # buffers have their values, weights no memory
+            model = cls(config)
+        check_derived(model, entries, difference)
+
+
+def check_derived(model: nn.Module, entries: Mapping[str, Entry], difference: bool = False) -> None:
     """Compare stored frequencies with those of the model; a common factor between them is a scaling of the positions.
+
+    Args:
+        model: has the buffers that follow from the configuration.
+        entries: of the files, by name.
+        difference: zeros are accepted, the difference of two models with the same frequencies.
 
     Raises:
         CheckpointError: they differ; names the file.
@@ -40,6 +65,8 @@ def check_derived(model: nn.Module, entries: Mapping[str, Entry]) -> None:
         if key in seen or not own:
             continue
         seen.add(key)
+        if difference and not any(key):
+            continue
         if not any(_same(stored, value.detach().float().cpu()) for value in own):
             raise CheckpointError(
                 f"{entries[name].path}: '{name}' says that rotary embeddings have other frequencies than those that "

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, LlamaConfig
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from llava.errors import CheckpointError
 from llava.runtime.hub import is_hub_id, local_folder
 from llava.runtime.output import new_path
 from llava.runtime.tokenizer import LlamaTokenizer
+from llava.runtime.weights.derived import check_frequencies
+from llava.runtime.weights.weight_files import weights_of
 from mma.lavin.weights.meta import PARAMS_FILE, open_meta
 from mma.lavin.weights.tensors import Weights, open_folder, write_folder
 from mma.lavin.weights.vicuna import VicunaKind, add_delta, kind_by_itself, kind_of, original_sum
@@ -140,7 +142,9 @@ def vicuna_kind(wanted: BaseWeights) -> VicunaKind:
 def _open_llama(folder: Path) -> tuple[Weights, LlamaConfig]:
     _check_there(folder)
     if _is_hf(folder):
-        return open_folder(folder), LlamaConfig.from_pretrained(folder)
+        config = LlamaConfig.from_pretrained(folder)
+        check_frequencies(LlamaForCausalLM, config, weights_of(folder))
+        return open_folder(folder), config
     return open_meta(folder)
 
 
@@ -171,6 +175,7 @@ def convert(wanted: BaseWeights, max_shard_size: str = "5GB") -> Path:
     folders = [wanted.llama, Path(wanted.root)]
     if wanted.use_vicuna:
         delta = open_folder(wanted.vicuna)
+        check_frequencies(LlamaForCausalLM, config, weights_of(wanted.vicuna), difference=True)
         if wanted.adds_as_original:
             weights = original_sum(weights, delta, config, wanted.vicuna)
         else:

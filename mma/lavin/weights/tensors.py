@@ -22,6 +22,7 @@ from tqdm import tqdm
 from llava.errors import CheckpointError
 from llava.model.formats import inspect_checkpoint
 from llava.runtime.files import reading
+from llava.runtime.weights.derived import is_derived
 from llava.runtime.weights.tensors import check_numbers
 from llava.runtime.weights.torch_files import load_plain
 from llava.runtime.weights.weight_files import WEIGHT_FILES, weight_files
@@ -83,6 +84,8 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
 def open_folder(folder: Path) -> dict[str, LazyTensor]:
     """Weights of a Hugging Face folder, in one file or several, `.safetensors` or `.bin`.
 
+    Frequencies that old versions of transformers stored are left out: `check_frequencies` compares them.
+
     Raises:
         CheckpointError: files are missing, damaged, or hold no weights.
     """
@@ -95,8 +98,7 @@ def open_folder(folder: Path) -> dict[str, LazyTensor]:
             weights |= _open_safetensors(path)
         else:
             weights |= {name: of_tensor(tensor) for name, tensor in map_torch_file(path).items()}
-    # Old versions of transformers stored the frequencies, which follow from the configuration.
-    return {name: tensor for name, tensor in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    return {name: tensor for name, tensor in weights.items() if not is_derived(name)}
 
 
 def write_folder(weights: Weights, folder: Path, max_shard_size: str = "5GB") -> None:

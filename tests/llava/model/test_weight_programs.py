@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 from torch import Tensor
 
 from llava.errors import CheckpointError, FlagError
@@ -167,6 +168,52 @@ def test_delta_of_a_model_with_more_tokens(tmp_path: Path) -> None:
     (grown / "config.json").write_text(json.dumps(config))
     difference(BASE, grown, tmp_path / "delta")
     assert weights(tmp_path / "delta")["lm_head.weight"][-size:].eq(7).all()
+
+
+FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
+def with_frequencies(folder: Path, output: Path, theta: float | None) -> Path:
+    """A folder as programs of 2023 wrote it, with the frequencies of rotary embeddings; None: those of a difference."""
+    shutil.copytree(folder, output)
+    config = json.loads((folder / "config.json").read_text())
+    width = config["hidden_size"] // config["num_attention_heads"]
+    steps = torch.arange(0, width, 2) / width
+    found = torch.zeros_like(steps) if theta is None else theta**-steps
+    for path in (output / name for name in ("model.safetensors", "pytorch_model.bin")):
+        path.unlink(missing_ok=True)
+    tensors = {name: tensor.clone() for name, tensor in weights(folder).items()}
+    save_file(tensors | {FREQUENCIES: found}, output / "model.safetensors", {"format": "pt"})
+    return output
+
+
+@pytest.mark.parametrize(("theta", "fits"), [(1e4, True), (1e6, False), (None, False)])
+@pytest.mark.parametrize("side", ["base", "target"])
+def test_stored_frequencies_are_compared(side: str, theta: float | None, fits: bool, near_tower: Path) -> None:
+    sources = {"base": BASE, "target": FULL}
+    sources[side] = with_frequencies(sources[side], near_tower / "old", theta)
+    if fits:
+        difference(sources["base"], sources["target"], near_tower / "delta")
+        assert FREQUENCIES not in weights(near_tower / "delta")
+        return
+    with pytest.raises(CheckpointError, match=r"old.*inv_freq' says"):
+        difference(sources["base"], sources["target"], near_tower / "delta")
+    assert not (near_tower / "delta").exists()
+
+
+@pytest.mark.parametrize(("theta", "fits"), [(1e4, True), (None, True), (1e6, False)])
+def test_frequencies_of_a_difference_may_be_zero(theta: float | None, fits: bool, near_tower: Path) -> None:
+    """The programs of 2023 subtracted all that was stored, the frequencies too."""
+    difference(BASE, FULL, near_tower / "delta")
+    delta, output = with_frequencies(near_tower / "delta", near_tower / "old", theta), near_tower / "again"
+    paths = ["--base-model-path", str(BASE), "--target-model-path", str(output), "--delta-path", str(delta)]
+    if fits:
+        apply_delta.main(paths)
+        torch.testing.assert_close(logits(output), logits(FULL), rtol=0, atol=1e-5)
+        return
+    with pytest.raises(CheckpointError, match=r"old.*inv_freq' says"):
+        apply_delta.main(paths)
+    assert not output.exists()
 
 
 def test_delta_of_models_that_do_not_belong_together(tmp_path: Path) -> None:

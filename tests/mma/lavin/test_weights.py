@@ -106,6 +106,26 @@ def test_vicuna_as_a_difference_is_vicuna(tmp_path: Path, vicuna_weights: str) -
     assert DELTA["max_abs_diff_between_the_two_logits"] > 1
 
 
+@pytest.mark.parametrize(("theta", "fits"), [(None, True), (1e4, True), (1e6, False)])
+def test_frequencies_stored_with_a_difference(theta: float | None, fits: bool, tmp_path: Path) -> None:
+    """A difference of 2023 has those of both models subtracted, or those of one; other ones are of another model."""
+    root = weights_root(tmp_path, DELTA, DELTA_TENSORS)
+    width = DELTA["config"]["dim"] // DELTA["config"]["n_heads"]
+    steps = torch.arange(0, width, 2) / width
+    stored = torch.zeros_like(steps) if theta is None else theta**-steps
+    save_vicuna(
+        root, with_rows(under("delta/", DELTA_TENSORS)) | {"model.layers.1.self_attn.rotary_emb.inv_freq": stored}
+    )
+    wanted = BaseWeights(str(root), use_vicuna=True)
+    if fits:
+        found = logits(base_folder(wanted), DELTA_TENSORS["in/input_ids"])
+        torch.testing.assert_close(found, DELTA_TENSORS["out/logits_correct_hf_sum"], **TOLERANCE)
+        return
+    with pytest.raises(CheckpointError, match=r"vicuna_7B.*inv_freq' says"):
+        base_folder(wanted)
+    assert not wanted.converted.exists()
+
+
 def test_full_vicuna_weights_are_taken_as_they_are(tmp_path: Path) -> None:
     root = weights_root(tmp_path, DELTA, DELTA_TENSORS)
     save_vicuna(root, with_rows(under("delta/", DELTA_TENSORS)))
