@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-PALETTE = ("#2f6db5", "#d9822b", "#4c9a57", "#a14ba0", "#8a6d3b", "#c0392b", "#16818a", "#7f8c8d")
+from llava.runtime.drawing.charts import PALETTE, share_bars, svg_head
+
+__all__ = ["line_chart", "share_bars"]
 
 Points = Sequence[tuple[float, float]]
 
@@ -32,7 +34,7 @@ def line_chart(series: Mapping[str, Points], *, x_label: str, width: int = 420, 
             height - bottom - y / y_max * (height - top - bottom),
         )
 
-    parts = [_svg(width, height)]
+    parts = [svg_head(width, height)]
     for tick in range(5):
         value = y_max * tick / 4
         _, y = place(0, value)
@@ -49,36 +51,3 @@ def line_chart(series: Mapping[str, Points], *, x_label: str, width: int = 420, 
         parts.append(f'<rect x="{x}" y="{height - 14}" width="10" height="10" fill="{colour}"/>')
         parts.append(f'<text x="{x + 14}" y="{height - 5}">{escape(name)}</text>')
     return "".join([*parts, "</svg>"])
-
-
-def share_bars(shares: Mapping[str, Sequence[float]], *, width: int = 420, bar: int = 18) -> str:
-    """One horizontal bar per row, cut by the shares, which add up to 1.
-
-    Args:
-        shares: share of each expert by the name of the row.
-        width: of the image in pixels.
-        bar: height of a bar in pixels.
-    """
-    left, gap = 110, 6
-    height = len(shares) * (bar + gap) + gap
-    parts = [_svg(width, height)]
-    for row, (name, values) in enumerate(shares.items()):
-        y = gap + row * (bar + gap)
-        parts.append(f'<text x="{left - 6}" y="{y + bar - 5}" text-anchor="end">{escape(name)}</text>')
-        x = float(left)
-        for expert, value in enumerate(values):
-            span = value * (width - left - 4)
-            colour = PALETTE[expert % len(PALETTE)]
-            parts.append(f'<rect x="{x:.1f}" y="{y}" width="{span:.1f}" height="{bar}" fill="{colour}"/>')
-            if span > 30:
-                at = f'x="{x + span / 2:.1f}" y="{y + bar - 5}"'
-                parts.append(f'<text {at} text-anchor="middle" fill="#fff">{100 * value:.0f} %</text>')
-            x += span
-    return "".join([*parts, "</svg>"])
-
-
-def _svg(width: int, height: int) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        'font-family="sans-serif" font-size="11">'
-    )

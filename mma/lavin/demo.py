@@ -69,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise FlagError(f"--options {' '.join(args.options)}: has no effect in the original; leave it out")
     if importlib.util.find_spec("gradio") is None:
         raise FlagError("the demo needs gradio: pip install 'llava-extensions[serve]'")
+    from llava.serve.uploads import MAX_UPLOAD_BYTES
     from mma.lavin.page import build_page
-    from mma.lavin.uploads import MAX_UPLOAD_BYTES
 
     with joined() as processes:
         if processes.count > 1:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from llava.errors import FlagError, LlavaError
 from llava.eval.answering.generation import GenerationOptions
+from llava.serve.uploads import uploaded_file
 from mma.lavin.chat import LavinChat, Turn
-from mma.lavin.uploads import uploaded_file
 
 if TYPE_CHECKING:
     import gradio as gr

@@ -17,12 +17,12 @@ from llava.errors import BadImageError, FlagError, LlavaError
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.processes import Processes
 from llava.serve.engine import Engine
+from llava.serve.uploads import MAX_UPLOAD_BYTES, uploaded_file
 from mma.lavin import demo
 from mma.lavin.answering import find_folders, given_options, load_lavin
 from mma.lavin.chat import LavinChat, chat_prompt, shown_answer
 from mma.lavin.convert import export_file
 from mma.lavin.page import Handlers, build_page, chosen_options
-from mma.lavin.uploads import MAX_UPLOAD_BYTES, uploaded_file
 from tests.golden import load_case
 from tests.mma.lavin.lavin_files import LavinFiles
 from tests.mma.lavin.test_data import IMAGES

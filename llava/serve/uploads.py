@@ -1,7 +1,8 @@
-"""Files that visitors of the demo upload: which paths a request may name, and how large a file may be.
+"""Files that visitors of a page upload: which paths a request may name, and how large a file may be.
 
-gradio puts every upload into a folder of its own below one folder, `FOLDER/DIGEST/NAME`. The digest is seeded, so it is
-known to the visitor who uploaded the file and to nobody else. The page's API takes any path, so each one is checked.
+Shared by `llava.serve.web` and `mma.demo`. gradio puts every upload into a folder of its own below one folder,
+`FOLDER/DIGEST/NAME`. The digest is seeded, so it is known to the visitor who uploaded the file and to nobody else. A
+page's API takes any path, so each one is checked.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Figures as HTML and SVG that need no network, no script and no plotting library; shared by pages and reports."""
