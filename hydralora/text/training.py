@@ -27,9 +27,9 @@ from hydralora.tuner.original import CONFIG_FILE, OUR_WEIGHTS
 from llava.errors import CheckpointError, FlagError
 from llava.runtime.files import reading
 from llava.runtime.hub import TOKENIZER_FILES, local_folder
+from llava.runtime.monitoring.trainer import MonitoredTrainer
 from llava.runtime.partition import fetch
 from llava.runtime.quantization import choose_cpu_kernels, quantisation_config
-from llava.runtime.resumable_trainer import ResumableTrainer
 from llava.runtime.tokenizer import add_ends
 from llava.runtime.tokenizer import load_tokenizer as read_tokenizer
 from llava.runtime.weights.adapter_counts import check_adapter
@@ -186,7 +186,7 @@ def require_adapter(checkpoint: Path) -> None:
         PeftConfig.from_pretrained(str(checkpoint))
 
 
-class HydraLoraTrainer(ResumableTrainer):
+class HydraLoraTrainer(MonitoredTrainer):
     """Trainer that adds the balance loss and logs expert utilization, by task where the data has tasks."""
 
     def __init__(self, *, balance_weight: float, ends: GenerationConfig | None = None, **kwargs: Any) -> None:

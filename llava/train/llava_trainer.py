@@ -6,7 +6,7 @@ Corresponds to upstream's `llava/train/llava_trainer.py`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,14 @@ from llava.model.checkpoint import bare_model, load_full_weights, load_trained, 
 from llava.model.formats import inspect_checkpoint
 from llava.model.loss import LossReduction
 from llava.model.splice import count_targets
-from llava.runtime.resumable_trainer import ResumableTrainer
+from llava.runtime.monitoring.trainer import MonitoredTrainer
 from llava.runtime.run_record import copy_run_record
 from llava.runtime.sampling import EpochSampler, modality_order
 from llava.train.optimizer import BASE_GROUP, optimizer_groups
 from llava.train.options import RunArguments
 
 
-class LLaVATrainer(ResumableTrainer):
+class LLaVATrainer(MonitoredTrainer):
     """Trainer of a LLaVA with any set of extensions.
 
     Args:
@@ -60,15 +60,17 @@ class LLaVATrainer(ResumableTrainer):
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
-        """Targets of all micro batches and ranks of one update; what truncation cuts off does not count."""
+    def count_targets(self, batch: Mapping[str, Any]) -> Tensor:
+        """Targets of a micro batch, int64 scalar; what truncation cuts off does not count."""
         llava = bare_model(self.model)
         limit = getattr(llava.config, "tokenizer_model_max_length", None)
-        counts = []
-        for batch in batch_samples:
-            images, sizes = batch.get("images"), batch.get("image_sizes")
-            lengths = [] if images is None else llava.image_lengths(images, sizes)
-            counts.append(count_targets(batch["input_ids"], batch["labels"], lengths, limit if lengths else None))
+        images, sizes = batch.get("images"), batch.get("image_sizes")
+        lengths = [] if images is None else llava.image_lengths(images, sizes)
+        return count_targets(batch["input_ids"], batch["labels"], lengths, limit if lengths else None)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        """Targets of all micro batches and ranks of one update."""
+        counts = [self.count_targets(batch) for batch in batch_samples]
         total = torch.stack(counts).sum().to(device) if counts else torch.zeros((), dtype=torch.long, device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             total = self.accelerator.gather(total).sum()
