@@ -1,7 +1,6 @@
-"""Reading a request of OpenAI's chat API: what is asked, checked by hand so that every refusal names its parameter.
+"""Reading a request of OpenAI's chat API: checked by the models of `schema.py`, and by what a schema cannot say.
 
-Nothing that would change the answer is ignored in silence: a parameter that is not carried out is refused, unless it
-has the value that means nothing.
+Every refusal names its parameter, and nothing that would change the answer is ignored.
 """
 
 from __future__ import annotations
@@ -11,47 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
+from llava.constants import IMAGE_PLACEHOLDER
 from llava.conversation import Conversation
-from llava.errors import FlagError, LlavaError
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.prompts import add_image_markers, new_conversation
-
-HARMLESS = ("user", "metadata", "store", "stream_options", "service_tier", "safety_identifier", "prompt_cache_key")
-"""Parameters without influence on the answer."""
-
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "modalities": (["text"],),
-}
-"""Parameters that are not carried out, and the values that ask for nothing."""
+from llava.serve.problems import RequestError, short
+from llava.serve.schema import TAGS, ChatCompletionRequest, ChatMessage, TextPart
 
 SYSTEM_HEAD = "<|im_start|>system\n"
 """Templates of the ChatML family keep it in their system text."""
-
-READ = ("model", "messages", "stream", "temperature", "top_p", "max_tokens", "max_completion_tokens", "stop", "seed")
-
-
-class RequestError(LlavaError):
-    """A request that cannot be carried out.
-
-    Args:
-        message: what is wrong and what to do.
-        param: the parameter.
-        status: of HTTP.
-    """
-
-    def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
-        super().__init__(message)
-        self.param, self.status = param, status
 
 
 @dataclass(frozen=True)
@@ -63,17 +32,22 @@ class Defaults:
         max_new_tokens: tokens of an answer.
         token_limit: the most that a request may ask for.
         max_images: images of one request.
+        max_prompt_chars: characters of all texts of a request, counted before they are tokenized.
+        images_first: put the images of a message before its text, as transformers' template of LLaVA-1.5 does, in
+            place of keeping the order of the parts.
     """
 
     temperature: float = 0.2
     max_new_tokens: int = 512
     token_limit: int = 4096
     max_images: int = 16
+    max_prompt_chars: int = 200_000
+    images_first: bool = False
 
 
 @dataclass(frozen=True)
 class Message:
-    """One message: `images` are addresses, in order."""
+    """One message: `images` are addresses, in order, and `text` has `<image-placeholder>` where each of them goes."""
 
     role: str
     text: str
@@ -113,29 +87,73 @@ def read_request(body: Any, defaults: Defaults) -> ChatRequest:
         RequestError: names the parameter, what it is and what it may be.
     """
     if not isinstance(body, Mapping):
-        raise RequestError("the body is no JSON object")
-    _refuse_unknown(body)
-    messages = _messages(body.get("messages"))
+        raise RequestError("the body is not a JSON object")
+    try:
+        asked = ChatCompletionRequest.model_validate(body)
+    except ValidationError as error:
+        raise _refusal(error) from None
+    messages = _messages(asked.messages, defaults)
     count = sum(len(message.images) for message in messages)
     if count > defaults.max_images:
         raise RequestError(f"{count} images; this server takes up to {defaults.max_images}", "messages")
-    stream = _typed(body, "stream", bool, False)
-    stream_options = body.get("stream_options") or {}
+    length = sum(len(message.text) for message in messages)
+    if length > defaults.max_prompt_chars:
+        raise RequestError(
+            f"the messages have {length} characters; this server takes up to {defaults.max_prompt_chars}", "messages"
+        )
     return ChatRequest(
-        model=_typed(body, "model", str, ""),
+        model=asked.model,
         messages=messages,
-        options=_options(body, defaults),
-        stops=_stops(body.get("stop")),
-        stream=stream,
-        include_usage=bool(isinstance(stream_options, Mapping) and stream_options.get("include_usage")),
+        options=_options(asked, defaults),
+        stops=(asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ()),
+        stream=bool(asked.stream),
+        include_usage=bool(asked.stream_options and asked.stream_options.include_usage),
     )
+
+
+def _refusal(error: ValidationError) -> RequestError:
+    """The first thing that a schema finds wrong, in words."""
+    first = error.errors(include_url=False)[0]
+    path, context, value = _path(first["loc"]), first.get("ctx", {}), first["input"]
+    match first["type"]:
+        case "extra_forbidden":
+            return RequestError(f"the parameter '{path}' is not known here", path)
+        case "missing":
+            return RequestError(f"{path} is missing", path)
+        case "too_long" | "too_short":
+            least, most = context.get("min_length"), context.get("max_length")
+            bounds = f"at least {least}" if most is None else f"up to {most}"
+            return RequestError(f"{path} has {len(value)} entries; it takes {bounds}", path)
+        case "string_too_long":
+            return RequestError(f"{path} has {len(value)} characters; it takes up to {context['max_length']}", path)
+        case "model_type":
+            return RequestError(f"{path} = {short(value)}: must be an object", path)
+        case "string_type" | "int_type" | "float_type" | "bool_type" | "list_type" | "dict_type":
+            return RequestError(f"{path} = {short(value)} has the wrong type: {_must(first['msg'])}", path)
+        case _:
+            return RequestError(f"{path} = {short(value)}: {_must(first['msg'])}", path)
+
+
+def _must(message: str) -> str:
+    return message.replace("Input should be", "must be").replace("String should have", "must have")
+
+
+def _path(place: tuple[int | str, ...]) -> str:
+    """Where something is in a request: `messages[0].content[1].text`."""
+    path = ""
+    for index, step in enumerate(place):
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif step not in TAGS or index == 0:
+            path += f".{step}" if path else step
+    return path[:200]
 
 
 def conversation_of(request: ChatRequest, conv_mode: str, tokenizer: Any, mm_use_im_start_end: bool) -> Conversation:
     """The conversation with the answer still open.
 
-    Images of a message come before its text, each on a line of its own, unless the text says by
-    `<image-placeholder>` where they go.
+    Images and texts of a message keep their order, each on a line of its own, unless a text says by
+    `<image-placeholder>` where the images go.
 
     Raises:
         BadSampleError: markers in a text do not fit its images.
@@ -160,60 +178,25 @@ def conversation_of(request: ChatRequest, conv_mode: str, tokenizer: Any, mm_use
     return conversation
 
 
-def _refuse_unknown(body: Mapping[str, Any]) -> None:
-    for name, value in body.items():
-        if name in READ or name in HARMLESS or value is None:
-            continue
-        if name not in NEUTRAL:
-            raise RequestError(f"the parameter '{name}' is not known here", name)
-        if value not in NEUTRAL[name]:
-            raise RequestError(f"{name} = {value!r} is not carried out here; leave it out", name)
-
-
-def _typed(body: Mapping[str, Any], name: str, kind: type | tuple[type, ...], default: Any) -> Any:
-    """A parameter of one type; bool is no number."""
-    value = body.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise RequestError(f"{name} = {value!r} has the wrong type", name)
-    return value
-
-
-def _options(body: Mapping[str, Any], defaults: Defaults) -> GenerationOptions:
-    if body.get("max_completion_tokens") is not None and body.get("max_tokens") is not None:
+def _options(asked: ChatCompletionRequest, defaults: Defaults) -> GenerationOptions:
+    if asked.max_completion_tokens is not None and asked.max_tokens is not None:
         raise RequestError("give max_completion_tokens or max_tokens, not both", "max_tokens")
-    name = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-    tokens = _typed(body, name, int, defaults.max_new_tokens)
-    if not 1 <= tokens <= defaults.token_limit:
+    name = "max_completion_tokens" if asked.max_completion_tokens is not None else "max_tokens"
+    tokens = asked.max_completion_tokens or asked.max_tokens or defaults.max_new_tokens
+    if tokens > defaults.token_limit:
         raise RequestError(f"{name} = {tokens}; this server takes 1 to {defaults.token_limit}", name)
-    temperature = float(_typed(body, "temperature", (int, float), defaults.temperature))
-    if not 0 <= temperature <= 2:
-        raise RequestError(f"temperature = {temperature}; it is 0 (greedy) to 2", "temperature")
-    top_p = _typed(body, "top_p", (int, float), None)
-    seed = _typed(body, "seed", int, random.SystemRandom().getrandbits(32))
-    try:
-        return GenerationOptions(temperature, top_p, max_new_tokens=tokens, seed=seed)
-    except FlagError as error:  # top_p alone is left
-        raise RequestError(f"top_p = {top_p}; it is 0 to 1", "top_p") from error
+    temperature = defaults.temperature if asked.temperature is None else asked.temperature
+    seed = random.SystemRandom().getrandbits(32) if asked.seed is None else asked.seed
+    return GenerationOptions(temperature, asked.top_p, max_new_tokens=tokens, seed=seed)
 
 
-def _stops(value: Any) -> tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else value or []
-    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops) or len(stops) > 4:
-        raise RequestError("stop is a string, or a list of up to four", "stop")
-    return tuple(stops)
-
-
-def _messages(value: Any) -> tuple[Message, ...]:
+def _messages(asked: list[ChatMessage], defaults: Defaults) -> tuple[Message, ...]:
     """Messages in an order that a conversation template can express."""
-    if not isinstance(value, list) or not value:
-        raise RequestError("messages is a list of at least one message", "messages")
-    messages = [_message(item, f"messages[{index}]") for index, item in enumerate(value)]
+    messages = [_message(message, defaults.images_first) for message in asked]
     turns = messages[1:] if messages[0].role == "system" else messages
     wanted = ["user" if index % 2 == 0 else "assistant" for index in range(len(turns))]
     if [message.role for message in turns] != wanted or len(turns) % 2 == 0:
-        roles = ", ".join(message.role for message in messages)
+        roles = ", ".join(message.role for message in messages[:8]) + ", ..." * (len(messages) > 8)
         raise RequestError(
             f"the roles are {roles}; after a system message at most, user and assistant alternate, and the user speaks "
             "first and last",
@@ -221,30 +204,21 @@ def _messages(value: Any) -> tuple[Message, ...]:
         )
     for index, message in enumerate(messages):
         if message.images and message.role != "user":
-            raise RequestError(f"messages[{index}]: only the user shows images", "messages")
+            raise RequestError(f"messages[{index}]: only the user shows images", f"messages[{index}].content")
     return tuple(messages)
 
 
-def _message(item: Any, where: str) -> Message:
-    if not isinstance(item, Mapping) or item.get("role") not in ("system", "developer", "user", "assistant"):
-        raise RequestError(f"{where}: its role is system, user or assistant", "messages")
-    role = "system" if item["role"] == "developer" else item["role"]
-    content = item.get("content")
-    if isinstance(content, str):
-        return Message(role, content, ())
-    if not isinstance(content, list) or not content:
-        raise RequestError(f"{where}: content is a text, or a list of parts", "messages")
-    texts, images = [], []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif kind == "image_url":
-            address = part.get("image_url")
-            url = address.get("url") if isinstance(address, Mapping) else address
-            if not isinstance(url, str):
-                raise RequestError(f"{where}.content[{index}]: image_url has no url", "messages")
-            images.append(url)
-        else:
-            raise RequestError(f"{where}.content[{index}]: a part is a text or an image_url", "messages")
-    return Message(role, "\n".join(texts), tuple(images))
+def _message(asked: ChatMessage, images_first: bool) -> Message:
+    role = "system" if asked.role == "developer" else asked.role
+    if isinstance(asked.content, str):
+        return Message(role, asked.content, ())
+    parts = list(asked.content)
+    images = [part.image_url for part in parts if not isinstance(part, TextPart)]
+    urls = tuple(image if isinstance(image, str) else image.url for image in images)
+    texts = [part.text for part in parts if isinstance(part, TextPart)]
+    if any(IMAGE_PLACEHOLDER in text for text in texts):
+        return Message(role, "\n".join(texts), urls)
+    if images_first:
+        return Message(role, "\n".join([IMAGE_PLACEHOLDER] * len(urls) + texts), urls)
+    lines = [part.text if isinstance(part, TextPart) else IMAGE_PLACEHOLDER for part in parts]
+    return Message(role, "\n".join(lines), urls)

@@ -27,8 +27,10 @@ from llava.eval.answering.runner import answer_batch, load_images, make_prompt
 from llava.eval.run_llava import open_image
 from llava.serve import api
 from llava.serve.app import Settings, create_app
+from llava.serve.body import BodyLimits
 from llava.serve.chat_request import Defaults
 from llava.serve.engine import Engine
+from llava.serve.guard import Access
 from llava.serve.image_urls import ImagePolicy
 from tests.golden import golden_dir
 
@@ -60,7 +62,10 @@ def running(loaded: LoadedModel, settings: Settings = SETTINGS, **engine: Any) -
     thread.start()
     address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
     try:
-        yield openai.OpenAI(base_url=address, api_key=settings.api_key or "none", max_retries=0, timeout=120), worker
+        yield (
+            openai.OpenAI(base_url=address, api_key=settings.access.api_key or "none", max_retries=0, timeout=120),
+            worker,
+        )
     finally:
         server.should_exit = True
         thread.join(timeout=60)
@@ -84,9 +89,9 @@ def data_url(path: Path) -> str:
 
 
 def shown(text: str, *urls: str) -> list[dict[str, Any]]:
-    """One user message with images."""
+    """One user message with images before its text."""
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    return [{"role": "user", "content": [{"type": "text", "text": text}, *parts]}]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
 def ask(client: Any, messages: list[dict[str, Any]], **options: Any) -> Any:
@@ -194,15 +199,15 @@ def test_a_conversation(client: Any, loaded: LoadedModel) -> None:
 IMAGE = data_url(IMAGES / "im0.png")
 HELLO = [{"role": "user", "content": "Hello"}]
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "two answers": ({"n": 2}, "n = 2"),
+    "two answers": ({"n": 2}, "n = 2: is not supported"),
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     "unknown": ({"extra_body": {"typical_p": 0.5}}, "'typical_p' is not known"),
     "too many tokens": ({"max_tokens": 33}, "max_tokens = 33; this server takes 1 to 32"),
     "temperature": ({"temperature": -1}, "temperature = -1"),
     "temperature as text": ({"extra_body": {"temperature": "hot"}}, "'hot' has the wrong type"),
     "top_p": ({"top_p": 1.5}, "top_p = 1.5"),
-    "stops": ({"stop": ["a"] * 5}, "up to four"),
-    "no message": ({"messages": []}, "at least one"),
+    "stops": ({"stop": ["a"] * 5}, "takes up to 4"),
+    "no message": ({"messages": []}, "takes at least 1"),
     "two users": ({"messages": HELLO * 2}, "user, user"),
     "last is the model": ({"messages": [*HELLO, {"role": "assistant", "content": "Hi"}]}, "first and last"),
     "audio": ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "a text or an image_url"),
@@ -240,18 +245,18 @@ def test_body_and_image_sizes(loaded: LoadedModel) -> None:
     Image.new("RGB", (300, 200)).save(file, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     cases = [
-        (replace(SETTINGS, max_body=200), openai.APIStatusError, "more than 200 bytes"),
+        (replace(SETTINGS, body=BodyLimits(200)), openai.APIStatusError, "more than 200 bytes"),
         (replace(SETTINGS, images=ImagePolicy(max_bytes=50)), openai.BadRequestError, "takes up to 50"),
         (replace(SETTINGS, images=ImagePolicy(max_pixels=59_999)), openai.BadRequestError, "300 x 200 pixels"),
     ]
     for settings, error, message in cases:
         with running(loaded, settings) as (client, _), pytest.raises(error, match=message) as caught:
             ask(client, shown("?", url))
-        assert caught.value.status_code == (413 if settings.max_body == 200 else 400)
+        assert caught.value.status_code == (413 if settings.body.max_bytes == 200 else 400)
 
 
 def test_key(loaded: LoadedModel) -> None:
-    with running(loaded, replace(SETTINGS, api_key="secret")) as (client, _):
+    with running(loaded, replace(SETTINGS, access=Access(api_key="secret"))) as (client, _):
         assert ask(client, HELLO).choices
         stranger = client.with_options(api_key="guess")
         for call in (lambda: ask(stranger, HELLO), stranger.models.list):
@@ -438,7 +443,7 @@ def test_flags_reach_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(api.KEY, "secret")
     words = ["--host", ANYWHERE, "--temperature", "0", "--max-image-mb", "1", "--allow-image-host", "Example.org"]
     settings = api.settings_of(api.build_parser().parse_args(["--model-path", str(CHECKPOINT), *words]))
-    assert settings.api_key == "secret"
+    assert settings.access.api_key == "secret"
     assert settings.defaults.temperature == 0
     assert settings.images.max_bytes == 2**20
     assert settings.images.hosts == {"example.org"}
