@@ -6,8 +6,9 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -18,6 +19,7 @@ from llava.data.image_names import image_names
 from llava.data.images import ImageTransform, ProcessedImage, load_image
 from llava.data.labels import tokenize_conversation
 from llava.data.rows import Row, RowFiles, open_rows
+from llava.data.sizes import IMAGE_LENGTH, UNCOUNTED, Size
 from llava.data.skipped import append_skipped
 from llava.data.tiling import GridPinpoints, ImageLength
 from llava.errors import BadImageError, BadSampleError, FlagError, LlavaError
@@ -27,18 +29,8 @@ logger = logging.getLogger(__name__)
 
 Item = dict[str, Any]
 
-IMAGE_LENGTH = 128
-"""Words that an image counts as in `lengths` (upstream's estimate)."""
-
 ON_BAD_SAMPLE = ("stop", "skip")
 """Values of `--on_bad_sample`."""
-
-
-class Size(NamedTuple):
-    """Number of blank-separated words and of images of a row."""
-
-    words: int
-    images: int
 
 
 class LazySupervisedDataset(Dataset[Item]):
@@ -119,8 +111,12 @@ class LazySupervisedDataset(Dataset[Item]):
 
     def _leave_out_text(self) -> int:
         """Keep the rows with an image and return the number of the others."""
-        rows = [row for row in range(len(self.rows)) if self._has_image(row)]
-        if not rows:
+        sizes = self.rows.sizes
+        with_image = sizes["images"] > 0
+        for row in np.flatnonzero(sizes["words"] == UNCOUNTED).tolist():  # its turns or its images cannot be read
+            with_image[row] = self._has_image(row)
+        rows = np.flatnonzero(with_image)
+        if not len(rows):
             raise FlagError(
                 f"--requires_image True: none of the {len(self.rows)} rows of {self.rows.paths} has an image"
             )
@@ -166,8 +162,8 @@ class LazySupervisedDataset(Dataset[Item]):
 
     @property
     def lengths(self) -> list[int]:
-        """Words of each row, and 128 for each image."""
-        return [size.words + IMAGE_LENGTH * size.images for size in self._sizes]
+        """Words of each row, and 128 for each image; no image is opened (`llava/data/sizes.py`)."""
+        return (self._sizes["words"].astype(np.int64) + IMAGE_LENGTH * self._sizes["images"]).tolist()
 
     @property
     def modality_lengths(self) -> list[int]:
@@ -176,32 +172,41 @@ class LazySupervisedDataset(Dataset[Item]):
         Raises:
             FlagError: a row has no words, so that its sign is lost.
         """
-        empty = next((index for index, size in enumerate(self._sizes) if not size.words), None)
-        if empty is not None:
+        words = self._sizes["words"].astype(np.int64)
+        empty = np.flatnonzero(words == 0)
+        if len(empty):
             raise FlagError(
-                f"--group_by_modality_length: {self.rows.name(empty)} has no words, so whether it has an image "
+                f"--group_by_modality_length: {self.rows.name(int(empty[0]))} has no words, so whether it has an image "
                 "cannot be seen from its length; remove the row"
             )
-        return [size.words if size.images else -size.words for size in self._sizes]
+        return np.where(self._sizes["images"] > 0, words, -words).tolist()
 
     @cached_property
-    def _sizes(self) -> list[Size]:
-        return [self._size(index) for index in range(len(self))]
+    def _sizes(self) -> np.ndarray:
+        """Sizes of all rows, `SIZES` (rows,), as `_size` gives them."""
+        sizes = self.rows.sizes.copy()
+        for row in np.flatnonzero(sizes["words"] == UNCOUNTED).tolist():
+            sizes[row] = self._size(row)
+        if self.on_bad_sample == "skip":
+            sizes["words"] = np.maximum(sizes["words"], 1)
+        return sizes
 
     def _size(self, index: int) -> Size:
         """Size of a row; one that has no words or cannot be read counts as one word if bad rows are skipped."""
         skips = self.on_bad_sample == "skip"
+        size = self.rows.size(index)
+        if size is None:
+            return Size(1, 0) if skips else self._why_uncounted(index)
+        return Size(max(size.words, int(skips)), size.images)
+
+    def _why_uncounted(self, index: int) -> Size:
+        """Raise what is wrong with a row whose size could not be counted."""
+        row = self.rows[index]
         try:
-            row = self.rows[index]
             words = sum(len(turn["value"].split()) for turn in row["conversations"])
-            return Size(max(words, int(skips)), _image_count(row, self.rows.name(index)))
-        except BadSampleError:
-            if not skips:
-                raise
         except (LookupError, TypeError, AttributeError) as error:
-            if not skips:
-                raise BadSampleError(f"{self.rows.name(index)}: its turns cannot be read: {error!r}") from error
-        return Size(1, 0)
+            raise BadSampleError(f"{self.rows.name(index)}: its turns cannot be read: {error!r}") from error
+        return Size(words, _image_count(row, self.rows.name(index)))
 
     def _load(self, index: int) -> Item:
         row = self.rows[index]

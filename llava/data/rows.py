@@ -1,62 +1,26 @@
-"""Rows of LLaVA data files: one JSON list, or one JSON object per line (JSONL), told apart by their first character.
+"""The rows of a run: one data file or several, one after the other, or some of their rows.
 
-A list is read once. Of a JSONL file only the byte offsets of its lines are kept, and rows are parsed when asked for, so
-files of any size start at once.
+A file is opened by the reader of its format (`llava/data/formats/`); every reader gives rows in the form of LLaVA's.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
-from llava.errors import BadSampleError, FlagError
-from llava.runtime.files import refuse_pointer
+import numpy as np
 
-Row = dict[str, Any]
-"""`{"id": ..., "image": name or list of names, "conversations": [{"from": ..., "value": ...}, ...]}`."""
+from llava.data.formats.json_file import JsonRows
+from llava.data.formats.json_scan import BYTE_ORDER_MARK
+from llava.data.formats.reader import MemoryRows, Row, Rows, stored_size
+from llava.data.sizes import Size
+from llava.errors import FlagError
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-class Rows(Sequence[Row]):
-    """Rows of one data file, parsed one at a time.
-
-    Raises:
-        BadSampleError: on access, the row is no JSON object; the message names file and row.
-    """
-
-    def __init__(self, path: Path, offsets: Sequence[int] | None, values: list[Any] | None) -> None:
-        self.path = path
-        self._offsets = offsets  # of a JSONL file
-        self._values = values  # of a JSON list
-
-    def __len__(self) -> int:
-        return len(self._offsets if self._values is None else self._values)
-
-    def __getitem__(self, index: int) -> Row:
-        value = self._parse_line(index) if self._values is None else self._values[index]
-        if not isinstance(value, dict):
-            raise BadSampleError(f"{self.name(index)} is no JSON object but {value!r:.80}")
-        return value
-
-    def name(self, index: int) -> str:
-        """What to call a row in a message; rows are counted from 0 and blank lines are not."""
-        return f"{self.path}, row {index}"
-
-    def _parse_line(self, index: int) -> Any:
-        with self.path.open("rb") as file:
-            file.seek(self._offsets[index])
-            line = file.readline()
-        try:
-            return json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadSampleError(f"{self.name(index)} is no JSON: {error}: {line!r:.80}") from error
+__all__ = ["BYTE_ORDER_MARK", "MemoryRows", "Row", "RowFiles", "Rows", "open_rows"]
 
 
 class RowFiles(Sequence[Row]):
@@ -69,11 +33,11 @@ class RowFiles(Sequence[Row]):
     def __init__(self, files: Sequence[Rows], chosen: Sequence[int] | None = None) -> None:
         self.files = list(files)
         self._ends = list(accumulate(map(len, self.files)))
-        self._chosen = None if chosen is None else array("Q", chosen)
+        self._chosen = None if chosen is None else np.asarray(chosen, dtype=np.int64)
 
     def select(self, rows: Sequence[int]) -> RowFiles:
         """Some of the rows as rows of their own; messages keep naming each by file and number in it."""
-        return RowFiles(self.files, rows if self._chosen is None else [self._chosen[row] for row in rows])
+        return RowFiles(self.files, rows if self._chosen is None else self._chosen[np.asarray(rows, dtype=np.int64)])
 
     def __len__(self) -> int:
         return self._ends[-1] if self._chosen is None else len(self._chosen)
@@ -92,6 +56,19 @@ class RowFiles(Sequence[Row]):
         file, row = self._locate(index)
         return file.path, row
 
+    def size(self, index: int) -> Size | None:
+        """Words and images of a row; None if they cannot be counted."""
+        if "sizes" in self.__dict__:
+            return stored_size(self.sizes[index])
+        file, row = self._locate(index)
+        return file.size(row)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Words and images of all rows, `SIZES` (rows,), without opening an image; see `llava/data/sizes.py`."""
+        found = np.concatenate([file.sizes for file in self.files])
+        return found if self._chosen is None else found[self._chosen]
+
     @property
     def paths(self) -> str:
         """The files in a message."""
@@ -101,7 +78,7 @@ class RowFiles(Sequence[Row]):
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         if self._chosen is not None:
-            index = self._chosen[index]
+            index = int(self._chosen[index])
         number = bisect_right(self._ends, index)
         return self.files[number], index - (self._ends[number - 1] if number else 0)
 
@@ -121,31 +98,7 @@ def open_rows(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
 def _open_file(path: Path) -> Rows:
     if not path.is_file():
         raise FlagError(f"--data_path {path}: there is no such file")
-    refuse_pointer(path, FlagError)
-    with path.open("rb") as file:
-        first = next((line for line in file if line.removeprefix(BYTE_ORDER_MARK).strip()), b"")
-    if first.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
-        rows = Rows(path, None, _read_list(path))
-    else:
-        rows = Rows(path, array("Q", _line_offsets(path)), None)
+    rows = JsonRows(path)
     if not len(rows):
         raise FlagError(f"--data_path {path}: the file holds no rows")
     return rows
-
-
-def _read_list(path: Path) -> list[Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise FlagError(f"--data_path {path}: the file begins like a JSON list but is none: {error}") from error
-
-
-def _line_offsets(path: Path) -> Iterator[int]:
-    """Byte offset of each line that is not blank."""
-    offset = 0
-    with path.open("rb") as file:
-        for line in file:
-            mark = len(BYTE_ORDER_MARK) if offset == 0 and line.startswith(BYTE_ORDER_MARK) else 0
-            if line[mark:].strip():
-                yield offset + mark
-            offset += len(line)

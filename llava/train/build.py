@@ -17,6 +17,7 @@ from llava.conversation import Conversation
 from llava.data.answer_end import answer_end, end_problem, turn_end
 from llava.data.dataset import LazySupervisedDataset
 from llava.data.markers import user_marker_ids
+from llava.data.rows import RowFiles, open_rows
 from llava.data.templates import select_template
 from llava.data.tiling import check_grid_pinpoints
 from llava.data.trained_template import record_template
@@ -302,12 +303,22 @@ def build_model(args: RunArguments, tokenizer: Any, attn_implementation: str | N
     return model
 
 
+def rows_of_run(args: RunArguments) -> RowFiles:
+    """The rows of a run's data files, found by one process while the others wait to use what it keeps of large ones.
+
+    Raises:
+        FlagError: see `open_rows`.
+    """
+    with args.training.main_process_first(local=False), args.training.main_process_first(local=True):
+        return open_rows(args.data.data_path or [])
+
+
 def build_dataset(args: RunArguments, tokenizer: Any, model: LlavaForCausalLM) -> LazySupervisedDataset:
     """The training data of a run."""
     template: Conversation = select_template(args.model.version, tokenizer)
     tower = model.get_vision_tower()
     dataset = LazySupervisedDataset(
-        args.data.data_path,
+        rows_of_run(args),
         tokenizer,
         None if tower is None else tower.image_processor,
         template=template,

@@ -6,10 +6,13 @@ import contextlib
 import importlib.util
 from pathlib import Path
 
+import numpy as np
+
 from llava.data.dataset import ON_BAD_SAMPLE
 from llava.data.image_names import image_names
 from llava.data.pixels import ASPECT_RATIOS
 from llava.data.rows import RowFiles, open_rows
+from llava.data.sizes import UNCOUNTED
 from llava.data.tiling import MERGE_TYPES, parse_grid_pinpoints
 from llava.errors import BadSampleError, CheckpointError, FlagError
 from llava.extension import installed_extensions
@@ -111,8 +114,9 @@ def _rows(args: RunArguments) -> list[str]:
 
 def _with_image(records: RowFiles) -> int:
     """Number of rows that `--requires_image True` leaves."""
-    count = 0
-    for row in range(len(records)):
+    sizes = records.sizes
+    count = int((sizes["images"] > 0).sum())
+    for row in np.flatnonzero(sizes["words"] == UNCOUNTED).tolist():
         with contextlib.suppress(BadSampleError):  # said when the row is read in the run
             count += bool(image_names(records[row]))
     return count

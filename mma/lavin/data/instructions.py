@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from llava.data.rows import Row, RowFiles, Rows
+from llava.data.rows import MemoryRows, Row, RowFiles
 from llava.errors import BadSampleError
 from llava.eval.answering.questions import read_json
 from mma.lavin.data.scienceqa import IMAGE_NAME, IMAGES_FOLDER, conversation_row
@@ -71,4 +71,4 @@ def read_mixture(data_root: str | Path) -> tuple[RowFiles, Path]:
         for row in rows:
             if "image" in row:
                 row["image"] = row["image"].removeprefix(f"{COCO_FOLDER}/")
-    return RowFiles([Rows(path, None, rows)]), images
+    return RowFiles([MemoryRows(path, rows)]), images

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.data.rows import Row, RowFiles, Rows
+from llava.data.rows import MemoryRows, Row, RowFiles
 from llava.errors import BadSampleError, FlagError
 from llava.eval.answering.questions import read_json
 from mma.lavin.data.prompts import FORMATS, OPTIONS, Problem, build_prompt
@@ -166,4 +166,4 @@ def training_rows(data: ScienceQA, prompt_format: str, options: Sequence[str] = 
     for number, sample_id in enumerate(data.ids):
         prompt, answer = data.prompt_and_answer(number, prompt_format, options)
         rows.append(conversation_row(sample_id, prompt, answer, data.image(number)))
-    return RowFiles([Rows(data.path, None, rows)])
+    return RowFiles([MemoryRows(data.path, rows)])
