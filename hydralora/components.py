@@ -21,6 +21,7 @@ from rich.table import Table
 from hydralora.analysis.clusters import Clustering, dbscan, k_means
 from hydralora.analysis.features import embeddings, tf_idf, typical_words
 from hydralora.analysis.figures import plot_distances, plot_scores
+from hydralora.text.messages import asked
 from hydralora.text.samples import read_samples
 from llava.errors import FlagError
 from llava.runtime.output import replace_text
@@ -38,7 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m hydralora.components",
         description="Suggest a number of experts: cluster the instructions of a data set.",
     )
-    parser.add_argument("data", type=Path, nargs="+", help="JSON lists of instruction, input and output")
+    parser.add_argument(
+        "data", type=Path, nargs="+", help="JSON lists or lines of instruction, input and output, or of messages"
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("components"), help="where result and plot are written")
     parser.add_argument("--method", choices=["kmeans", "dbscan"], default="kmeans")
     parser.add_argument(
@@ -57,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_texts(paths: Sequence[Path]) -> list[str]:
-    """Instruction and input of every record.
+    """What every record asks: instruction and input, or the messages that are no answers.
 
     Raises:
         BadSampleError: a record is malformed.
@@ -66,8 +69,7 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise FlagError(f"{', '.join(missing)}: no such file")
-    records = [record for path in paths for record in read_samples(path)]
-    return ["\n".join(filter(None, (record["instruction"], record.get("input")))) for record in records]
+    return [asked(record) for path in paths for record in read_samples(path)]
 
 
 def describe(texts: Sequence[str], clustering: Clustering) -> list[dict[str, Any]]:

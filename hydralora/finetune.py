@@ -21,7 +21,8 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hydralora.text.arguments import build_parser, inputs_of, parse_args
-from hydralora.text.dataset import InstructionCollator, InstructionDataset, load_examples, training_files
+from hydralora.text.dataset import InstructionCollator
+from hydralora.text.loading import answer_ends, check_vocabulary, load_data
 from hydralora.text.options import RunArguments, TrainingArguments
 from hydralora.text.training import (
     ADAPTER_FOLDER,
@@ -53,39 +54,6 @@ class TextRun:
     tokenizer: Any
     model: nn.Module
     trainer: HydraLoraTrainer
-
-
-def load_data(args: RunArguments, tokenizer: Any) -> tuple[InstructionDataset | None, InstructionDataset | None]:
-    """The records to train and to evaluate on; None where nothing is asked for.
-
-    Raises:
-        BadSampleError: a record is malformed.
-        FlagError: there is nothing to evaluate on, or a file holds no record.
-    """
-    data = args.data
-
-    def read(files: Sequence[Path]) -> InstructionDataset:
-        examples = [
-            example
-            for path in files
-            for example in load_examples(
-                path, tokenizer, data.max_seq_length, data.data_cache_dir, data.overwrite_cache
-            )
-        ]
-        if not examples:
-            raise FlagError(f"{', '.join(map(str, files))}: no records")
-        return InstructionDataset(examples)
-
-    train = None
-    if args.training.do_train:
-        train = read(training_files(data.dataset_dir, data.train_file, data.validation_file))
-    if not args.training.do_eval:
-        return train, None
-    if data.validation_file:
-        return train, read([Path(data.validation_file)])
-    if train is None:
-        raise FlagError("--do_eval without --do_train needs --validation_file")
-    return train.split(data.validation_split_percentage, args.training.seed)
 
 
 def run_record(args: RunArguments) -> dict[str, Any]:
@@ -131,7 +99,13 @@ def build_run(args: RunArguments, resumed: Resumption | None = None) -> TextRun:
     checkpointing.keep_the_graph(training)
     tokenizer = load_tokenizer(args)
     train, evaluation = load_data(args, tokenizer)
-    model = add_adapter(load_base(args), args)
+    examples = [example for part in (train, evaluation) if part is not None for example in part.examples]
+    ends, unended = answer_ends(tokenizer, examples, args.data.chat_template)
+    if unended and training.should_log:
+        print(unended)
+    base = load_base(args)
+    check_vocabulary(base, tokenizer, examples, args.tokenizer_name)
+    model = add_adapter(base, args)
     if checkpointing.is_checkpointed(training):
         check_checkpointing(training, model.active_peft_config.balance_weight)
     if training.deepspeed:
@@ -142,7 +116,7 @@ def build_run(args: RunArguments, resumed: Resumption | None = None) -> TextRun:
         model.print_trainable_parameters()
     trainer = HydraLoraTrainer(
         balance_weight=model.active_peft_config.balance_weight,
-        ends=record_end(model, tokenizer, training.should_log),
+        ends=record_end(model, tokenizer, training.should_log, ends),
         model=model,
         args=training,
         train_dataset=train,
@@ -217,7 +191,8 @@ def _print_summary(run: TextRun, adapter: Path | None, metrics: dict[str, float]
         print(f'import hydralora; PeftModel.from_pretrained(base, "{adapter}")')
         print("and is evaluated (extra harness) by")
         models = f"pretrained={run.args.model.model_name_or_path},peft={adapter}"
-        print(f"python -m hydralora.evaluate --model_args {models} --tasks mmlu --num_fewshot 0")
+        chat = " --apply_chat_template" if run.args.data.chat_template is not None else ""
+        print(f"python -m hydralora.evaluate --model_args {models} --tasks mmlu --num_fewshot 0{chat}")
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ OURS = (
     r"INFO: +(Waiting for application (startup|shutdown)|Application (startup|shutdown) complete|Shutting down)\.?",
     r"INFO: +Uvicorn running on .*",
     r".*-hf: writing the weights in the layout of transformers",
+    r"--dataset_dir .* left out, by the name not for training; .*|\d+ of \d+ records left out: .*",
     r"trainable params: .*|\*+ train metrics \*+|\w+ += +[\d.:]+",
     r"import hydralora; .*|and is evaluated .*",
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 import transformers
 
 from hydralora.text.counts import row_problems
+from hydralora.text.messages import OWN
 from hydralora.text.options import (
     DataArguments,
     ModelArguments,
@@ -69,6 +70,7 @@ def inputs_of(args: RunArguments) -> list[Input]:
         Input("--peft_path", training.peft_path),
         Input("--dataset_dir", data.dataset_dir),
         Input("--train_file", data.train_file),
+        Input("--chat_template", None if data.chat_template == OWN else data.chat_template),
         Input("--validation_file", data.validation_file),
     ]
 
@@ -76,6 +78,7 @@ def inputs_of(args: RunArguments) -> list[Input]:
 def _problems(args: RunArguments) -> list[str]:
     model, data, training = args.model, args.data, args.training
     problems = []
+    # What has to be there.
     if not model.model_name_or_path:
         problems.append("--model_name_or_path is missing")
     problems += [
@@ -91,12 +94,18 @@ def _problems(args: RunArguments) -> list[str]:
         path = getattr(data, name)
         if path and not Path(path).exists():
             problems.append(f"--{name} {path}: does not exist")
+    template = data.chat_template
+    # The word for the tokenizer's own template wins over a file of that name.
+    if template not in (None, OWN) and not Path(template).is_file():
+        problems.append(f"--chat_template {template}: is neither a file nor '{OWN}'")
+    # Nothing that the run reads may lie where it writes.
     problems += dict.fromkeys(folder_problems("--output_dir", training.output_dir, inputs_of(args)))
     if training.load_in_kbits not in (4, 8, 16):
         problems.append(f"--load_in_kbits {training.load_in_kbits}: known values are 4, 8 and 16")
     elif training.load_in_kbits != 16 and zero_stage(training) == 3:
         problems.append(f"--load_in_kbits {training.load_in_kbits}: ZeRO-3 cannot split quantised weights; use ZeRO-2")
     problems += range_problems(data, DATA_RANGES)
+    # The Trainer would split each batch over them within one process.
     if training.n_gpu > 1:
         problems.append(
             f"{training.n_gpu} GPUs are visible to one process; start with torchrun --nproc_per_node {training.n_gpu} "
@@ -104,6 +113,7 @@ def _problems(args: RunArguments) -> list[str]:
         )
     if training.do_train and training.learning_rate == 0:
         problems.append("--learning_rate 0: nothing would be trained")
+    # Without a file to evaluate on, part of the training records is taken.
     splits = training.do_train and training.do_eval and not data.validation_file
     if splits and data.validation_split_percentage == 0:
         problems.append("--validation_split_percentage 0: must be more than 0 to evaluate without --validation_file")

@@ -26,7 +26,8 @@ def row_problems(args: RunArguments) -> list[str]:
     train = 0
     if training.do_train:
         train = sum(
-            len(read_samples(path)) for path in training_files(data.dataset_dir, data.train_file, data.validation_file)
+            len(read_samples(path))
+            for path in training_files(data.dataset_dir, data.train_file, data.validation_file, data.include_held_out)
         )
         if training.do_eval and not data.validation_file:
             evaluation = max(1, round(data.validation_split_percentage * train))

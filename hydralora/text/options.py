@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,6 +22,14 @@ from llava.runtime.options import CHANGED_HELP, option
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY
 from llava.runtime.values import check_values
 from llava.runtime.zero import zero_settings
+
+
+class LossReduction(StrEnum):
+    """What the loss of an update is the mean of (`--loss_reduction`)."""
+
+    TARGET = "target"
+    MICRO_BATCH = "micro_batch"
+
 
 AUTO = "auto:"
 """`--lora_nums auto:FILE` takes the number from a file that `python -m hydralora.components` wrote."""
@@ -48,11 +57,15 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """What is trained and evaluated on: JSON lists of instruction, input, output and, optionally, task_type."""
+    """What is trained and evaluated on: records of instruction, input, output or of messages, and task_type or none."""
 
     _argument_group_name: ClassVar[str] = "data"
 
-    dataset_dir: str | None = option("folder whose .json files are trained on, the validation file left out")
+    dataset_dir: str | None = option(
+        "folder whose .json and .jsonl files are trained on; the validation file and those named test, val, dev, ... "
+        "are left out"
+    )
+    include_held_out: bool = option("train on the files named test, val, dev, ... of --dataset_dir too", False)
     train_file: str | None = option("one file to train on, instead of --dataset_dir")
     validation_file: str | None = option("file to evaluate on")
     overwrite_cache: bool = option("tokenize again although a cache of the very same content exists", False)
@@ -63,6 +76,10 @@ class DataArguments:
     keep_linebreaks: bool = option("accepted for compatibility: line breaks are kept", True)
     data_cache_dir: str | None = option("where tokenized data is kept; none given: a folder beside the data")
     max_seq_length: int = option("longest sequence in tokens; the rest is cut off", 1024)
+    chat_template: str | None = option(
+        "what writes the records; none given: instructions as the original, messages by the tokenizer's chat template; "
+        "tokenizer: all by that template; a file: all by this Jinja template, which is kept with the adapter"
+    )
 
 
 @dataclass
@@ -85,6 +102,12 @@ class TrainingArguments(transformers.TrainingArguments):
     peft_path: str | None = option(
         "adapter to start from: ours, or one of the original; it stays as it is, so flags that contradict its rank, "
         "alpha, dropout, experts, routing or modules are refused"
+    )
+    loss_reduction: str = option(
+        "target: mean over the trained tokens of an update; micro_batch: mean of the means of its micro batches, as "
+        "the original",
+        LossReduction.TARGET.value,
+        choices=list(LossReduction),
     )
     resume_changed: bool = option(CHANGED_HELP, False)
     flash_attn: bool = option("use FlashAttention 2", False)

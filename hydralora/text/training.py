@@ -7,6 +7,7 @@ original prepares and never computes, are carried out here.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from hydralora.layer import expert_balance_loss
 from hydralora.model import RoutingRecorder, of_text
 from hydralora.statistics import TaskStatistics
-from hydralora.text.options import RunArguments, module_names
+from hydralora.text.messages import OWN
+from hydralora.text.options import LossReduction, RunArguments, module_names
 from hydralora.tuner import HydraLoraConfig, hydralora_layers
 from hydralora.tuner.loading import load_adapter
 from hydralora.tuner.original import CONFIG_FILE, OUR_WEIGHTS
 from llava.errors import CheckpointError, FlagError
-from llava.runtime.files import reading
+from llava.runtime.files import data_text, reading
 from llava.runtime.hub import TOKENIZER_FILES, local_folder
 from llava.runtime.monitoring.trainer import MonitoredTrainer
 from llava.runtime.partition import fetch
@@ -44,8 +46,13 @@ ADAPTER_FOLDER = "sft_lora_model"
 
 
 def load_tokenizer(args: RunArguments) -> Any:
-    """The tokenizer; one without padding token pads by `<unk>`, or by the end-of-sequence token."""
-    model = args.model
+    """The tokenizer; one without padding token pads by `<unk>`, or by the end-of-sequence token.
+
+    Raises:
+        CheckpointError: its files are missing or damaged.
+        BadSampleError: the file of `--chat_template` is not text.
+    """
+    model, template = args.model, args.data.chat_template
     folder = local_folder(
         args.tokenizer_name,
         TOKENIZER_FILES,
@@ -53,7 +60,10 @@ def load_tokenizer(args: RunArguments) -> Any:
         cache_dir=model.cache_dir,
         token=model.use_auth_token or None,
     )
-    return read_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
+    if template is not None and template != OWN:
+        tokenizer.chat_template = data_text(template)
+    return tokenizer
 
 
 def load_base(args: RunArguments) -> nn.Module:
@@ -140,20 +150,31 @@ def add_adapter(base: nn.Module, args: RunArguments) -> PeftModel:
     return get_peft_model(base, config)
 
 
-def record_end(model: PeftModel, tokenizer: Any, announce: bool) -> GenerationConfig | None:
-    """Make the token with which answers are trained to end also end generation.
+def record_end(
+    model: PeftModel, tokenizer: Any, announce: bool, ends: Sequence[int] | None = None
+) -> GenerationConfig | None:
+    """Make the tokens with which answers are trained to end also end generation.
+
+    Args:
+        model: its `generation_config` is changed.
+        tokenizer: of the run.
+        announce: print what was added.
+        ends: the tokens; None: the tokenizer's end-of-sequence token.
 
     Returns:
-        What the adapter's folder has to say of it; None if the base's `generation_config.json` names the token.
+        What the adapter's folder has to say of it; None if the base's `generation_config.json` names the tokens.
     """
-    config, end = getattr(model, "generation_config", None), tokenizer.eos_token_id
-    if config is None or not add_ends(config, [end]):
+    config = getattr(model, "generation_config", None)
+    added = [] if config is None else add_ends(config, [tokenizer.eos_token_id] if ends is None else ends)
+    if config is None or not added:
         return None
     if announce:
-        print(
-            f"answers are trained to end with {tokenizer.eos_token!r} (token {end}), at which generation did not end "
-            f"by the base's generation_config; {GENERATION_FILE} in the adapter's folder adds it"
-        )
+        for end in added:
+            print(
+                f"answers are trained to end with {tokenizer.convert_ids_to_tokens(end)!r} (token {end}), at which "
+                f"generation did not end by the base's generation_config; {GENERATION_FILE} in the adapter's folder "
+                "adds it"
+            )
     return GenerationConfig(eos_token_id=config.eos_token_id)
 
 
@@ -259,6 +280,11 @@ class HydraLoraTrainer(MonitoredTrainer):
         if self.args.fp16:
             return super()._instead_of_float16()
         return "pass --torch_dtype bfloat16"
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        # Without a number of targets the model takes the mean of a micro batch, and the Trainer that of an update.
+        by_target = self.args.loss_reduction == LossReduction.TARGET
+        return super()._get_num_items_in_batch(batch_samples, device) if by_target else None
 
     def _micro_batch_share(self, num_items_in_batch: Tensor | int | None) -> float:
         """What a mean over a micro batch is to be multiplied with, unless the Trainer does so afterwards."""

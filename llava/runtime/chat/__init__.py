@@ -1,0 +1,1 @@
+"""Conversations as the chat template of a tokenizer writes them."""
