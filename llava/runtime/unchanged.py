@@ -26,12 +26,12 @@ PATHS = frozenset(
     [
         *("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "data_path", "image_folder", "dataset_dir"),
         *("train_file", "validation_file", "tokenizer_name_or_path", "tokenizer_name", "peft_path", "data_root"),
-        *("caption_file", "llama_model_path"),
+        *("caption_file", "llama_model_path", "chat_template"),
     ]
 )
 """Options that are paths: equal if they lead to the same place."""
 
-DATA_FILES = {"dataset_dir": "*.json", "data_root": "pid_splits.json"}
+DATA_FILES = {"dataset_dir": "*.json*", "data_root": "pid_splits.json"}
 """Of `PATHS`, folders of data with the names of the files in them that decide what a run trains on."""
 
 EVALUATION = frozenset({"eval_strategy", "eval_steps", "eval_delay", "eval_batch_size"})

@@ -144,7 +144,7 @@ DATA_RULES = (
         lambda settings: not _known(settings, "do_pretrain"),
         ("prompt_format", "options", "use_caption", "caption_file"),
     ),
-    Rule(lambda settings: not _known(settings, "train_file"), ("dataset_dir",)),
+    Rule(lambda settings: not _known(settings, "train_file"), ("dataset_dir", "include_held_out")),
     Rule(
         lambda settings: is_on(settings, "do_eval") and not _known(settings, "validation_file"),
         ("validation_split_percentage",),

@@ -131,6 +131,11 @@ def test_conversations(ends: bool, folder: Path, tmp_path: Path, capsys: pytest.
     out = capsys.readouterr().out
     assert ("writes 'END' behind an answer" in out) == (not ends)
     assert "--apply_chat_template" in out
+    template.write_text(template.read_text() + " ")
+    changed = command_line(folder, tmp_path / "out", train_file=data, chat_template=template, max_seq_length=128)
+    with pytest.raises(FlagError, match="chat_template"):
+        main(changed)
+    template.write_text(template.read_text()[:-1])
     assert any("routing/task_fruit/share_0" in row for row in history(tmp_path / "out"))
     with pytest.raises(FlagError, match=r"--chat_template nothing: is neither a file nor 'tokenizer'"):
         parse_args(command_line(folder, tmp_path / "out2", chat_template="nothing"))
