@@ -38,9 +38,12 @@ from llava.errors import FlagError
 from llava.runtime import checkpointing
 from llava.runtime.places import RUN_FILE
 from llava.runtime.program import run_program
+from llava.runtime.publishing.access import check_access, destination_of
+from llava.runtime.publishing.publish import named, publish_adapter
 from llava.runtime.resume_check import check_has_state, check_resumable
 from llava.runtime.run_record import Resumption, describe, resumption, used_sections, write_run_record
 from llava.runtime.saving import prepare_folder
+from llava.runtime.weights.run_file import GIVEN
 from llava.runtime.zero import join_processes, prepare_resume, set_precision
 
 __all__ = ["TextRun", "build_parser", "build_run", "main", "parse_args"]
@@ -64,7 +67,7 @@ def run_record(args: RunArguments) -> dict[str, Any]:
         "training": args.training.to_dict(),
         "experts": args.experts,
     }
-    return describe(used_sections(sections), args.training)
+    return describe(used_sections(sections) | {GIVEN: sorted(args.given)}, args.training)
 
 
 def start_record(args: RunArguments) -> None:
@@ -148,6 +151,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     args = parse_args(argv)
     training, output = args.training, Path(args.training.output_dir)
     join_processes(training)
+    publishes = training.push_to_hub and training.do_train and training.process_index == 0
+    repository = check_access(destination_of(training)) if publishes else ""
     resume_from, resumed = None, None
     if training.do_train:
         resume_from = training.resume_from_checkpoint or (get_last_checkpoint(output) if output.is_dir() else None)
@@ -171,6 +176,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     metrics = _evaluate(run) if training.do_eval else {}
     if training.should_save:
         _print_summary(run, adapter if training.do_train else None, metrics)
+    if publishes:
+        print(f"published: {publish_adapter(adapter, named(destination_of(training), repository))}")
     return adapter if training.do_train else output
 
 

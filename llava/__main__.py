@@ -17,7 +17,10 @@ from llava.runtime.program import run_program
 from llava.scripts.files import source
 
 PROGRAMS = {
-    "train": ("llava.train.train_mem", "llava.train.train", "llava.train.train_sparse", "llava.train.train_xformers"),
+    "train": (
+        *("llava.train.train_mem", "llava.train.train", "llava.train.train_sparse", "llava.train.train_xformers"),
+        "llava.train.publish",
+    ),
     "data": ("llava.data.check",),
     "eval": (
         "llava.eval",

@@ -61,3 +61,7 @@ class NotFiniteError(LlavaError, RuntimeError):
 
 class TrainingError(LlavaError, RuntimeError):
     """A run cannot go on: the loss is no number, a checkpoint cannot be written, or a data worker died."""
+
+
+class PublishingError(LlavaError, RuntimeError):
+    """A finished folder could not be uploaded; the folder itself is complete."""

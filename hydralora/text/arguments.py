@@ -26,9 +26,10 @@ from hydralora.text.options import (
 from hydralora.tuner.config import HydraLoraConfig
 from llava.errors import FlagError
 from llava.runtime.places import Input, folder_problems
+from llava.runtime.publishing.access import hub_problems
 from llava.runtime.ranges import COUNT, PROBABILITY, range_problems
 from llava.runtime.retired_flags import translate_retired_flags
-from llava.runtime.values import parse, refuse
+from llava.runtime.values import parse, refuse, written_names
 from llava.runtime.zero import zero_stage
 
 DATA_RANGES = {"max_seq_length": COUNT, "preprocessing_num_workers": COUNT, "validation_split_percentage": PROBABILITY}
@@ -53,10 +54,11 @@ def parse_args(argv: Sequence[str] | None = None) -> RunArguments:
         FlagError: options are unknown, contradictory or not carried out; all problems are listed at once.
     """
     words = translate_retired_flags(sys.argv[1:] if argv is None else list(argv))
-    *parsed, unknown = parse(build_parser(), words)
+    parser = build_parser()
+    *parsed, unknown = parse(parser, words)
     if unknown:
         raise FlagError(f"unknown options {unknown}; --help lists all")
-    args = RunArguments(*parsed)
+    args = RunArguments(*parsed, given=written_names(parser, words))
     refuse(_problems(args))
     return args
 
@@ -88,6 +90,8 @@ def _problems(args: RunArguments) -> list[str]:
     ]
     if not (training.do_train or training.do_eval):
         problems.append("nothing to do: pass --do_train, --do_eval, or both")
+    if training.push_to_hub and not training.do_train:
+        problems.append("--push_to_hub True: publishes what a run has trained; pass --do_train")
     if training.do_train and not (data.dataset_dir or data.train_file):
         problems.append("--do_train needs --dataset_dir or --train_file")
     for name in ("dataset_dir", "train_file", "validation_file"):
@@ -104,7 +108,7 @@ def _problems(args: RunArguments) -> list[str]:
         problems.append(f"--load_in_kbits {training.load_in_kbits}: known values are 4, 8 and 16")
     elif training.load_in_kbits != 16 and zero_stage(training) == 3:
         problems.append(f"--load_in_kbits {training.load_in_kbits}: ZeRO-3 cannot split quantised weights; use ZeRO-2")
-    problems += range_problems(data, DATA_RANGES)
+    problems += range_problems(data, DATA_RANGES) + hub_problems(training)
     # The Trainer would split each batch over them within one process.
     if training.n_gpu > 1:
         problems.append(

@@ -110,6 +110,9 @@ class TrainingArguments(transformers.TrainingArguments):
         choices=list(LossReduction),
     )
     resume_changed: bool = option(CHANGED_HELP, False)
+    hub_strategy: str = option("when to publish: end, once when the run is finished", "end")
+    hub_base_model: str | None = option("--push_to_hub: id of the base on the hub, where it was read from a folder")
+    hub_license: str | None = option("--push_to_hub: license of the result; not given: that of the base's model card")
     flash_attn: bool = option("use FlashAttention 2", False)
     double_quant: bool = option("4 bit: quantise the quantisation constants too", True)
     quant_type: str = option("4 bit: nf4 or fp4", "nf4")
@@ -139,11 +142,12 @@ OWN_RANGES = {
 
 @dataclass
 class RunArguments:
-    """All options of one run."""
+    """All options of one run; `given` has the names of those that were written down."""
 
     model: ModelArguments
     data: DataArguments
     training: TrainingArguments
+    given: frozenset[str] = frozenset()
 
     @property
     def experts(self) -> int:

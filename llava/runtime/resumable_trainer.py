@@ -168,6 +168,12 @@ class ResumableTrainer(FiniteTrainer):
             f"{target}: could not be written ({error}). {last_checkpoint(Path(self.args.output_dir))}"
         ) from error
 
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Make no repository: the program publishes when the run is finished (`llava.runtime.publishing`)."""
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Publish no checkpoint."""
+
     def save_state(self) -> None:
         """Write `trainer_state.json`, whole or not at all."""
         if self.args.should_save:

@@ -35,7 +35,7 @@ from llava.runtime.unchanged import (
     refuse_changes,
 )
 from llava.runtime.used_settings import unused, without
-from llava.runtime.weights.run_file import CHANGED, RESUMED_FROM, RESUMES, latest
+from llava.runtime.weights.run_file import CHANGED, GIVEN, RESUMED_FROM, RESUMES, latest
 
 __all__ = ["RUN_FILE", "Resumption", "copy_run_record", "resumption", "run_record", "used_sections", "write_run_record"]
 
@@ -44,6 +44,7 @@ class Options(Protocol):
     """All options of one run of a training program."""
 
     training: Any
+    given: frozenset[str]
 
     def to_dict(self) -> dict[str, Any]:
         """Resolved values as JSON types."""
@@ -98,7 +99,7 @@ def describe(record: Mapping[str, Any], training: Any) -> dict[str, Any]:
 
 def run_record(args: Options) -> dict[str, Any]:
     """What `run.json` says of a run."""
-    return describe({"arguments": used_sections(args.to_dict())}, args.training)
+    return describe({"arguments": used_sections(args.to_dict()), GIVEN: sorted(args.given)}, args.training)
 
 
 def write_run_record(args: Options, record: Mapping[str, Any] | None = None) -> Path:

@@ -38,7 +38,8 @@ SAVING = frozenset(
         *("save_steps", "save_strategy"),
         *("save_total_limit", "save_only_model", "save_on_each_node", "save_safetensors"),
         *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"),
-        *("hub_revision", "push_to_hub_token", "push_to_hub_model_id", "push_to_hub_organization"),
+        *("hub_base_model", "hub_license", "hub_revision", "push_to_hub_token", "push_to_hub_model_id"),
+        "push_to_hub_organization",
     ]
 )
 MACHINE = frozenset(
@@ -177,7 +178,10 @@ HOST_RULES = (
     ),
     Rule(
         _on("push_to_hub"),
-        ("hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision"),
+        (
+            *("hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision"),
+            *("hub_base_model", "hub_license"),
+        ),
     ),
     Rule(_on(*checkpointing.SPELLINGS), tuple(f"{name}_kwargs" for name in checkpointing.SPELLINGS)),
     Rule(_on("torch_compile"), ("torch_compile_backend", "torch_compile_mode")),

@@ -8,6 +8,7 @@ transformers: `--warmup_steps 0`, `--weight_decay 0`, `--max_grad_norm 0` (no cl
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -96,6 +97,14 @@ def parse(parser: transformers.HfArgumentParser, argv: Sequence[str]) -> tuple[A
         if isinstance(error, LlavaError):
             raise
         raise FlagError(f"this run cannot start:\n  {error}") from error
+
+
+def written_names(parser: transformers.HfArgumentParser, argv: Sequence[str]) -> frozenset[str]:
+    """Names of the options in a command line; the parser has no defaults afterwards."""
+    parser._defaults.clear()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return frozenset(vars(parser.parse_known_args(list(argv))[0]))
 
 
 def too_few_rows(rows: int, batch_size: int, processes: int, flag: str) -> str | None:

@@ -6,7 +6,6 @@ refuses what is contradictory or not carried out.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -17,7 +16,7 @@ import transformers
 from llava.errors import FlagError
 from llava.extension import Extension, installed_extensions
 from llava.runtime.retired_flags import translate_retired_flags
-from llava.runtime.values import parse
+from llava.runtime.values import parse, written_names
 from llava.train.base_settings import take_settings
 from llava.train.base_template import take_template
 from llava.train.checks import check_arguments
@@ -65,14 +64,6 @@ def build_parser(
     return parser
 
 
-def _written(parser: transformers.HfArgumentParser, argv: Sequence[str]) -> frozenset[str]:
-    """Names of the options in a command line; the parser has no defaults afterwards."""
-    parser._defaults.clear()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return frozenset(vars(parser.parse_known_args(list(argv))[0]))
-
-
 def parse_args(
     argv: Sequence[str] | None = None,
     extensions: Mapping[str, Extension] | None = None,
@@ -100,7 +91,7 @@ def parse_args(
         raise FlagError(f"unknown options {unknown}; --help lists all (installed extensions: {sorted(extensions)})")
     with_options = [name for name, extension in extensions.items() if extension.options is not None]
     args = RunArguments(model, data, training, dict(zip(with_options, options, strict=True)))
-    args.given = _written(parser, argv) | frozenset(given)
+    args.given = written_names(parser, argv) | frozenset(given)
     take_settings(args)
     take_template(args)
     for name, extension in extensions.items():

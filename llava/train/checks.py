@@ -19,6 +19,7 @@ from llava.extension import installed_extensions
 from llava.model.components import Component
 from llava.model.formats import projector_file
 from llava.model.loss import LossReduction
+from llava.runtime.publishing.access import hub_problems
 from llava.runtime.quantization import QUANT_TYPES
 from llava.runtime.values import refuse, too_few_rows
 from llava.runtime.zero import zero_stage
@@ -219,4 +220,5 @@ def check_arguments(args: RunArguments) -> None:
     """
     problems = _values(args) + _rates(args) + _tiles(args) + _files(args) + _packages(args)
     problems += _contradictions(args) + _not_yet(args) + _rows(args) + output_problems(args)
+    problems += hub_problems(args.training)
     refuse(problems)

@@ -24,6 +24,8 @@ from llava.model.formats import has_results
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.runtime import checkpointing
 from llava.runtime.program import run_program
+from llava.runtime.publishing.access import check_access, destination_of
+from llava.runtime.publishing.publish import named
 from llava.runtime.resume_check import check_has_state, check_resumable
 from llava.runtime.run_record import Resumption, resumption, run_record, write_run_record
 from llava.runtime.saving import prepare_folder
@@ -34,6 +36,7 @@ from llava.train.build import build_dataset, build_model, check_answer_end, skip
 from llava.train.inputs import inputs_of
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.options import DataArguments, ModelArguments, RunArguments, TrainingArguments
+from llava.train.publication import publish_llava
 from llava.train.run import Run
 from llava.train.steps import say, say_data, say_training
 from llava.train.summary import next_command, print_summary
@@ -125,6 +128,8 @@ def train(args: RunArguments, attn_implementation: str | None = None, parts: Par
     """
     join_processes(args.training)
     output = Path(args.training.output_dir)
+    publishes = args.training.push_to_hub and args.training.process_index == 0
+    repository = check_access(destination_of(args.training)) if publishes else ""
     resume_from = args.training.resume_from_checkpoint or (get_last_checkpoint(output) if output.is_dir() else None)
     # What is recorded is what runs: a default of the program counts as if it were given
     args.model.attn_implementation = args.model.attn_implementation or attn_implementation
@@ -147,6 +152,8 @@ def train(args: RunArguments, attn_implementation: str | None = None, parts: Par
     run.trainer.save_state()
     if args.training.should_save:
         print_summary(run, result.metrics, parts.next_command(args))
+    if publishes:
+        print(f"published: {publish_llava(output, named(destination_of(args.training), repository))}")
     return output
 
 

@@ -15,6 +15,10 @@ RESUMED_FROM, CHANGED = "resumed_from", "changed"
 """The checkpoint, and the differences from the record before, one line each."""
 
 
+GIVEN = "given"
+"""Key of the names of the options that were written down; the others had their defaults, or followed from these."""
+
+
 def latest(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a record says of the options that hold: those of the start, or of the latest changed resume.
 
