@@ -13,11 +13,11 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils._validators import validate_repo_id
 
 from llava.errors import FlagError
 
-HUB_ERRORS = (*HfHubHTTPError.__bases__, ValueError)
+HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, ValueError)
 """What calls of the hub raise: the base class of the HTTP library's errors, `OSError`, and refused names."""
 
 AT_END = "end"

@@ -121,7 +121,7 @@ def write_card(
     return card
 
 
-def _license(destination: Destination, name: Any, base: str | None) -> dict[str, str]:
+def _license(destination: Destination, name: Any, base: str | None) -> dict[str, Any]:
     """The license that was given, or that of the base's card; empty if neither says."""
     if destination.license is not None:
         return {"license": destination.license}
@@ -131,7 +131,7 @@ def _license(destination: Destination, name: Any, base: str | None) -> dict[str,
             found = ModelCard.load(own, ignore_metadata_errors=True).data.to_dict()
         elif base is not None:
             info = hub_api(destination.token).model_info(base)
-            found = {} if info.card_data is None else info.card_data.to_dict()
+            found = {} if info.card_data is None else info.card_data.to_dict()  # type: ignore[no-untyped-call]
         else:
             found = {}
     except HUB_ERRORS:  # no card that can be read: the license is not known
@@ -146,7 +146,7 @@ def _license_part(found: Mapping[str, str], destination: Destination) -> str:
     return f"## License\n\n{found.get('license_name', found.get('license'))}{source}"
 
 
-def _hub_data(options: Mapping[str, Any]) -> list[str]:
+def _hub_data(options: Mapping[str, Any]) -> list[Any]:
     """Ids of data sets on the hub among the data of a run."""
     value = options.get("data_path")
     names = value if isinstance(value, list) else [value]
