@@ -36,6 +36,7 @@ from hydralora.text.training import (
 from hydralora.tuner.original import OUR_WEIGHTS
 from llava.errors import FlagError
 from llava.runtime import checkpointing
+from llava.runtime.monitoring.stopping import early_stopping
 from llava.runtime.places import RUN_FILE
 from llava.runtime.program import run_program
 from llava.runtime.publishing.access import check_access, destination_of
@@ -126,6 +127,7 @@ def build_run(args: RunArguments, resumed: Resumption | None = None) -> TextRun:
         eval_dataset=evaluation,
         data_collator=InstructionCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
+        callbacks=early_stopping(training.early_stopping_patience, training.early_stopping_threshold),
     )
     trainer.resumption = resumed
     return TextRun(args, tokenizer, model, trainer)

@@ -25,6 +25,7 @@ from hydralora.text.options import (
 )
 from hydralora.tuner.config import HydraLoraConfig
 from llava.errors import FlagError
+from llava.runtime.monitoring.stopping import best_problems
 from llava.runtime.places import Input, folder_problems
 from llava.runtime.publishing.access import hub_problems
 from llava.runtime.ranges import COUNT, PROBABILITY, range_problems
@@ -117,6 +118,7 @@ def _problems(args: RunArguments) -> list[str]:
         )
     if training.do_train and training.learning_rate == 0:
         problems.append("--learning_rate 0: nothing would be trained")
+    problems += best_problems(training, training.early_stopping_patience)
     # Without a file to evaluate on, part of the training records is taken.
     splits = training.do_train and training.do_eval and not data.validation_file
     if splits and data.validation_split_percentage == 0:

@@ -18,6 +18,7 @@ from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.loading import read_config
 from llava.errors import FlagError
 from llava.runtime.files import refuse_pointer
+from llava.runtime.monitoring.stopping import PATIENCE_HELP, THRESHOLD_HELP, choose_metric
 from llava.runtime.options import CHANGED_HELP, option
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY
 from llava.runtime.values import check_values
@@ -110,6 +111,8 @@ class TrainingArguments(transformers.TrainingArguments):
         choices=list(LossReduction),
     )
     resume_changed: bool = option(CHANGED_HELP, False)
+    early_stopping_patience: int | None = option(PATIENCE_HELP)
+    early_stopping_threshold: float = option(THRESHOLD_HELP, 0.0)
     hub_strategy: str = option("when to publish: end, once when the run is finished", "end")
     hub_base_model: str | None = option("--push_to_hub: id of the base on the hub, where it was read from a folder")
     hub_license: str | None = option("--push_to_hub: license of the result; not given: that of the base's model card")
@@ -123,6 +126,7 @@ class TrainingArguments(transformers.TrainingArguments):
         check_values(self, OWN_RANGES)
         self.deepspeed = zero_settings(self)
         super().__post_init__()
+        choose_metric(self, self.early_stopping_patience)
 
     @property
     def device(self) -> torch.device:
@@ -136,6 +140,8 @@ OWN_RANGES = {
     "lora_alpha": POSITIVE,
     "lora_dropout": PROBABILITY,
     "balance_weight": NOT_NEGATIVE,
+    "early_stopping_patience": COUNT,
+    "early_stopping_threshold": NOT_NEGATIVE,
 }
 """What the numbers of `TrainingArguments` may be, where they are ours."""
 

@@ -29,6 +29,7 @@ from hydralora.tuner.original import CONFIG_FILE, OUR_WEIGHTS
 from llava.errors import CheckpointError, FlagError
 from llava.runtime.files import data_text, reading
 from llava.runtime.hub import TOKENIZER_FILES, local_folder
+from llava.runtime.monitoring.losses import RowLosses, over_batches, over_targets
 from llava.runtime.monitoring.trainer import MonitoredTrainer
 from llava.runtime.partition import fetch
 from llava.runtime.quantization import choose_cpu_kernels, quantisation_config
@@ -214,6 +215,8 @@ class HydraLoraTrainer(MonitoredTrainer):
         super().__init__(**kwargs)
         self.balance_weight, self.ends = balance_weight, ends
         self.statistics = TaskStatistics()
+        by_target = self.args.loss_reduction == LossReduction.TARGET
+        self.loss_reduction = over_targets if by_target else over_batches
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter; in a checkpoint into `sft_lora_model` too, where the original's tools look for it."""
@@ -275,6 +278,16 @@ class HydraLoraTrainer(MonitoredTrainer):
             share = self._micro_batch_share(num_items_in_batch)
             loss = loss + share * self.balance_weight * expert_balance_loss(routings, mask)
         return (loss, outputs) if return_outputs else loss
+
+    def row_losses(self, model: nn.Module, batch: dict[str, Any]) -> RowLosses:
+        """The losses of a batch's rows; their tasks are no input of the model."""
+        batch.pop("task_types", None)
+        return super().row_losses(model, batch)
+
+    def row_groups(self, row: int) -> Sequence[str]:
+        """The task of a record, if it has one."""
+        task = self.eval_dataset[row].task
+        return () if task in (-1, "") else (f"task_{task}",)
 
     def _instead_of_float16(self) -> str:
         if self.args.fp16:

@@ -145,7 +145,7 @@ class LazySupervisedDataset(Dataset[Item]):
 
     def _item(self, index: int) -> Item:
         if self.on_bad_sample == "stop":
-            return self._load(index)
+            return self.load(index)
         has_image = self._size(index).images > 0
         # A row that seems to be text may have lost its image: where no row is text, one with an image replaces it.
         for any_kind in (False, True) if not has_image and self.transform is not None else (False,):
@@ -154,7 +154,7 @@ class LazySupervisedDataset(Dataset[Item]):
                 if candidate in self._bad_rows or not (same_kind or any_kind):
                     continue
                 try:
-                    return self._load(candidate)
+                    return self.load(candidate)
                 except BadSampleError as error:
                     self._skip(candidate, error)
         kind = "with" if has_image else "without"
@@ -208,7 +208,12 @@ class LazySupervisedDataset(Dataset[Item]):
             raise BadSampleError(f"{self.rows.name(index)}: its turns cannot be read: {error!r}") from error
         return Size(words, _image_count(row, self.rows.name(index)))
 
-    def _load(self, index: int) -> Item:
+    def load(self, index: int) -> Item:
+        """The item of exactly this row, with no other in the place of a bad one.
+
+        Raises:
+            BadSampleError, BadImageError: it cannot be trained on.
+        """
         row = self.rows[index]
         name = f"{self.rows.name(index)} (id {row.get('id')!r})"
         try:

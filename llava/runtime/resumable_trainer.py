@@ -29,7 +29,7 @@ from llava.runtime.sampling import EpochSampler, random_order
 from llava.runtime.saving import FINAL, last_checkpoint, publish_files, publish_folder, rotate, staging_path
 from llava.runtime.weights.completeness import require, write_file_list
 from llava.runtime.weights.torch_files import check_training_state, load_plain
-from llava.runtime.zero import load_zero_state
+from llava.runtime.zero import load_zero_state, saved_processes
 
 
 class ResumableTrainer(FiniteTrainer):
@@ -55,7 +55,8 @@ class ResumableTrainer(FiniteTrainer):
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed after the last update; Trainer would make another
+        # Resumed after the last update, or after it was stopped early; Trainer would make another update.
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
@@ -261,7 +262,13 @@ class ResumableTrainer(FiniteTrainer):
             apply_settings(self.optimizer, self.lr_scheduler, own)
 
     def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        if not self.is_deepspeed_enabled:
+            self._load_from_checkpoint(str(best), self.model)
+            return
         # Its folder is named by a file of a resumed checkpoint, and DeepSpeed runs the pickles that it opens.
-        if self.is_deepspeed_enabled:
-            check_training_state(Path(self.state.best_model_checkpoint), deepspeed=True)
-        super()._load_best_model()
+        check_training_state(best, deepspeed=True)
+        # Written by this run, or by another number of processes before it was resumed.
+        other = saved_processes(best) != self.args.world_size
+        self.model_wrapped._config.load_universal_checkpoint = other
+        load_zero_state(self.model_wrapped, best, self.args)

@@ -26,7 +26,7 @@ PATHS = frozenset(
     [
         *("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "data_path", "image_folder", "dataset_dir"),
         *("train_file", "validation_file", "tokenizer_name_or_path", "tokenizer_name", "peft_path", "data_root"),
-        *("caption_file", "llama_model_path", "chat_template"),
+        *("caption_file", "llama_model_path", "chat_template", "eval_data_path"),
     ]
 )
 """Options that are paths: equal if they lead to the same place."""
@@ -34,8 +34,14 @@ PATHS = frozenset(
 DATA_FILES = {"dataset_dir": "*.json*", "data_root": "pid_splits.json"}
 """Of `PATHS`, folders of data with the names of the files in them that decide what a run trains on."""
 
-EVALUATION = frozenset({"eval_strategy", "eval_steps", "eval_delay", "eval_batch_size"})
-"""Free unless the best checkpoint is loaded at the end."""
+EVALUATION = frozenset(
+    [
+        *("eval_strategy", "eval_steps", "eval_delay", "eval_batch_size"),
+        *("eval_data_path", "eval_questions", "eval_image_folder", "eval_data_dir", "eval_limit"),
+        "eval_max_new_tokens",
+    ]
+)
+"""Free unless what is measured decides which checkpoint is loaded at the end, or when the run ends."""
 
 LENGTH = frozenset({"max_steps", "num_train_epochs", "epochs"})
 """Options that say when the run ends. Free under a schedule that does not depend on it."""
@@ -58,7 +64,7 @@ WORLD, FINGERPRINTS = "world_size", "fingerprints"
 EXTENSION = "extension "
 """What comes before the name of an extension, for its configuration among the options."""
 
-SECTIONS = ("program", "model", "data", "training")
+SECTIONS = ("program", "model", "data", "training", "evaluation")
 """Of a record: what a program was told, and what came of it."""
 
 
@@ -178,7 +184,10 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     other_batch = batch is not None and changed_batch is not None and math.prod(batch) != math.prod(changed_batch)
     free |= BATCH_NAMES if batch is not None and changed_batch is not None and not other_batch else set()
     free |= LENGTH if length_is_free(then, now) else set()
-    free |= set() if after.get("load_best_model_at_end") else EVALUATION
+    decides = after.get("load_best_model_at_end") or after.get("early_stopping_patience") is not None
+    free |= set() if decides else EVALUATION
+    # Where a part of the training rows is evaluated on, `do_eval` says which rows are trained on.
+    free |= {"do_eval"} if not decides and "eval_data_path" in after else set()
     extensions = {name for name in (*before, *after) if name.startswith(EXTENSION)}
     lines = []
     if batch is not None and changed_batch is not None and other_batch:

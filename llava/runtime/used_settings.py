@@ -169,7 +169,14 @@ HOST_RULES = (
             *("batch_eval_metrics", "bf16_full_eval", "fp16_full_eval"),
         ),
     ),
-    Rule(_on("load_best_model_at_end"), ("metric_for_best_model", "greater_is_better")),
+    Rule(
+        lambda settings: is_on(settings, "load_best_model_at_end") or _known(settings, "early_stopping_patience"),
+        ("metric_for_best_model", "greater_is_better"),
+    ),
+    Rule(_on("early_stopping_patience"), ("early_stopping_threshold",)),
+    Rule(
+        _on("eval_questions"), ("eval_data_dir", "eval_image_folder", "eval_limit", "eval_max_new_tokens", "eval_shown")
+    ),
     Rule(_is("save_strategy", "steps"), ("save_steps",)),
     Rule(_is("logging_strategy", "steps"), ("logging_steps",)),
     Rule(

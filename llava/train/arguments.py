@@ -15,11 +15,13 @@ import transformers
 
 from llava.errors import FlagError
 from llava.extension import Extension, installed_extensions
+from llava.runtime.monitoring.stopping import choose_metric
 from llava.runtime.retired_flags import translate_retired_flags
 from llava.runtime.values import parse, written_names
 from llava.train.base_settings import take_settings
 from llava.train.base_template import take_template
 from llava.train.checks import check_arguments
+from llava.train.evaluation.options import EvaluationArguments
 from llava.train.options import DataArguments, ModelArguments, RunArguments, TrainingArguments
 
 
@@ -35,7 +37,7 @@ def build_parser(
     Raises:
         FlagError: an extension defines an option that exists already, or `defaults` names one that does not exist.
     """
-    classes: list[type] = [ModelArguments, DataArguments, TrainingArguments]
+    classes: list[type] = [ModelArguments, DataArguments, TrainingArguments, EvaluationArguments]
     owner = {option.name: cls.__name__ for cls in classes for option in dataclasses.fields(cls)}
     for name, extension in extensions.items():
         if extension.options is None:
@@ -86,11 +88,12 @@ def parse_args(
     extensions = installed_extensions() if extensions is None else extensions
     argv = translate_retired_flags(sys.argv[1:] if argv is None else list(argv))
     parser = build_parser(extensions, defaults)
-    model, data, training, *options, unknown = parse(parser, argv)
+    model, data, training, evaluation, *options, unknown = parse(parser, argv)
     if unknown:
         raise FlagError(f"unknown options {unknown}; --help lists all (installed extensions: {sorted(extensions)})")
     with_options = [name for name, extension in extensions.items() if extension.options is not None]
-    args = RunArguments(model, data, training, dict(zip(with_options, options, strict=True)))
+    args = RunArguments(model, data, training, dict(zip(with_options, options, strict=True)), evaluation=evaluation)
+    choose_metric(training, evaluation.early_stopping_patience)
     args.given = written_names(parser, argv) | frozenset(given)
     take_settings(args)
     take_template(args)

@@ -23,6 +23,7 @@ from llava.runtime.publishing.access import hub_problems
 from llava.runtime.quantization import QUANT_TYPES
 from llava.runtime.values import refuse, too_few_rows
 from llava.runtime.zero import zero_stage
+from llava.train.evaluation.options import evaluation_problems
 from llava.train.freeze import trained_components
 from llava.train.inputs import output_problems
 from llava.train.options import RunArguments
@@ -34,11 +35,6 @@ def _not_yet(args: RunArguments) -> list[str]:
     problems = []
     if training.fsdp:
         problems.append("--fsdp is not supported; several GPUs run with DeepSpeed, or with plain data parallelism")
-    if training.do_eval:  # set by --eval_strategy too
-        problems.append(
-            f"--do_eval, or --eval_strategy {training.eval_strategy}: this program takes no data to evaluate on; score "
-            "the checkpoints afterwards (docs/evaluation.md)"
-        )
     return problems
 
 
@@ -220,5 +216,6 @@ def check_arguments(args: RunArguments) -> None:
     """
     problems = _values(args) + _rates(args) + _tiles(args) + _files(args) + _packages(args)
     problems += _contradictions(args) + _not_yet(args) + _rows(args) + output_problems(args)
+    problems += evaluation_problems(args.evaluation, args.training)
     problems += hub_problems(args.training)
     refuse(problems)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from llava.errors import LlavaError
 from llava.model.multimodal_encoder.builder import resolve_vision_tower
 from llava.runtime.places import Input, folder_problems
@@ -18,6 +20,9 @@ def inputs_of(args: RunArguments) -> list[Input]:
         Input("--pretrain_mm_mlp_adapter", model.pretrain_mm_mlp_adapter),
         *(Input("--data_path", path) for path in data.data_path or []),
         Input("--image_folder", data.image_folder, has_images=True),
+        *(Input("--eval_data_path", path) for path in args.evaluation.eval_data_path or []),
+        *(Input("--eval_questions", path) for path in args.evaluation.eval_questions or [] if Path(path).exists()),
+        Input("--eval_image_folder", args.evaluation.eval_image_folder, has_images=True),
     ]
 
 

@@ -6,7 +6,7 @@ Corresponds to upstream's `llava/train/llava_trainer.py`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,26 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from llava.eval.answering.loading import LoadedModel
 from llava.model.checkpoint import bare_model, load_full_weights, load_trained, save_checkpoint
 from llava.model.formats import inspect_checkpoint
 from llava.model.loss import LossReduction
 from llava.model.splice import count_targets
+from llava.runtime.monitoring.losses import RowLosses, over_batches, over_positions, over_targets, row_losses
 from llava.runtime.monitoring.trainer import MonitoredTrainer
+from llava.runtime.monitoring.untouched import random_states_kept
 from llava.runtime.run_record import copy_run_record
 from llava.runtime.sampling import EpochSampler, modality_order
+from llava.train.evaluation.scores import Examination
 from llava.train.optimizer import BASE_GROUP, optimizer_groups
 from llava.train.options import RunArguments
+
+REDUCTIONS = {
+    LossReduction.TARGET: over_targets,
+    LossReduction.MICRO_BATCH: over_batches,
+    LossReduction.ALL: over_positions,
+}
+"""What a mean of the evaluation is over, by `--loss_reduction`."""
 
 
 class LLaVATrainer(MonitoredTrainer):
@@ -30,11 +41,14 @@ class LLaVATrainer(MonitoredTrainer):
 
     Args:
         run: options of the run.
+        examination: the questions of `--eval_questions`; None for none.
         kwargs: as transformers' Trainer takes them.
     """
 
-    def __init__(self, *, run: RunArguments, **kwargs: Any) -> None:
+    def __init__(self, *, run: RunArguments, examination: Examination | None = None, **kwargs: Any) -> None:
         self.run = run
+        self.examination = examination
+        self.loss_reduction = REDUCTIONS[LossReduction(run.training.loss_reduction)]
         self._loss_sums: dict[str, Tensor] = {}
         self._loss_count = 0
         self._rates: dict[str, float] = {}  # learning rate of each parameter group in the latest update
@@ -129,6 +143,38 @@ class LLaVATrainer(MonitoredTrainer):
             group.get("name", BASE_GROUP).partition(",")[0]: float(group["lr"]) for group in self.optimizer.param_groups
         }
         return super()._get_learning_rate()
+
+    # Evaluation
+
+    def row_losses(self, model: nn.Module, batch: dict[str, Any]) -> RowLosses:
+        """The language-model losses of a batch's rows, and the losses of the extensions."""
+        outputs = model(**batch)
+        others = {name: value for name, value in outputs.losses.items() if name != "lm"}
+        return row_losses(outputs.logits, outputs.labels, others)
+
+    def row_groups(self, row: int) -> Sequence[str]:
+        """The modality and the task of a row."""
+        return self.eval_dataset.groups(row)
+
+    def further_metrics(self, prefix: str) -> dict[str, float]:
+        """The scores of the answers to `--eval_questions`."""
+        if self.examination is None:
+            return {}
+        llava = bare_model(self.model)
+        tower = llava.get_vision_tower()
+        processor = None if tower is None else tower.image_processor
+        loaded = LoadedModel("training", self.processing_class, llava, processor, "--bf16 True, not {}")
+        with self.compute_loss_context_manager():
+            scores = self.examination.scores(loaded, self.state.global_step)
+        return {f"{prefix}_{name}": value for name, value in scores.items()}
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure, log and show sample answers; errors as of the base class."""
+        metrics = super().evaluate(*args, **kwargs)
+        if self.examination is not None:
+            with self.speed.paused(), random_states_kept():
+                self.examination.show(self.callback_handler.callbacks, self.state.global_step)
+        return metrics
 
     # Checkpoints
 

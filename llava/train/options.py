@@ -19,6 +19,7 @@ from llava.runtime.used_settings import without
 from llava.runtime.values import check_values
 from llava.runtime.zero import zero_settings
 from llava.train.base_settings import BaseSettings
+from llava.train.evaluation.options import EvaluationArguments
 
 
 @dataclass
@@ -151,6 +152,7 @@ class RunArguments:
         program: options of a program around this one that writes prompts of its own (`mma.train`), for `run.json`.
         base: what the base was trained with; options that were not given have its values.
         base_template: the template that the base was trained with, as a `--conv-mode`; None if it does not say.
+        evaluation: what the model is measured on while it is trained.
     """
 
     model: ModelArguments
@@ -162,6 +164,7 @@ class RunArguments:
     program: dict[str, Any] = field(default_factory=dict)
     base: BaseSettings = field(default_factory=BaseSettings)
     base_template: str | None = None
+    evaluation: EvaluationArguments = field(default_factory=EvaluationArguments)
 
     def to_dict(self) -> dict[str, Any]:
         """Resolved values as JSON types, for `run.json`."""
@@ -169,6 +172,7 @@ class RunArguments:
             "model": dataclasses.asdict(self.model),
             "data": dataclasses.asdict(self.data),
             "training": without(self.training.to_dict(), NOT_OF_TRAINING),
+            "evaluation": dataclasses.asdict(self.evaluation),
             "options": {
                 name: _used(name, options) for name, options in self.options.items() if name in self.extensions
             },

@@ -10,6 +10,7 @@ from llava.data.dataset import LazySupervisedDataset
 from llava.runtime.run_record import Resumption
 from llava.train.base_settings import changed_settings, kept_settings
 from llava.train.base_template import template_line
+from llava.train.evaluation.scores import Examination
 from llava.train.options import RunArguments
 
 
@@ -54,6 +55,14 @@ def say_tower(args: RunArguments, model: Any) -> None:
 def say_data(args: RunArguments, dataset: LazySupervisedDataset) -> None:
     """How many rows are trained on."""
     say(args, "data", f"{len(dataset):,} rows of {', '.join(map(str, args.data.data_path or []))}")
+
+
+def say_evaluation(args: RunArguments, rows: int, questions: Examination | None) -> None:
+    """What the model is measured on while it is trained; nothing if that is nothing."""
+    found = [f"{rows:,} rows of {', '.join(args.evaluation.eval_data_path or [])}"] if rows else []
+    found += [] if questions is None else [f"{each.name}: {len(each.tasks):,} questions" for each in questions.sets]
+    if found:
+        say(args, "evaluation", "; ".join(found))
 
 
 def say_training(args: RunArguments, resumed: Resumption | None) -> None:

@@ -23,6 +23,7 @@ from llava.data.skipped import remove_skipped
 from llava.model.formats import has_results
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.runtime import checkpointing
+from llava.runtime.monitoring.stopping import early_stopping
 from llava.runtime.program import run_program
 from llava.runtime.publishing.access import check_access, destination_of
 from llava.runtime.publishing.publish import named
@@ -33,12 +34,14 @@ from llava.runtime.tokenizer import load_tokenizer
 from llava.runtime.zero import join_processes, prepare_resume
 from llava.train.arguments import parse_args
 from llava.train.build import build_dataset, build_model, check_answer_end, skipped_file
+from llava.train.evaluation.rows import EvaluationRows, NoRows, evaluation_rows
+from llava.train.evaluation.scores import examination
 from llava.train.inputs import inputs_of
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.options import DataArguments, ModelArguments, RunArguments, TrainingArguments
 from llava.train.publication import publish_llava
 from llava.train.run import Run
-from llava.train.steps import say, say_data, say_training
+from llava.train.steps import say, say_data, say_evaluation, say_training
 from llava.train.summary import next_command, print_summary
 
 __all__ = ["DataArguments", "ModelArguments", "Run", "TrainingArguments", "build_run", "main", "parse_args"]
@@ -54,11 +57,13 @@ class Parts:
         dataset: makes the training data from options, tokenizer and bare model.
         trainer: makes the Trainer from what `LLaVATrainer` takes.
         next_command: the command that the summary of a finished run ends with.
+        evaluation_rows: makes the rows whose loss is measured in evaluations, as `dataset` makes its own.
     """
 
     dataset: Callable[[RunArguments, Any, LlavaForCausalLM], LazySupervisedDataset] = build_dataset
     trainer: Callable[..., LLaVATrainer] = LLaVATrainer
     next_command: Callable[[RunArguments], str] = next_command
+    evaluation_rows: Callable[[RunArguments, Any, LlavaForCausalLM], EvaluationRows | NoRows] = evaluation_rows
 
 
 USUAL_PARTS = Parts()
@@ -74,6 +79,7 @@ def build_run(
     training = args.training
     if training.should_save and resumed is None:
         write_run_record(args)
+    questions = examination(args)  # read before anything large is
     set_seed(training.seed)
     tokenizer = load_tokenizer(args.model.model_name_or_path, model_max_length=training.model_max_length)
     check_answer_end(args, tokenizer)
@@ -82,16 +88,21 @@ def build_run(
     llava = model.get_base_model() if training.lora_enable else model
     dataset = parts.dataset(args, tokenizer, llava)
     say_data(args, dataset)
+    rows = parts.evaluation_rows(args, tokenizer, llava)
+    say_evaluation(args, len(rows), questions)
+    stops = args.evaluation
     callbacks = [
         callback for item in llava.extensions for callback in item.extension.callbacks(llava, item.config, args)
     ]
     trainer = parts.trainer(
         run=args,
         model=model,
+        examination=questions,
         train_dataset=dataset,
+        eval_dataset=rows,
         data_collator=DataCollatorForSupervisedDataset(tokenizer),
         processing_class=tokenizer,
-        callbacks=callbacks,
+        callbacks=callbacks + early_stopping(stops.early_stopping_patience, stops.early_stopping_threshold),
     )
     trainer.resumption = resumed
     return Run(args, tokenizer, model, dataset, trainer)
@@ -147,6 +158,8 @@ def train(args: RunArguments, attn_implementation: str | None = None, parts: Par
     run = build_run(args, attn_implementation, parts, resumed)
     say_training(args, resumed)
     result = run.trainer.train(resume_from_checkpoint=resume_from)
+    if args.training.do_eval and args.training.eval_strategy == "no":
+        run.trainer.evaluate()
     say(args, "saving", str(output))
     run.trainer.save_model()
     run.trainer.save_state()

@@ -34,9 +34,11 @@ class LlavaOutput(CausalLMOutputWithPast):
 
     Attributes:
         losses: the parts of `loss` by name: `lm`, and `<extension>/<loss>` already weighted.
+        labels: (B, L) int64 at the positions of the logits, images spliced in; None without a loss.
     """
 
     losses: dict[str, Tensor] | None = None
+    labels: Tensor | None = None
 
 
 _OUTPUT_CACHE = cache_keyword(LlavaOutput)
@@ -147,6 +149,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             logits=logits,
             hidden_states=outputs.hidden_states,
             losses=losses,
+            labels=labels,
             **{_OUTPUT_CACHE: cache_of(outputs)},
         )
 
