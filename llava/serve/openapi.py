@@ -20,6 +20,9 @@ from llava.serve.schema import (
     Problem,
 )
 
+DONE = "[DONE]"
+"""The last event of a stream, unless an error is."""
+
 PLACE = "#/components/schemas/"
 REASONS = {
     400: "the request cannot be answered, and why",
@@ -83,8 +86,11 @@ def _operation(summary: str, content: dict[str, Any], *errors: int) -> dict[str,
 
 
 def _completions() -> dict[str, Any]:
-    # The schema of an event is one of its `data` lines; OpenAPI has no word for a stream of them.
-    stream = {"text/event-stream": {"schema": {"type": "string", "description": "ChatCompletionChunk, an event each"}}}
+    # `itemSchema` is a word of OpenAPI 3.2, which readers of 3.1 pass over; FastAPI writes it too.
+    chunk = {"anyOf": [{"$ref": PLACE + model.__name__} for model in (ChatCompletionChunk, Problem)]}
+    data = {"anyOf": [{"const": DONE}, {"contentMediaType": "application/json", "contentSchema": chunk}]}
+    event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"} | data}}
+    stream = {"text/event-stream": {"itemSchema": event}}
     operation = _operation(
         "Answer a conversation", _json(ChatCompletion) | stream, 400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504
     )
