@@ -29,6 +29,8 @@ def image_names(row: Mapping[str, Any]) -> list[str]:
         BadSampleError: a value is neither a name nor a list of names, `image` and `images` name other files, or the row
             has no image but names something under a key that is not read.
     """
+    if isinstance(row.get("image"), str) and row["image"] and row.get("images") is None:  # nearly all rows
+        return [row["image"]]
     found = {key: _names(key, row[key]) for key in READ_KEYS if row.get(key) is not None}
     named = [names for names in found.values() if names]
     if len(named) == 2 and named[0] != named[1]:
