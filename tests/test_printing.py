@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava.data.check import main as check
+from llava.train.data_check import main as check
 from llava.errors import FlagError
 from llava.runtime.program import run_program
 from llava.train.train import main as train

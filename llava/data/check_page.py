@@ -31,8 +31,8 @@ table { border-collapse: collapse; } td, th { padding: 3px 10px; border-bottom: 
 td:first-child, th:first-child, td.text { text-align: left; }
 .prompt { font-family: monospace; white-space: pre-wrap; overflow-wrap: anywhere; background: #f7f7f7; padding: 10px;
   line-height: 1.7; }
-.prompt span { border-right: 1px solid #ddd; } .prompt mark { background: #b9e6bd; border-right: 1px solid #6bb573; }
-.prompt .cut { text-decoration: line-through; color: #999; } .prompt .image { background: #cfe0ff; }
+.prompt span { border-right: 1px solid #ddd; } .prompt mark { border-right: 1px solid #6bb573; }
+mark { background: #b9e6bd; } .cut { text-decoration: line-through; color: #999; } .image { background: #cfe0ff; }
 .bars { display: flex; align-items: flex-end; height: 120px; gap: 2px; }
 .bars div { flex: 1; background: #6b8fd0; min-height: 1px; } .axis { display: flex; justify-content: space-between; }
 figure { display: inline-block; margin: 4px; font-size: 12px; } h3 { margin-bottom: 4px; }
@@ -68,8 +68,8 @@ def _page(rows: RowReports, reports: Sequence[RowReport], summary: DataSummary, 
     yield f"{escape(rows.settings.template.version)}, cut at {rows.settings.max_length:,} positions.</p>\n"
     yield from _problems(reports, summary)
     yield from _statistics(reports, summary)
-    yield "<h2>Sample prompts</h2><p>Trained tokens are <mark>green</mark>, images blue; what is cut off is struck "
-    yield "through. Each box is one token.</p>\n"
+    yield '<h2>Sample prompts</h2><p>Trained tokens are <mark>green</mark>, images <span class="image">blue</span>; '
+    yield 'what is cut off is <span class="cut">struck through</span>. Each box is one token.</p>\n'
     for index in choose_samples(reports, samples):
         yield _sample(rows, index, reports[index])
     yield "</body></html>\n"

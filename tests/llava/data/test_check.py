@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava.data.check import build_parser, main
-from llava.data.check_settings import settings_of
+from llava.data.check import build_parser, main, settings_of
 from llava.data.image_names import image_names
 from llava.data.inspection import Kind, RowReport, RowReports
 from llava.data.rows import open_rows
 from llava.data.statistics import distribution, summarise
 from llava.data.tiling import MERGE_TYPES
-from llava.errors import FlagError
+from llava.errors import CheckpointError, FlagError
 from llava.train.train import build_run, parse_args
 from tests.golden import golden_dir
+from tests.llava.model import towers
 from tests.llava.train.test_training import command_line
 
 LLAVA = golden_dir("llava")
@@ -287,9 +287,70 @@ def test_what_the_base_says_holds_unless_a_flag_is_given(
     for file in (LLAVA / "tiny-llava-v1.5").glob("*token*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(config))
-    args = build_parser().parse_args(["data.json", "--tokenizer", str(tmp_path), *flags])
+    sizes = ["--image_length", "576", "--tile_size", "336"]
+    args = build_parser().parse_args(["data.json", "--tokenizer", str(tmp_path), *sizes, *flags])
     settings = settings_of(args)
     found = (args.image_aspect_ratio, args.image_grid_pinpoints, args.mm_patch_merge_type, args.mm_use_im_start_end)
     assert found == expected
     assert settings.image_length.merge_type == expected[2] if expected[0] == "anyres" else True
     assert settings.mm_use_im_start_end is expected[3]
+
+
+TOWERS = {
+    "of the base": (None, [], 4),
+    "clip": (lambda folder: LLAVA / "tiny-clip", [], 4),
+    "clip and its class token": (
+        lambda folder: LLAVA / "tiny-clip",
+        ["--mm_vision_select_feature", "cls_patch"],
+        5,
+    ),
+    "siglip": (towers.siglip, [], 4),
+    "open_clip": (towers.open_clip, [], 4),
+}
+
+
+@pytest.mark.parametrize(("make", "flags", "expected"), TOWERS.values(), ids=TOWERS)
+def test_an_image_counts_as_the_tower_makes_it(make: Any, flags: list[str], expected: int, tmp_path: Path) -> None:
+    tower = [] if make is None else ["--vision_tower", str(make(tmp_path / "tower"))]
+    words = ["data.json", "--model_name_or_path", str(LLAVA / "tiny-llava-v1.5"), *tower, *flags]
+    args = build_parser().parse_args(words)
+    settings = settings_of(args)
+    assert (settings.image_length.features, args.tile_size, args.tower_is_named) == (expected, 28, True)
+    settings.check_size((30, 50), name="x")
+
+
+def test_rows_that_fit_are_no_alarm_and_those_that_do_not_are_seen(tmp_path: Path) -> None:
+    """One more patch than fits: 576 patches for every tower would be an alarm for both, or for none."""
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([row("fits", "<image>\nWhat?", "A bus.", image="im0.png")]))
+    base = [str(file), "--model_name_or_path", str(LLAVA / "tiny-llava-v1.5"), "--num_workers", "0"]
+    base += ["--image_folder", str(LLAVA / "data" / "images")]
+    assert main([*base, "--json", str(tmp_path / "out.json")]) == 0
+    longest = json.loads((tmp_path / "out.json").read_text())["statistics"]["tokens per sample"]["p100"]
+    assert main([*base, "--model_max_length", str(longest)]) == 0
+    assert main([*base, "--model_max_length", str(longest), "--mm_vision_select_feature", "cls_patch"]) == 1
+
+
+def test_a_tower_that_is_not_there_is_named(tmp_path: Path) -> None:
+    words = ["data.json", "--model_name_or_path", str(LLAVA / "tiny-llava-v1.5"), "--vision_tower", "absent/tower/x"]
+    with pytest.raises(CheckpointError, match=r"(?s)absent/tower/x.*or --image_length and --tile_size"):
+        settings_of(build_parser().parse_args(words))
+
+
+def test_without_a_tower_the_sizes_are_those_of_the_usual_one(data: list[Path], capsys: Any) -> None:
+    options = ["--tokenizer", str(LLAVA / "tiny-vicuna"), "--image_folder", str(data[0].parent / "images")]
+    main([str(data[0]), *options, "--num_workers", "0"])
+    assert "counts as 576 positions (those of LLaVA-1.5's tower" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_legend_of_the_page_has_the_colors_that_it_names(data: list[Path], tmp_path: Path) -> None:
+    check(data, "--html", tmp_path / "check.html")
+    page = (tmp_path / "check.html").read_text()
+    styles = dict(re.findall(r"^([.\w]+) \{ ([^}]*)\}", page.replace("} .", "}\n."), re.MULTILINE))
+    legend = page.partition("<h2>Sample prompts</h2>")[2].partition("</p>")[0]
+    assert "<mark>green</mark>" in legend
+    assert '<span class="image">blue</span>' in legend
+    assert '<span class="cut">struck through</span>' in legend
+    assert styles["mark"].startswith("background: #b9e6bd")
+    assert styles[".image"].startswith("background: #cfe0ff")
+    assert "line-through" in styles[".cut"]

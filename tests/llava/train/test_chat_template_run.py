@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llava.constants import IGNORE_INDEX
-from llava.data.check import main as check
+from llava.train.data_check import main as check
 from llava.errors import FlagError
 from llava.eval.answering.answers import Task
 from llava.eval.answering.loading import load_model
