@@ -83,6 +83,11 @@ DOORS = {
     "llava.dynamic_eval.model_vqa_science": Door("llava.eval.model_vqa_science", QUESTIONS, NO_FILE),
     "llava.dynamic_eval.run_dynamic_llava": Door("llava.eval.run_llava", ONE_IMAGE, NO_FOLDER),
     "llava.dynamic_eval.visualize": Door("dynamic.visualize", ONE_IMAGE, NO_FOLDER),
+    "llava.data.check": Door(
+        "llava.train.data_check",
+        ("absent.json", "--model_name_or_path", "absent", "--image_folder", "absent"),
+        "error: --image_folder absent: no such folder",
+    ),
     "mma.train": Door(
         "mma.lavin.train",
         ("--llama_model_path", "absent", "--data_root", "data", "--output_dir", "out", "--device", "cpu"),

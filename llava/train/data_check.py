@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from llava.data.tiling import MERGE_TYPES
 from llava.errors import FlagError
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file, same_place
+from llava.runtime.program import run_program
 from llava.runtime.recognize import refuse_foreign
 from llava.train.data_check_settings import settings_of
 
@@ -257,3 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_page(args.html, rows, reports, summary, args.samples)
     print_summary(console, summary, args)
     return int(any(kind not in args.allow for kind in summary.problems))
+
+
+if __name__ == "__main__":
+    run_program(lambda: sys.exit(main()))
