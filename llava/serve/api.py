@@ -13,7 +13,6 @@ import argparse
 import importlib.util
 import ipaddress
 import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range, check_ran
 from llava.serve.app import Settings, create_app
 from llava.serve.body import BodyLimits
 from llava.serve.chat_request import Defaults
+from llava.serve.connection import listen, make_server
 from llava.serve.engine import Engine
 from llava.serve.guard import access_of
 from llava.serve.image_urls import ImagePolicy
@@ -43,6 +43,8 @@ RANGES = {
     "max_images": COUNT,
     "max_image_mb": POSITIVE,
     "max_image_pixels": COUNT,
+    "max_request_pixels": COUNT,
+    "image_timeout": POSITIVE,
     "max_prompt_chars": COUNT,
     "max_body_mb": POSITIVE,
     "body_timeout": POSITIVE,
@@ -107,6 +109,8 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     add("--max-images", type=int, default=16, help="images in one request")
     add("--max-image-mb", type=float, default=20, help="size of one image as it comes")
     add("--max-image-pixels", type=int, default=200_000_000, help="pixels of one image, padded if it is")
+    add("--max-request-pixels", type=int, default=400_000_000, help="pixels of all images of one request")
+    add("--image-timeout", type=float, default=10, help="seconds until the images of a request are fetched")
     add("--max-body-mb", type=float, default=64, help="size of one request")
     add("--body-timeout", type=float, default=BodyLimits.seconds, help="seconds until a whole request has arrived")
 
@@ -143,8 +147,10 @@ def settings_of(args: argparse.Namespace) -> Settings:
         images=ImagePolicy(
             max_bytes=int(args.max_image_mb * MEGABYTE),
             max_pixels=args.max_image_pixels,
+            max_request_pixels=args.max_request_pixels,
             folder=args.image_folder,
             hosts=frozenset(host.lower() for host in args.allow_image_host),
+            seconds=args.image_timeout,
         ),
         seconds=args.request_timeout,
         body=BodyLimits(int(args.max_body_mb * MEGABYTE), args.body_timeout, args.max_prompt_chars),
@@ -182,13 +188,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
         raise FlagError("the server needs FastAPI and uvicorn: pip install 'llava-extensions[serve]'")
-    import uvicorn
-
     settings = settings_of(args)
-    listener = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:  # before the model is loaded, which takes minutes
-        listener.bind((args.host, args.port))
+        listener = listen(args.host, args.port)
     except OSError as error:
         raise FlagError(f"--host {args.host} --port {args.port}: cannot listen there ({error.strerror})") from error
     loaded = load_model(
@@ -202,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     engine = Engine(loaded, args.batch_size, args.max_waiting, args.gather_ms / 1000)
     address = f"http://{args.host}:{listener.getsockname()[1]}/v1"
     print(f"serving '{loaded.name}' at {address}; try: curl {address}/models", flush=True)
-    uvicorn.Server(uvicorn.Config(create_app(loaded, engine, settings), log_level="info")).run(sockets=[listener])
+    make_server(create_app(loaded, engine, settings)).run(sockets=[listener])
 
 
 if __name__ == "__main__":

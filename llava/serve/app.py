@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,10 +21,11 @@ from llava.eval.answering.loading import LoadedModel
 from llava.eval.answering.prompts import prompt_ids
 from llava.eval.answering.runner import load_images
 from llava.serve.answer import Answer, events, whole
-from llava.serve.body import BodyLimits, read_json
+from llava.serve.body import HELD_BODIES, BodyLimits, Held, read_json
 from llava.serve.chat_request import ChatRequest, Defaults, conversation_of, read_request
 from llava.serve.engine import Engine, Job
 from llava.serve.guard import Access, Guard
+from llava.serve.image_fetch import fetch_images
 from llava.serve.image_urls import ImagePolicy
 from llava.serve.openapi import document
 from llava.serve.problems import RequestError, problem, problem_of, short, status_of
@@ -60,8 +61,16 @@ class Settings:
     access: Access = field(default_factory=Access)
 
 
-def make_job(request: ChatRequest, loaded: LoadedModel, settings: Settings) -> Job:
+def make_job(
+    request: ChatRequest, loaded: LoadedModel, settings: Settings, fetched: Mapping[str, bytes] | None = None
+) -> Job:
     """Open the images, build the prompt and check its length.
+
+    Args:
+        request: what is asked.
+        loaded: the model.
+        settings: limits.
+        fetched: see `ImagePolicy.open`.
 
     Raises:
         LlavaError: what the request has wrong.
@@ -72,7 +81,8 @@ def make_job(request: ChatRequest, loaded: LoadedModel, settings: Settings) -> J
     )
     ids = prompt_ids(conversation, loaded.tokenizer)
     task = Task(0, "", "", request.images, where="messages")
-    images = load_images(task, loaded, settings.images.open_for(loaded))
+    with ExitStack() as stack:
+        images = load_images(task, loaded, settings.images.open_for(loaded, fetched, stack))
     sizes = [image.size for image in images]
     positions = sum(loaded.model.image_lengths([image.pixels for image in images], sizes)) if images else 0
     length = len(ids) - int((ids == IMAGE_TOKEN_INDEX).sum()) + positions
@@ -96,6 +106,7 @@ class Routes:
         self.loaded, self.engine, self.settings = loaded, engine, settings
         self.model = Model(id=loaded.name, created=int(time.time()))
         self._preparing = asyncio.Semaphore(PREPARED_AT_ONCE)
+        self._held = Held(HELD_BODIES * settings.body.max_bytes)
 
     async def completions(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
@@ -103,12 +114,12 @@ class Routes:
 
         started = time.monotonic()
         try:
-            body = await read_json(request, self.settings.body)
-            asked = read_request(body, self.settings.defaults)
-            self._check_model(asked.model)
-            # Images are opened and prompts tokenized outside the event loop, which streams other answers meanwhile.
-            async with self._preparing:
-                job = await asyncio.to_thread(make_job, asked, self.loaded, self.settings)
+            with self._held.body() as take:
+                body = await read_json(request, self.settings.body, take)
+                asked = read_request(body, self.settings.defaults)
+                del body
+                self._check_model(asked.model)
+                job = await self._prepare(asked, started)
             answer = Answer(job, self.loaded.name, self.settings.seconds, started)
             self.engine.submit(answer.row)
             # Errors of a stream that has begun travel in it as events: its status line has been sent.
@@ -118,6 +129,29 @@ class Routes:
         except LlavaError as error:
             return self._refusal(error)
         return JSONResponse(answer.completion(text).model_dump())
+
+    async def _prepare(self, asked: ChatRequest, started: float) -> Job:
+        """The job of a request, made outside the event loop, which streams other answers meanwhile.
+
+        Raises:
+            RequestError: a message or an image cannot be used, or the time is over.
+        """
+        try:
+            fetched = await fetch_images(asked.images, self.settings.images)
+            async with asyncio.timeout(self.settings.seconds - (time.monotonic() - started)):
+                await self._preparing.acquire()
+        except TimeoutError as error:
+            raise RequestError(f"the answer took more than {self.settings.seconds:g} s", status=504) from error
+        except LlavaError as error:
+            raise RequestError(str(error), "messages") from error
+        try:
+            return await asyncio.to_thread(make_job, asked, self.loaded, self.settings, fetched)
+        except RequestError:
+            raise
+        except LlavaError as error:
+            raise RequestError(str(error), "messages") from error
+        finally:
+            self._preparing.release()
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`."""

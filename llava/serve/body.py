@@ -7,11 +7,14 @@ decoder stops at each backslash. So neither a large body nor a deep one keeps th
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json
 
+from llava.serve.engine import BusyError
 from llava.serve.problems import RequestError
 
 if TYPE_CHECKING:
@@ -28,6 +31,9 @@ MAX_ESCAPES = 4_000_000
 
 MAX_KEYS = 256
 """Keys of one object."""
+
+HELD_BODIES = 8
+"""Bodies of the largest size that are held at the same time; many more of the usual size are."""
 
 MEDIA_TYPE = "application/json"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -48,16 +54,53 @@ class BodyLimits:
     max_chars: int = 200_000
 
 
-async def read_json(request: Request, limits: BodyLimits) -> Any:
+class Held:
+    """Counts the bytes of the bodies that are held at the same time.
+
+    Args:
+        most: that may be held.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.bytes = most, 0
+
+    @contextmanager
+    def body(self) -> Iterator[Callable[[int], None]]:
+        """A function that counts the bytes of one body, which are held until the context ends.
+
+        It raises `BusyError` for bytes that are too many.
+        """
+        own = 0
+
+        def take(count: int) -> None:
+            nonlocal own
+            if self.bytes + count > self.most:
+                raise BusyError(f"the requests that arrive at this moment have {self.most} bytes; try again later")
+            self.bytes += count
+            own += count
+
+        try:
+            yield take
+        finally:
+            self.bytes -= own
+
+
+async def read_json(request: Request, limits: BodyLimits, take: Callable[[int], None] = lambda count: None) -> Any:
     """The decoded body of a request.
+
+    Args:
+        request: of which nothing has been read.
+        limits: of size and time.
+        take: called with the number of bytes that are about to be held; see `Held`.
 
     Raises:
         RequestError: it is of another type (415), too large (413), too slow (408), or not JSON (400).
+        BusyError: too much is held for other requests.
     """
     _check_type(request)
     try:
         async with asyncio.timeout(limits.seconds):
-            content = await _receive(request, limits)
+            content = await _receive(request, limits, take)
     except TimeoutError as error:
         raise RequestError(f"the body took more than {limits.seconds:g} s to arrive", status=408) from error
     return await asyncio.to_thread(_decode, content)
@@ -75,7 +118,7 @@ def _check_type(request: Request) -> None:
         raise RequestError(f"the content encoding is {encoding[:100]!r}; send plain JSON", status=415)
 
 
-async def _receive(request: Request, limits: BodyLimits) -> bytes:
+async def _receive(request: Request, limits: BodyLimits, take: Callable[[int], None]) -> bytes:
     """All bytes, never holding more than the limit."""
     too_large = RequestError(
         f"the body has more than {limits.max_bytes} bytes; send smaller or fewer images", status=413
@@ -85,9 +128,10 @@ async def _receive(request: Request, limits: BodyLimits) -> bytes:
         raise too_large
     content, opened, separated, escapes = bytearray(), 0, 0, 0
     async for chunk in request.stream():
-        content += chunk
-        if len(content) > limits.max_bytes:
+        if len(content) + len(chunk) > limits.max_bytes:
             raise too_large
+        take(len(chunk))
+        content += chunk
         opened += chunk.count(b"[") + chunk.count(b"{")
         separated += chunk.count(b",")
         escapes += chunk.count(b"\\")

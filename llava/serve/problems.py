@@ -5,6 +5,7 @@ Standard library only, so that reading a request needs no web framework.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from llava.errors import LlavaError
@@ -33,7 +34,9 @@ class RequestError(LlavaError):
 
 
 def short(value: Any) -> str:
-    """A value as an error repeats it: its `repr`, without what makes it long."""
+    """A value as an error repeats it, without what makes it long."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     if isinstance(value, str | bytes):
         return repr(value) if len(value) <= SHOWN else f"{value[:SHOWN]!r}..."
     if isinstance(value, list | dict):

@@ -40,35 +40,71 @@ class TokenDecoder:
         return self.tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
 
 
+class _Search:
+    """Looks for one string in a text that comes character by character, in a step or two for each.
+
+    Args:
+        stop: what is looked for, at least one character.
+
+    Attributes:
+        matched: length of the longest beginning of `stop` that the text ends with.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self.stop, self.matched = stop, 0
+        # shorter[n]: the longest beginning that stop[:n] ends with, other than itself (Knuth, Morris and Pratt)
+        self._shorter = [0, 0]
+        for char in stop[1:]:
+            self._shorter.append(self._longer(self._shorter[-1], char))
+
+    def push(self, char: str) -> bool:
+        """True if the text now ends with `stop`."""
+        self.matched = self._longer(self.matched, char)
+        return self.matched == len(self.stop)
+
+    def _longer(self, matched: int, char: str) -> int:
+        while matched and (matched == len(self.stop) or self.stop[matched] != char):
+            matched = self._shorter[matched]
+        return matched + (self.stop[matched] == char)
+
+
 class StopFilter:
     """Lets a text pass up to the first stop string; what might begin one is held back until that is known.
+
+    The time is linear in the text for each stop string, however long that is.
+
+    Args:
+        stops: strings of at least one character.
 
     Attributes:
         stopped: a stop string was found; nothing passes any more.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self.stops = tuple(stops)
         self.stopped = False
-        self._text, self._done = "", 0
+        self._searches = [_Search(stop) for stop in stops]
+        self._held = ""
 
     def push(self, piece: str) -> str:
         """The part of the text that is known to stand before any stop string."""
         if self.stopped:
             return ""
-        self._text += piece
-        ends = [place for place in (self._text.find(stop) for stop in self.stops) if place >= 0]
-        self.stopped = bool(ends)
-        held = max((_overlap(self._text, stop) for stop in self.stops), default=0)
-        return self._pass(min(ends) if ends else len(self._text) - held)
+        known = len(self._held)
+        self._held += piece
+        begins = []
+        for search in self._searches:
+            found = next((place for place, char in enumerate(piece, start=known + 1) if search.push(char)), None)
+            begins += [] if found is None else [found - len(search.stop)]
+        self.stopped = bool(begins)
+        longest = max((search.matched for search in self._searches), default=0)
+        return self._pass(min(begins) if begins else len(self._held) - longest)
 
     def rest(self) -> str:
         """What was held back; the text has ended."""
-        return "" if self.stopped else self._pass(len(self._text))
+        return "" if self.stopped else self._pass(len(self._held))
 
     def _pass(self, end: int) -> str:
-        passed = self._text[self._done : end]
-        self._done = max(self._done, end)
+        passed, self._held = self._held[:end], self._held[end:]
         return passed
 
 
@@ -82,8 +118,3 @@ def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
             return
     if passed := text.rest():
         yield passed
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest beginning of `stop` that `text` ends with."""
-    return next((size for size in range(len(stop) - 1, 0, -1) if text.endswith(stop[:size])), 0)

@@ -29,6 +29,7 @@ from llava.serve import api
 from llava.serve.app import Settings, create_app
 from llava.serve.body import BodyLimits
 from llava.serve.chat_request import Defaults
+from llava.serve.connection import Patience, make_server
 from llava.serve.engine import Engine
 from llava.serve.guard import Access
 from llava.serve.image_urls import ImagePolicy
@@ -52,12 +53,13 @@ def loaded() -> LoadedModel:
 
 
 @contextmanager
-def running(loaded: LoadedModel, settings: Settings = SETTINGS, **engine: Any) -> Iterator[tuple[Any, Engine]]:
+def running(
+    loaded: LoadedModel, settings: Settings = SETTINGS, patience: Patience | None = None, **engine: Any
+) -> Iterator[tuple[Any, Engine]]:
     """A server on a free port, and a client of it that does not try twice."""
     listener = socket.create_server(("127.0.0.1", 0))
     worker = Engine(loaded, **engine)
-    config = uvicorn.Config(create_app(loaded, worker, settings), log_level="warning")
-    server = uvicorn.Server(config)
+    server = make_server(create_app(loaded, worker, settings), patience, log_level="warning")
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
