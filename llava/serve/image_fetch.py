@@ -39,7 +39,7 @@ async def fetch_images(urls: Iterable[str], policy: ImagePolicy) -> dict[str, by
     wanted = [url for url in dict.fromkeys(urls) if url.partition(":")[0].lower() in SCHEMES]
     if not wanted:
         return {}
-    # It comes with gradio in the extra `serve`, and nothing else needs it.
+    # An extra of the installation, needed by nothing else.
     import httpx
 
     try:
