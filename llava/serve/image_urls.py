@@ -135,7 +135,12 @@ class ImagePolicy:
                 "--image-folder"
             )
         name = unquote(url.partition(":")[2]).lstrip("/")
-        path = image_path(self.folder, name, where, follow_links=False)
+        try:
+            path = image_path(self.folder, name, where, follow_links=False)
+        except BadImageError as error:  # its words are the owner's: they name folders of this machine
+            raise BadImageError(
+                f"{where}: the file {short(name)} is missing, or outside the image folder of this server"
+            ) from error
         if path.stat().st_size > self.max_bytes:
             self._too_large(path.stat().st_size, where)
         return path
@@ -148,7 +153,8 @@ class ImagePolicy:
         except UnidentifiedImageError as error:  # its own message holds nothing but an address in memory
             raise BadImageError(f"{where}: is not an image of a known format") from error
         except Exception as error:  # Pillow's decoders raise many kinds for broken files
-            raise BadImageError(f"{where}: is not an image: {error}") from error
+            said = error.strerror if isinstance(error, OSError) and error.strerror else error  # without the file's path
+            raise BadImageError(f"{where}: is not an image: {said}") from error
         with image:
             self._sized(image, where)
             if check is not None:
