@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from dynamic import inference
@@ -19,8 +22,12 @@ from dynamic import model as sparse_model
 from dynamic import original as convert
 from dynamic.attention import interface
 from dynamic.config import FLAG_RANGES, SparseConfig, SparseOptions
+from dynamic.inspection import DecisionLog, patch_indices, record_decisions
+from dynamic.kept_text import answer_segment, instruction_segment
+from dynamic.sequence import valid_positions
 from dynamic.statistics import KeepStatistics
 from dynamic.training import MaskedPass, TemperatureSchedule
+from llava.details import AnsweredRow, Detail, KeptPatches, KeptWords, Observation
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, Extension, ImportedState, ParameterGroup, RunOptions
 from llava.model.language_model.decoder import layer_kinds
@@ -147,6 +154,10 @@ class DynamicExtension(Extension):
         kept = self._statistics[model].pop() if model in self._statistics else {}
         return {**kept, "tau": self._schedule(model).tau}
 
+    def observe(self, model: nn.Module, config: Config) -> AbstractContextManager[Observation] | None:
+        """Kept patches of each image, kept words of the last instruction and of the answer."""
+        return _kept(model) if inference.drops_tokens(SparseConfig.from_dict(config)) else None
+
     def parameter_groups(self, model: nn.Module, config: Config, args: RunOptions) -> list[ParameterGroup]:
         """The predictors with their own learning rate and weight decay."""
         options: SparseOptions = args.options[self.name]
@@ -194,6 +205,47 @@ class DynamicExtension(Extension):
             convert.add_to_folder(folder, SparseConfig.from_dict(config), dict(sparse_model.added_parameters(model)))
         except ValueError as error:
             raise CheckpointError(str(error)) from error
+
+
+@contextmanager
+def _kept(model: nn.Module) -> Iterator[_Kept]:
+    with record_decisions(model) as log:
+        yield _Kept(model, log)
+
+
+@dataclass
+class _Kept:
+    """What is said of an answer.
+
+    Attributes:
+        model: with predictors.
+        log: its decisions.
+        padding: for each row the positions in front of its prompt.
+    """
+
+    model: nn.Module
+    log: DecisionLog
+    padding: list[int] = field(default_factory=list)
+
+    def enter_layer(self, index: int, state: DecoderState) -> None:
+        """See `llava.details.Observation`."""
+        if index == 0 and state.segments is not None and not self.padding:
+            self.padding = valid_positions(state).to(torch.uint8).argmax(dim=1).tolist()
+
+    def details(self, answered: AnsweredRow) -> list[Detail]:
+        """See `llava.details.Observation`; features that are not patches of an image are not drawn."""
+        host: Any = self.model
+        tower, row, log = host.get_vision_tower(), answered.index, self.log
+        found: list[Detail] = []
+        if tower is not None and tower.interval is None:
+            side, first = tower.num_patches_per_side, tower.num_features - tower.num_patches
+            for number, kept in enumerate(log.prompts[0].images(row)):
+                found.append(KeptPatches(number, (side, side), tuple(patch_indices(kept, first, side * side))))
+        padding = self.padding[row]
+        instruction = instruction_segment(log, answered.input_ids, answered.tokenizer, row=row, padding=padding)
+        for segment in (instruction, answer_segment(log, answered.output_ids, answered.tokenizer, row=row)):
+            found.append(KeptWords(segment.title, tuple((word.text, word.kept) for word in segment.words)))
+        return found
 
 
 def _pass_on(policy: Tensor, model: nn.Module, state: DecoderState) -> None:

@@ -47,6 +47,17 @@ class PromptDecision:
         return self.keep[row, slice(*span)].nonzero().flatten()
 
 
+def patch_indices(kept: Tensor, first: int, patches: int) -> list[int]:
+    """Which patches of an image are among its kept tokens; of a tiled one those of its overview, which comes first.
+
+    Args:
+        kept: (n,) indices of kept tokens, counted from the image's first token.
+        first: tokens in front of the patches: 1 where the tower's class token is kept.
+        patches: of the image, or of the overview.
+    """
+    return [index - first for index in kept.tolist() if first <= index < first + patches]
+
+
 @dataclass
 class DecisionLog:
     """The decisions of all passes, in their order, on the CPU.

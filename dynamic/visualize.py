@@ -12,15 +12,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
 
-from dynamic.figures import KeptImage, TextSegment, Word, draw_sheet, page
-from dynamic.inspection import DecisionLog, record_decisions
+from dynamic.figures import KeptImage, draw_sheet, page
+from dynamic.inspection import DecisionLog, patch_indices, record_decisions
+from dynamic.kept_text import answer_segment, instruction_segment
 from llava.data.images import ProcessedImage
+from llava.data.pixels import pixels_to_image
 from llava.errors import CheckpointError, FlagError
 from llava.eval import run_llava
 from llava.eval.answering.answers import Task
@@ -42,15 +41,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def pixels_to_image(pixels: Tensor, image_processor: Any) -> Image.Image:
-    """The image behind normalised `pixels` (3, height, width): what the tower sees, after cropping or padding."""
-    mean, std = (
-        torch.tensor(values)[:, None, None] for values in (image_processor.image_mean, image_processor.image_std)
-    )
-    values = (pixels.float().cpu() * std + mean).clamp(0, 1)
-    return Image.fromarray((values * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
-
-
 def kept_images(log: DecisionLog, images: Sequence[ProcessedImage], loaded: LoadedModel) -> list[KeptImage]:
     """The images of the prompt with the patches that were kept; of a tiled one its overview alone.
 
@@ -68,43 +58,9 @@ def kept_images(log: DecisionLog, images: Sequence[ProcessedImage], loaded: Load
     shown = []
     for image, kept in zip(images, log.prompts[0].images(0), strict=True):
         whole = image.pixels if image.pixels.ndim == 3 else image.pixels[0]
-        # The tokens of the overview come first.
-        indices = [index - first for index in kept.tolist() if first <= index < first + side * side]
+        indices = patch_indices(kept, first, side * side)
         shown.append(KeptImage(pixels_to_image(whole, loaded.image_processor), (side, side), indices))
     return shown
-
-
-def instruction_segment(log: DecisionLog, input_ids: Tensor, tokenizer: Any) -> TextSegment:
-    """The last instruction, word by word.
-
-    Args:
-        log: of the answer.
-        input_ids: (T,) of the prompt, one id for each image.
-        tokenizer: of the model.
-    """
-    segments = log.prompts[0].segments[0]
-    span = segments.last_instruct
-    # An image takes many positions in the sequence and one among the ids.
-    shift = sum(image.end - image.start - 1 for image in segments.images)
-    ids = input_ids[span.start - shift : span.end - shift].tolist()
-    kept = set(log.prompts[0].instruction(0).tolist())
-    return TextSegment("Last instruction", words(ids, [index in kept for index in range(len(ids))], tokenizer))
-
-
-def answer_segment(log: DecisionLog, output_ids: Sequence[int], tokenizer: Any) -> TextSegment:
-    """The answer; its last token was never fed, so nothing was decided about it and it is left out."""
-    stored = log.stored()[0].tolist() if log.new_tokens else []
-    return TextSegment("Answer, all but the last token", words(output_ids[: len(stored)], stored, tokenizer))
-
-
-def words(ids: Sequence[int], kept: Sequence[bool], tokenizer: Any) -> list[Word]:
-    """One `Word` for each token; its text is what it adds to the text before it."""
-    found, before = [], ""
-    for end, keep in enumerate(kept, start=1):
-        text = tokenizer.decode(list(ids[:end]))
-        found.append(Word(text[len(before) :], keep))
-        before = text
-    return found
 
 
 def refuse_outputs(args: argparse.Namespace, images: Sequence[str]) -> None:

@@ -7,10 +7,11 @@ is decided in `flags.py`.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,11 +21,13 @@ from hydralora import linears, moe_args, original
 from hydralora import model as routed_model
 from hydralora.config import HydraLoraOptions, HydraLoraSettings, RoutedMLPConfig
 from hydralora.flags import settings_from_flags
-from hydralora.layer import expert_balance_loss
+from hydralora.layer import RoutedModule, expert_balance_loss
+from hydralora.observation import UtilizationWatch, watch_utilization
 from hydralora.statistics import RoutingStatistics
+from llava.details import AnsweredRow, Detail, Shares
 from llava.errors import CheckpointError
 from llava.extension import Config, Extension, ImportedState, RunOptions
-from llava.segments import MultimodalInputs
+from llava.segments import DecoderState, MultimodalInputs
 
 
 @dataclass
@@ -121,6 +124,16 @@ class HydraLoraExtension(Extension):
             for name, value in watched.statistics.pop().items()
         }
 
+    @contextmanager
+    def observe(self, model: nn.Module, config: Config) -> Iterator[_Utilization]:
+        """Expert utilization of each answer, by layer; of a single expert there is nothing to say."""
+        parts = [
+            {name: part for name, part in layer.named_modules() if _is_routed(part)}
+            for layer in routed_model.decoder_layers(model)
+        ]
+        with watch_utilization(parts) as watch:
+            yield _Utilization(watch)
+
     def named_parameters(self, model: nn.Module, config: Config) -> Iterator[tuple[str, nn.Parameter]]:
         """A, B and router of every block and every update."""
         return chain(routed_model.added_parameters(model), linears.added_parameters(model))
@@ -175,6 +188,36 @@ class HydraLoraExtension(Extension):
             raise CheckpointError(str(error)) from error
         torch.save(stored | original.to_original(routed_model.added_parameters(model)), path)
         moe_args.write_training_arguments(folder / moe_args.ARGUMENTS_FILE, arguments)
+
+
+@dataclass(frozen=True)
+class _Utilization:
+    """What is said of an answer: for each kind of part the share of each expert, by layer."""
+
+    watch: UtilizationWatch
+
+    def enter_layer(self, index: int, state: DecoderState) -> None:
+        """See `llava.details.Observation`."""
+        batch, length, _ = state.hidden_states.shape
+        if state.attention_mask is None:
+            valid = torch.ones(batch, length, dtype=torch.bool, device=state.hidden_states.device)
+        else:
+            valid = state.attention_mask[:, -length:].bool()
+        self.watch.enter(index, valid)
+
+    def details(self, answered: AnsweredRow) -> list[Detail]:
+        """See `llava.details.Observation`."""
+        found: list[Detail] = []
+        for name, layers in self.watch.shares(answered.index).items():
+            experts = tuple(f"expert {number}" for number in range(len(next(iter(layers.values())))))
+            rows = tuple((f"layer {index}", shares) for index, shares in layers.items())
+            found.append(Shares(f"Expert utilization: {name.removesuffix(f'.{linears.CHILD}')}", experts, rows))
+        return found
+
+
+def _is_routed(part: Any) -> TypeGuard[RoutedModule]:
+    """Whether a module chooses among experts."""
+    return isinstance(part, RoutedModule) and part.experts > 1
 
 
 def _import_original(folder: Path) -> ImportedState | None:

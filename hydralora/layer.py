@@ -41,8 +41,10 @@ class RoutedModule:
 
     Attributes:
         observers: called with the `Routing` of every forward pass, recomputation under gradient checkpointing included.
+        experts: number of experts E.
     """
 
+    experts: int
     observers: list[Callable[[Routing], None]]
 
 

@@ -9,7 +9,8 @@ Shapes are written with the letters of `docs/architecture.md` ("Letters of shape
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from llava.details import AnsweredRow, Detail, Observation
 from llava.errors import FlagError
 from llava.segments import DecoderState, MultimodalInputs
 
@@ -148,6 +150,13 @@ class Extension:
         """Values to log beside the losses since the last call; called when the trainer logs."""
         return {}
 
+    def observe(self, model: nn.Module, config: Config) -> AbstractContextManager[Observation] | None:
+        """Watch one `generate`, for a reader who wants to see what the model did; None: there is nothing to see.
+
+        Only asked where somebody wants details of an answer, and never during training.
+        """
+        return None
+
     # 7. Training
     def parameter_groups(self, model: nn.Module, config: Config, args: RunOptions) -> list[ParameterGroup]:
         """Groups for the extension's own parameters that need another learning rate or weight decay."""
@@ -192,6 +201,7 @@ class ExtensionSet:
 
     def __init__(self, attached: Iterable[Attached] = ()) -> None:
         self._attached: list[Attached] = list(attached)
+        self._observations: list[Observation] = []
 
     def __iter__(self) -> Iterator[Attached]:
         return iter(self._attached)
@@ -243,7 +253,28 @@ class ExtensionSet:
         """Seam 4 of all extensions in turn."""
         for item in self:
             state = item.extension.before_layer(model, item.config, index, state)
+        for observation in self._observations:
+            observation.enter_layer(index, state)
         return state
+
+    @contextmanager
+    def observe(self, model: nn.Module) -> Iterator[Callable[[AnsweredRow], dict[str, list[Detail]]]]:
+        """Let every extension watch what `model` generates while the block runs (seam 6).
+
+        Yields:
+            A function that gives, for a row whose answer has just ended, what each extension says, by its name;
+            extensions that say nothing are left out.
+        """
+        with ExitStack() as stack:
+            offers = {item.extension.name: item.extension.observe(model, item.config) for item in self}
+            watching = {name: stack.enter_context(offer) for name, offer in offers.items() if offer is not None}
+            before, self._observations = self._observations, [*self._observations, *watching.values()]
+            try:
+                yield lambda answered: {
+                    name: details for name, each in watching.items() if (details := each.details(answered))
+                }
+            finally:
+                self._observations = before
 
     def make_cache(self, model: nn.Module) -> Cache | None:
         """The first cache that an extension offers (seam 5).

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from llava.details import AnsweredRow, Detail, Observation, Shares
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, Extension, RunOptions
 from llava.runtime import checkpointing
@@ -164,6 +166,11 @@ class MmaExtension(Extension):
         self._tables[model] = (table, Witness(roots, *circumstances))
         return table
 
+    def observe(self, model: nn.Module, config: Config) -> AbstractContextManager[Observation] | None:
+        """How the adapters of each decoder layer were mixed for a sample; merged adapters are no longer mixed."""
+        routed = config.get("adapter_type", MmaConfig.adapter_type) != "none"
+        return nullcontext(_Mixed(model)) if routed else None
+
     def named_parameters(self, model: nn.Module, config: Config) -> Iterator[tuple[str, nn.Parameter]]:
         """Adapters and modality embedding."""
         return adapted_model.added_parameters(model)
@@ -179,6 +186,42 @@ class MmaExtension(Extension):
             FlagError: always.
         """
         raise FlagError(str(self.export_problem(config)))
+
+
+@dataclass
+class _Mixed:
+    """What is said of an answer: the weights of both up-projections, by layer and place of the adapter.
+
+    Attributes:
+        model: with adapters.
+        has_image: of each row.
+        dtype: of the hidden states.
+    """
+
+    model: nn.Module
+    has_image: list[bool] = field(default_factory=list)
+    dtype: torch.dtype = torch.float32
+
+    def enter_layer(self, index: int, state: DecoderState) -> None:
+        """See `llava.details.Observation`."""
+        if index == 0 and state.segments is not None:
+            self.has_image = [sample.has_image for sample in state.segments]
+            self.dtype = state.hidden_states.dtype
+
+    @torch.no_grad()
+    def details(self, answered: AnsweredRow) -> list[Detail]:
+        """See `llava.details.Observation`."""
+        modality_row = int(self.has_image[answered.index])
+        decoder: Any = self.model.get_decoder()  # type: ignore[operator]
+        weights = modality.routing_table(decoder, self.dtype)[:, modality_row].tolist()  # (layers, A, 2)
+        places = ("attention", "MLP")
+        rows = tuple(
+            (f"layer {index}, {place}", tuple(pair))
+            for index, adapters in enumerate(weights)
+            for place, pair in zip(places, adapters, strict=False)
+        )
+        kind = adapted_model.MODALITIES[modality_row]
+        return [Shares(f"Weights of the adapters for samples of {kind}", ("first path", "second path"), rows)]
 
 
 IMAGE_FLAGS: dict[str, tuple[str, str, Any]] = {

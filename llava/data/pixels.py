@@ -45,6 +45,15 @@ def expand2square(image: Image.Image, background: tuple[int, int, int]) -> Image
     return canvas
 
 
+def pixels_to_image(pixels: Tensor, image_processor: Any) -> Image.Image:
+    """The image behind normalised `pixels` (3, height, width): what the tower sees, after cropping or padding."""
+    mean, std = (
+        torch.tensor(values)[:, None, None] for values in (image_processor.image_mean, image_processor.image_std)
+    )
+    values = (pixels.float().cpu() * std + mean).clamp(0, 1)
+    return Image.fromarray((values * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+
+
 def scaled_image(image: Image.Image, image_processor: Any) -> Image.Image:
     """An RGB image scaled as the processor scales it, with the same pixels and less memory.
 
