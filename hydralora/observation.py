@@ -34,7 +34,7 @@ class UtilizationWatch:
         self._index, self._expected, self._valid = -1, set[str](), torch.empty(0)
 
     def enter(self, index: int, valid: Tensor) -> None:
-        """A pass enters layer `index` with tokens of which those of `valid` (B, L) bool are no padding."""
+        """A pass enters layer `index` with tokens of which those of `valid` (B, L) bool are not padding."""
         self._index, self._expected, self._valid = index, set(self._names[index]), valid
 
     def note(self, index: int, name: str, routing: Routing) -> None:

@@ -34,7 +34,10 @@ PROGRAMS = {
         *("llava.eval.eval_gpt_review", "llava.eval.eval_gpt_review_visual"),
         *("llava.eval.eval_gpt_review_bench", "llava.eval.summarize_gpt_review"),
     ),
-    "serve": ("llava.serve.cli", "llava.serve.api", "llava.serve.controller", "llava.serve.model_worker"),
+    "serve": (
+        *("llava.serve.cli", "llava.serve.api", "llava.serve.web"),
+        *("llava.serve.controller", "llava.serve.model_worker"),
+    ),
     "convert": ("llava.convert",),
     "weights": ("llava.model.consolidate", "llava.model.make_delta", "llava.model.apply_delta"),
     "hydralora": (

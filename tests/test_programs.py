@@ -88,6 +88,9 @@ DOORS = {
         ("absent.json", "--model_name_or_path", "absent", "--image_folder", "absent"),
         "error: --image_folder absent: no such folder",
     ),
+    "llava.serve.gradio_web_server": Door(
+        "llava.serve.web", ("--controller", "http://localhost:10000", "--share"), "error: --share: is not supported"
+    ),
     "mma.train": Door(
         "mma.lavin.train",
         ("--llama_model_path", "absent", "--data_root", "data", "--output_dir", "out", "--device", "cpu"),

@@ -32,6 +32,7 @@ LLAVA_WORDS = ("--model-path", str(LLAVA / "tiny-llava-v1.5"), "--device", "cpu"
 
 HELP = (
     *("llava", "llava.train.train_mem", "llava.eval", "llava.serve.cli", "llava.serve.api"),
+    "llava.serve.web",
     *("llava.convert", "llava.scripts"),
     *("hydralora.finetune", "mma.train", "moe_patch", "playground.demo"),
 )

@@ -7,7 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava.errors import LlavaError
 from llava.serve.engine import End, Job, Row
@@ -19,6 +19,7 @@ from llava.serve.schema import (
     Choice,
     ChunkChoice,
     Delta,
+    Details,
     FinishReason,
     Usage,
 )
@@ -92,15 +93,29 @@ class Answer:
     def completion(self, text: str) -> ChatCompletion:
         """The response for the whole text."""
         choice = Choice(message=AnswerMessage(content=text), finish_reason=self.reason)
-        return ChatCompletion(id=self.id, created=self.created, model=self.model, choices=[choice], usage=self.usage)
+        return ChatCompletion(
+            id=self.id,
+            created=self.created,
+            model=self.model,
+            choices=[choice],
+            usage=self.usage,
+            details=self.row.details,
+        )
 
-    def event(self, choices: list[ChunkChoice], usage: Usage | None = None) -> str:
+    def event(self, choices: list[ChunkChoice], usage: Usage | None = None, details: Details | None = None) -> str:
         """One chunk as a server-sent event; all of an answer have one id and one time."""
-        chunk = ChatCompletionChunk(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
-        content = chunk.model_dump(exclude={"usage"} if usage is None else None)
+        chunk = ChatCompletionChunk(
+            id=self.id, created=self.created, model=self.model, choices=choices, usage=usage, details=details
+        )
+        content = sent(chunk)
         for choice in content["choices"]:  # a delta names what it adds and nothing else
             choice["delta"] = {name: value for name, value in choice["delta"].items() if value is not None}
         return f"data: {json.dumps(content)}\n\n"
+
+
+def sent(response: ChatCompletion | ChatCompletionChunk) -> dict[str, Any]:
+    """JSON values of a response; what only some requests ask for is left out of the others."""
+    return response.model_dump(exclude={name for name in ("usage", "details") if getattr(response, name) is None})
 
 
 async def whole(request: Request, answer: Answer) -> str:
@@ -142,7 +157,7 @@ async def events(answer: Answer, include_usage: bool) -> AsyncIterator[str]:
     except LlavaError as error:
         yield f"data: {json.dumps(problem(error))}\n\n"
         return
-    yield answer.event([ChunkChoice(delta=Delta(), finish_reason=answer.reason)])
+    yield answer.event([ChunkChoice(delta=Delta(), finish_reason=answer.reason)], details=answer.row.details)
     if include_usage:
         yield answer.event([], answer.usage)
     yield "data: [DONE]\n\n"

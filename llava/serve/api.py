@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import ipaddress
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from llava.serve.body import BodyLimits
 from llava.serve.chat_request import Defaults
 from llava.serve.connection import listen, make_server
 from llava.serve.engine import Engine
-from llava.serve.guard import access_of
+from llava.serve.guard import access_of, is_this_machine
 from llava.serve.image_urls import ImagePolicy
 
 KEY = "LLAVA_API_KEY"
@@ -129,7 +128,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     if args.image_folder is not None and not args.image_folder.is_dir():
         raise FlagError(f"--image-folder {args.image_folder}: no such folder")
     key = _key(args.api_key)
-    if key is None and not args.allow_anyone and not _is_this_machine(args.host):
+    if key is None and not args.allow_anyone and not is_this_machine(args.host):
         raise FlagError(
             f"--host {args.host}: other machines could ask this server; set {KEY} or --api-key to a key that clients "
             "have to give, or pass --allow-anyone"
@@ -168,14 +167,6 @@ def _key(option: str | None) -> str | None:
     if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
         raise FlagError(f"{source}: a key is one word of printable ASCII characters")
     return key
-
-
-def _is_this_machine(host: str) -> bool:
-    """True for an address, or a name, that other machines cannot reach."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

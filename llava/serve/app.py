@@ -20,7 +20,7 @@ from llava.eval.answering.answers import Task
 from llava.eval.answering.loading import LoadedModel
 from llava.eval.answering.prompts import prompt_ids
 from llava.eval.answering.runner import load_images
-from llava.serve.answer import Answer, events, whole
+from llava.serve.answer import Answer, events, sent, whole
 from llava.serve.body import HELD_BODIES, BodyLimits, Held, read_json
 from llava.serve.chat_request import ChatRequest, Defaults, conversation_of, read_request
 from llava.serve.engine import Engine, Job
@@ -90,7 +90,8 @@ def make_job(
     if limit is not None and length > limit:
         raise RequestError(f"the conversation has {length} positions, and the model takes {limit}", "messages")
     end = loaded.answer_end(settings.conv_mode)
-    return Job(ids, images, request.options, (*request.stops, *end.texts), positions, end.ids)
+    stops = (*request.stops, *end.texts)
+    return Job(ids, images, request.options, stops, positions, end.ids, request.wants_details)
 
 
 class Routes:
@@ -128,7 +129,7 @@ class Routes:
             text = await whole(request, answer)
         except LlavaError as error:
             return self._refusal(error)
-        return JSONResponse(answer.completion(text).model_dump())
+        return JSONResponse(sent(answer.completion(text)))
 
     async def _prepare(self, asked: ChatRequest, started: float) -> Job:
         """The job of a request, made outside the event loop, which streams other answers meanwhile.

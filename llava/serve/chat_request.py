@@ -65,6 +65,7 @@ class ChatRequest:
         stops: strings that end the answer.
         stream: send the answer as it comes.
         include_usage: end the stream with the numbers of tokens.
+        wants_details: say what the extensions did, too.
     """
 
     model: str
@@ -73,6 +74,7 @@ class ChatRequest:
     stops: tuple[str, ...]
     stream: bool
     include_usage: bool
+    wants_details: bool = False
 
     @property
     def images(self) -> tuple[str, ...]:
@@ -108,6 +110,7 @@ def read_request(body: Any, defaults: Defaults) -> ChatRequest:
         stops=(asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ()),
         stream=bool(asked.stream),
         include_usage=bool(asked.stream_options and asked.stream_options.include_usage),
+        wants_details=bool(asked.details),
     )
 
 

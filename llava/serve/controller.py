@@ -1,7 +1,7 @@
 """Upstream's controller of workers: says that `llava.serve.api` replaces it, and ends with status 2.
 
 Each server answers at its own address, batches its requests and tells clients to come back when it is full, so nothing
-has to distribute them. Several models are several servers (docs/serving.md).
+has to distribute them. Several models are several servers, and the page asks all of them (docs/serving.md).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from llava.runtime.program import run_program
-from llava.serve.replaced import SERVER, end
+from llava.serve.replaced import PAGE, SERVER, end
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """
     message = (
         f"No controller is needed: start a server for each model, and give clients their addresses:\n"
-        f"  {SERVER} --model-path CHECKPOINT --port 8000"
+        f"  {SERVER} --model-path CHECKPOINT --port 8000\n"
+        f"  {PAGE} --server http://127.0.0.1:8000"
     )
     end(build_parser(), argv, lambda _: message)
 

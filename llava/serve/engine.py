@@ -11,8 +11,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,16 +22,20 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.generation.streamers import BaseStreamer
 
 from llava.data.images import ProcessedImage
+from llava.details import AnsweredRow, Detail
 from llava.errors import LlavaError
 from llava.eval.answering.generation import GenerationOptions, RowSampler
 from llava.eval.answering.loading import LoadedModel
 from llava.eval.answering.runner import image_arguments, pad_left
 from llava.runtime.finite_logits import LogitsWatch
+from llava.serve.details import row_details
+from llava.serve.schema import Details
 from llava.serve.streaming import StopFilter, TokenDecoder
 
 logger = logging.getLogger(__name__)
 
 End = Literal["stop", "length", "cancelled"]
+Observed = Callable[[AnsweredRow], Mapping[str, Sequence[Detail]]]
 
 
 class BusyError(LlavaError):
@@ -52,6 +57,7 @@ class Job:
         stops: strings that end the answer and are not part of it.
         positions: what the images take in the sequence.
         ends: tokens that end the answer; None: those of a prompt without template.
+        wants_details: say what the extensions did, too; see `llava.serve.details`.
     """
 
     input_ids: Tensor
@@ -60,6 +66,7 @@ class Job:
     stops: tuple[str, ...] = ()
     positions: int = 0
     ends: tuple[int, ...] | None = None
+    wants_details: bool = False
 
 
 class Row:
@@ -73,12 +80,16 @@ class Row:
     Attributes:
         tokens: number of tokens generated so far, the one that ends the answer included.
         ended: nothing is generated for it any more.
+        describe: gives the details of the answer when it has ended; None while nobody generates, or wants them.
+        details: what it gave, before `on_end` is called.
     """
 
     def __init__(
         self, job: Job, on_text: Callable[[str], None], on_end: Callable[[End | LlavaError, Row], None]
     ) -> None:
         self.job, self.tokens, self.ended = job, 0, False
+        self.describe: Callable[[Row], Details] | None = None
+        self.details: Details | None = None
         self._on_text, self._on_end = on_text, on_end
         self._filter = StopFilter(job.stops)
         self._decoder: TokenDecoder | None = None
@@ -117,7 +128,18 @@ class Row:
         if self._decoder is not None and not isinstance(reason, LlavaError):
             self._say(self._filter.push(self._decoder.rest()))
             self._say(self._filter.rest())
+        if self.describe is not None and reason in ("stop", "length"):
+            try:
+                self.details = self.describe(self)
+            except Exception:  # other rows of the batch need no details; the log has the trace
+                logger.exception("the details of an answer failed")
+                reason = EngineError("the details of the answer failed; ask without them, or see the server's log")
         self._on_end(reason, self)
+
+    @property
+    def output_ids(self) -> list[int]:
+        """What was generated, without the token that ended it."""
+        return [] if self._decoder is None else self._decoder.ids
 
     def _say(self, text: str) -> None:
         if text:
@@ -183,6 +205,23 @@ class _Samplers(LogitsProcessor):
                 row = slice(index, index + 1)
                 scores[row] = sampler(input_ids[row], scores[row])
         return scores
+
+
+@contextlib.contextmanager
+def describing(rows: Sequence[Row], loaded: LoadedModel) -> Iterator[None]:
+    """Let the rows that want details have them; the model is not watched where none does."""
+    wanted = [(index, row) for index, row in enumerate(rows) if row.job.wants_details]
+    with contextlib.ExitStack() as stack:
+        if wanted:
+            observed = stack.enter_context(loaded.model.extensions.observe(loaded.model))
+        for index, row in wanted:
+            row.describe = partial(_details_of, index=index, observed=observed, loaded=loaded)
+        yield
+
+
+def _details_of(row: Row, *, index: int, observed: Observed, loaded: LoadedModel) -> Details:
+    answered = AnsweredRow(index, row.job.input_ids, row.output_ids, loaded.tokenizer)
+    return row_details(observed(answered), row.job.images, loaded.image_processor)
 
 
 class Engine:
@@ -305,7 +344,7 @@ class Engine:
         ends = [usual if row.job.ends is None else row.job.ends for row in rows]
         # `generate` ends rows at what ends all of them; a row with an end of its own is ended by `_Ends`.
         common = [token for token in ends[0] if all(token in others for others in ends)]
-        with torch.no_grad():
+        with describing(rows, self.loaded), torch.no_grad():
             model.generate(
                 input_ids.to(model.device),
                 attention_mask=attention_mask.to(model.device),

@@ -71,6 +71,11 @@ def is_address(host: str) -> bool:
     return True
 
 
+def is_this_machine(host: str) -> bool:
+    """True for an address, or a name, that other machines cannot reach."""
+    return ipaddress.ip_address(host).is_loopback if is_address(host) else host == "localhost"
+
+
 class Guard:
     """Wraps an application: requests of strangers end here.
 

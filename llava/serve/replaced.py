@@ -1,7 +1,7 @@
 """What upstream's programs of a cluster of workers say here: which command does their work.
 
 Upstream serves by a controller, a worker for each model and a web page, which find each other over HTTP. Here one
-process serves one model, `llava.serve.api`, and clients are given its address.
+process serves one model, `llava.serve.api`, and clients are given its address; the page, `llava.serve.web`, is one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 SERVER = "python -m llava.serve.api"
+PAGE = "python -m llava.serve.web"
 
 
 def end(

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, Tag
 from pydantic_core import PydanticCustomError, core_schema
 
+from llava.details import KeptPatches, KeptWords, Shares
+
 MAX_STOPS = 4
 MAX_STOP_CHARS = 1000
 """Characters of one stop string."""
@@ -147,6 +149,9 @@ class ChatCompletionRequest(_Asked):
     ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
 
+    details: bool | None = None
+    """Of this server: say what the extensions did for the answer; see `Details`."""
+
     # Without influence on the answer.
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -203,6 +208,19 @@ class Choice(_Answered):
     logprobs: None = None
 
 
+class Details(_Answered):
+    """What the extensions did while the answer was given, for requests with `details`.
+
+    Attributes:
+        images: the images of the conversation as the tower sees them, since patches are counted on them; of a tiled
+            image its overview. Empty where no extension speaks of patches.
+        extensions: what each of them says, by its name; see `llava.details`.
+    """
+
+    images: list[str]
+    extensions: dict[str, list[KeptPatches | KeptWords | Shares]]
+
+
 class ChatCompletion(_Answered):
     """A whole answer."""
 
@@ -212,6 +230,7 @@ class ChatCompletion(_Answered):
     model: str
     choices: Annotated[list[Choice], Field(min_length=1, max_length=1)]
     usage: Usage
+    details: Details | None = None
 
 
 class Delta(_Answered):
@@ -239,6 +258,7 @@ class ChatCompletionChunk(_Answered):
     model: str
     choices: Annotated[list[ChunkChoice], Field(max_length=1)]
     usage: Usage | None = None
+    details: Details | None = None
 
 
 class Model(_Answered):
