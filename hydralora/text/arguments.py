@@ -25,11 +25,11 @@ from hydralora.text.options import (
 )
 from hydralora.tuner.config import HydraLoraConfig
 from llava.errors import FlagError
+from llava.runtime.config_files.words import add_config, with_config
 from llava.runtime.monitoring.stopping import best_problems
 from llava.runtime.places import Input, folder_problems
 from llava.runtime.publishing.access import hub_problems
 from llava.runtime.ranges import COUNT, PROBABILITY, range_problems
-from llava.runtime.retired_flags import translate_retired_flags
 from llava.runtime.values import parse, refuse, written_names
 from llava.runtime.zero import zero_stage
 
@@ -38,7 +38,7 @@ DATA_RANGES = {"max_seq_length": COUNT, "preprocessing_num_workers": COUNT, "val
 
 def build_parser() -> transformers.HfArgumentParser:
     """The options of this program."""
-    return transformers.HfArgumentParser(
+    parser = transformers.HfArgumentParser(
         [ModelArguments, DataArguments, TrainingArguments],
         allow_abbrev=False,
         prog="python -m hydralora.finetune",
@@ -46,6 +46,8 @@ def build_parser() -> transformers.HfArgumentParser:
         description="Fine-tune a causal language model on instructions with HydraLoRA. An interrupted run continues.",
         epilog="Example: scripts/hydralora/fine-tuning.sh.",
     )
+    add_config(parser)
+    return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> RunArguments:
@@ -54,8 +56,8 @@ def parse_args(argv: Sequence[str] | None = None) -> RunArguments:
     Raises:
         FlagError: options are unknown, contradictory or not carried out; all problems are listed at once.
     """
-    words = translate_retired_flags(sys.argv[1:] if argv is None else list(argv))
     parser = build_parser()
+    words = with_config(sys.argv[1:] if argv is None else argv, [parser], {"report_to": "none"})
     *parsed, unknown = parse(parser, words)
     if unknown:
         raise FlagError(f"unknown options {unknown}; --help lists all")

@@ -15,14 +15,18 @@ import transformers
 
 from llava.errors import FlagError
 from llava.extension import Extension, installed_extensions
+from llava.runtime.config_files.words import add_config, with_config
 from llava.runtime.monitoring.stopping import choose_metric
-from llava.runtime.retired_flags import translate_retired_flags
 from llava.runtime.values import parse, written_names
 from llava.train.base_settings import take_settings
 from llava.train.base_template import take_template
+from llava.train.base_tower import TEXT_ONLY
 from llava.train.checks import check_arguments
 from llava.train.evaluation.options import EvaluationArguments
 from llava.train.options import DataArguments, ModelArguments, RunArguments, TrainingArguments
+
+NOTHING_GIVEN = {"vision_tower": TEXT_ONLY[0], "report_to": "none"}
+"""What a `run.json` records as null or empty, as it is written on a command line."""
 
 
 def build_parser(
@@ -63,6 +67,7 @@ def build_parser(
         epilog="Example: scripts/MLLM_HydraLoRA.sh. Checkpoints and what they hold: docs/architecture.md.",
     )
     parser.set_defaults(**(defaults or {}))
+    add_config(parser)
     return parser
 
 
@@ -86,8 +91,8 @@ def parse_args(
         SystemExit: a value is of the wrong type (argparse's message).
     """
     extensions = installed_extensions() if extensions is None else extensions
-    argv = translate_retired_flags(sys.argv[1:] if argv is None else list(argv))
     parser = build_parser(extensions, defaults)
+    argv = with_config(sys.argv[1:] if argv is None else argv, [parser], NOTHING_GIVEN)
     model, data, training, evaluation, *options, unknown = parse(parser, argv)
     if unknown:
         raise FlagError(f"unknown options {unknown}; --help lists all (installed extensions: {sorted(extensions)})")

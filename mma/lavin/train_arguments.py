@@ -18,9 +18,13 @@ import torch
 from transformers.hf_argparser import string_to_bool
 
 from llava.errors import FlagError
+from llava.extension import installed_extensions
 from llava.runtime import checkpointing
+from llava.runtime.config_files.words import with_config
 from llava.runtime.places import Input, folder_problems
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range, range_problems
+from llava.train.arguments import NOTHING_GIVEN
+from llava.train.arguments import build_parser as build_llava_parser
 from llava.train.arguments import parse_args as parse_llava
 from llava.train.options import RunArguments
 from mma.config import FLAG_RANGES, TOWER
@@ -222,8 +226,11 @@ def parse_args(argv: Sequence[str] | None = None) -> LavinArguments:
         FlagError: options are unknown, contradictory or not carried out.
         SystemExit: a value is of the wrong type (argparse's message).
     """
-    words = with_underscores(sys.argv[1:] if argv is None else argv)
-    own, rest = build_parser().parse_known_args(words)
+    parser = build_parser()
+    parsers = [parser, build_llava_parser(installed_extensions())]
+    words = with_config(sys.argv[1:] if argv is None else argv, parsers, NOTHING_GIVEN, list)
+    words = with_underscores(words)
+    own, rest = parser.parse_known_args(words)
     names = given(words)
     problems = _problems(own, rest)
     if problems:

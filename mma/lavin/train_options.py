@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from llava.runtime.config_files.words import add_config
 from mma.config import TOWER, MmaConfig
 from mma.lavin.data.prompts import FORMATS, OPTIONS
 from mma.lavin.weights.base import AUTO, VICUNA_CHOICES, VICUNA_HELP
@@ -111,6 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for add in (_add_run, _add_model, _add_optimizer, _add_data):
         add(parser)
+    add_config(parser)
     return parser
 
 
