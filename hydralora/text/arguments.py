@@ -61,7 +61,8 @@ def parse_args(argv: Sequence[str] | None = None) -> RunArguments:
     *parsed, unknown = parse(parser, words)
     if unknown:
         raise FlagError(f"unknown options {unknown}; --help lists all")
-    args = RunArguments(*parsed, given=written_names(parser, words))
+    args = RunArguments(*parsed)
+    args.given = written_names(parser, words)
     refuse(_problems(args))
     return args
 
