@@ -33,7 +33,7 @@ from llava.data.trained_template import TEMPLATE_KEY, record_template, same_temp
 from llava.errors import CheckpointError, FlagError
 from llava.eval.answering.conv_mode import Fallback, conv_mode_of_turns
 from llava.eval.answering.prompts import check_conv_mode, infer_conv_mode
-from llava.model.builder import base_folder, load_pretrained_model
+from llava.model.builder import base_folder, load_pretrained_model, refuse_adapted
 from llava.model.formats import TOWER_FOLDER, inspect_checkpoint, weight_file_names
 from llava.model.language_model.backbones import CLASSES
 from llava.model.language_model.causal_lm import LlavaForCausalLM
@@ -85,6 +85,7 @@ def to_hf(
     tokenizer, model, image_processor, _ = load_pretrained_model(
         str(contents.folder), base, device="cpu", torch_dtype=loaded_in
     )
+    refuse_adapted(model, contents)
     check_convertible(model)
     wrapped = bool(getattr(model.config, "mm_use_im_start_end", False))
     template = chat_template(template_of_mode(mode, tokenizer), wrapped)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from llava.data.trained_template import take_trained_template
@@ -291,9 +292,10 @@ def _load_rest(
         adapter_config = contents.folder / "adapter_config.json"
         with reading(adapter_config, "no adapter can be made with these settings"):
             peft_config = PeftConfig.from_pretrained(str(contents.folder))
-        if not isinstance(peft_config, LoraConfig):
-            raise CheckpointError(f"{adapter_config}: a '{peft_config.peft_type}' adapter; only LoRA is supported")
-        check_settings(read_json(adapter_config), LORA, adapter_config)
+        if isinstance(peft_config, LoraConfig):
+            check_settings(read_json(adapter_config), LORA, adapter_config)
+        elif peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
+            raise CheckpointError(f"{adapter_config}: '{peft_config.peft_type}' adapts no layers; it is not supported")
         peft_config.base_model_name_or_path = model.config.name_or_path  # where the base is now, not where it was
         with _without_tower(model), reading(adapter_config, "no adapter can be made with these settings"):
             host = get_peft_model(model, peft_config)
@@ -313,7 +315,37 @@ def _load_rest(
         )
     if contents.adapter is None:
         return model
-    return host.merge_and_unload() if merge else model
+    return merged(host, contents) if merge else model
+
+
+def merged(host: Any, contents: CheckpointContents) -> LlavaForCausalLM:
+    """The bare model with the adapter in its weights; with the adapter as it is where the method cannot be merged.
+
+    Raises:
+        CheckpointError: merging failed half-way.
+    """
+    llava = host.get_base_model()
+    layers = [module for module in llava.modules() if isinstance(module, BaseTunerLayer)]
+    try:
+        return host.merge_and_unload()
+    except (NotImplementedError, AttributeError, ValueError) as error:  # routed by token, for example
+        if any(layer.merged for layer in layers) or not all(module in set(llava.modules()) for module in layers):
+            raise CheckpointError(f"{contents.adapter}: cannot be merged into its base ({error})") from error
+        return llava
+
+
+def refuse_adapted(model: nn.Module, contents: CheckpointContents) -> None:
+    """Refuse a loaded model whose adapter is not in its weights, where plain weights are to be written.
+
+    Raises:
+        FlagError: names the method.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        method = read_json(contents.folder / "adapter_config.json").get("peft_type")
+        raise FlagError(
+            f"{contents.folder}: its {method} adapter cannot be merged into weights, because what it adds depends "
+            "on the input; load it with its base instead"
+        )
 
 
 def _offloaded_adapters(model: LlavaForCausalLM, contents: CheckpointContents) -> list[str]:
@@ -322,9 +354,9 @@ def _offloaded_adapters(model: LlavaForCausalLM, contents: CheckpointContents) -
     Raises:
         CheckpointError: an adapter of such a layer needs the base weights themselves, as DoRA does.
     """
-    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     elsewhere = [name for name, layer in adapted.items() if is_offloaded(layer.get_base_layer())]
-    refused = [name for name in elsewhere if adapted[name].lora_variant]
+    refused = [name for name in elsewhere if not isinstance(adapted[name], LoraLayer) or adapted[name].lora_variant]
     if refused:
         raise CheckpointError(
             f"{contents.adapter}: is not plain LoRA and needs the weights of layers that the device map leaves on the "

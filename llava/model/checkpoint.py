@@ -95,8 +95,12 @@ def _collect(model: nn.Module, keep: bool) -> _Trained:
         found.tower = fetch({name: weight for name, weight in network.named_parameters() if id(weight) in own}, keep)
     if isinstance(model, PeftModel):
         adapter = {id(weight) for weight in parts[Component.ADAPTER].values()}
-        named = {name: weight for name, weight in model.named_parameters() if id(weight) in adapter}
-        tensors = fetch(named, keep)
+        # Under every name that it has: some methods share one tensor among the layers, and save it once.
+        every = model.named_parameters(remove_duplicate=False)
+        tensors = fetch({name: weight for name, weight in every if id(weight) in adapter}, keep)
+        kept = model.state_dict().keys()  # frozen projections of some methods are buffers; others are computed again
+        buffers = {name: each for name, each in model.named_buffers(remove_duplicate=False) if name in kept}
+        tensors = buffers | tensors
         if keep:
             found.adapter = get_peft_model_state_dict(model, state_dict=tensors, save_embedding_layers=False)
     for item in llava.extensions:
@@ -247,7 +251,9 @@ def load_trained(model: nn.Module, checkpoint: str | Path | CheckpointContents) 
         load_extension_tensors(llava, name, tensors, contents.extensions[name] / "model.safetensors")
     if contents.adapter is not None:
         if not isinstance(model, PeftModel):
-            raise CheckpointError(f"{contents.adapter}: the run does not use adapters; give the LoRA flags of that run")
+            raise CheckpointError(
+                f"{contents.adapter}: the run does not use adapters; give that run's flags (--lora_..., --peft_config)"
+            )
         load_adapter(model, contents.adapter)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from llava.errors import FlagError
-from llava.model.builder import base_folder, load_pretrained_model
+from llava.model.builder import base_folder, load_pretrained_model, refuse_adapted
 from llava.model.components import Component, components
 from llava.model.formats import TOWER_FOLDER, inspect_checkpoint
 from llava.model.generation_defaults import mend_generation_config
@@ -53,6 +53,7 @@ def write_full_weights(checkpoint: str | Path, output: str | Path, model_base: s
             raise FlagError(
                 f"{checkpoint}: holds the extensions {sorted(model.extensions.configs)}; they cannot be merged"
             )
+        refuse_adapted(model, contents)
         mend_generation_config(model, str(base or checkpoint))
         parts = components(model)
         weights = parts[Component.LANGUAGE_MODEL] | parts[Component.PROJECTOR]

@@ -26,7 +26,7 @@ PATHS = frozenset(
     [
         *("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "data_path", "image_folder", "dataset_dir"),
         *("train_file", "validation_file", "tokenizer_name_or_path", "tokenizer_name", "peft_path", "data_root"),
-        *("caption_file", "llama_model_path", "chat_template", "eval_data_path"),
+        *("caption_file", "llama_model_path", "peft_config", "chat_template", "eval_data_path"),
     ]
 )
 """Options that are paths: equal if they lead to the same place."""

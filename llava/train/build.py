@@ -58,6 +58,7 @@ from llava.train.continued import check_recorded, recorded_extensions, train_on
 from llava.train.freeze import freeze, print_trainable, trained_components
 from llava.train.lora import add_lora
 from llava.train.options import RunArguments, TrainingArguments
+from llava.train.peft_file import add_adapter
 from llava.train.steps import say, say_base, say_settings, say_tower
 
 
@@ -71,7 +72,7 @@ def weight_dtype(args: RunArguments) -> torch.dtype:
 
     Weights that are trained stay in fp32 under autocast; an optimizer step on bf16 weights would lose small updates.
     """
-    base_is_frozen = args.training.lora_enable or args.model.freeze_backbone or args.model.tune_mm_mlp_adapter
+    base_is_frozen = args.training.has_adapter or args.model.freeze_backbone or args.model.tune_mm_mlp_adapter
     if not base_is_frozen:
         return torch.float32
     return torch.bfloat16 if args.training.bf16 else torch.float16 if args.training.fp16 else torch.float32
@@ -294,7 +295,11 @@ def build_model(args: RunArguments, tokenizer: Any, attn_implementation: str | N
         llava.extensions.attach(llava, available[name], config)
     train_on(llava, recorded, announce=args.training.should_log)
     say(args, "extensions", ", ".join(llava.extensions.configs) or "none")
-    model: nn.Module = add_lora(llava, args.training) if args.training.lora_enable else llava
+    model: nn.Module = llava
+    if args.training.peft_config is not None:
+        model = add_adapter(llava, args.training.peft_config)
+    elif args.training.lora_enable:
+        model = add_lora(llava, args.training)
     counts = freeze(model, args)
     set_precision(model, args.training)
     declare_parameters(llava, args.training)

@@ -27,6 +27,7 @@ from llava.train.evaluation.options import evaluation_problems
 from llava.train.freeze import trained_components
 from llava.train.inputs import output_problems
 from llava.train.options import RunArguments
+from llava.train.peft_file import file_problems
 
 
 def _not_yet(args: RunArguments) -> list[str]:
@@ -86,7 +87,7 @@ def _trains_by_the_runs_rate(args: RunArguments, trained: set[Component]) -> boo
     has_tower = model.vision_tower is not None
     return (
         Component.LANGUAGE_MODEL in trained
-        or training.lora_enable
+        or training.has_adapter
         or (bool(args.extensions) and not all(e.rates for e in installed_extensions(list(args.extensions)).values()))
         or (has_tower and model.mm_use_im_start_end)
         or (has_tower and Component.PROJECTOR in trained and training.mm_projector_lr is None)
@@ -184,10 +185,10 @@ def _contradictions(args: RunArguments) -> list[str]:
         problems.append(
             "--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter exclude each other: nothing would be trained"
         )
-    if training.bits != 16 and not (training.lora_enable or (model.freeze_backbone and args.extensions)):
+    if training.bits != 16 and not (training.has_adapter or (model.freeze_backbone and args.extensions)):
         problems.append(f"--bits {training.bits}: quantised weights cannot be trained; add --lora_enable True")
-    if model.tune_mm_mlp_adapter and training.lora_enable:
-        problems.append("--tune_mm_mlp_adapter trains the projector alone; LoRA cannot be on as well")
+    if model.tune_mm_mlp_adapter and training.has_adapter:
+        problems.append("--tune_mm_mlp_adapter trains the projector alone; no adapter can be on as well")
     if model.tune_mm_mlp_adapter and args.extensions:
         problems.append(f"--tune_mm_mlp_adapter trains the projector alone; switch off {sorted(args.extensions)}")
     if model.tune_mm_mlp_adapter and not model.vision_tower:
@@ -218,4 +219,5 @@ def check_arguments(args: RunArguments) -> None:
     problems += _contradictions(args) + _not_yet(args) + _rows(args) + output_problems(args)
     problems += evaluation_problems(args.evaluation, args.training)
     problems += hub_problems(args.training)
+    problems += file_problems(args.training.peft_config, args.given, args.training.lora_enable)
     refuse(problems)

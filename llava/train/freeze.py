@@ -38,7 +38,7 @@ def trained_components(args: RunArguments) -> set[Component]:
     if args.model.tune_mm_mlp_adapter:
         return {Component.PROJECTOR, Component.IMAGE_TOKENS}
     trained = {Component.ADAPTER, Component.EXTENSION, Component.IMAGE_TOKENS}
-    if not (args.training.lora_enable or args.model.freeze_backbone):
+    if not (args.training.has_adapter or args.model.freeze_backbone):
         trained.add(Component.LANGUAGE_MODEL)
     if not args.training.freeze_mm_mlp_adapter:
         trained.add(Component.PROJECTOR)
@@ -67,7 +67,8 @@ def freeze(model: nn.Module, args: RunArguments) -> list[ComponentCount]:
     parts = components(model)
     for part, named in parts.items():
         for weight in named.values():
-            weight.requires_grad_(part in trained and id(weight) not in untrained)
+            own = part is Component.ADAPTER and not weight.requires_grad  # some methods freeze a part of what they add
+            weight.requires_grad_(part in trained and id(weight) not in untrained and not own)
         if part is Component.VISION_TOWER and part in trained:
             _freeze_unused_blocks(tower)
     if tower is not None:  # gradients have to pass through a frozen tower too, if extensions train something in it

@@ -97,6 +97,9 @@ class TrainingArguments(transformers.TrainingArguments):
     quant_type: str = option("4 bit: nf4 or fp4", "nf4")
     bits: int = option("precision of the frozen base: 16, or 8 or 4 (QLoRA; needs --lora_enable or --use_lora)", 16)
     lora_enable: bool = option("train LoRA adapters instead of the language model", False)
+    peft_config: str | None = option(
+        "train an adapter of another method of PEFT: a JSON file with its settings, as adapter_config.json has them"
+    )
     lora_r: int = option("rank of the LoRA adapters", 64)
     lora_alpha: int = option("LoRA is scaled by alpha / rank", 16)
     lora_dropout: float = option("dropout before the LoRA adapters", 0.05)
@@ -115,6 +118,11 @@ class TrainingArguments(transformers.TrainingArguments):
         check_values(self, OWN_RANGES)
         self.deepspeed = zero_settings(self)
         super().__post_init__()
+
+    @property
+    def has_adapter(self) -> bool:
+        """True if an adapter is trained in place of the language model."""
+        return self.lora_enable or self.peft_config is not None
 
     @property
     def device(self) -> torch.device:

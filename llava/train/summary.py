@@ -19,7 +19,7 @@ def next_command(args: RunArguments) -> str:
     output = args.training.output_dir
     base = f" --model-base {args.model.model_name_or_path}"
     trains_language_model = not (
-        args.training.lora_enable or args.model.freeze_backbone or args.model.tune_mm_mlp_adapter
+        args.training.has_adapter or args.model.freeze_backbone or args.model.tune_mm_mlp_adapter
     )
     return (
         f"python -m llava.eval.model_vqa_loader --model-path {output}{'' if trains_language_model else base} "

@@ -85,7 +85,7 @@ def build_run(
     check_answer_end(args, tokenizer)
     checkpointing.keep_the_graph(training)
     model = build_model(args, tokenizer, attn_implementation)
-    llava = model.get_base_model() if training.lora_enable else model
+    llava = model.get_base_model() if training.has_adapter else model
     dataset = parts.dataset(args, tokenizer, llava)
     say_data(args, dataset)
     rows = parts.evaluation_rows(args, tokenizer, llava)

@@ -206,7 +206,7 @@ def check_run_record(folder: Path) -> None:
 def _trained_parts(model: Mapping[str, Any], training: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
     """Files, of each tuple at least one, by the options of a run; as `llava.train.freeze.trained_components`."""
     parts: dict[tuple[str, ...], str] = {}
-    lora, alone = training.get("lora_enable"), model.get("tune_mm_mlp_adapter")
+    lora, alone = training.get("peft_config") or training.get("lora_enable"), model.get("tune_mm_mlp_adapter")
     frozen = model.get("freeze_backbone")
     if lora is None or alone is None or frozen is None:  # the record of another program
         return parts

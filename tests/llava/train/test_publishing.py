@@ -11,14 +11,19 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
+from hydralora import finetune
 from llava.errors import FlagError, PublishingError
 from llava.model.builder import load_pretrained_model
 from llava.runtime.publishing import access
 from llava.train import publish
 from llava.train.train import main, parse_args
+from mma.lavin.train import main as train_lavin
 from tests.fake_hub import USER, FakeHub, fake_hub
+from tests.hydralora.text import test_finetune
 from tests.llava.train.test_training import BASE, HYDRA, command_line, logits
+from tests.mma.lavin.lavin_files import save_lavin_files, tiny_words
 
 __all__ = ["fake_hub"]
 
@@ -202,6 +207,49 @@ def test_a_second_publication_replaces_the_first(tmp_path: Path, fake_hub: FakeH
     assert not [name for name in files if name.startswith(("extensions/", "adapter_"))]
     assert (folder / "README.md").read_text() == "My own card"
     assert len(fake_hub.commits) == 2
+
+
+def test_a_text_adapter(tmp_path: Path, fake_hub: FakeHub) -> None:
+    """`hydralora.finetune` publishes its adapter, which PEFT reads onto the base with the same logits."""
+    base = test_finetune.save_base(tmp_path / "base")
+    test_finetune.save_data(tmp_path / "data")
+    options = {"push_to_hub": True, "hub_model_id": NAME, "max_steps": 2}
+    adapter = finetune.main(test_finetune.command_line(tmp_path, tmp_path / "out", **options))
+    assert len(fake_hub.commits) == 1
+    pushed = fake_hub.files(NAME)
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.model", "run.json", "README.md"} <= pushed
+    assert not [name for name in pushed if name.startswith(("checkpoint-", "optimizer", "training_args"))]
+    ids = torch.tensor([[1, 350, 400, 500, 13]])
+    found = []
+    for folder in (adapter, fake_hub.folder(NAME)):
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder)).eval()
+        with torch.no_grad():
+            found.append(model(input_ids=ids).logits)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    card = ModelCard.load(fake_hub.folder(NAME) / "README.md")
+    assert card.data.to_dict()["library_name"] == "peft"
+    assert "import hydralora" in card.text
+    assert str(tmp_path) not in card.text
+
+
+def test_a_lavin(tmp_path: Path, fake_hub: FakeHub) -> None:
+    """`mma.train` publishes adapters and projector; they load onto the converted base with the same logits."""
+    files = save_lavin_files(tmp_path / "files")
+    words = ["--max_steps", "1", "--push_to_hub", "True", "--hub_model_id", NAME]
+    output = train_lavin(tiny_words(files, tmp_path / "out", *words))
+    assert len(fake_hub.commits) == 1
+    files_there = fake_hub.files(NAME)
+    assert {"extensions/mma/model.safetensors", "mm_projector.safetensors", "config.json", "README.md"} <= files_there
+    base = json.loads((output / "run.json").read_text())["arguments"]["model"]["model_name_or_path"]
+    ids = torch.tensor([[1, -200, 4, 5, 6]])
+    found = []
+    for folder in (output, fake_hub.folder(NAME)):
+        _, model, processor, _ = load_pretrained_model(str(folder), base, device="cpu")
+        size = processor.crop_size["height"]
+        images = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(3))
+        with torch.no_grad():
+            found.append(model(input_ids=ids, images=images).logits)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 def test_a_branch(tmp_path: Path, fake_hub: FakeHub) -> None:
