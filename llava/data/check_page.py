@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.data.dataset import image_names
+from llava.data.image_names import RowImage, StoredImage, image_names
 from llava.data.inspection import EXPLANATIONS, Kind, RowReport, RowReports, Settings, thumbnail
 from llava.data.rows import Row
 from llava.data.statistics import PERCENTILES, DataSummary
@@ -145,10 +145,10 @@ def _sample(rows: RowReports, index: int, report: RowReport) -> str:
     return f"<h3>{title}</h3><p>{numbers}</p>{images}{render_prompt(row, rows.settings)}\n"
 
 
-def _figure(settings: Settings, name: str) -> str:
+def _figure(settings: Settings, name: RowImage) -> str:
     """A small copy of an image, or why there is none."""
-    caption = f"<figcaption>{escape(name)}</figcaption>"
-    if settings.image_folder is None:
+    caption = f"<figcaption>{escape(str(name))}</figcaption>"
+    if settings.image_folder is None and not isinstance(name, StoredImage):
         return f"<figure>{caption}</figure>"
     try:
         image = thumbnail(settings.image_folder, name, THUMBNAIL_SIDE)
@@ -157,7 +157,7 @@ def _figure(settings: Settings, name: str) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
     source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return f'<figure><img src="{source}" alt="{escape(name)}">{caption}</figure>'
+    return f'<figure><img src="{source}" alt="{escape(str(name))}">{caption}</figure>'
 
 
 def render_prompt(row: Row, settings: Settings) -> str:

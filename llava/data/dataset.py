@@ -15,12 +15,13 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llava.conversation import Conversation
-from llava.data.image_names import image_names
-from llava.data.images import ImageTransform, ProcessedImage, load_image
+from llava.data.image_names import RowImage, image_names
+from llava.data.images import ImageTransform, ProcessedImage, row_image
 from llava.data.labels import tokenize_conversation
 from llava.data.rows import Row, RowFiles, open_rows
 from llava.data.sizes import IMAGE_LENGTH, UNCOUNTED, Size
 from llava.data.skipped import append_skipped
+from llava.data.templates import check_system, row_template
 from llava.data.tiling import GridPinpoints, ImageLength
 from llava.errors import BadImageError, BadSampleError, FlagError, LlavaError
 from llava.runtime.failure import failed_item
@@ -244,12 +245,13 @@ class LazySupervisedDataset(Dataset[Item]):
         prompt = tokenize_conversation(
             conversation_of(row),
             self.tokenizer,
-            self.template,
+            row_template(self.template, row),
             image_count=image_count,
             mm_use_im_start_end=self.mm_use_im_start_end,
             max_length=self.model_max_length,
             patches_per_image=patches_per_image,
         )
+        check_system(row, prompt.prompt)
         return prompt.input_ids, prompt.labels
 
     @property
@@ -264,13 +266,11 @@ class LazySupervisedDataset(Dataset[Item]):
             return self.image_length.features
         return [self.image_length(image.pixels, image.size) for image in images]
 
-    def _load_images(self, names: list[str], row_name: str) -> list[ProcessedImage]:
+    def _load_images(self, names: list[RowImage], row_name: str) -> list[ProcessedImage]:
         if self.transform is None:
             raise FlagError(f"{row_name} has an image but the model has no vision tower; set --vision_tower")
-        if self.image_folder is None:
-            raise FlagError(f"{row_name} names the image {names[0]!r}; set --image_folder")
         return [
-            self.transform(load_image(self.image_folder, name, row_name), f"{row_name}: image {name}") for name in names
+            self.transform(row_image(self.image_folder, name, row_name), f"{row_name}: image {name}") for name in names
         ]
 
     def _collated(self, images: list[ProcessedImage]) -> Item:

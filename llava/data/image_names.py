@@ -7,10 +7,27 @@ another key would be trained on, or asked, as text alone, so such a key is refus
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import BadSampleError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class StoredImage(NamedTuple):
+    """An image that is in the data itself: the bytes of its file, or an open image; and what to call it."""
+
+    content: bytes | Image.Image
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+RowImage = str | StoredImage
+"""An image of a row: its file's name in the image folder, or the image."""
 
 READ_KEYS = ("image", "images")
 """Keys whose value is read: a file name or a list of file names."""
@@ -22,8 +39,8 @@ UNREAD_KEYS = (
 """Keys under which other data sets name images or videos."""
 
 
-def image_names(row: Mapping[str, Any]) -> list[str]:
-    """Names of a row's images: none if the keys are absent, null, or an empty list.
+def image_names(row: Mapping[str, Any]) -> list[Any]:
+    """A row's images, `RowImage` each: none if the keys are absent, null, or an empty list.
 
     Raises:
         BadSampleError: a value is neither a name nor a list of names, `image` and `images` name other files, or the row
@@ -49,9 +66,9 @@ def image_names(row: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _names(key: str, value: Any) -> list[str]:
+def _names(key: str, value: Any) -> list[Any]:
     names = value if isinstance(value, list) else [value]
-    if not all(isinstance(name, str) and name for name in names):
+    if not all(isinstance(name, str | StoredImage) and name for name in names):
         raise BadSampleError(f"'{key}' must be a file name or a list of file names, not {value!r:.200}")
     return names
 

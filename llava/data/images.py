@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -12,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
+from llava.data.image_names import RowImage, StoredImage
 from llava.data.pixels import ASPECT_RATIOS, preprocess_image
 from llava.data.tiling import GridPinpoints, output_size, parse_grid_pinpoints
 from llava.errors import BadImageError, FlagError
@@ -109,6 +111,45 @@ def image_size(folder: str | os.PathLike[str], name: str, row: object = "") -> t
     except Exception as error:  # as in `read_rgb`
         problem = pointer_problem(path) if is_pointer(path) else f"{path}: {error}"
         raise BadImageError(f"{row}: image {problem}") from error
+
+
+def row_image(folder: str | os.PathLike[str] | None, image: RowImage, row: object = "") -> Image.Image:
+    """An image of a row, named by it or stored in it, as RGB; within the same bounds.
+
+    Args:
+        folder: image folder; may be None for a stored one.
+        image: see `image_names`.
+        row: what to call the row of the data file in an error.
+
+    Raises:
+        BadImageError: as `load_image`.
+        FlagError: the image is named, and there is no folder.
+    """
+    if not isinstance(image, StoredImage):
+        if folder is None:
+            raise FlagError(f"{row} names the image {image!r}; set --image_folder")
+        return load_image(folder, image, row)
+    name = f"{row}: image {image.name}"
+    if isinstance(image.content, bytes):
+        return read_rgb(io.BytesIO(image.content), name)
+    return convert_rgb(image.content, name)
+
+
+def row_image_size(folder: str | os.PathLike[str], image: RowImage, row: object = "") -> tuple[int, int]:
+    """Width and height in pixels of an image of a row, from the head of its file.
+
+    Raises:
+        BadImageError: as `image_size`.
+    """
+    if not isinstance(image, StoredImage):
+        return image_size(folder, image, row)
+    if not isinstance(image.content, bytes):
+        return image.content.size
+    try:
+        with Image.open(io.BytesIO(image.content)) as opened:
+            return opened.size
+    except Exception as error:  # as in `read_rgb`
+        raise BadImageError(f"{row}: image {image.name}: {error}") from error
 
 
 def read_rgb(file: Path | BinaryIO, name: str) -> Image.Image:

@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -19,10 +18,11 @@ from transformers import PreTrainedTokenizerBase
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
 from llava.data.dataset import conversation_of
-from llava.data.image_names import image_names
-from llava.data.images import image_path, image_size, load_image
+from llava.data.image_names import RowImage, StoredImage, image_names
+from llava.data.images import image_path, row_image, row_image_size
 from llava.data.labels import TokenizedPrompt, image_starts, refuse_cut_images, tokenize_conversation
 from llava.data.rows import Row, RowFiles
+from llava.data.templates import check_system, row_template
 from llava.data.tiling import ImageLength
 from llava.errors import BadSampleError, ImageCountError, ImageCutError, NoTargetError, TokenBorderError
 
@@ -136,12 +136,15 @@ class Settings:
     def image_lengths(self, row: Row) -> list[int]:
         """Positions that each image of a row takes; one whose file cannot be read counts as one tile."""
         names = image_names(row)
-        if self.image_length.resolutions is None or self.image_folder is None:
+        if self.image_length.resolutions is None:
             return [self.image_length.features] * len(names)
         lengths = []
         for name in names:
+            if self.image_folder is None and not isinstance(name, StoredImage):
+                lengths.append(self.image_length.features)
+                continue
             try:
-                lengths.append(self.image_length.of_size(image_size(self.image_folder, name)))
+                lengths.append(self.image_length.of_size(row_image_size(self.image_folder, name)))
             except BadSampleError:  # the row has a problem of its own for this image
                 lengths.append(self.image_length.features)
         return lengths
@@ -152,15 +155,17 @@ class Settings:
         Raises:
             BadSampleError: the row has none.
         """
-        return tokenize_conversation(
+        prompt = tokenize_conversation(
             conversation_of(row),
             self.tokenizer,
-            self.template,
+            row_template(self.template, row),
             image_count=len(image_names(row)),
             mm_use_im_start_end=self.mm_use_im_start_end,
             max_length=max_length,
             patches_per_image=self.image_lengths(row),
         )
+        check_system(row, prompt.prompt)
+        return prompt
 
 
 class RowReports(Dataset[RowReport]):
@@ -194,17 +199,19 @@ class RowReports(Dataset[RowReport]):
         self._measure(row, report)
         return report
 
-    def _image_problems(self, name: str) -> list[Problem]:
+    def _image_problems(self, name: RowImage) -> list[Problem]:
         folder = self.settings.image_folder
-        if folder is None:
+        is_stored = isinstance(name, StoredImage)
+        if folder is None and not is_stored:
             return [Problem(Kind.MISSING_IMAGE, f"names the image {name!r}, but no --image_folder is given")]
         try:
-            image_path(folder, name)
+            if not is_stored:
+                image_path(folder, name)
         except BadSampleError as error:
             return [Problem(Kind.MISSING_IMAGE, str(error).removeprefix(": "))]
         try:
             if self.settings.read_images:
-                image = load_image(folder, name)
+                image = row_image(folder, name)
                 if self.settings.check_size is not None:
                     self.settings.check_size(image.size, name=f"image {name}")
         except BadSampleError as error:
@@ -266,12 +273,12 @@ def mark_duplicates(reports: Sequence[RowReport]) -> None:
             report.problems.append(Problem(Kind.DUPLICATE_ID, message))
 
 
-def thumbnail(folder: str | os.PathLike[str], name: str, side: int) -> Image.Image:
+def thumbnail(folder: str | os.PathLike[str] | None, name: RowImage, side: int) -> Image.Image:
     """A small copy of an image, at most `side` pixels wide and high.
 
     Raises:
-        BadImageError: see `load_image`.
+        BadImageError: see `row_image`.
     """
-    image = load_image(Path(folder), name)
+    image = row_image(folder, name)
     image.thumbnail((side, side))
     return image

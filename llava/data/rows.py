@@ -17,10 +17,16 @@ import numpy as np
 from llava.data.formats.json_file import JsonRows
 from llava.data.formats.json_scan import BYTE_ORDER_MARK
 from llava.data.formats.reader import MemoryRows, Row, Rows, stored_size
+from llava.data.formats.table import PARQUET, is_saved, open_hub, open_table
 from llava.data.sizes import Size
 from llava.errors import FlagError
+from llava.runtime.hub import is_hub_id
+from llava.runtime.places import split_weight
 
-__all__ = ["BYTE_ORDER_MARK", "MemoryRows", "Row", "RowFiles", "Rows", "open_rows"]
+__all__ = ["BYTE_ORDER_MARK", "MemoryRows", "Row", "RowFiles", "Rows", "drawn_rows", "open_rows", "source_problem"]
+
+FILE_SUFFIXES = frozenset({".json", ".jsonl", ".parquet", ".arrow", ".gz", ".txt", ".csv", ".tsv"})
+"""Ends of names that are files, and not ids of data sets on a hub, even where they do not exist."""
 
 
 class RowFiles(Sequence[Row]):
@@ -83,22 +89,68 @@ class RowFiles(Sequence[Row]):
         return self.files[number], index - (self._ends[number - 1] if number else 0)
 
 
-def open_rows(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> RowFiles:
-    """Open one data file or several.
+def open_rows(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, seed: int = 0) -> RowFiles:
+    """Open one data file or several, each with a weight where its name ends in `@WEIGHT`.
+
+    The whole part of a weight repeats all rows of its file so many times; the rest is a share of them, drawn by `seed`
+    without repetition, the same in every epoch.
 
     Raises:
-        FlagError: a file is missing, empty, or a list that is no valid JSON; or there is none.
+        FlagError: a file is missing, empty, or cannot be read as what it is; or there is none.
     """
     names = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if not names:
         raise FlagError("--data_path is missing")
-    return RowFiles([_open_file(Path(name)) for name in names])
+    problem = next(filter(None, (source_problem(os.fspath(name)) for name in names)), None)
+    if problem is not None:
+        raise FlagError(problem)
+    weighted = [split_weight(os.fspath(name)) for name in names]
+    files = [_open_source(name) for name, _ in weighted]
+    if all(weight == 1 for _, weight in weighted):
+        return RowFiles(files)
+    starts = np.cumsum([0, *map(len, files)])
+    parts = [
+        starts[number] + drawn_rows(len(files[number]), weight, seed + number)
+        for number, (_, weight) in enumerate(weighted)
+    ]
+    chosen = np.concatenate(parts)
+    if not len(chosen):
+        raise FlagError(f"--data_path {' '.join(map(str, names))}: with these weights no row is left")
+    return RowFiles(files, chosen)
 
 
-def _open_file(path: Path) -> Rows:
-    if not path.is_file():
-        raise FlagError(f"--data_path {path}: there is no such file")
-    rows = JsonRows(path)
+def drawn_rows(count: int, weight: float, seed: int) -> np.ndarray:
+    """Numbers of the rows of a file with a weight, int64 (rows,): whole repetitions, then the drawn ones in order."""
+    whole = int(weight)
+    share = np.sort(np.random.default_rng(seed).permutation(count)[: round((weight - whole) * count)])
+    return np.concatenate([np.tile(np.arange(count), whole), share]).astype(np.int64)
+
+
+def source_problem(name: str) -> str | None:
+    """Why there is nothing to read under a name of `--data_path`, with its weight or without; None if there is."""
+    name, weight = split_weight(name)
+    if weight == 0:
+        return f"--data_path {name}@0: a weight must be greater than 0; leave the file out"
+    path = Path(name)
+    of_hub = not path.exists() and is_hub_id(name) and path.suffix.lower() not in FILE_SUFFIXES
+    if path.is_file() or is_saved(path) or of_hub:
+        return None
+    if path.is_dir():
+        return f"--data_path {name}: is a folder that `save_to_disk` of datasets did not write; name a file in it"
+    return f"--data_path {name}: no such file"
+
+
+def _open_source(name: str) -> Rows:
+    path = Path(name)
+    if path.is_dir() or (path.is_file() and _is_parquet(path)):
+        rows: Rows = open_table(path)
+    else:
+        rows = JsonRows(path) if path.is_file() else open_hub(name)
     if not len(rows):
         raise FlagError(f"--data_path {path}: the file holds no rows")
     return rows
+
+
+def _is_parquet(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(PARQUET)) == PARQUET

@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from llava.conversation import TOKENIZER_VERSION, Conversation, conv_templates, default_conversation
 from llava.data.chat_template import chat_template
-from llava.errors import FlagError
+from llava.errors import BadSampleError, FlagError
 
 VERSIONS_WITHOUT_TEMPLATE = frozenset({"v0", "v0.5"})
 """Values of `--version` that choose how the tokenizer is padded and leave the default template in place."""
+
+
+SYSTEM = "system"
+"""Key of a row whose text takes the place of the template's system text."""
+
+CHATML_HEAD = "<|im_start|>system\n"
+"""Templates of the ChatML family keep it in their system text."""
+
+
+def row_template(template: Conversation, row: Mapping[str, Any]) -> Conversation:
+    """The template with the system text of a row, if it has one."""
+    text = row.get(SYSTEM)
+    if not isinstance(text, str) or not text:
+        return template
+    return replace(template, system=(CHATML_HEAD if template.system.startswith(CHATML_HEAD) else "") + text)
+
+
+def check_system(row: Mapping[str, Any], prompt: str) -> None:
+    """Refuse a row whose system text the template has left out.
+
+    Args:
+        row: a row.
+        prompt: made of it by `row_template`.
+
+    Raises:
+        BadSampleError: the template has no place for it.
+    """
+    text = row.get(SYSTEM)
+    if isinstance(text, str) and text and text not in prompt:
+        raise BadSampleError(
+            f"the row has the system text {text!r:.80}, for which the template of --version has no place; choose "
+            "another template, or remove it"
+        )
 
 
 def select_template(version: str, tokenizer: Any = None) -> Conversation:

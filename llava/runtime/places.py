@@ -9,6 +9,7 @@ whole machine, is refused as well: it stands for an unset variable.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,15 @@ RUN_FILE = "run.json"
 
 OPEN_CLIP = "open_clip:"
 """Prefix of a tower's name whose path comes after the architecture."""
+
+
+WEIGHTED = re.compile(r"(.+)@(\d+(?:\.\d+)?)")
+
+
+def split_weight(name: str) -> tuple[str, float]:
+    """Path and weight of `PATH@WEIGHT`; 1 where none is given, and for a path that exists under the whole name."""
+    found = None if os.path.lexists(name) else WEIGHTED.fullmatch(name)
+    return (name, 1.0) if found is None else (found[1], float(found[2]))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from llava.errors import CheckpointError, FlagError
 from llava.runtime.files import read_json
-from llava.runtime.places import RUN_FILE
+from llava.runtime.places import RUN_FILE, split_weight
 from llava.runtime.used_settings import FREE, unused
 from llava.runtime.weights.fingerprint import WEIGHT_SUFFIXES, weights_fingerprint
 from llava.runtime.weights.run_file import check_resumes, latest
@@ -73,10 +73,17 @@ def fingerprints(options: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for name in sorted(PATHS & options.keys()):
         paths = options[name] if isinstance(options[name], list) else [options[name]]
-        digests = [_fingerprint(Path(path), DATA_FILES.get(name)) for path in paths if isinstance(path, str)]
+        digests = [_weighted(path, DATA_FILES.get(name)) for path in paths if isinstance(path, str)]
         if digests and None not in digests:
             found[name] = " ".join(map(str, digests))
     return found
+
+
+def _weighted(name: str, data_files: str | None) -> str | None:
+    """The digest of a path, with its weight where it has one (`PATH@WEIGHT`)."""
+    path, weight = split_weight(name)
+    digest = _fingerprint(Path(path), data_files)
+    return digest if digest is None or weight == 1 else f"{digest}@{weight:g}"
 
 
 def _fingerprint(path: Path, data_files: str | None = None) -> str | None:

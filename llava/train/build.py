@@ -315,7 +315,8 @@ def rows_of_run(args: RunArguments) -> RowFiles:
         FlagError: see `open_rows`.
     """
     with args.training.main_process_first(local=False), args.training.main_process_first(local=True):
-        return open_rows(args.data.data_path or [])
+        seed = args.training.seed if args.training.data_seed is None else args.training.data_seed
+        return open_rows(args.data.data_path or [], seed=seed)
 
 
 def build_dataset(args: RunArguments, tokenizer: Any, model: LlavaForCausalLM) -> LazySupervisedDataset:

@@ -11,7 +11,7 @@ import numpy as np
 from llava.data.dataset import ON_BAD_SAMPLE
 from llava.data.image_names import image_names
 from llava.data.pixels import ASPECT_RATIOS
-from llava.data.rows import RowFiles, open_rows
+from llava.data.rows import RowFiles, open_rows, source_problem
 from llava.data.sizes import UNCOUNTED
 from llava.data.tiling import MERGE_TYPES, parse_grid_pinpoints
 from llava.errors import BadSampleError, CheckpointError, FlagError
@@ -99,7 +99,7 @@ def _rows(args: RunArguments) -> list[str]:
     """Too few rows for one batch, where an incomplete one is left out."""
     if not args.training.dataloader_drop_last or not args.data.data_path:
         return []
-    if not all(Path(path).is_file() for path in args.data.data_path):  # said by `_files`
+    if any(map(source_problem, args.data.data_path)):  # said by `_files`
         return []
     records = open_rows(args.data.data_path)
     rows = _with_image(records) if args.data.requires_image else len(records)
@@ -156,7 +156,7 @@ def _files(args: RunArguments) -> list[str]:
     problems = []
     if not data.data_path:
         problems.append("--data_path is missing")
-    problems += [f"--data_path {path}: no such file" for path in data.data_path or [] if not Path(path).is_file()]
+    problems += filter(None, map(source_problem, data.data_path or []))
     if data.image_folder is not None and not Path(data.image_folder).is_dir():
         problems.append(f"--image_folder {data.image_folder}: no such folder")
     if model.pretrain_mm_mlp_adapter:

@@ -28,7 +28,7 @@ from llava.data.statistics import PERCENTILES, DataSummary, summarise
 from llava.data.tiling import MERGE_TYPES
 from llava.errors import FlagError
 from llava.runtime.output import replace_text
-from llava.runtime.places import Input, refuse_file, same_place
+from llava.runtime.places import Input, refuse_file, same_place, split_weight
 from llava.runtime.program import run_program
 from llava.runtime.recognize import refuse_foreign
 from llava.train.data_check_settings import settings_of
@@ -112,7 +112,7 @@ def refuse_inputs(args: argparse.Namespace) -> None:
         FlagError: one would; the message names both options.
     """
     inputs = [
-        *(Input("DATA", path) for path in args.data),
+        *(Input("DATA", split_weight(path)[0]) for path in args.data),
         Input("--image_folder", args.image_folder),
         Input("--model_name_or_path", args.model_name_or_path),
         Input("--vision_tower", args.vision_tower),

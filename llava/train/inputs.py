@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llava.errors import LlavaError
 from llava.model.multimodal_encoder.builder import resolve_vision_tower
-from llava.runtime.places import Input, folder_problems
+from llava.runtime.places import Input, folder_problems, split_weight
 from llava.train.options import RunArguments
 
 
@@ -18,7 +18,7 @@ def inputs_of(args: RunArguments) -> list[Input]:
         Input("--vision_tower", model.vision_tower),
         Input("--vision_tower", _found_tower(args)),
         Input("--pretrain_mm_mlp_adapter", model.pretrain_mm_mlp_adapter),
-        *(Input("--data_path", path) for path in data.data_path or []),
+        *(Input("--data_path", split_weight(path)[0]) for path in data.data_path or []),
         Input("--image_folder", data.image_folder, has_images=True),
         *(Input("--eval_data_path", path) for path in args.evaluation.eval_data_path or []),
         *(Input("--eval_questions", path) for path in args.evaluation.eval_questions or [] if Path(path).exists()),

@@ -64,7 +64,8 @@ class DataArguments:
     _argument_group_name: ClassVar[str] = "data"
 
     data_path: list[str] | None = option(
-        "LLaVA conversations: a JSON list or JSON lines; several files are used as one"
+        "conversations (LLaVA, messages or ShareGPT): JSON, JSON lines, Parquet, a folder or hub id of datasets; "
+        "several are used as one; FILE@2 repeats its rows, FILE@0.5 draws half of them once for the run"
     )
     lazy_preprocess: bool = option("accepted for compatibility: samples are always prepared when needed", False)
     is_multimodal: bool = option("accepted for compatibility: set whenever there is a vision tower", False)

@@ -15,8 +15,8 @@ import numpy as np
 
 from llava.data.formats.json_scan import BYTE_ORDER_MARK, Found, ListError, scan_lines, scan_list
 from llava.data.formats.kept_index import KEPT_FROM, index_of, table_from
-from llava.data.formats.reader import Rows
-from llava.data.sizes import SIZES, UNCOUNTED, count
+from llava.data.formats.reader import Rows, count_value
+from llava.data.sizes import SIZES, UNCOUNTED
 from llava.errors import BadSampleError, FlagError
 from llava.runtime.files import refuse_pointer
 
@@ -76,7 +76,7 @@ class JsonRows(Rows):
 
 
 def _table(scan: Callable[[BinaryIO], Iterator[Found]], file: BinaryIO) -> np.ndarray:
-    return table_from((start, length, *(count(value) or (UNCOUNTED, 0))) for start, length, value in scan(file))
+    return table_from((start, length, *(count_value(value) or (UNCOUNTED, 0))) for start, length, value in scan(file))
 
 
 def _first_character(path: Path) -> bytes:

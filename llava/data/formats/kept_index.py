@@ -30,7 +30,7 @@ INDEX = np.dtype([("start", "<u8"), ("length", "<u8"), *((name, SIZES[name]) for
 
 SUFFIX = ".rows.npy"
 
-VERSION = 1
+VERSION = 2
 """Of the table and of what counts as a word and an image; another one is made again."""
 
 KEPT_FROM = 16 << 20

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from llava.data.formats.conversations import to_llava
 from llava.data.sizes import SIZES, UNCOUNTED, Size, count
 from llava.errors import BadSampleError
 
@@ -18,7 +19,7 @@ Row = dict[str, Any]
 
 
 class Rows(Sequence[Row]):
-    """Rows of one data file, read one at a time.
+    """Rows of one data file, read one at a time and brought into LLaVA's form (`conversations.py`).
 
     A format implements `__len__` and `value`; one that finds the sizes on the way implements `sizes` as well.
 
@@ -43,7 +44,10 @@ class Rows(Sequence[Row]):
         value = self.value(index)
         if not isinstance(value, dict):
             raise BadSampleError(f"{self.name(index)} is no JSON object but {value!r:.80}")
-        return value
+        try:
+            return to_llava(value)
+        except BadSampleError as error:
+            raise BadSampleError(f"{self.name(index)}: {error}") from error
 
     def name(self, index: int) -> str:
         """What to call a row in a message; rows are counted from 0 and blank lines are not."""
@@ -70,6 +74,14 @@ class Rows(Sequence[Row]):
 def stored_size(entry: np.void) -> Size | None:
     """A row's entry in a table of `SIZES`; None if the row could not be counted."""
     return None if entry["words"] == UNCOUNTED else Size(int(entry["words"]), int(entry["images"]))
+
+
+def count_value(value: Any) -> Size | None:
+    """Words and images of what a file has as a row; None if they cannot be counted."""
+    try:
+        return count(to_llava(value)) if isinstance(value, dict) else None
+    except BadSampleError:
+        return None
 
 
 def table_of(sizes: Iterable[Size | None]) -> np.ndarray:

@@ -1,0 +1,134 @@
+"""Parquet files, folders of Hugging Face `datasets` and data sets of its hub: rows of a memory-mapped Arrow table.
+
+The package `datasets` reads them (the extra `data`). Parquet is converted once into its cache, so that a row in any
+place costs the same. Images stay bytes until a row is asked for, and are decoded by the project's own reader.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava.data.formats.reader import Rows, count_value, table_of
+from llava.data.sizes import Size
+from llava.errors import FlagError
+
+PARQUET = b"PAR1"
+"""First bytes of a Parquet file."""
+
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
+"""Files in a folder that `save_to_disk` wrote: of one data set, and of one with splits."""
+
+SPLIT = "train"
+PACKAGE = "datasets"
+PLACEHOLDER = {"path": "image"}
+"""In place of an image whose row is only counted."""
+
+BATCH = 1000
+
+
+class TableRows(Rows):
+    """Rows of an Arrow table.
+
+    Args:
+        path: what to call it in messages.
+        table: a `datasets.Dataset`.
+    """
+
+    def __init__(self, path: Path, table: Any) -> None:
+        self.path = path
+        self._table = table.with_format("arrow")  # nothing is decoded
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def value(self, index: int) -> Any:
+        """A row as Python values; an image is `{"bytes": ..., "path": ...}`."""
+        return self._table[index : index + 1].to_pylist()[0]
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Words and images of all rows, in one pass that reads no image."""
+        return table_of(self._counted())
+
+    def _counted(self) -> Iterator[Size | None]:
+        for batch in self._table.iter(BATCH):
+            columns = {name: _without_bytes(batch.column(name)) for name in batch.column_names}
+            for values in zip(*columns.values(), strict=True):
+                yield count_value(dict(zip(columns, values, strict=True)))
+
+
+def _without_bytes(column: Any) -> list[Any]:
+    """Values of a column; of images only how many there are."""
+    import pyarrow.compute as compute
+
+    if _is_image(column.type):
+        return [PLACEHOLDER if valid else None for valid in compute.is_valid(column).to_pylist()]
+    if hasattr(column.type, "value_type") and _is_image(column.type.value_type):
+        return [[PLACEHOLDER] * (number or 0) for number in compute.list_value_length(column).to_pylist()]
+    return column.to_pylist()
+
+
+def _is_image(kind: Any) -> bool:
+    import pyarrow
+
+    return pyarrow.types.is_binary(kind) or (pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
+    return any((path / name).is_file() for name in (SAVED, SAVED_SPLITS))
+
+
+def open_table(path: Path) -> TableRows:
+    """A Parquet file, or a folder of `save_to_disk`; of one with splits, `train`.
+
+    Raises:
+        FlagError: `datasets` is not installed, or what is there cannot be read.
+    """
+    datasets = _package(str(path))
+    try:
+        if path.is_dir():
+            table = datasets.load_from_disk(str(path))
+        else:
+            table = datasets.load_dataset("parquet", data_files=str(path), split=SPLIT)
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise FlagError(f"--data_path {path}: cannot be read ({_first_line(error)})") from error
+    if isinstance(table, datasets.DatasetDict):
+        if SPLIT not in table:
+            raise FlagError(f"--data_path {path}: has the splits {', '.join(table)}; name the folder of one of them")
+        table = table[SPLIT]
+    return TableRows(path, table)
+
+
+def open_hub(name: str) -> TableRows:
+    """A data set of the hub, by its id; its split `train`.
+
+    Raises:
+        FlagError: `datasets` is not installed, or the hub and its cache do not have it.
+    """
+    datasets = _package(name)
+    try:
+        return TableRows(Path(name), datasets.load_dataset(name, split=SPLIT))
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise FlagError(
+            f"--data_path {name}: there is no such file or folder, and as the id of a data set on the hub it cannot be "
+            f"read ({_first_line(error)}); without a network only data sets in the hub's cache can"
+        ) from error
+
+
+def _package(name: str) -> Any:
+    if importlib.util.find_spec(PACKAGE) is None:
+        raise FlagError(f"--data_path {name}: needs the package {PACKAGE}; pip install 'llava-extensions[data]'")
+    import datasets
+
+    return datasets
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
