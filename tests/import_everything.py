@@ -20,6 +20,7 @@ PACKAGES = ("llava", "hydralora", "dynamic", "mma", "moe_patch", "playground")
 # One package of each extra: their absence shows that this environment really is the core alone.
 EXTRAS = (
     "deepspeed",
+    "datasets",
     "wandb",
     "bitsandbytes",
     "flash_attn",
