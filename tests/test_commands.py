@@ -20,6 +20,9 @@ each_snippet = pytest.mark.parametrize("snippet", SCRIPTS + BLOCKS, ids=lambda s
 # The published lines are for GPUs with TF32; these two options let the same line pass on a machine without one.
 WITHOUT_GPU = ("--use_cpu", "True", "--tf32", "False")
 
+WITH_OWN_PARSER = ("llava.train.publish",)
+"""Programs in `llava/train/` that do not train."""
+
 PASSING_ON = ("benchmarks.experiments.sparse.train",)
 """Programs with options beside those of `llava/train/train.py`."""
 
@@ -34,7 +37,7 @@ def parse(call: Call) -> None:
     module = importlib.import_module(call.module)
     if hasattr(module, "__path__"):  # `python -m package`
         module = importlib.import_module(f"{call.module}.__main__")
-    if call.module.startswith("llava.train."):
+    if call.module.startswith("llava.train.") and call.module not in WITH_OWN_PARSER:
         arguments, defaults = [*call.arguments, *WITHOUT_GPU], getattr(module, "DEFAULTS", None)
         importlib.import_module("llava.train.arguments").parse_args(arguments, defaults=defaults)
     elif call.module in PASSING_ON:
