@@ -27,6 +27,9 @@ from mma.lavin.data.tokens import prompt_ids
 QUESTION = "Instruction:"
 MISSPELT = "Responese:"
 
+CHARS_PER_POSITION = 32
+"""A token of LLaMA has 16 characters at most; longer conversations are refused before they are tokenized."""
+
 Turn = tuple[str, str]
 """A question and its answer."""
 
@@ -128,6 +131,12 @@ class LavinChat:
         loaded = self.engine.loaded
         images = [] if image is None else [load_chat_image(image, loaded)]
         prompt = chat_prompt(turns, question.strip(), has_image=bool(images), as_original=self.as_original)
+        longest = CHARS_PER_POSITION * loaded.model.config.tokenizer_model_max_length
+        if len(prompt) > longest:
+            raise BadSampleError(
+                f"the conversation has {len(prompt)} characters, and this page takes up to {longest}; begin a new one, "
+                "or ask a shorter question"
+            )
         ids = prompt_ids(loaded.tokenizer, prompt, bool(images))
         self._check_length(ids, len(images), options)
         text = ""

@@ -79,7 +79,7 @@ class Handlers:
 
     def ask(
         self,
-        question: str,
+        question: str | None,
         turns: list[Turn],
         image: str | None,
         temperature: float | None,
@@ -92,6 +92,8 @@ class Handlers:
         A question that cannot be answered stays in the text box, and the reason is shown in place of an answer. An
         answer that is stopped stays in the conversation as far as it came.
         """
+        # A request without a browser may send no text at all, or half of a character, which no answer could show.
+        question = (question or "").encode("utf-8", "replace").decode()
         said = [*turns, (question, "")]
         try:
             options = chosen_options((temperature, top_p, max_new_tokens, seed), self.max_new_tokens)

@@ -61,7 +61,8 @@ class Report:
 
 
 MEMORY = 32.0
-"""Megabytes that the server may grow after its warm-up."""
+"""Megabytes that the server may grow after its warm-up. In two minutes it grew by 6 while about 390 MB of requests
+came, so one that keeps a tenth of them is found."""
 
 SPARE_FILES = 16
 
