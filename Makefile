@@ -81,7 +81,7 @@ UPSTREAM_READY = $(UPSTREAM)/.installed-$(notdir $(UPSTREAM_PINS))
 test-upstream: install $(UPSTREAM_READY) ## Test moe_patch on a clone of haotian-liu/LLaVA (LLAVA_UPSTREAM_DIR=...)
 	@test -d "$(LLAVA_UPSTREAM_DIR)" || { echo "say where upstream is: make $@ LLAVA_UPSTREAM_DIR=/path/to/LLaVA"; exit 1; }
 	LLAVA_UPSTREAM_DIR="$(abspath $(LLAVA_UPSTREAM_DIR))" LLAVA_UPSTREAM_PYTHON="$(abspath $(UPSTREAM)/bin/python)" \
-		$(TEST_ENV) $(BIN)/python -m pytest $(ARGS) tests/moe_patch/test_upstream.py
+		$(TEST_ENV) $(BIN)/python -m pytest $(ARGS) tests/moe_patch/test_upstream*.py
 
 lint: install types ## Check style and formatting with ruff, then the types
 	$(BIN)/ruff check .

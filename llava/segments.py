@@ -6,6 +6,7 @@ extensions read them (Dynamic-LLaVA's rules of segments; seams 2 and 4 of `llava
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,6 +41,52 @@ class Segments:
     def has_image(self) -> bool:
         """True if at least one image was spliced in."""
         return bool(self.images)
+
+
+def row_segments(
+    images: Sequence[Span], length: int, answer_start: int, text_after_image: list[int], marker: Sequence[int]
+) -> Segments:
+    """Segments of one row before truncation and padding.
+
+    Args:
+        images: where they lie in the spliced row.
+        length: of the spliced row.
+        answer_start: behind the last ignored label of the spliced row.
+        text_after_image: token ids behind the last image, or all of a row without.
+        marker: token ids that open a user turn; empty if unknown.
+    """
+    system_end = images[0].start if images else 0
+    instruct_start = min(images[-1].end if images else 0, answer_start)
+    offset = _find_last(text_after_image[: answer_start - instruct_start], marker)
+    return Segments(
+        system=Span(0, system_end),
+        images=tuple(images),
+        instruct=Span(instruct_start, answer_start),
+        last_instruct=Span(instruct_start + offset, answer_start),
+        answer=Span(answer_start, length),
+    )
+
+
+def shifted(segments: Segments, limit: int, offset: int) -> Segments:
+    """Cut every bound at `limit` (truncation), then move it by `offset` (left padding)."""
+
+    def moved(span: Span) -> Span:
+        return Span(min(span.start, limit) + offset, min(span.end, limit) + offset)
+
+    return Segments(
+        system=moved(segments.system),
+        images=tuple(moved(span) for span in segments.images),
+        instruct=moved(segments.instruct),
+        last_instruct=moved(segments.last_instruct),
+        answer=moved(segments.answer),
+    )
+
+
+def _find_last(ids: list[int], marker: Sequence[int]) -> int:
+    """Start of the last occurrence of `marker` in `ids`; 0 if there is none."""
+    size = len(marker)
+    starts = (start for start in range(len(ids) - size, -1, -1) if ids[start : start + size] == list(marker))
+    return next(starts, 0) if size else 0
 
 
 @dataclass

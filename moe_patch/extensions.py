@@ -40,7 +40,7 @@ class Extension:
 
 COMMON_MODULES = tuple(
     f"moe_patch.payload{name}"
-    for name in ("", ".adapters", ".extension", ".folders", ".gradients", ".saving", ".seams")
+    for name in ("", ".adapters", ".extension", ".folders", ".gradients", ".saving", ".seams", ".views")
 )
 
 CONFIG_MODULES = ("llava.errors", "llava.runtime.checked_config", "llava.runtime.options", "llava.runtime.ranges")
@@ -101,6 +101,22 @@ COMMON = (
 )
 """Places that every extension uses; the functions are those of `payload/seams.py`."""
 
+PREPARE_TRAINER = Edit(
+    TRAIN,
+    "trainer = LLaVATrainer(...) in train",
+    syntax.assignment(function="train", target="trainer", call="LLaVATrainer"),
+    "after",
+    ("extensions_moe.prepare_trainer(trainer, get_peft_state_non_lora_maybe_zero_3)",),
+)
+
+ATTACH_BESIDE_TOWER = Edit(
+    TRAIN,
+    "vision_tower.to(...) in train",
+    syntax.statement(function="train", call="vision_tower.to"),
+    "after",
+    ("extensions_moe.attach_beside_tower(model, training_args)",),
+)
+
 BESIDE_LORA = (
     Edit(
         TRAIN,
@@ -116,13 +132,7 @@ BESIDE_LORA = (
         "after",
         ("extensions_moe.attach(model, training_args)",),
     ),
-    Edit(
-        TRAIN,
-        "trainer = LLaVATrainer(...) in train",
-        syntax.assignment(function="train", target="trainer", call="LLaVATrainer"),
-        "after",
-        ("extensions_moe.prepare_trainer(trainer, get_peft_state_non_lora_maybe_zero_3)",),
-    ),
+    PREPARE_TRAINER,
     Edit(
         TRAIN,
         "non_lora_state_dict = get_peft_state_non_lora_maybe_zero_3(...) in train",
@@ -134,13 +144,7 @@ BESIDE_LORA = (
 """Places around upstream's LoRA: for what is trained and saved beside it."""
 
 BESIDE_TOWER = (
-    Edit(
-        TRAIN,
-        "vision_tower.to(...) in train",
-        syntax.statement(function="train", call="vision_tower.to"),
-        "after",
-        ("extensions_moe.attach_beside_tower(model, training_args)",),
-    ),
+    ATTACH_BESIDE_TOWER,
     Edit(
         TRAIN,
         "if training_args.lora_enable with non_lora_state_dict = ... in train",
@@ -194,6 +198,25 @@ EXTENSIONS = {
             ),
             (*COMMON, *BESIDE_TOWER),
         ),
+        Extension(
+            "dynamic",
+            "--dynamic True",
+            (
+                "moe_patch.payload.dynamic_glue",
+                *(
+                    f"moe_patch.payload.sparse_{name}"
+                    for name in ("attention", "cache", "decoder", "inputs", "llava", "state", "training")
+                ),
+                *(
+                    f"dynamic.{name}"
+                    for name in ("config", "decisions", "layer", "model", "spans", "statistics", "training")
+                ),
+                *(f"dynamic.attention.{name}" for name in ("blockwise", "function", "problem")),
+                "llava.segments",
+                *CONFIG_MODULES,
+            ),
+            (*COMMON, ATTACH_BESIDE_TOWER, PREPARE_TRAINER),
+        ),
     )
 }
 
@@ -202,23 +225,12 @@ EDITABLE = tuple(dict.fromkeys(edit.file for extension in EXTENSIONS.values() fo
 """Upstream's files that an extension edits; all others are left alone, whatever a manifest says."""
 
 
-NOT_CARRIED = {
-    "dynamic": "neither training nor sparse inference: it drops tokens between two layers, and transformers 4.37 makes "
-    "one attention mask, one row of positions and one cache length for all layers of a pass; train and run it in "
-    "llava-extensions"
-}
-"""Extensions of this project that cannot be put into a checkout, with the reason."""
-
-
 def chosen(names: Sequence[str]) -> list[Extension]:
     """The entries of these names, in the order of the table.
 
     Raises:
-        PatchError: a name is unknown or of an extension that is not carried, or none is given.
+        PatchError: a name is unknown, or none is given.
     """
-    refused = [f"{name} is not carried, {NOT_CARRIED[name]}" for name in names if name in NOT_CARRIED]
-    if refused:
-        raise PatchError(f"--extensions {','.join(names)}: {'; '.join(refused)}")
     unknown = sorted(set(names) - set(EXTENSIONS))
     if unknown or not names:
         raise PatchError(f"--extensions {','.join(names)}: unknown {unknown}; known: {', '.join(EXTENSIONS)}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.segments import MultimodalInputs, Segments, Span
+from llava.segments import MultimodalInputs, Segments, Span, row_segments, shifted
 
 
 @dataclass(frozen=True)
@@ -49,43 +49,10 @@ def _check_image_count(rows: Sequence[Tensor], available: int) -> None:
         )
 
 
-def _find_last(ids: list[int], marker: Sequence[int]) -> int:
-    """Start of the last occurrence of `marker` in `ids`; 0 if there is none."""
-    size = len(marker)
-    starts = (start for start in range(len(ids) - size, -1, -1) if ids[start : start + size] == list(marker))
-    return next(starts, 0) if size else 0
-
-
-def _segments(images: list[Span], labels: Tensor, text_after_image: list[int], marker: Sequence[int]) -> Segments:
-    """Segments of one row before truncation and padding; `labels` (L_row,) are those of the spliced sequence."""
+def answer_start(labels: Tensor) -> int:
+    """Where the last answer of a row begins: behind its last ignored label; `labels` is (L_row,)."""
     ignored = (labels == IGNORE_INDEX).nonzero().flatten()
-    answer_start = int(ignored[-1]) + 1 if len(ignored) else 0
-    system_end = images[0].start if images else 0
-    instruct_start = min(images[-1].end if images else 0, answer_start)
-    instruct_length = answer_start - instruct_start
-    offset = _find_last(text_after_image[:instruct_length], marker)
-    return Segments(
-        system=Span(0, system_end),
-        images=tuple(images),
-        instruct=Span(instruct_start, answer_start),
-        last_instruct=Span(instruct_start + offset, answer_start),
-        answer=Span(answer_start, len(labels)),
-    )
-
-
-def _shift(segments: Segments, limit: int, offset: int) -> Segments:
-    """Cut every bound at `limit` (truncation), then move it by `offset` (left padding)."""
-
-    def moved(span: Span) -> Span:
-        return Span(min(span.start, limit) + offset, min(span.end, limit) + offset)
-
-    return Segments(
-        system=moved(segments.system),
-        images=tuple(moved(span) for span in segments.images),
-        instruct=moved(segments.instruct),
-        last_instruct=moved(segments.last_instruct),
-        answer=moved(segments.answer),
-    )
+    return int(ignored[-1]) + 1 if len(ignored) else 0
 
 
 def _splice_row(ids: Tensor, labels: Tensor, text: Tensor, images: Sequence[Tensor], options: SpliceOptions) -> _Row:
@@ -102,7 +69,8 @@ def _splice_row(ids: Tensor, labels: Tensor, text: Tensor, images: Sequence[Tens
     if not places:
         # The empty slice keeps tower and projector in the graph with zero weight: every rank runs the same modules.
         embeds = torch.cat([text, images[0][:0].to(text.dtype)])
-        return _Row(embeds, labels, _segments([], labels, ids.tolist(), options.user_marker))
+        segments = row_segments([], len(labels), answer_start(labels), ids.tolist(), options.user_marker)
+        return _Row(embeds, labels, segments)
     embed_parts: list[Tensor] = []
     label_parts: list[Tensor] = []
     spans: list[Span] = []
@@ -118,7 +86,8 @@ def _splice_row(ids: Tensor, labels: Tensor, text: Tensor, images: Sequence[Tens
     embed_parts.append(text[start - len(places) :])
     label_parts.append(labels[start:])
     row_labels = torch.cat(label_parts)
-    segments = _segments(spans, row_labels, ids[start:].tolist(), options.user_marker)
+    after = ids[start:].tolist()
+    segments = row_segments(spans, len(row_labels), answer_start(row_labels), after, options.user_marker)
     return _Row(torch.cat(embed_parts), row_labels, segments)
 
 
@@ -138,7 +107,7 @@ def _pad(rows: list[_Row], padding_side: str, limits: list[int]) -> MultimodalIn
         labels[index, offset : offset + length] = row.labels[:length]
         mask[index, offset : offset + length] = True
         positions[index, offset : offset + length] = torch.arange(length, device=device)
-        segments.append(_shift(row.segments, length, offset))
+        segments.append(shifted(row.segments, length, offset))
     return MultimodalInputs(torch.stack(embeds), labels, mask, positions, segments)  # embeds (B, L, D)
 
 

@@ -20,10 +20,12 @@ class Extension:
     Attributes:
         name: the name of its folder in a checkpoint of llava-extensions.
         options: dataclass of its command-line flags; it becomes a base of upstream's `TrainingArguments`.
+        weights_of_its_own: patterns of names among the full weights that `read_original` takes from there.
     """
 
     name: ClassVar[str]
     options: ClassVar[type]
+    weights_of_its_own: ClassVar[tuple[str, ...]] = ()
 
     def configure(self, model_args: Any, training_args: Any) -> None:
         """Check the flags, and set those of upstream that follow from them.
@@ -50,6 +52,12 @@ class Extension:
 
     def attach_beside_tower(self, model: Any, training_args: Any) -> None:
         """Put new modules into a bare model whose vision tower is loaded, and say what is trained."""
+
+    def prepare_trainer(self, trainer: Any) -> None:
+        """Change upstream's Trainer before it makes the optimizer."""
+
+    def take_tokenizer(self, model: Any, tokenizer: Any) -> None:
+        """Look up in the tokenizer what the modules of a bare model need to know of it."""
 
     def writes_itself(self, training_args: Any) -> bool:
         """True if the run's result is written in the layout of llava-extensions instead of upstream's."""

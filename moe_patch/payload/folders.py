@@ -21,6 +21,8 @@ from moe_patch.payload.extension import Extension, State
 NON_LORA_FILE = "non_lora_trainables.bin"
 PROJECTOR_FILE = "mm_projector.safetensors"
 PEFT_PREFIX = "base_model.model."
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 NOT_CARRIED = {
     "image_tokens.safetensors": "trained rows of <im_start> and <im_end>",
     "vision_tower": "a trained vision tower",
@@ -36,11 +38,46 @@ class Folder:
         path: the folder.
         extensions: configuration and tensors of each extension by its name.
         projector: weights of the projector by their name in the bare model.
+        is_whole: True if the weights of the whole model are in it too, so that it needs no base.
     """
 
     path: Path
     extensions: dict[str, tuple[dict[str, Any], State]] = field(default_factory=dict)
     projector: State = field(default_factory=dict)
+    is_whole: bool = False
+
+
+def is_whole(folder: Path) -> bool:
+    """True for a folder with the weights of a whole model."""
+    return any((folder / name).is_file() for name in (*SINGLE_FILES, *INDEX_FILES))
+
+
+def read_weights(folder: Path, prefixes: tuple[str, ...]) -> State:
+    """The tensors of a whole model whose names begin so.
+
+    Raises:
+        ValueError: the folder has no weights, or a file of them is damaged.
+    """
+    index = next((folder / name for name in INDEX_FILES if (folder / name).is_file()), None)
+    if index is not None:
+        table = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+        files = sorted({folder / Path(file).name for name, file in table.items() if name.startswith(prefixes)})
+    else:
+        files = [folder / name for name in SINGLE_FILES if (folder / name).is_file()][:1]
+    if index is None and not files:
+        raise ValueError(f"{folder}: holds no weights of a model ({', '.join((*SINGLE_FILES, *INDEX_FILES))})")
+    found: State = {}
+    for path in files:
+        found |= {name: tensor for name, tensor in _read_file(path).items() if name.startswith(prefixes)}
+    return found
+
+
+def _read_file(path: Path) -> State:
+    if path.suffix != ".safetensors":
+        return read_bin(path)
+    from safetensors.torch import load_file
+
+    return load_file(path)
 
 
 def is_ours(folder: Path) -> bool:
@@ -76,6 +113,8 @@ def read_folder(folder: Path, carried: Sequence[Extension]) -> Folder | None:
     found = {e.name: saved for e in carried if (saved := e.read_original(folder)) is not None}
     if not found:
         return None
+    if is_whole(folder):
+        return Folder(folder, found, is_whole=True)
     rest = {name: t for name, t in read_bin(folder / NON_LORA_FILE).items() if not any(e.owns(name) for e in carried)}
     unknown = [name for name in rest if not is_projector(name)]
     if unknown:
@@ -104,7 +143,7 @@ def _read_ours(folder: Path, carried: Sequence[Extension]) -> Folder:
         for name, path in paths.items()
     }
     projector = load_file(folder / PROJECTOR_FILE) if (folder / PROJECTOR_FILE).is_file() else {}
-    return Folder(folder, found, projector)
+    return Folder(folder, found, projector, is_whole(folder))
 
 
 def write_ours(folder: Path, config: Any, extensions: Mapping[str, tuple[dict[str, Any], State]], rest: State) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from mma.config import MmaConfig
 from mma.decoder_layer import ROUTING, LayerRouting, become
 from mma.modality import Table, Witness
 from mma.model import EMBEDDING, attach
+from moe_patch.payload.views import like, with_children
 
 ATTRIBUTE = "mma_modalities"
 """Where a model keeps its `Modalities`."""
@@ -65,7 +66,7 @@ class Modalities:
         layers = nn.ModuleList(
             LayerOfPass(layer, routing.at(decoder, index)[1]) for index, layer in enumerate(decoder.layers)
         )
-        return _with_children(model, model=_with_children(decoder, layers=layers))
+        return with_children(model, model=with_children(decoder, layers=layers))
 
     def _table(self, decoder: Any) -> Table:
         """The weights of all layers: with gradient in training, otherwise kept while they hold."""
@@ -116,24 +117,10 @@ def routed_class(plain: type[nn.Module]) -> type[nn.Module]:
 
     own = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
     methods = {
-        function.__name__: _like(getattr(plain, function.__name__), function)
+        function.__name__: like(getattr(plain, function.__name__), function, ROWS)
         for function in (forward, prepare_inputs_for_generation, generate)
     }
     return type(plain.__name__, (plain,), {**own, **methods})
-
-
-def _like(inner: Callable[..., Any], outer: Callable[..., Any]) -> Any:
-    """The function `outer` with name and signature of `inner`, and the argument of the modalities added.
-
-    transformers reads from signatures what `generate` may pass on.
-    """
-    signature = inspect.signature(inner)
-    parameters = list(signature.parameters.values())
-    place = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    parameters.insert(place, inspect.Parameter(ROWS, inspect.Parameter.KEYWORD_ONLY, default=None))
-    found: Any = functools.wraps(inner)(outer)
-    found.__signature__ = signature.replace(parameters=parameters)
-    return found
 
 
 def _has_image(ids: Tensor) -> Tensor:
@@ -161,14 +148,6 @@ def _rows_of_pass(rows: Tensor | None, given: Mapping[str, Any]) -> Tensor:
             f"generate with token ids, or pass {ROWS}, 1 for each sequence with an image and 0 for each without"
         )
     return rows.repeat_interleave(batch // len(rows))
-
-
-def _with_children(module: Any, **children: nn.Module) -> Any:
-    """The same module with some other children, for one call; it shares everything else with the module."""
-    view = object.__new__(type(module))
-    vars(view).update(vars(module))
-    vars(view)["_modules"] = {**module._modules, **children}
-    return view
 
 
 def check_torch() -> None:

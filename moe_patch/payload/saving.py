@@ -65,8 +65,19 @@ class CompleteCheckpoints(TrainerCallback):
             weights = extension.from_saved(bare_model(model), weights)
         copy_tensors(model, weights, path)
 
+
+class NumbersOfExtensions(TrainerCallback):
+    """Adds what the extensions have to say to the log line.
+
+    Args:
+        extensions: that the checkout carries.
+    """
+
+    def __init__(self, extensions: Sequence[Extension]) -> None:
+        self._extensions = extensions
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
-        """Add the extensions' numbers to what is printed."""
+        """Called by every process before the callbacks that print."""
         if logs is not None and "loss" in logs:
             for extension in self._extensions:
                 logs.update(extension.metrics(bare_model(model)))

@@ -6,8 +6,10 @@ model, since PEFT freezes what it does not know; a checkpoint is recognised by i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ from moe_patch.payload.folders import Folder, is_projector, read_folder, write_o
 from moe_patch.payload.saving import (
     Collect,
     CompleteCheckpoints,
+    NumbersOfExtensions,
     bare_model,
     copy_tensors,
     let_frozen_be_missing,
     saved_state,
 )
 
-GLUE = {"hydralora": "HydraLora", "mma": "Mma"}
+GLUE = {"hydralora": "HydraLora", "mma": "Mma", "dynamic": "Dynamic"}
 """Every extension that there is: its class in the module `<name>_glue`, which is here if the extension was chosen."""
 
 
@@ -70,9 +73,14 @@ def attach_beside_tower(model: Any, training_args: Any) -> None:
 
 
 def prepare_trainer(trainer: Any, collect: Collect) -> None:
-    """If an extension is switched on, make every `checkpoint-N` complete and log the extensions' numbers."""
-    if trainer.args.lora_enable and any(extension.is_active(trainer.args) for extension in CARRIED):
-        # In front, so that the callbacks that print see what it adds to the log line.
+    """If an extension is switched on, log its numbers; beside LoRA, make every `checkpoint-N` complete."""
+    if not any(extension.is_active(trainer.args) for extension in CARRIED):
+        return
+    for extension in CARRIED:
+        extension.prepare_trainer(trainer)
+    # In front, so that the callbacks that print see what it adds to the log line.
+    trainer.callback_handler.callbacks.insert(0, NumbersOfExtensions(CARRIED))
+    if trainer.args.lora_enable:
         trainer.callback_handler.callbacks.insert(0, CompleteCheckpoints(CARRIED, collect))
         if trainer.args.deepspeed:
             let_frozen_be_missing(trainer.model)
@@ -119,13 +127,18 @@ def model_name(model_path: str, model_base: str | None, name: str) -> str:
     """The name by which upstream's loader chooses its way: of a folder with extensions one that means LLaVA.
 
     Raises:
-        ValueError: the folder needs a base and none is given.
+        ValueError: the folder needs a base and none is given, or the other way round.
     """
     global _last
     _last = None  # the folder may have been written anew since it was loaded the last time
     folder = _local(model_path, model_base)
-    if folder is None or _read(folder) is None:
+    found = None if folder is None else _read(folder)
+    if found is None:
         return name
+    if found.is_whole and model_base is not None:
+        raise ValueError(f"{model_path}: holds the weights of the whole model; leave out model_base ({model_base})")
+    if found.is_whole:
+        return name if "llava" in name.lower() else f"llava-{name}"
     if model_base is None:
         raise ValueError(f"{model_path}: holds only what was trained on top of a base model; give it as model_base")
     return name if "llava" in name.lower() and "lora" in name.lower() else f"llava-lora-{name}"
@@ -137,13 +150,13 @@ def carries(model_path: str, model_base: str | None) -> bool:
     return folder is not None and _read(folder) is not None
 
 
-def load(model_class: Any, model_path: str, model_base: str, options: dict[str, Any]) -> tuple[Any, Any]:
+def load(model_class: Any, model_path: str, model_base: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
     """Tokenizer and model of such a folder, with LoRA merged; tower and image tokens are left to upstream's loader.
 
     Args:
         model_class: `LlavaLlamaForCausalLM`.
         model_path: the folder, or its id on a model hub.
-        model_base: the base weights.
+        model_base: the base weights; None for a folder with the weights of the whole model.
         options: for `from_pretrained`.
 
     Raises:
@@ -155,19 +168,33 @@ def load(model_class: Any, model_path: str, model_base: str, options: dict[str, 
     folder = None if path is None else _read(path)
     if folder is None:
         raise ValueError(f"{model_path}: holds no extension")
+    base = str(folder.path) if model_base is None else model_base
     config = model_class.config_class.from_pretrained(folder.path)
-    config.vocab_size = model_class.config_class.from_pretrained(model_base).vocab_size  # new tokens come later
+    config.vocab_size = model_class.config_class.from_pretrained(base).vocab_size  # new tokens come later
     _older_rope(config)
     for extension in CARRIED:
         if extension.name in folder.extensions:
             extension.refuse(config)
-    tokenizer = AutoTokenizer.from_pretrained(model_base, use_fast=False)
-    model = model_class.from_pretrained(model_base, low_cpu_mem_usage=True, config=config, **options)
-    for extension in CARRIED:
-        if extension.name in folder.extensions:
-            extension.attach(model, *folder.extensions[extension.name])
+    tokenizer = AutoTokenizer.from_pretrained(base, use_fast=False)
+    attached = tuple(extension for extension in CARRIED if extension.name in folder.extensions)
+    with _expected(model_class, [pattern for extension in attached for pattern in extension.weights_of_its_own]):
+        model = model_class.from_pretrained(base, low_cpu_mem_usage=True, config=config, **options)
+    for extension in attached:
+        extension.attach(model, *folder.extensions[extension.name])
+        extension.take_tokenizer(model, tokenizer)
     copy_tensors(model, folder.projector, folder.path)
     return tokenizer, adapters.merge_adapter(model, folder.path).eval()
+
+
+@contextlib.contextmanager
+def _expected(model_class: Any, patterns: list[str]) -> Iterator[None]:
+    """Let transformers not warn of weights that the extensions read themselves."""
+    before = model_class._keys_to_ignore_on_load_unexpected
+    model_class._keys_to_ignore_on_load_unexpected = [*(before or []), *patterns]
+    try:
+        yield
+    finally:
+        model_class._keys_to_ignore_on_load_unexpected = before
 
 
 def _older_rope(config: Any) -> None:

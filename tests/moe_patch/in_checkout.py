@@ -1,7 +1,8 @@
 """A program that runs inside a patched checkout: `train` as its train.py does, and `logits` of a loaded checkpoint.
 
 Started with the checkout on PYTHONPATH, so that `llava` is the checkout's; it may import nothing of ours. Upstream's
-evaluation knows fp16 and CUDA only, for which a CPU has no kernels: `--cpu` turns both into fp32 and the CPU.
+evaluation knows fp16 and CUDA only, for which a CPU has no kernels: `--cpu` turns both into fp32 and the CPU. What
+`torch.save` writes then is wrong, so training has `--fp32-tower` instead, which does it to the vision tower alone.
 """
 
 from __future__ import annotations
@@ -33,6 +34,21 @@ def use_cpu() -> None:
     torch.float16 = torch.half = torch.float32
 
 
+def start_alike() -> None:
+    """Draw the new modules of every run from one seed, whatever was drawn before: it differs with DeepSpeed's stage."""
+    import torch
+
+    from llava import extensions_moe
+
+    attach = extensions_moe.attach_beside_tower
+
+    def attach_beside_tower(*args: Any) -> None:
+        torch.manual_seed(0)
+        attach(*args)
+
+    extensions_moe.attach_beside_tower = attach_beside_tower
+
+
 def write_logits(args: argparse.Namespace) -> None:
     """Load a checkpoint by the checkout's own loader and write the logits of the given inputs."""
     import torch
@@ -41,7 +57,9 @@ def write_logits(args: argparse.Namespace) -> None:
     from llava.model.builder import load_pretrained_model
 
     inputs = load_file(args.inputs)
-    _, model, _, _ = load_pretrained_model(args.model_path, args.model_base, Path(args.model_path).name, device="cpu")
+    _, model, _, _ = load_pretrained_model(
+        args.model_path, args.model_base or None, Path(args.model_path).name, device="cpu"
+    )
     with torch.no_grad():
         output = model(**inputs)
     blocks = sum(type(module).__name__ == "RoutedMLP" for module in model.modules())
@@ -54,6 +72,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--deepspeed-on-cpu", action="store_true")
+    parser.add_argument("--fp32-tower", action="store_true")
+    parser.add_argument("--start-alike", action="store_true")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
     run.add_argument("module")
@@ -66,8 +86,14 @@ def main() -> None:
         import deepspeed_on_cpu
 
         deepspeed_on_cpu.use_cpu()
+    if args.fp32_tower:
+        import deepspeed_on_cpu
+
+        deepspeed_on_cpu.keep_towers_in_fp32()
     if args.cpu:
         use_cpu()
+    if args.start_alike:
+        start_alike()
     if args.command == "logits":
         write_logits(args)
     else:

@@ -3,7 +3,7 @@
     python miniature_runs.py BASE TOWER OURS WORK
 
 with the miniature on PYTHONPATH. BASE is a base model, TOWER its tower, OURS a checkpoint of llava-extensions, OURS-mma
-one with adapters; everything goes to WORK.
+one with adapters, OURS-sparse one with predictors; everything goes to WORK.
 """
 
 from __future__ import annotations
@@ -163,8 +163,14 @@ def main() -> None:
         "mma-tower": MMA,
         "mma-idle": ["--adapter_dim", "4"],
         "mma-values": [*MMA, "--vision_tower", str(tower), "--adapter_type", "everywhere"],
+        "sparse": ["--dynamic", "True", "--vision_tower", str(tower)],
+        "sparse-idle": ["--predictor_lr", "1e-3", "--vision_keep_rate", "0.5"],
     }
     messages |= {name: refusal(base, work / "refused", method=flags) for name, flags in alone.items()}
+    try:
+        load_pretrained_model(str(ours.with_name("ours-sparse")), None, "anything")
+    except ValueError as error:
+        messages["sparse-load"] = str(error)
     messages |= unknown_modality(ours.with_name("ours-mma"), base)
     try:
         load_pretrained_model(str(work / "whole"), None, "anything")

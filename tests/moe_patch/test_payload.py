@@ -26,6 +26,7 @@ from mma.extension import MmaExtension
 from moe_patch import operations
 from moe_patch.checkout import Checkout
 from moe_patch.extensions import chosen
+from tests.dynamic.sparse_checkpoint import write_sparse_checkpoint
 from tests.golden import golden_dir
 from tests.moe_patch import miniature
 
@@ -87,9 +88,10 @@ def write_our_adapters(folder: Path) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     work = tmp_path_factory.mktemp("miniature")
     folder = miniature.write(work / "LLaVA")
-    operations.apply(Checkout(folder), chosen(["hydralora", "mma"]))
+    operations.apply(Checkout(folder), chosen(["hydralora", "mma", "dynamic"]))
     write_our_checkpoint(work / "ours")
     write_our_adapters(work / "ours-mma")
+    write_sparse_checkpoint(work / "ours-sparse")
     (work / "tiny-clip").symlink_to(TOWER)  # the base names it so, relative to where the programs run
     environment = os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(RUNS), str(BASE), str(TOWER), str(work / "ours"), str(work)]
@@ -153,6 +155,9 @@ class TestTraining:
             ("mma-tower", "--mma True needs --vision_tower"),
             ("mma-idle", "--adapter_dim: without effect; pass --mma True too"),
             ("mma-values", "adapter_type is 'everywhere'"),
+            ("sparse", "Dynamic-LLaVA is carried for transformers 4.37; installed is "),
+            ("sparse-idle", "--vision_keep_rate, --predictor_lr: without effect; pass --dynamic True too"),
+            ("sparse-load", "Dynamic-LLaVA is carried for transformers 4.37; installed is "),
         ],
     )
     def test_flags_that_are_refused(self, runs: Runs, case: str, message: str) -> None:

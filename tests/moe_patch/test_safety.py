@@ -310,6 +310,8 @@ class TestFurtherExtensions:
             (["--extensions", "mma"], ["hydralora", "mma"]),
             ([], ["hydralora", "mma"]),
             (["--extensions", "mma", "--only"], ["mma"]),
+            (["--extensions", "dynamic"], ["mma", "dynamic"]),
+            (["--extensions", "dynamic", "--only"], ["dynamic"]),
         ):
             assert main(["check", str(folder), *options]) == 0
             assert main(["apply", str(folder), *options]) == 0
@@ -322,13 +324,12 @@ class TestFurtherExtensions:
         assert main(["apply", str(folder)]) == 1
         assert "['later'] of a later moe_patch" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("names", ["dynamic", "hydralora,dynamic"])
-    def test_one_that_is_not_carried(self, folder: Path, names: str, capsys: pytest.CaptureFixture[str]) -> None:
+    @pytest.mark.parametrize("names", ["dynamic,xformers", "lavin"])
+    def test_one_that_does_not_exist(self, folder: Path, names: str, capsys: pytest.CaptureFixture[str]) -> None:
         before = miniature.snapshot(folder)
         assert main(["apply", str(folder), "--extensions", names]) == 1
-        message = capsys.readouterr().err
-        assert "dynamic is not carried, neither training nor sparse inference: " in message
-        assert "train and run it in llava-extensions" in message
+        unknown = names.rpartition(",")[2]
+        assert f"unknown ['{unknown}']; known: hydralora, mma, dynamic" in capsys.readouterr().err
         assert miniature.snapshot(folder) == before
 
     def test_only_needs_names(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
