@@ -77,10 +77,13 @@ class NumbersOfExtensions(TrainerCallback):
         self._extensions = extensions
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
-        """Called by every process before the callbacks that print."""
-        if logs is not None and "loss" in logs:
-            for extension in self._extensions:
-                logs.update(extension.metrics(bare_model(model)))
+        """Called by every process, before the callbacks that print and after the history was written."""
+        if logs is None or "loss" not in logs:
+            return
+        for extension in self._extensions:
+            numbers = extension.metrics(bare_model(model))
+            logs.update(numbers)
+            state.log_history[-1].update(numbers)
 
 
 def let_frozen_be_missing(model: Any) -> None:

@@ -96,7 +96,7 @@ class TestGolden:
         real = tensors["in/attention_mask"].bool()
         if case["hp"]["input_embeds_indices"] is None:  # the mask of the ids is not that of the spliced sequence
             real = torch.ones(found["logits"].shape[:2], dtype=torch.bool)
-            for row, parts in enumerate(scalars["input_embeds_indices"]):
+            for row, parts in enumerate(case["hp"]["expected_input_embeds_indices"]):
                 real[row, parts["answer"][1] :] = False
         torch.testing.assert_close(found["logits"][real], tensors["out/logits"][real], **CLOSE)
         assert ("policy" in found) == ("out/policy" in tensors)
