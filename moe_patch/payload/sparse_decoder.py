@@ -15,10 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_attn_mask_utils import (
-    _prepare_4d_causal_attention_mask,
-    _prepare_4d_causal_attention_mask_for_sdpa,
-)
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dynamic.config import SparseConfig
@@ -146,14 +142,18 @@ class DecoderOfPass(nn.Module):
         decoder, shape = self.decoder, hidden.shape[:2]
         if decoder._use_flash_attention_2:
             return attention_mask if attention_mask is not None and 0 in attention_mask else None
+        from transformers import modeling_attn_mask_utils as masks  # here, since transformers 5 has it no longer
+
         if decoder._use_sdpa:
-            return _prepare_4d_causal_attention_mask_for_sdpa(attention_mask, shape, hidden, seen)
-        return _prepare_4d_causal_attention_mask(attention_mask, shape, hidden, seen)
+            return masks._prepare_4d_causal_attention_mask_for_sdpa(attention_mask, shape, hidden, seen)
+        return masks._prepare_4d_causal_attention_mask(attention_mask, shape, hidden, seen)
 
     @staticmethod
     def _later_mask(hidden: Tensor, kept: int) -> Tensor | None:
         """The mask of the sparse layers for several tokens on top of `kept` ones."""
-        return _prepare_4d_causal_attention_mask_for_sdpa(None, hidden.shape[:2], hidden, kept)
+        from transformers import modeling_attn_mask_utils as masks
+
+        return masks._prepare_4d_causal_attention_mask_for_sdpa(None, hidden.shape[:2], hidden, kept)
 
     def _check(self, hidden: Tensor, attention_mask: Tensor | None, cache: Any, output_attentions: bool) -> None:
         """Raise `ValueError` for what is not carried out."""
