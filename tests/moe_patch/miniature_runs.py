@@ -65,7 +65,9 @@ def gradients(base: Path, ours: Path, images: torch.Tensor, waiting: bool) -> di
     settings = json.loads((ours / "extensions" / "mma" / "config.json").read_text())
     defaults = {option.name: option.default for option in dataclasses.fields(MmaOptions)}
     chosen = {name: settings.get(name, default) for name, default in defaults.items()}
-    args = SimpleNamespace(**chosen | {"mma": True, "freeze_mm_mlp_adapter": False, "use_lora": False})
+    args = SimpleNamespace(
+        **chosen | {"mma": True, "freeze_mm_mlp_adapter": False, "use_lora": False, "dynamic": False}
+    )
     extensions_moe.attach_beside_tower(model, args)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     adapters = Mma().to_ours(model, trained)

@@ -222,9 +222,11 @@ class TestRun:
         assert [part for part in parts if not any(part in name for name in moved)] == []
         assert [name for name in moved if "vision_tower" in name] == []
 
-    @pytest.mark.parametrize("folder", ["sparse", "sparse/checkpoint-2"])
+    @pytest.mark.parametrize("folder", ["sparse", "middle"])
     def test_it_answers_as_ours_does(self, applied: Upstream, trained: list[float], folder: str) -> None:
-        """Upstream's evaluation names the model by its folder, in which no word means LLaVA."""
+        """Its result and the checkpoint on the way; no word in the names of these folders means LLaVA."""
+        if folder == "middle":
+            shutil.copytree(applied.work / "sparse" / "checkpoint-2", applied.work / folder)
         found, _ = applied.logits(folder, "text")
         applied.close("the same checkpoint in llava-extensions", found, our_logits(applied, folder, "text"))
         assert answers(applied, folder) == our_answers(applied, folder)
