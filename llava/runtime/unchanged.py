@@ -38,7 +38,7 @@ EVALUATION = frozenset(
     [
         *("eval_strategy", "eval_steps", "eval_delay", "eval_batch_size"),
         *("eval_data_path", "eval_questions", "eval_image_folder", "eval_data_dir", "eval_limit"),
-        "eval_max_new_tokens",
+        *("eval_max_new_tokens", "eval_split"),
     ]
 )
 """Free unless what is measured decides which checkpoint is loaded at the end, or when the run ends."""

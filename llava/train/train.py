@@ -77,9 +77,9 @@ def build_run(
 ) -> Run:
     """Everything up to the first step; writes `run.json` of a new run."""
     training = args.training
+    questions = examination(args)  # before anything is loaded or written
     if training.should_save and resumed is None:
         write_run_record(args)
-    questions = examination(args)  # read before anything large is
     set_seed(training.seed)
     tokenizer = load_tokenizer(args.model.model_name_or_path, model_max_length=training.model_max_length)
     check_answer_end(args, tokenizer)

@@ -21,6 +21,7 @@ from llava.runtime.program import run_program
 from llava.runtime.used_settings import without
 from llava.runtime.zero import join_processes
 from llava.train.build import skipped_file
+from llava.train.evaluation.rows import EvaluationRows, NoRows, evaluation_rows
 from llava.train.options import RunArguments
 from llava.train.train import Parts, train
 from mma.lavin.data.dataset import LavinDataset
@@ -60,16 +61,20 @@ class Source(NamedTuple):
     images: Path
 
 
-def read_source(args: LavinArguments) -> Source:
-    """The training data that the options name.
+def read_source(args: LavinArguments, split: str = TRAIN_SPLIT) -> Source:
+    """The data that the options name.
+
+    Args:
+        args: the options.
+        split: of ScienceQA; the chatbot's data have none.
 
     Raises:
-        BadSampleError: a row is malformed.
+        BadSampleError: a row is malformed, or there is no such split.
     """
     own = args.own
     if own.do_pretrain:
         return Source(*read_mixture(own.data_root))
-    data = read_split(own.data_root, TRAIN_SPLIT, own.caption_file if own.use_caption else None)
+    data = read_split(own.data_root, split, own.caption_file if own.use_caption else None)
     return Source(training_rows(data, own.prompt_format, own.options), data.image_folder)
 
 
@@ -98,6 +103,12 @@ def dataset_maker(
         return dataset
 
     return make
+
+
+def evaluation_maker(args: LavinArguments) -> Callable[[RunArguments, Any, LlavaForCausalLM], EvaluationRows | NoRows]:
+    """What makes the rows of `--eval_split`, read now; none where it is not given."""
+    split = args.own.eval_split
+    return partial(evaluation_rows, make=dataset_maker(args, read_source(args, split))) if split else evaluation_rows
 
 
 def next_command(args: LavinArguments) -> str:
@@ -137,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         dataset=dataset_maker(args, source),
         trainer=partial(LavinTrainer, schedule=args.schedule),
         next_command=lambda run: next_command(args),
+        evaluation_rows=evaluation_maker(args),
     )
     return train(args.run, parts=parts)
 

@@ -52,6 +52,8 @@ INSTEAD = {
     "dataloader_num_workers": "--num_workers",
     "dataloader_pin_memory": "--no_pin_mem",
     "resume_from_checkpoint": "--resume",
+    "eval_data_path": "--eval_split",
+    "eval_questions": "--eval_split for the loss, and mma.eval for scores: LaVIN has one prompt of its own",
 }
 """Options of llava that mean what one of LaVIN's means, and which."""
 
@@ -120,6 +122,8 @@ def _problems(own: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     if own.device not in ("cpu", "cuda"):
         problems.append(f"--device {own.device}: must be cuda or cpu; CUDA_VISIBLE_DEVICES chooses the GPU")
     problems += range_problems(own, RANGES)
+    if own.eval_split and own.do_pretrain:
+        problems.append(f"--eval_split {own.eval_split}: the data of --do_pretrain has no splits; leave it out")
     files = [MIXTURE_FILE] if own.do_pretrain else [PROBLEMS_FILE, SPLITS_FILE]
     lacking = [name for name in (*files, IMAGES_FOLDER) if not (Path(own.data_root) / name).exists()]
     if lacking:
@@ -205,6 +209,7 @@ def _values(own: argparse.Namespace, rate: float) -> dict[str, Any]:
         "save_strategy": "epoch",
         "logging_steps": 10,
         "resume_from_checkpoint": own.resume or None,
+        "eval_data_path": [str(root / PROBLEMS_FILE)] if own.eval_split else None,
     }
 
 

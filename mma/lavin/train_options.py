@@ -96,6 +96,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add("--options", type=list, default=list(OPTIONS), help="letters of the choices, as ABCDE")
     add("--caption_file", type=str, default="../data/captions.json", help="captions, read with --use_caption")
     add("--data_root", type=str, default="../data", help="folder with problems.json, pid_splits.json, images/")
+    add("--eval_split", type=str, default=None, help="split of ScienceQA whose loss --eval_strategy logs: val")
     add("--use_caption", action="store_true", help="put the captions of images into the context")
     add("--do_pretrain", action="store_true", help="train on the chatbot's data: all_data.json of --data_root")
 

@@ -57,7 +57,7 @@ class EvaluationRows(Dataset[Item]):
         named = next((str(row[key]) for key in TASK_KEYS if row.get(key) not in (None, "")), None)
         if named is None and len(rows.files) > 1:
             named = rows.source(index)[0].stem
-        return (modality,) if named is None else (modality, f"task_{named}")
+        return (modality,) if named is None else (modality, f"task_{'_'.join(named.split())}")
 
 
 class NoRows(Dataset[Item]):

@@ -155,7 +155,7 @@ def conversation_row(sample_id: str, prompt: str, answer: str, image: str | None
 
 
 def training_rows(data: ScienceQA, prompt_format: str, options: Sequence[str] = OPTIONS) -> RowFiles:
-    """All problems of a split as rows.
+    """All problems of a split as rows, each with its subject as its task.
 
     Raises:
         BadSampleError: a problem is malformed.
@@ -165,5 +165,6 @@ def training_rows(data: ScienceQA, prompt_format: str, options: Sequence[str] = 
     rows = []
     for number, sample_id in enumerate(data.ids):
         prompt, answer = data.prompt_and_answer(number, prompt_format, options)
-        rows.append(conversation_row(sample_id, prompt, answer, data.image(number)))
+        row = conversation_row(sample_id, prompt, answer, data.image(number))
+        rows.append(row | {"task": data.problem(number)["subject"]})
     return RowFiles([MemoryRows(data.path, rows)])

@@ -22,6 +22,9 @@ from llava.eval.answering.loading import LoadedModel
 from llava.eval.answering.processes import Processes
 from llava.eval.benchmarks import BENCHMARKS, find
 from llava.eval.scoring import captions
+from llava.train.evaluation.options import EvaluationArguments
+from llava.train.evaluation.questions import question_sets
+from llava.train.evaluation.scores import shown_answers
 from tests.llava.train.launching import ROOT, torchrun
 
 LABELS = {"gqa": "x", "textvqa": "x", "scienceqa": "A", "mmbench": "A", "mmbench_cn": "A", "seed": "A"}
@@ -102,6 +105,25 @@ def test_known_answers_score_as_they_should(
     assert next(iter(run(name, checkpoint, folder, "--restart")["metrics"].values())) == pytest.approx(
         SCORES[name] if name == "pope" else 0
     )
+
+
+@pytest.mark.parametrize("name", runnable())
+def test_scores_in_the_middle_of_a_training(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--eval_questions NAME`: the scores of `python -m llava.eval`, and no file for a server."""
+    needs(name, monkeypatch)
+    (asked,) = question_sets(EvaluationArguments(eval_questions=[name], eval_data_dir=str(folder)), None)
+    rows = [asked.to_row(task, LABELS.get(name, "A"), "training") for task in asked.tasks]
+    path = tmp_path / "update-3.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = {file for file in folder.rglob("answers_upload/**/*")}
+    outcome = asked.score(path, rows)
+    assert bool(outcome.metrics) == (name not in WITHOUT_SCORES)
+    if name in SCORES:
+        assert next(iter(outcome.metrics.values())) == pytest.approx(SCORES[name])
+    assert {file for file in folder.rglob("answers_upload/**/*")} == before
+    assert len(shown_answers(asked, rows, outcome, 2)) == 2
 
 
 def test_chinese_quality_questions(checkpoint: Path, folder: Path, say: Callable[[str], None]) -> None:

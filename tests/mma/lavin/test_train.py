@@ -188,6 +188,7 @@ def test_every_option_that_is_refused_exists(files: LavinFiles) -> None:
     """The table of other names must not refuse what nobody could give."""
     known = vars(parse_args(files.words).run.training).keys() | vars(parse_args(files.words).run.model).keys()
     known |= vars(parse_args(files.words).run.data).keys() | {"mma", "warmup_ratio"}
+    known |= vars(parse_args(files.words).run.evaluation).keys()
     assert set(INSTEAD) <= known
 
 
@@ -259,6 +260,32 @@ def test_a_run_from_metas_files_to_a_checkpoint(
     }
     assert len(moved) == 2 + 8  # decoder layers and blocks of the tower
     assert all(moved.values()), moved
+
+
+def test_the_loss_on_another_split_is_logged(files: LavinFiles, tmp_path: Path) -> None:
+    """By modality and subject, with the prompts of the training; the training does not notice it."""
+    plain = train_tiny(files, tmp_path / "plain")
+    evaluated = train_tiny(files, tmp_path / "evaluated", "--eval_split", "val", "--eval_strategy", "epoch")
+    assert logged(evaluated) == logged(plain)
+    assert all(torch.equal(*pair) for pair in zip(trained(evaluated), trained(plain), strict=True))
+    history = json.loads((evaluated / "trainer_state.json").read_text())["log_history"]
+    found = [entry for entry in history if "eval_loss" in entry]
+    assert len(found) == 2
+    assert found[0]["eval_loss"] != found[1]["eval_loss"]
+    problems = json.loads((files.data / "problems.json").read_text())
+    split = json.loads((files.data / "pid_splits.json").read_text())["val"]
+    subjects = {f"eval_task_{'_'.join(problems[str(pid)]['subject'].split())}_loss" for pid in split}
+    assert subjects
+    assert subjects <= found[0].keys()
+    assert found[0]["eval_rows"] == len(split)
+
+
+def test_an_evaluation_of_other_rows_is_refused(files: LavinFiles, tmp_path: Path) -> None:
+    for words in (["--eval_data_path", "x.json"], ["--eval_questions", "pope"]):
+        with pytest.raises(FlagError, match=f"{words[0]}: use --eval_split"):
+            parse_args([*files.words, "--output_dir", str(tmp_path / "out"), *words])
+    with pytest.raises(FlagError, match="--eval_split val: the data of --do_pretrain has no splits"):
+        parse_args([*files.words, "--output_dir", str(tmp_path / "out"), "--eval_split", "val", "--do_pretrain"])
 
 
 def test_an_interrupted_run_goes_on(files: LavinFiles, tmp_path: Path) -> None:
