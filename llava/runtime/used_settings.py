@@ -30,6 +30,7 @@ LOGGING = frozenset(
         *("logging_dir", "logging_steps", "logging_first_step", "logging_strategy", "logging_nan_inf_filter"),
         *("log_level", "log_level_replica", "log_on_each_node", "disable_tqdm", "include_num_input_tokens_seen"),
         *("skip_memory_metrics", "debug", "enable_jit_checkpoint", "include_for_metrics", "batch_eval_metrics"),
+        "eval_shown",
     ]
 )
 SAVING = frozenset(

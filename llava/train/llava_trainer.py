@@ -163,7 +163,7 @@ class LLaVATrainer(MonitoredTrainer):
         llava = bare_model(self.model)
         tower = llava.get_vision_tower()
         processor = None if tower is None else tower.image_processor
-        loaded = LoadedModel("training", self.processing_class, llava, processor, "--bf16 True, not {}")
+        loaded = LoadedModel("training", self.processing_class, llava, processor, "--bf16 True in place of --fp16")
         with self.compute_loss_context_manager():
             scores = self.examination.scores(loaded, self.state.global_step)
         return {f"{prefix}_{name}": value for name, value in scores.items()}

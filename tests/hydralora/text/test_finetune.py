@@ -417,6 +417,26 @@ def test_evaluation(folder: Path, tmp_path: Path) -> None:
     evaluated = [row["eval_loss"] for row in history(tmp_path / "out") if "eval_loss" in row]
     assert len(evaluated) == 2
     assert evaluated[1] < evaluated[0]
+    lines = history(tmp_path / "out")
+    tasks = {f"eval_task_{record['task_type']}_loss" for record in CASE["records"][:2]}
+    assert tasks <= next(line for line in lines if "eval_loss" in line).keys()
+    speed = {"samples_per_second", "target_tokens_per_second", "peak_memory_gib", "seconds_left"}
+    assert all(speed <= line.keys() for line in lines if "loss" in line)
+
+
+def test_early_stopping(folder: Path, tmp_path: Path) -> None:
+    """The loss falls, and is called the better the larger it is: the first evaluation is the best."""
+    (tmp_path / "test.json").write_text(json.dumps(CASE["records"][:2]))
+    options = {"do_eval": True, "validation_file": tmp_path / "test.json", "eval_strategy": "steps", "eval_steps": 1}
+    options |= {"metric_for_best_model": "loss", "greater_is_better": True, "max_steps": 6, "save_steps": 1}
+    output = tmp_path / "out"
+    main(command_line(folder, output, **options, early_stopping_patience=2, load_best_model_at_end=True))
+    assert [line["step"] for line in history(output) if "eval_loss" in line] == [1, 2, 3]
+    result = load_file(output / "sft_lora_model" / "adapter_model.safetensors")
+    best = load_file(output / "checkpoint-1" / "adapter_model.safetensors")
+    assert all(torch.equal(result[name], value) for name, value in best.items())
+    with pytest.raises(FlagError, match="--early_stopping_patience: needs evaluations"):
+        parse_args(command_line(folder, output, early_stopping_patience=2))
 
 
 def test_experts_from_a_file(tmp_path: Path) -> None:
