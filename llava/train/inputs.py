@@ -20,7 +20,7 @@ def inputs_of(args: RunArguments) -> list[Input]:
         Input("--pretrain_mm_mlp_adapter", model.pretrain_mm_mlp_adapter),
         *(Input("--data_path", split_weight(path)[0]) for path in data.data_path or []),
         Input("--image_folder", data.image_folder, has_images=True),
-        *(Input("--eval_data_path", path) for path in args.evaluation.eval_data_path or []),
+        *(Input("--eval_data_path", split_weight(path)[0]) for path in args.evaluation.eval_data_path or []),
         *(Input("--eval_questions", path) for path in args.evaluation.eval_questions or [] if Path(path).exists()),
         Input("--eval_image_folder", args.evaluation.eval_image_folder, has_images=True),
     ]

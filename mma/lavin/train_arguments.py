@@ -94,6 +94,18 @@ class LavinArguments:
     schedule: Schedule
 
 
+def _data_problems(own: argparse.Namespace) -> list[str]:
+    """What is missing below `--data_root`, and a split that the data do not have."""
+    problems = []
+    if own.eval_split and own.do_pretrain:
+        problems.append(f"--eval_split {own.eval_split}: the data of --do_pretrain has no splits; leave it out")
+    files = [MIXTURE_FILE] if own.do_pretrain else [PROBLEMS_FILE, SPLITS_FILE]
+    lacking = [name for name in (*files, IMAGES_FOLDER) if not (Path(own.data_root) / name).exists()]
+    if lacking:
+        problems.append(f"--data_root {own.data_root}: has no {', '.join(lacking)}")
+    return problems
+
+
 def _problems(own: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     """What cannot be carried out, one line each."""
     problems = []
@@ -122,12 +134,7 @@ def _problems(own: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     if own.device not in ("cpu", "cuda"):
         problems.append(f"--device {own.device}: must be cuda or cpu; CUDA_VISIBLE_DEVICES chooses the GPU")
     problems += range_problems(own, RANGES)
-    if own.eval_split and own.do_pretrain:
-        problems.append(f"--eval_split {own.eval_split}: the data of --do_pretrain has no splits; leave it out")
-    files = [MIXTURE_FILE] if own.do_pretrain else [PROBLEMS_FILE, SPLITS_FILE]
-    lacking = [name for name in (*files, IMAGES_FOLDER) if not (Path(own.data_root) / name).exists()]
-    if lacking:
-        problems.append(f"--data_root {own.data_root}: has no {', '.join(lacking)}")
+    problems += _data_problems(own)
     inputs = [
         Input("--data_root", own.data_root, has_images=True),
         Input("--llama_model_path", own.llama_model_path),

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from transformers import TrainingArguments
 
+from llava.data.rows import source_problem
 from llava.runtime.monitoring.stopping import (
     PATIENCE_HELP,
     THRESHOLD_HELP,
@@ -63,9 +64,8 @@ def question_name(value: str) -> str:
 def evaluation_problems(evaluation: EvaluationArguments, training: TrainingArguments) -> list[str]:
     """What cannot be carried out, one line each."""
     problems = list(range_problems(evaluation, RANGES))
-    for path in evaluation.eval_data_path or []:
-        if not Path(path).is_file():
-            problems.append(f"--eval_data_path {path}: no such file")
+    unread = filter(None, map(source_problem, evaluation.eval_data_path or []))
+    problems += [problem.replace("--data_path", "--eval_data_path", 1) for problem in unread]
     if evaluation.eval_image_folder is not None and not Path(evaluation.eval_image_folder).is_dir():
         problems.append(f"--eval_image_folder {evaluation.eval_image_folder}: no such folder")
     names = Counter(map(question_name, evaluation.eval_questions or []))

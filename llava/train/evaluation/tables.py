@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
-COLUMNS = ("update", "images", "question", "answer", "label", "score")
+COLUMNS = ("update", "image", "question", "answer", "label", "score")
 WIDEST = 448
 """Pixels of the longer side of an image that is shown."""
 
@@ -34,12 +34,19 @@ class ShownAnswer:
     score: float | None
     images: Sequence[Image.Image]
 
-    def small_images(self) -> list[Image.Image]:
-        """The images, none larger than `WIDEST`."""
+    def one_image(self) -> Image.Image | None:
+        """The images side by side, none larger than `WIDEST`: a cell of a table holds one. None without images."""
         copies = [image.convert("RGB") for image in self.images]
         for copy in copies:
             copy.thumbnail((WIDEST, WIDEST))
-        return copies
+        if len(copies) < 2:
+            return copies[0] if copies else None
+        sheet = Image.new("RGB", (sum(copy.width for copy in copies), max(copy.height for copy in copies)))
+        left = 0
+        for copy in copies:
+            sheet.paste(copy, (left, 0))
+            left += copy.width
+        return sheet
 
 
 def show_answers(callbacks: Sequence[TrainerCallback], name: str, rows: Sequence[ShownAnswer], update: int) -> None:
@@ -65,8 +72,9 @@ def _show_in_wandb(key: str, rows: Sequence[ShownAnswer], update: int) -> None:
         return
     table = wandb.Table(columns=list(COLUMNS))
     for row in rows:
-        images = [wandb.Image(image) for image in row.small_images()]
-        table.add_data(update, images or None, row.question, row.answer, row.label, row.score)
+        image = row.one_image()
+        shown = None if image is None else wandb.Image(image)
+        table.add_data(update, shown, row.question, row.answer, row.label, row.score)
     wandb.run.log({key: table, "train/global_step": update})
 
 
@@ -74,11 +82,11 @@ def _show_in_tensorboard(writer: Any, key: str, rows: Sequence[ShownAnswer], upd
     """A table in Markdown, which names the images: TensorBoard shows those by themselves."""
     lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
     for number, row in enumerate(rows, start=1):
-        names = []
-        for place, image in enumerate(row.small_images(), start=1):
-            names.append(f"{key}/{number}" if len(row.images) == 1 else f"{key}/{number}.{place}")
-            writer.add_image(names[-1], np.asarray(image), update, dataformats="HWC")
-        cells = (update, ", ".join(names), row.question, row.answer, row.label, row.score)
+        image, name = row.one_image(), None
+        if image is not None:
+            name = f"{key}/{number}"
+            writer.add_image(name, np.asarray(image), update, dataformats="HWC")
+        cells = (update, name, row.question, row.answer, row.label, row.score)
         lines.append(" | ".join(_cell(value) for value in cells))
     writer.add_text(key, "\n".join(f"| {line} |" for line in lines), update)
 

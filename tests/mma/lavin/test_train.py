@@ -54,7 +54,8 @@ def described(action: argparse.Action) -> dict[str, Any]:
 
 def test_options_are_those_of_the_original() -> None:
     ours = {action.option_strings[0]: action for action in build_parser()._actions if action.dest != "help"}
-    assert ours.keys() - {flag["flags"][0] for flag in FLAGS["train_py"]} == {"--vicuna_weights", "--config"}
+    added = {"--vicuna_weights", "--config", "--eval_split"}
+    assert ours.keys() - {flag["flags"][0] for flag in FLAGS["train_py"]} == added
     for flag in FLAGS["train_py"]:
         action = ours[flag["flags"][0]]
         assert described(action) == {key: flag[key] for key in ("flags", "dest", "action", "default", "choices")}

@@ -20,6 +20,7 @@ from tests.llava.train.evaluation.common import evaluated_line, evaluations, que
 SHOWN = [
     ShownAnswer("What | is\nit?", "a dog", "dog", 1.0, [Image.new("RGB", (900, 300), "red")]),
     ShownAnswer("And this?", "no idea", None, None, []),
+    ShownAnswer("Both?", "red", "red", 1.0, [Image.new("RGB", (30, 20), "red"), Image.new("RGB", (10, 40), "red")]),
 ]
 
 
@@ -58,10 +59,11 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (table["_type"], table["nrows"]) == ("table-file", 2)
     (file,) = (tmp_path / "wandb").glob(f"offline-run-*/files/{table['path']}")
     stored = json.loads(file.read_text())
-    assert stored["columns"] == ["update", "images", "question", "answer", "label", "score"]
+    assert stored["columns"] == ["update", "image", "question", "answer", "label", "score"]
     assert [row[0] for row in stored["data"]] == [4, 4]
     assert [row[2] for row in stored["data"]] == ["What is it, 0?", "What is it, 1?"]
-    assert list(file.parent.parent.rglob("*.png"))
+    # The pixels are in the table's artifact; this file has the kind of a cell.
+    assert [row[1] for row in stored["data"]] == ["Image", None]
 
 
 def test_cells_stay_in_their_rows_and_images_are_small() -> None:
@@ -82,10 +84,11 @@ def test_cells_stay_in_their_rows_and_images_are_small() -> None:
     writer = Writer()
     callback = integrations.TensorBoardCallback(tb_writer=writer)
     show_answers([callback], "asked", SHOWN, 7)
-    assert writer.images == {"eval/asked/answers/1": (149, 448, 3)}
+    assert writer.images == {"eval/asked/answers/1": (149, 448, 3), "eval/asked/answers/3": (40, 40, 3)}
     assert writer.texts[0].splitlines()[2:] == [
         "| 7 | eval/asked/answers/1 | What \\| is it? | a dog | dog | 1.0 |",
         "| 7 |  | And this? | no idea |  |  |",
+        "| 7 | eval/asked/answers/3 | Both? | red | red | 1.0 |",
     ]
 
 
