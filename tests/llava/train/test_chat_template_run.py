@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from llava.constants import IGNORE_INDEX
-from llava.train.data_check import main as check
 from llava.errors import FlagError
 from llava.eval.answering.answers import Task
 from llava.eval.answering.loading import load_model
 from llava.eval.answering.runner import make_prompt
+from llava.train.data_check import main as check
 from llava.train.summary import next_command
 from llava.train.train import build_run, main, parse_args
 from tests.golden import golden_dir
