@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from llava.runtime.files import read_json
 from llava.runtime.publishing.access import HUB_ERRORS, Destination, hub_api
 from llava.runtime.publishing.staging import ADAPTER_CONFIG, BASE_KEY, find_run_record, hub_base, without_places
-from llava.runtime.unchanged import flat
+from llava.runtime.unchanged import FINGERPRINTS, flat
 from llava.runtime.weights.run_file import GIVEN, latest
 
 CARD = "README.md"
@@ -90,13 +90,15 @@ def write_card(
     record = {} if record_file is None else latest(read_json(record_file))
     options = flat(record)
     name = options.get(BASE_KEY)
-    base = hub_base(name, destination.base_model)
+    # What has a fingerprint was a folder or file where the run was, even if it is not there now.
+    was_here = BASE_KEY in (record.get(FINGERPRINTS) or {})
+    base = hub_base(None if was_here else name, destination.base_model)
     license_ = _license(destination, name, base)
     repository = destination.repository
     data = ModelCardData(
         base_model=base,
         base_model_relation=("adapter" if (staged / ADAPTER_CONFIG).is_file() else "finetune") if base else None,
-        datasets=_hub_data(options) or None,
+        datasets=_hub_data(options, record) or None,
         library_name="peft" if (staged / ADAPTER_CONFIG).is_file() else "llava-extensions",
         model_name=repository.rpartition("/")[2],
         pipeline_tag=kind.task,
@@ -146,15 +148,17 @@ def _license_part(found: Mapping[str, str], destination: Destination) -> str:
     return f"## License\n\n{found.get('license_name', found.get('license'))}{source}"
 
 
-def _hub_data(options: Mapping[str, Any]) -> list[Any]:
-    """Ids of data sets on the hub among the data of a run."""
+def _hub_data(options: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    """Ids of data sets on the hub among the data of a run, without their weights (`owner/name@0.5`)."""
     value = options.get("data_path")
-    names = value if isinstance(value, list) else [value]
-    return [name for name in names if hub_base(name, None) is not None]
+    if "data_path" in (record.get(FINGERPRINTS) or {}):
+        return []
+    names = [str(name).partition("@")[0] for name in (value if isinstance(value, list) else [value]) if name]
+    return [name for name in names if not Path(name).suffix and hub_base(name, None) is not None]
 
 
 def _data_part(options: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    prints = record.get("fingerprints") or {}
+    prints = record.get(FINGERPRINTS) or {}
     lines = []
     for option in DATA_OPTIONS:
         value = without_places(options.get(option))

@@ -17,6 +17,7 @@ from hydralora import finetune
 from llava.errors import FlagError, PublishingError
 from llava.model.builder import load_pretrained_model
 from llava.runtime.publishing import access
+from llava.runtime.publishing.card import Kind, write_card
 from llava.train import publish
 from llava.train.train import main, parse_args
 from mma.lavin.train import main as train_lavin
@@ -105,6 +106,21 @@ def test_the_card(tmp_path: Path, fake_hub: FakeHub) -> None:
     assert "hub_token" not in card.text
     recorded = json.loads((fake_hub.folder(NAME) / "run.json").read_text())["arguments"]["model"]
     assert recorded["model_name_or_path"] == "liuhaotian/llava-v1.5-7b"
+
+
+def test_a_base_that_has_moved_is_not_taken_for_an_id(tmp_path: Path) -> None:
+    """`models/base` was a folder when the run read it; a data set with a weight is named by its id."""
+    record = {"model": {"model_name_or_path": "models/base"}, "data": {"data_path": ["owner/set@0.5", "a/b.json@2"]}}
+    cards = []
+    for prints in ({"model_name_or_path": "0123"}, {}):
+        folder, staged = tmp_path / f"run-{len(prints)}", tmp_path / f"staged-{len(prints)}"
+        folder.mkdir()
+        staged.mkdir()
+        (folder / "run.json").write_text(json.dumps({"arguments": record, "fingerprints": prints, "versions": {}}))
+        destination = access.Destination("me/x", license="mit")
+        cards.append(write_card(folder, staged, destination, Kind("text-generation", (), "m", "u")).data.to_dict())
+    assert [card.get("base_model") for card in cards] == [None, "models/base"]
+    assert cards[0]["datasets"] == ["owner/set"]
 
 
 def test_scores_of_benchmarks_are_in_the_metadata(tmp_path: Path, fake_hub: FakeHub) -> None:
