@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -31,7 +31,7 @@ from llava.runtime.files import data_text, reading
 from llava.runtime.hub import TOKENIZER_FILES, local_folder
 from llava.runtime.monitoring.losses import RowLosses, over_batches, over_targets
 from llava.runtime.monitoring.trainer import MonitoredTrainer
-from llava.runtime.partition import fetch
+from llava.runtime.partition import fetch, shared_like
 from llava.runtime.quantization import choose_cpu_kernels, quantisation_config
 from llava.runtime.tokenizer import add_ends
 from llava.runtime.tokenizer import load_tokenizer as read_tokenizer
@@ -232,7 +232,7 @@ class HydraLoraTrainer(MonitoredTrainer):
         """Write the adapter; under DeepSpeed in the optimizer's precision, not in that of the forward pass."""
         if self.ends is not None and self.args.should_save:
             self.ends.save_pretrained(folder)
-        if not self.is_deepspeed_enabled:
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             super()._write_model(folder)
             return
         trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
@@ -244,8 +244,8 @@ class HydraLoraTrainer(MonitoredTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # The Trainer would take the folder `sft_lora_model` in a checkpoint for a second adapter, and load that alone.
         target: Any = self.model if model is None else model
-        check_adapter(target, Path(resume_from_checkpoint) / OUR_WEIGHTS)
-        target.load_adapter(resume_from_checkpoint, target.active_adapter, is_trainable=True)
+        tensors = check_adapter(target, Path(resume_from_checkpoint) / OUR_WEIGHTS)
+        set_peft_model_state_dict(target, shared_like(tensors, target.parameters()), target.active_adapter)
 
     def compute_loss(
         self,

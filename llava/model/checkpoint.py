@@ -36,7 +36,7 @@ from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.model.multimodal_encoder.stored import fill, is_stored_tower, stored_tower
 from llava.model.tower_record import is_own, record_carried, record_named
 from llava.runtime.files import read_json
-from llava.runtime.partition import fetch, full_shape, whole
+from llava.runtime.partition import fetch, fill, full_shape, shared_like
 from llava.runtime.weights.adapter_counts import check_adapter
 from llava.runtime.weights.completeness import write_file_list
 from llava.runtime.weights.tensors import check_numbers, is_finite
@@ -215,14 +215,12 @@ def copy_tensors(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
             )
     check_numbers({name: tensors[name] for name in parameters}, source)
     for name, parameter in parameters.items():
-        # Not through `.data`: whoever keeps what follows from parameters sees a change by their version.
-        with whole([parameter], modify=True), torch.no_grad():
-            parameter.copy_(tensors[name].to(device=parameter.device, dtype=parameter.dtype))
+        fill(parameter, tensors[name])
 
 
 def load_adapter(model: PeftModel, path: Path) -> None:
     """Fill the adapter of a PEFT model; errors as of `check_adapter`."""
-    set_peft_model_state_dict(model, check_adapter(model, path))
+    set_peft_model_state_dict(model, shared_like(check_adapter(model, path), model.parameters()))
 
 
 def load_trained(model: nn.Module, checkpoint: str | Path | CheckpointContents) -> None:

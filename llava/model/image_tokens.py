@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import CheckpointError, FlagError
 from llava.model.formats import TOKEN_TABLE, read_tensors
-from llava.runtime.partition import fetch, whole
+from llava.runtime.partition import fetch, fill_rows, rows_of, whole
 from llava.runtime.weights.tensors import check_numbers
 
 BORDER_TOKENS = (DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN)
@@ -120,14 +120,15 @@ def image_token_rows(llava: Any, keep: bool = True) -> dict[str, Tensor]:
         return {}
     head = llava.get_output_embeddings()
     trained = fetch({"rows": table.rows}, keep) if isinstance(table, EmbeddingWithTrainedRows) else {}
+    places = list(ids.values())
+    inputs, outputs = (rows_of(each.weight, places) for each in (table, head))
     tensors = {}
-    with whole([table.weight, head.weight]):
-        for token, index in ids.items() if keep else ():
-            row = table.weight[index]
-            if trained and index in table.row_ids:
-                row = trained["rows"][table.row_ids.index(index)]
-            tensors[f"{INPUT}/{token}"] = row.detach().cpu().clone()
-            tensors[f"{OUTPUT}/{token}"] = head.weight[index].detach().cpu().clone()
+    for number, (token, index) in enumerate(ids.items() if keep else ()):
+        row = inputs[number]
+        if trained and index in table.row_ids:
+            row = trained["rows"][table.row_ids.index(index)]
+        tensors[f"{INPUT}/{token}"] = row.detach().cpu().clone()
+        tensors[f"{OUTPUT}/{token}"] = outputs[number].detach().cpu().clone()
     return tensors
 
 
@@ -182,9 +183,7 @@ def load_image_tokens(llava: Any, path: Path) -> bool:
         if row.shape != (table.embedding_dim,):
             raise CheckpointError(f"{path}: '{name}' has shape {tuple(row.shape)}, not ({table.embedding_dim},)")
         weight = (table if part == INPUT else head).weight
-        with whole([weight], modify=True):
-            weight[ids[token]] = row.to(weight)
+        fill_rows(weight, {ids[token]: row})
         if part == INPUT and isinstance(table, EmbeddingWithTrainedRows) and ids[token] in table.row_ids:
-            with whole([table.rows], modify=True):
-                table.rows[table.row_ids.index(ids[token])] = row.to(table.rows)
+            fill_rows(table.rows, {table.row_ids.index(ids[token]): row})
     return bool(tensors)

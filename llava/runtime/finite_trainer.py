@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from llava.errors import TrainingError
+from llava.runtime.partition import local_part
 from llava.runtime.saving import last_checkpoint
 
 SMALLEST_LOSS_SCALE = 1.0
@@ -69,8 +70,8 @@ class FiniteTrainer(Trainer):
         Raises:
             TrainingError: one holds NaN or infinite values.
         """
-        # Under ZeRO-3 each process holds a share of the values.
-        held = {n: getattr(p, "ds_tensor", p).detach() for n, p in self.model.named_parameters() if p.requires_grad}
+        # Under ZeRO-3 and FSDP2 each process holds a share of the values.
+        held = {name: local_part(weight) for name, weight in self.model.named_parameters() if weight.requires_grad}
         if not held:
             return
         finite = torch.stack([torch.isfinite(value).all().to(self.args.device) for value in held.values()])[None]

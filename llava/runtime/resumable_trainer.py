@@ -21,6 +21,8 @@ from llava.errors import CheckpointError, LlavaError, TrainingError
 from llava.runtime.failure import good_batches
 from llava.runtime.files import reading
 from llava.runtime.finite_trainer import FiniteTrainer
+from llava.runtime.fsdp.layers import layer_classes
+from llava.runtime.fsdp.state import load_optimizer, save_optimizer
 from llava.runtime.output import claim, discard, replacing
 from llava.runtime.resume_check import check_optimizer
 from llava.runtime.resumed_schedule import apply_settings, check_length, own_settings
@@ -197,13 +199,25 @@ class ResumableTrainer(FiniteTrainer):
         expected = self.lr_scheduler.state_dict().keys()
         own = own_settings(self.optimizer)
         with reading(path, f"does not fit this run, or {SCHEDULER_NAME} does not"):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            self._read_optimizer_and_scheduler(checkpoint)
         lacking = sorted(expected - load_plain(schedule).keys())
         if lacking:
             raise CheckpointError(f"{schedule}: lacks {lacking}, which the schedule of this run has")
         check_optimizer(self.optimizer, path)
         if self._has_changed:
             apply_settings(self.optimizer, self.lr_scheduler, own)
+
+    def _read_optimizer_and_scheduler(self, checkpoint: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer(self.model, self._bare_optimizer, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(load_plain(Path(checkpoint) / SCHEDULER_NAME))
+
+    @property
+    def _bare_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer without accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     @property
     def _has_changed(self) -> bool:
@@ -231,18 +245,24 @@ class ResumableTrainer(FiniteTrainer):
         with reading(path, "does not fit this run"):
             super()._load_scaler(checkpoint)
 
-    # DeepSpeed's part of a checkpoint
+    # The part of a checkpoint that DeepSpeed or FSDP2 has split
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_deepspeed_enabled:
+        if self.is_fsdp_enabled:
+            save_optimizer(self.model, self._bare_optimizer, Path(output_dir), self.args.should_save)
+        elif self.is_deepspeed_enabled:
+            # What is frozen comes from the base; what is trained is in DeepSpeed's files as each process holds it.
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        else:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        # What is frozen comes from the base; what is trained is in DeepSpeed's files as each process holds it.
-        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or layer_classes(self.model)
         if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         else:

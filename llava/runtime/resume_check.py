@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from llava.errors import CheckpointError
 from llava.runtime.files import check_torch_file, read_json, reading, refuse_pointers
+from llava.runtime.partition import local_part
 from llava.runtime.places import RUN_FILE
 from llava.runtime.weights.completeness import check_file_list, require
 from llava.runtime.weights.run_file import latest
@@ -187,5 +188,5 @@ def check_optimizer(optimizer: Any, path: Path) -> None:
                     raise CheckpointError(
                         f"{path}: '{name}' has shape {tuple(value.shape)} for a weight of shape {tuple(weight.shape)}"
                     )
-                if value.is_floating_point() and not is_finite(value):
+                if value.is_floating_point() and not is_finite(local_part(value)):
                     raise CheckpointError(f"{path}: '{name}' of a weight contains NaN or infinite values")

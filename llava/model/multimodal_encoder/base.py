@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from llava.errors import CheckpointError, FlagError
 from llava.model.multimodal_encoder.stored import StoredTower, fill
+from llava.runtime.partition import shared_like
 from llava.runtime.weights.tensors import Entry
 from llava.runtime.weights.weight_files import weights_of
 
@@ -223,10 +224,11 @@ class VisionTower(nn.Module, abc.ABC):
                 f"{folder}: holds no {self.marker_file}, so it is no tower of the kind of '{self.vision_tower_name}'"
             )
         wrong = f"{folder}: is not a tower of the shape of '{self.vision_tower_name}'"
+        network, tensors = self.loaded(), self.read_network(str(folder), self.dtype).state_dict()
+        weights = {name: tensors[name] for name, _ in network.named_parameters() if name in tensors}
+        tensors |= shared_like(weights, network.parameters())
         try:  # not strict: what extensions have added is theirs to read
-            result = self.loaded().load_state_dict(
-                self.read_network(str(folder), self.dtype).state_dict(), strict=False
-            )
+            result = network.load_state_dict(tensors, strict=False)
         except RuntimeError as error:
             raise CheckpointError(wrong) from error
         if result.unexpected_keys:
