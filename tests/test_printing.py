@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava.train.data_check import main as check
 from llava.errors import FlagError
 from llava.runtime.program import run_program
+from llava.train.data_check import main as check
 from llava.train.train import main as train
 from tests.structure import ROOT
 from tests.test_programs import LISTED, STARTED

@@ -26,6 +26,7 @@ from hydralora.text.options import (
 from hydralora.tuner.config import HydraLoraConfig
 from llava.errors import FlagError
 from llava.runtime.config_files.words import add_config, with_config
+from llava.runtime.fsdp.checks import fsdp_problems
 from llava.runtime.monitoring.stopping import best_problems
 from llava.runtime.places import Input, folder_problems
 from llava.runtime.publishing.access import hub_problems
@@ -113,6 +114,7 @@ def _problems(args: RunArguments) -> list[str]:
     elif training.load_in_kbits != 16 and zero_stage(training) == 3:
         problems.append(f"--load_in_kbits {training.load_in_kbits}: ZeRO-3 cannot split quantised weights; use ZeRO-2")
     problems += range_problems(data, DATA_RANGES) + hub_problems(training)
+    problems += fsdp_problems(training, training.load_in_kbits, "--load_in_kbits")
     # The Trainer would split each batch over them within one process.
     if training.n_gpu > 1:
         problems.append(

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.model.multimodal_encoder.stored import fill, is_stored_tower, stored_tower
 from llava.model.tower_record import is_own, record_carried, record_named
 from llava.runtime.files import read_json
-from llava.runtime.partition import fetch, fill, full_shape, shared_like
+from llava.runtime.partition import assign, fetch, full_shape, shared_like
 from llava.runtime.weights.adapter_counts import check_adapter
 from llava.runtime.weights.completeness import write_file_list
 from llava.runtime.weights.tensors import check_numbers, is_finite
@@ -215,7 +214,7 @@ def copy_tensors(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
             )
     check_numbers({name: tensors[name] for name in parameters}, source)
     for name, parameter in parameters.items():
-        fill(parameter, tensors[name])
+        assign(parameter, tensors[name])
 
 
 def load_adapter(model: PeftModel, path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import CheckpointError, FlagError
 from llava.model.formats import TOKEN_TABLE, read_tensors
-from llava.runtime.partition import fetch, fill_rows, rows_of, whole
+from llava.runtime.partition import assign_rows, fetch, rows_of, whole
 from llava.runtime.weights.tensors import check_numbers
 
 BORDER_TOKENS = (DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN)
@@ -183,7 +183,7 @@ def load_image_tokens(llava: Any, path: Path) -> bool:
         if row.shape != (table.embedding_dim,):
             raise CheckpointError(f"{path}: '{name}' has shape {tuple(row.shape)}, not ({table.embedding_dim},)")
         weight = (table if part == INPUT else head).weight
-        fill_rows(weight, {ids[token]: row})
+        assign_rows(weight, {ids[token]: row})
         if part == INPUT and isinstance(table, EmbeddingWithTrainedRows) and ids[token] in table.row_ids:
-            fill_rows(table.rows, {table.row_ids.index(ids[token]): row})
+            assign_rows(table.rows, {table.row_ids.index(ids[token]): row})
     return bool(tensors)

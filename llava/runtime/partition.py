@@ -53,7 +53,7 @@ def shared_like(tensors: Mapping[str, Tensor], parameters: Iterable[nn.Parameter
 
 
 @torch.no_grad()
-def fill(parameter: nn.Parameter, tensor: Tensor) -> None:
+def assign(parameter: nn.Parameter, tensor: Tensor) -> None:
     """Copy a tensor that all processes hold into a parameter, keeping its dtype and device.
 
     Not through `.data`: whoever keeps what follows from parameters sees a change by their version.
@@ -75,7 +75,7 @@ def rows_of(parameter: nn.Parameter, rows: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def fill_rows(parameter: nn.Parameter, rows: Mapping[int, Tensor]) -> None:
+def assign_rows(parameter: nn.Parameter, rows: Mapping[int, Tensor]) -> None:
     """Copy tensors that all processes hold into some rows of a parameter."""
     if isinstance(parameter, DTensor):
         table = parameter.detach().full_tensor()
@@ -93,7 +93,7 @@ def whole(parameters: Iterable[nn.Parameter], modify: bool = False) -> Iterator[
     """Gather what ZeRO-3 has split for the length of a block.
 
     Args:
-        parameters: of any kind; FSDP2 offers nothing of the sort, see `fetch`, `fill` and `fill_rows`.
+        parameters: of any kind; FSDP2 offers nothing of the sort, see `fetch`, `assign` and `assign_rows`.
         modify: what process 0 writes into them is kept and sent to all others; without it, changes are lost.
     """
     split = [parameter for parameter in parameters if _by_zero(parameter)]

@@ -19,6 +19,7 @@ from llava.extension import installed_extensions
 from llava.model.components import Component
 from llava.model.formats import projector_file
 from llava.model.loss import LossReduction
+from llava.runtime.fsdp.checks import fsdp_problems
 from llava.runtime.publishing.access import hub_problems
 from llava.runtime.quantization import QUANT_TYPES
 from llava.runtime.values import refuse, too_few_rows
@@ -28,15 +29,6 @@ from llava.train.freeze import trained_components
 from llava.train.inputs import output_problems
 from llava.train.options import RunArguments
 from llava.train.peft_file import file_problems
-
-
-def _not_yet(args: RunArguments) -> list[str]:
-    """Options of upstream that parse but are not carried out in this version."""
-    training = args.training
-    problems = []
-    if training.fsdp:
-        problems.append("--fsdp is not supported; several GPUs run with DeepSpeed, or with plain data parallelism")
-    return problems
 
 
 def _values(args: RunArguments) -> list[str]:
@@ -216,8 +208,8 @@ def check_arguments(args: RunArguments) -> None:
         FlagError: lists every problem, one per line.
     """
     problems = _values(args) + _rates(args) + _tiles(args) + _files(args) + _packages(args)
-    problems += _contradictions(args) + _not_yet(args) + _rows(args) + output_problems(args)
+    problems += _contradictions(args) + _rows(args) + output_problems(args)
     problems += evaluation_problems(args.evaluation, args.training)
-    problems += hub_problems(args.training)
+    problems += fsdp_problems(args.training, args.training.bits, "--bits") + hub_problems(args.training)
     problems += file_problems(args.training.peft_config, args.given, args.training.lora_enable)
     refuse(problems)

@@ -179,7 +179,8 @@ class LLaVATrainer(MonitoredTrainer):
     # Checkpoints
 
     def _write_model(self, folder: Path) -> None:
-        if self.args.should_save or self.is_deepspeed_enabled or self.is_fsdp_enabled:  # split parameters are gathered by all processes
+        splits = self.is_deepspeed_enabled or self.is_fsdp_enabled  # then all processes gather
+        if self.args.should_save or splits:
             save_checkpoint(self.model, folder, self.processing_class, write=self.args.should_save)
         if self.args.should_save:
             copy_run_record(Path(self.args.output_dir), folder)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.errors import CheckpointError
-from llava.runtime import partition
-from llava.runtime.partition import full_shape
+from llava.runtime.partition import assign, full_shape
 from llava.runtime.weights.tensors import Entry, check_numbers, read_entries
 from llava.runtime.weights.weight_files import named_weights
 
@@ -137,7 +136,7 @@ def fill(network: nn.Module, stored: StoredTower, used: Collection[str], tower: 
         check_shape(stored.folder, tower, name, tensor.shape, full_shape(named[name]))
     check_numbers({STORED_PREFIX + name: tensor for name, tensor in tensors.items()}, stored.folder)
     for name, tensor in tensors.items():
-        partition.fill(named[name], tensor)
+        assign(named[name], tensor)
 
 
 def stored_tower(name: str | Path, cache_dir: str | None = None) -> StoredTower | None:

@@ -12,7 +12,7 @@ from torch import nn
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of the outermost stacks: lists of at least two modules with parameters, not inside another such list."""
+    """The layers of the outermost stacks: lists of at least two modules with parameters, in no other such list."""
     return list(_layers(model))
 
 

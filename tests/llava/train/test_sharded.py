@@ -6,7 +6,6 @@ refused there.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,19 +16,21 @@ import torch
 from safetensors.torch import load_file
 
 from hydralora.finetune import main as finetune
-from llava.errors import CheckpointError, FlagError
+from llava.errors import FlagError
 from llava.runtime.fsdp.checks import fsdp_problems
 from llava.runtime.fsdp.layers import layer_classes
 from llava.train.arguments import parse_args
 from llava.train.train import main
 from tests.hydralora.text import test_finetune as text
+from tests.llava.train.evaluation.common import evaluated_line, evaluations
 from tests.llava.train.launching import launch_runs, mixed_rows
-from tests.llava.train.test_deepspeed import EQUAL, RESUMED, ROUTED, SGD, assert_same, norms, plain_line
+from tests.llava.train.test_deepspeed import EQUAL, RESUMED, SGD, assert_same, norms, plain_line
 from tests.llava.train.test_training import command_line, losses
 
 PROGRAM = Path(__file__).with_name("sharded_runs.py")
 TOKENS = {"mm_use_im_start_end": True, "freeze_backbone": True, "max_steps": 4}
 KEPT = RESUMED | {"tokens": TOKENS, "tower": {"unfreeze_mm_vision_tower": True, "max_steps": 4}}
+EVALUATED = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 1, "save_strategy": "no"}
 CASES = EQUAL | {"lora": SGD | {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}}
 TEXT = {"per_device_train_batch_size": 2, "train_sampling_strategy": "sequential", "max_steps": 4, "save_steps": 2}
 
@@ -53,6 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         runs.append({"arguments": sharded_line(path / f"{name} whole", data, **options)})
         runs.append({"arguments": sharded_line(path / f"{name} cut", data, **options)})
         runs[-1]["copy"] = [str(path / f"{name} {kind}" / "checkpoint-2") for kind in ("whole", "cut")]
+    runs.append({"arguments": evaluated_line(path / "evaluated", path, **EVALUATED)})
     for kind in ("whole", "cut"):
         arguments = text.command_line(path, path / f"text {kind}", **TEXT)
         runs.append({"program": "hydralora.finetune", "arguments": arguments})
@@ -87,6 +89,18 @@ def test_resume_is_exact(name: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_evaluation_changes_nothing(folder: Path) -> None:
+    """Losses on other rows and answers to questions, which all processes generate together."""
+    found = evaluations(folder / "evaluated")
+    assert [entry["step"] for entry in found] == [2, 4]
+    main(evaluated_line(folder / "evaluated plain", folder, **(EVALUATED | {"per_device_train_batch_size": 2})))
+    expected = evaluations(folder / "evaluated plain")
+    for name in ("eval_loss", "eval_image_loss", "eval_text_loss"):
+        assert [entry[name] for entry in found] == pytest.approx([entry[name] for entry in expected], abs=1e-3), name
+    assert losses(folder / "evaluated") == pytest.approx(losses(folder / "evaluated plain"), abs=1e-3)
+
+
+@pytest.mark.slow
 def test_a_text_run_is_exact(folder: Path, tmp_path: Path) -> None:
     whole, cut = folder / "text whole", folder / "text cut"
     ours, again = (load_file(each / "sft_lora_model" / "adapter_model.safetensors") for each in (whole, cut))
@@ -102,16 +116,15 @@ def test_a_text_run_is_exact(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_optimizer_is_one_file(folder: Path, tmp_path: Path) -> None:
-    """Whole and by names; a process that does not split its model says that it cannot read it."""
+    """Whole and by names: one process that does not split its model resumes from it."""
     checkpoint = folder / "full whole" / "checkpoint-2"
     assert not list(checkpoint.glob("*fsdp*"))
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     assert state["state"]["model.norm.weight"]["exp_avg"].shape == (40,)
     shutil.copytree(checkpoint, tmp_path / "out" / "checkpoint-2")
-    record = tmp_path / "out" / "checkpoint-2" / "run.json"
-    assert json.loads(record.read_text())
-    with pytest.raises(CheckpointError, match=r"optimizer\.pt.*does not fit this run"):
-        main(plain_line(tmp_path / "out", folder / "mixed.json", **RESUMED["full"]))
+    main(plain_line(tmp_path / "out", folder / "mixed.json", **RESUMED["full"]))
+    assert losses(tmp_path / "out") == pytest.approx(losses(folder / "full whole"), abs=1e-5)
+    assert_same(tmp_path / "out", folder / "full whole", 2e-6)
 
 
 REFUSED = {
