@@ -335,7 +335,19 @@ def test_every_dependency_is_pinned_once() -> None:
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    assert set(extras) == {"train", "data", "quant", "flash", "openclip", "serve", "eval", "harness", "lmms", "analysis", "dev"}
+    assert set(extras) == {
+        "train",
+        "data",
+        "quant",
+        "flash",
+        "openclip",
+        "serve",
+        "eval",
+        "harness",
+        "lmms",
+        "analysis",
+        "dev",
+    }
     wanted = [
         *project["dependencies"],
         *(name for extra, names in extras.items() if extra not in ("flash", "lmms") for name in names),
