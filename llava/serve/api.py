@@ -10,6 +10,7 @@ is read from the environment (LLAVA_API_KEY), where other users of the machine d
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -108,7 +109,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     add("--max-images", type=int, default=16, help="images in one request")
     add("--max-image-mb", type=float, default=20, help="size of one image as it comes")
     add("--max-image-pixels", type=int, default=200_000_000, help="pixels of one image, padded if it is")
-    add("--max-request-pixels", type=int, default=400_000_000, help="pixels of all images of one request")
+    add("--max-request-pixels", type=int, default=200_000_000, help="pixels of all images of one request")
     add("--image-timeout", type=float, default=10, help="seconds until the images of a request are fetched")
     add("--max-body-mb", type=float, default=64, help="size of one request")
     add("--body-timeout", type=float, default=BodyLimits.seconds, help="seconds until a whole request has arrived")
@@ -192,10 +193,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         load_8bit=args.load_8bit,
         load_4bit=args.load_4bit,
     )
+    # What is loaded stays, so the collector need not look through it while requests wait.
+    gc.collect()
+    gc.freeze()
     engine = Engine(loaded, args.batch_size, args.max_waiting, args.gather_ms / 1000)
     address = f"http://{args.host}:{listener.getsockname()[1]}/v1"
     print(f"serving '{loaded.name}' at {address}; try: curl {address}/models", flush=True)
-    make_server(create_app(loaded, engine, settings)).run(sockets=[listener])
+    try:
+        make_server(create_app(loaded, engine, settings)).run(sockets=[listener])
+    finally:
+        gc.unfreeze()
 
 
 if __name__ == "__main__":

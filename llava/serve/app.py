@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from llava.serve.chat_request import ChatRequest, Defaults, conversation_of, rea
 from llava.serve.engine import Engine, Job
 from llava.serve.guard import Access, Guard
 from llava.serve.image_fetch import fetch_images
-from llava.serve.image_urls import ImagePolicy
+from llava.serve.image_urls import LARGE, ONE_LARGE, ImagePolicy, RequestImages
 from llava.serve.openapi import document
 from llava.serve.problems import RequestError, problem, problem_of, short, status_of
 from llava.serve.schema import Health, Model, ModelList
@@ -81,8 +81,11 @@ def make_job(
     )
     ids = prompt_ids(conversation, loaded.tokenizer)
     task = Task(0, "", "", request.images, where="messages")
-    with ExitStack() as stack:
-        images = load_images(task, loaded, settings.images.open_for(loaded, fetched, stack))
+    opener = RequestImages(settings.images, loaded, fetched)
+    # Without a tower there is nothing that images are made into; `load_images` says so.
+    largest = opener.check(request.images, task.where) if loaded.image_processor is not None else 0
+    with ONE_LARGE if largest > LARGE else nullcontext():
+        images = load_images(task, loaded, opener.open)
     sizes = [image.size for image in images]
     positions = sum(loaded.model.image_lengths([image.pixels for image in images], sizes)) if images else 0
     length = len(ids) - int((ids == IMAGE_TOKEN_INDEX).sum()) + positions

@@ -9,15 +9,14 @@ from __future__ import annotations
 import base64
 import io
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError
 
-from llava.data.image_bounds import check_made
+from llava.data.image_bounds import check_made, made_size
 from llava.data.images import convert_rgb, image_path
 from llava.data.tiling import Size
 from llava.errors import BadImageError
@@ -37,7 +36,7 @@ class ImagePolicy:
     Attributes:
         max_bytes: size of one image as it comes, decoded from base64.
         max_pixels: width times height, looked up before anything is decoded; of what is made of an image, too.
-        max_request_pixels: of all images of a request.
+        max_request_pixels: of all images of a request, as padded if they are.
         folder: `file:` addresses are paths below it; None: refused.
         hosts: names (`host` or `host:port`) from which http and https addresses are fetched.
         seconds: for all images of a request that are fetched.
@@ -45,77 +44,44 @@ class ImagePolicy:
 
     max_bytes: int = 20 * 2**20
     max_pixels: int = 200_000_000
-    max_request_pixels: int = 400_000_000
+    max_request_pixels: int = 200_000_000
     folder: Path | None = None
     hosts: frozenset[str] = frozenset()
     seconds: float = 10.0
 
-    def open(
-        self,
-        url: str,
-        where: str,
-        fetched: Mapping[str, bytes] | None = None,
-        check: Callable[[Size], None] | None = None,
-    ) -> Image.Image:
+    def open(self, url: str, where: str, fetched: Mapping[str, bytes] | None = None) -> Image.Image:
         """The image at an address, as RGB.
 
         Args:
             url: `data:image/...;base64,...`, or where allowed `file:NAME`, `http://...`, `https://...`.
             where: the place in the request, for errors.
             fetched: what `fetch_images` has brought from http and https addresses.
-            check: called with width and height before anything is decoded; raises if they are out of bounds.
 
         Raises:
             BadImageError: not allowed, too large, or no image.
         """
+        with self.header(url, where, fetched) as image:
+            return convert_rgb(image, where)
+
+    def header(self, url: str, where: str, fetched: Mapping[str, bytes] | None = None) -> Image.Image:
+        """The image at an address before it is decoded, to be closed; arguments and errors as `open`."""
         scheme = url.partition(":")[0].lower()
         if scheme == "data":
-            return self._decode(io.BytesIO(self._inline(url, where)), where, check)
-        if scheme == "file":
-            return self._decode(self._file(url, where), where, check)
-        if fetched is not None and url in fetched:
-            return self._decode(io.BytesIO(fetched[url]), where, check)
-        raise BadImageError(
-            f"{where}: {short(url)} is not an image address; send the image itself: data:image/png;base64,..."
-        )
-
-    def open_for(
-        self, loaded: LoadedModel, fetched: Mapping[str, bytes] | None = None, stack: ExitStack | None = None
-    ) -> Callable[[str, str], Image.Image]:
-        """`open` for the images of one request.
-
-        What would become too large on the way to pixel values is refused from its width and height, before it is
-        decoded; so are more pixels than one request may have.
-
-        Args:
-            loaded: the model with its image processor.
-            fetched: see `open`.
-            stack: of the request; holds what large images wait for until it is closed.
-        """
-        config = loaded.model.config
-        total = 0
-
-        def check(size: Size, where: str) -> None:
-            nonlocal total
-            check_made(
-                size,
-                loaded.image_processor,
-                getattr(config, "image_aspect_ratio", None),
-                getattr(config, "image_grid_pinpoints", None),
-                name=where,
-                most=self.max_pixels,
-                instead=", or start the server with a higher --max-image-pixels",
+            image = self._begin(io.BytesIO(self._inline(url, where)), where)
+        elif scheme == "file":
+            image = self._begin(self._file(url, where), where)
+        elif fetched is not None and url in fetched:
+            image = self._begin(io.BytesIO(fetched[url]), where)
+        else:
+            raise BadImageError(
+                f"{where}: {short(url)} is not an image address; send the image itself: data:image/png;base64,..."
             )
-            total += size[0] * size[1]
-            if total > self.max_request_pixels:
-                raise BadImageError(
-                    f"{where}: the images have {total} pixels or more together; this server takes up to "
-                    f"{self.max_request_pixels}, send smaller or fewer images"
-                )
-            if stack is not None and total > LARGE and total - size[0] * size[1] <= LARGE:
-                stack.enter_context(ONE_LARGE)
+        self._check_pixels(image.size, where)
+        return image
 
-        return lambda url, where: self.open(url, where, fetched, lambda size: check(size, where))
+    def open_for(self, loaded: LoadedModel) -> Callable[[str, str], Image.Image]:
+        """`open` for a model: what would become too large on the way to pixel values is refused, too."""
+        return RequestImages(self, loaded).open
 
     def _inline(self, url: str, where: str) -> bytes:
         head, comma, body = url.partition(",")
@@ -145,28 +111,78 @@ class ImagePolicy:
             self._too_large(path.stat().st_size, where)
         return path
 
-    def _decode(self, file: io.BytesIO | Path, where: str, check: Callable[[Size], None] | None) -> Image.Image:
+    def _begin(self, file: io.BytesIO | Path, where: str) -> Image.Image:
         if isinstance(file, io.BytesIO) and file.getbuffer().nbytes > self.max_bytes:
             self._too_large(file.getbuffer().nbytes, where)
         try:
-            image = Image.open(file)
+            return Image.open(file)
         except UnidentifiedImageError as error:  # its own message holds nothing but an address in memory
             raise BadImageError(f"{where}: is not an image of a known format") from error
         except Exception as error:  # Pillow's decoders raise many kinds for broken files
             said = error.strerror if isinstance(error, OSError) and error.strerror else error  # without the file's path
             raise BadImageError(f"{where}: is not an image: {said}") from error
-        with image:
-            self._sized(image, where)
-            if check is not None:
-                check(image.size)
-            return convert_rgb(image, where)
 
-    def _sized(self, image: Image.Image, where: str) -> None:
-        if image.width * image.height > self.max_pixels:
+    def _check_pixels(self, size: Size, where: str) -> None:
+        if size[0] * size[1] > self.max_pixels:
             raise BadImageError(
-                f"{where}: {image.width} x {image.height} pixels; this server takes up to {self.max_pixels}, make the "
-                "image smaller, or start the server with a higher --max-image-pixels"
+                f"{where}: {size[0]} x {size[1]} pixels; this server takes up to {self.max_pixels}, make the image "
+                "smaller, or start the server with a higher --max-image-pixels"
             )
 
     def _too_large(self, size: int, where: str) -> None:
         raise BadImageError(f"{where}: {size} bytes; this server takes up to {self.max_bytes}, make the image smaller")
+
+
+class RequestImages:
+    """The images of one request: all are measured before the first of them is decoded.
+
+    Args:
+        policy: of the server.
+        loaded: the model with its image processor.
+        fetched: see `ImagePolicy.open`.
+    """
+
+    def __init__(self, policy: ImagePolicy, loaded: LoadedModel, fetched: Mapping[str, bytes] | None = None) -> None:
+        self.policy, self.fetched = policy, fetched
+        config = loaded.model.config
+        self._processor = loaded.image_processor
+        self._making = (getattr(config, "image_aspect_ratio", None), getattr(config, "image_grid_pinpoints", None))
+
+    def check(self, urls: Sequence[str], where: str) -> int:
+        """The pixels of the largest image, or of what is made of it, from the heads of the files.
+
+        Raises:
+            BadImageError: as `open`, or all images together have too many.
+        """
+        pixels = [self._measure(url, where) for url in urls]
+        total = sum(pixels)
+        if total > self.policy.max_request_pixels:
+            raise BadImageError(
+                f"{where}: the images have {total} pixels together, as padded; this server takes up to "
+                f"{self.policy.max_request_pixels}, send smaller or fewer images, or start the server with a higher "
+                "--max-request-pixels"
+            )
+        return max(pixels, default=0)
+
+    def open(self, url: str, where: str) -> Image.Image:
+        """The image at an address, as RGB.
+
+        Raises:
+            BadImageError: see `ImagePolicy.open`, or it would become too large.
+        """
+        self._measure(url, where)
+        return self.policy.open(url, where, self.fetched)
+
+    def _measure(self, url: str, where: str) -> int:
+        with self.policy.header(url, where, self.fetched) as image:
+            size = image.size
+        check_made(
+            size,
+            self._processor,
+            *self._making,
+            name=where,
+            most=self.policy.max_pixels,
+            instead=", or start the server with a higher --max-image-pixels",
+        )
+        width, height = made_size(size, self._processor, *self._making)
+        return max(width * height, size[0] * size[1])

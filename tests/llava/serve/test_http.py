@@ -6,6 +6,7 @@ import json
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -251,3 +252,12 @@ def test_what_is_held_at_the_same_time(client: Any, loaded: LoadedModel) -> None
             assert small.post(CHAT, json=BODY).status_code == 200
             refused(small.post(CHAT, json=BODY | {"zz": "x" * 300}), 400)
             refused(small.post(CHAT, json=BODY | {"zz": "x" * 400}), 413)
+
+
+def test_flags_of_limits_are_documented() -> None:
+    """In the help and in docs/serving.md."""
+    text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
+    named = {"--api-key", "--allowed-host", "--allow-anyone", "--image-folder", "--allow-image-host", "--images-first"}
+    flags = named | {"--" + name.replace("_", "-") for name in api.RANGES} - {"--temperature", "--max-new-tokens"}
+    assert not {flag for flag in flags if f"`{flag}" not in text and f"{flag} " not in text}
+    assert not {flag for flag in flags if f"{flag} " not in api.build_parser().format_help()}
