@@ -74,6 +74,7 @@ def _protocol(patience: Patience) -> type[asyncio.Protocol]:
         _waiting: asyncio.TimerHandle | None = None
         _unread: asyncio.TimerHandle | None = None
 
+        # The head: from the first moment of a connection, and from the first byte of each further request.
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self._await_head()
@@ -85,6 +86,7 @@ def _protocol(patience: Patience) -> type[asyncio.Protocol]:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
+            # Either a head is on its way, or the rest of a body whose request has been answered already.
             begun = self.conn.their_state is h11.IDLE
             refused = self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE
             if (begun or refused) and not self.transport.is_closing():
@@ -92,6 +94,7 @@ def _protocol(patience: Patience) -> type[asyncio.Protocol]:
             else:
                 self._stop_waiting()
 
+        # The answer: the transport asks for a pause when its buffer is full, which is when nobody reads.
         def pause_writing(self) -> None:
             super().pause_writing()
             if self._unread is None:
@@ -103,9 +106,11 @@ def _protocol(patience: Patience) -> type[asyncio.Protocol]:
                 self._unread.cancel()
                 self._unread = None
 
+        # What uvicorn calls for bytes that are not HTTP.
         def send_400_response(self, msg: str) -> None:
             self._answer(400, "this is not HTTP/1.1, or its head is too large")
 
+        # One timer for both waits; bytes that trickle do not start it again.
         def _await_head(self) -> None:
             if self._waiting is None:
                 self._waiting = self.loop.call_later(patience.head, self._too_slow)
@@ -116,6 +121,7 @@ def _protocol(patience: Patience) -> type[asyncio.Protocol]:
                 self._waiting = None
 
         def _too_slow(self) -> None:
+            # Nothing can be said after an answer has been given.
             if self.conn.our_state is h11.IDLE:
                 self._answer(408, f"the request took more than {patience.head:g} s to arrive")
             else:
