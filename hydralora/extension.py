@@ -52,6 +52,7 @@ class HydraLoraExtension(Extension):
 
     name = "hydralora"
     options = HydraLoraOptions
+    core_options = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
     def __init__(self) -> None:
         # Per model, and gone with it: one extension may serve several models.

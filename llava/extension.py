@@ -96,6 +96,9 @@ class Extension:
     rates: ClassVar[tuple[str, ...]] = ()
     """Those of its options that are learning rates of all that it adds; empty where that has the run's rate."""
 
+    core_options: ClassVar[tuple[str, ...]] = ()
+    """Options of the core about LoRA that it reads, so that they have an effect although LoRA is off."""
+
     adjustable: ClassVar[frozenset[str]] = frozenset()
     """Settings that may be edited in a checkpoint's `extensions/<name>/config.json`, to use it in another way."""
 

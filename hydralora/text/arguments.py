@@ -14,6 +14,7 @@ import transformers
 
 from hydralora.text.counts import row_problems
 from hydralora.text.messages import OWN
+from hydralora.text.option_table import TEXT_OPTIONS
 from hydralora.text.options import (
     DataArguments,
     ModelArguments,
@@ -31,6 +32,7 @@ from llava.runtime.monitoring.stopping import best_problems
 from llava.runtime.places import Input, folder_problems
 from llava.runtime.publishing.access import hub_problems
 from llava.runtime.ranges import COUNT, PROBABILITY, range_problems
+from llava.runtime.trainer_options.listing import OptionParser
 from llava.runtime.values import parse, refuse, written_names
 from llava.runtime.zero import zero_stage
 
@@ -39,9 +41,9 @@ DATA_RANGES = {"max_seq_length": COUNT, "preprocessing_num_workers": COUNT, "val
 
 def build_parser() -> transformers.HfArgumentParser:
     """The options of this program."""
-    parser = transformers.HfArgumentParser(
+    parser = OptionParser(
         [ModelArguments, DataArguments, TrainingArguments],
-        allow_abbrev=False,
+        TEXT_OPTIONS,
         prog="python -m hydralora.finetune",
         usage="%(prog)s --model_name_or_path BASE --dataset_dir DATA --output_dir OUTPUT --do_train [options]",
         description="Fine-tune a causal language model on instructions with HydraLoRA. An interrupted run continues.",

@@ -46,6 +46,11 @@ class InstructionDataset(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         return self.examples[index]
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each record."""
+        return [len(example.input_ids) for example in self.examples]
+
     def split(self, share: float, seed: int) -> tuple[InstructionDataset, InstructionDataset]:
         """Two parts, the second with `share` of the records (at least one), drawn by `seed`.
 

@@ -6,23 +6,22 @@ The classes and their order are the original's; `arguments.py` makes the parser 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import ClassVar
 
-import torch
-import transformers
-
+from hydralora.text.option_table import TEXT_OPTIONS
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.loading import read_config
 from llava.errors import FlagError
 from llava.runtime.files import refuse_pointer
 from llava.runtime.monitoring.stopping import PATIENCE_HELP, THRESHOLD_HELP, choose_metric
-from llava.runtime.options import CHANGED_HELP, option
-from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY
-from llava.runtime.values import check_values
-from llava.runtime.zero import zero_settings
+from llava.runtime.options import option
+from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, Range
+from llava.runtime.trainer_options.base import CheckedTrainingArguments
+from llava.runtime.trainer_options.row import Table
 
 
 class LossReduction(StrEnum):
@@ -83,13 +82,25 @@ class DataArguments:
     )
 
 
+OWN_RANGES = {
+    "lora_rank": COUNT,
+    "lora_alpha": POSITIVE,
+    "lora_dropout": PROBABILITY,
+    "balance_weight": NOT_NEGATIVE,
+    "early_stopping_patience": COUNT,
+    "early_stopping_threshold": NOT_NEGATIVE,
+}
+"""What the numbers of `TrainingArguments` may be, where they are ours."""
+
+
 @dataclass
-class TrainingArguments(transformers.TrainingArguments):
+class TrainingArguments(CheckedTrainingArguments):
     """How it is trained; everything else is transformers' `TrainingArguments`."""
 
-    _argument_group_name: ClassVar[str] = "training (including every option of transformers' TrainingArguments)"
+    _argument_group_name: ClassVar[str] = "training"
+    table: ClassVar[Table] = TEXT_OPTIONS
+    ranges: ClassVar[Mapping[str, Range]] = OWN_RANGES
 
-    remove_unused_columns: bool = option("drop columns that the model does not take; does not apply here", False)
     trainable: str = option("linear layers to adapt, by comma, or all-linear", "q_proj,v_proj")
     lora_rank: int = option("rank of A and of every B", 8)
     lora_dropout: float = option("dropout before A", 0.1)
@@ -110,7 +121,6 @@ class TrainingArguments(transformers.TrainingArguments):
         LossReduction.TARGET.value,
         choices=list(LossReduction),
     )
-    resume_changed: bool = option(CHANGED_HELP, False)
     early_stopping_patience: int | None = option(PATIENCE_HELP)
     early_stopping_threshold: float = option(THRESHOLD_HELP, 0.0)
     hub_strategy: str = option("when to publish: end, once when the run is finished", "end")
@@ -122,28 +132,9 @@ class TrainingArguments(transformers.TrainingArguments):
     load_in_kbits: int = option("precision of the frozen base: 16, or 8 or 4 (QLoRA)", 16)
 
     def __post_init__(self) -> None:
-        """Refuse numbers that train nothing, and resolve `--deepspeed` before transformers reads it."""
-        check_values(self, OWN_RANGES)
-        self.deepspeed = zero_settings(self)
+        """Choose what evaluations are compared by, too."""
         super().__post_init__()
         choose_metric(self, self.early_stopping_patience)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of this process. Accelerate numbers CPUs among several processes, which `torch.load` does not know."""
-        device = super().device
-        return torch.device("cpu") if device.type == "cpu" else device
-
-
-OWN_RANGES = {
-    "lora_rank": COUNT,
-    "lora_alpha": POSITIVE,
-    "lora_dropout": PROBABILITY,
-    "balance_weight": NOT_NEGATIVE,
-    "early_stopping_patience": COUNT,
-    "early_stopping_threshold": NOT_NEGATIVE,
-}
-"""What the numbers of `TrainingArguments` may be, where they are ours."""
 
 
 @dataclass

@@ -35,6 +35,7 @@ from llava.runtime.partition import fetch, shared_like
 from llava.runtime.quantization import choose_cpu_kernels, quantisation_config
 from llava.runtime.tokenizer import add_ends
 from llava.runtime.tokenizer import load_tokenizer as read_tokenizer
+from llava.runtime.trainer_options.smoothing import smoothing_term
 from llava.runtime.weights.adapter_counts import check_adapter
 from llava.runtime.weights.base_weights import GENERATION_FILE, read_base
 from llava.runtime.weights.completeness import RUN_FILE, require
@@ -217,6 +218,7 @@ class HydraLoraTrainer(MonitoredTrainer):
         self.statistics = TaskStatistics()
         by_target = self.args.loss_reduction == LossReduction.TARGET
         self.loss_reduction = over_targets if by_target else over_batches
+        self.label_smoother = None  # the model is given the labels, which are no part of what the router decides by
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter; in a checkpoint into `sft_lora_model` too, where the original's tools look for it."""
@@ -274,6 +276,8 @@ class HydraLoraTrainer(MonitoredTrainer):
                 f"--balance_weight {self.balance_weight}: layers {others} see other tokens than those of the text, "
                 "over which the loss balances; leave them out of --trainable, or pass --balance_weight 0"
             )
+        if self.args.label_smoothing_factor:
+            loss = loss + self._smoothing(outputs["logits"], inputs["labels"], num_items_in_batch)
         if self.balance_weight and routings and routings[0].probabilities.shape[-1] > 1:
             share = self._micro_batch_share(num_items_in_batch)
             loss = loss + share * self.balance_weight * expert_balance_loss(routings, mask)
@@ -288,6 +292,15 @@ class HydraLoraTrainer(MonitoredTrainer):
         """The task of a record, if it has one."""
         task = self.eval_dataset[row].task
         return () if task in (-1, "") else (f"task_{task}",)
+
+    def _smoothing(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """What label smoothing adds to the loss, averaged as that is."""
+        divided_later = not self.model_accepts_loss_kwargs or num_items_in_batch is None
+        term = smoothing_term(
+            logits, labels, self.args.label_smoothing_factor, None if divided_later else num_items_in_batch
+        )
+        shares = 1 if divided_later or not self.args.average_tokens_across_devices else self.accelerator.num_processes
+        return shares * term
 
     def _instead_of_float16(self) -> str:
         if self.args.fp16:

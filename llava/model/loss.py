@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava.constants import IGNORE_INDEX
+from llava.runtime.trainer_options.smoothing import cross_entropy_sum
 
 
 class LossReduction(StrEnum):
@@ -23,7 +24,11 @@ class LossReduction(StrEnum):
 
 
 def language_model_loss(
-    logits: Tensor, labels: Tensor, reduction: LossReduction, num_items_in_batch: Tensor | int | None = None
+    logits: Tensor,
+    labels: Tensor,
+    reduction: LossReduction,
+    num_items_in_batch: Tensor | int | None = None,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """Cross entropy of every position's prediction of the next label, in fp32.
 
@@ -33,14 +38,13 @@ def language_model_loss(
         reduction: see `LossReduction`.
         num_items_in_batch: `target` only: targets of all micro batches and ranks that make up one update; None
             averages over this micro batch.
+        smoothing: of the labels, see `cross_entropy_sum`.
 
     Returns:
         fp32 scalar; 0 for a batch without any target.
     """
     shifted = labels[:, 1:]  # (B, L - 1)
-    total = nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), shifted.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    total = cross_entropy_sum(logits, labels, smoothing)
     if reduction is LossReduction.ALL:
         return total / max(1, shifted.numel())
     if num_items_in_batch is None:

@@ -29,6 +29,7 @@ from llava.runtime.resumed_schedule import apply_settings, check_length, own_set
 from llava.runtime.run_record import Resumption
 from llava.runtime.sampling import EpochSampler, random_order
 from llava.runtime.saving import FINAL, last_checkpoint, publish_files, publish_folder, rotate, staging_path
+from llava.runtime.trainer_options.lengths import length_order, lengths_of
 from llava.runtime.weights.completeness import require, write_file_list
 from llava.runtime.weights.torch_files import check_training_state, load_plain
 from llava.runtime.zero import load_zero_state, saved_processes
@@ -47,10 +48,15 @@ class ResumableTrainer(FiniteTrainer):
     _schedule_changes: Sequence[str] = ()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length":
+            order = length_order(
+                lengths_of(dataset), self.args.train_batch_size * self.args.gradient_accumulation_steps
+            )
+            return EpochSampler(order, len(dataset), self._order_seed)
         if self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
-        size = len(self.train_dataset if train_dataset is None else train_dataset)
-        return EpochSampler(random_order(size), size, self._order_seed)
+        return EpochSampler(random_order(len(dataset)), len(dataset), self._order_seed)
 
     @property
     def _order_seed(self) -> int:

@@ -17,12 +17,14 @@ from llava.errors import FlagError
 from llava.extension import Extension, installed_extensions
 from llava.runtime.config_files.words import add_config, with_config
 from llava.runtime.monitoring.stopping import choose_metric
+from llava.runtime.trainer_options.listing import OptionParser
 from llava.runtime.values import parse, written_names
 from llava.train.base_settings import take_settings
 from llava.train.base_template import take_template
 from llava.train.base_tower import TEXT_ONLY
 from llava.train.checks import check_arguments
 from llava.train.evaluation.options import EvaluationArguments
+from llava.train.option_table import LLAVA_OPTIONS
 from llava.train.options import DataArguments, ModelArguments, RunArguments, TrainingArguments
 
 NOTHING_GIVEN = {"vision_tower": TEXT_ONLY[0], "report_to": "none"}
@@ -59,9 +61,9 @@ def build_parser(
             f"this program sets the options {unknown}, which no installed extension defines (installed: "
             f"{sorted(extensions)}); install the package that they come from"
         )
-    parser = transformers.HfArgumentParser(
+    parser = OptionParser(
         classes,
-        allow_abbrev=False,
+        LLAVA_OPTIONS,
         usage="%(prog)s --model_name_or_path BASE --data_path DATA --output_dir OUTPUT [options]",
         description="Fine-tune a LLaVA. An output folder that holds checkpoints is resumed.",
         epilog="Example: scripts/MLLM_HydraLoRA.sh. Checkpoints and what they hold: docs/architecture.md.",

@@ -120,6 +120,7 @@ def load_base(args: RunArguments, attn_implementation: str | None, claimed: Coll
         choose_cpu_kernels(model, trained=True)
     model.config.use_cache = False
     model.loss_reduction = LossReduction(args.training.loss_reduction)
+    model.label_smoothing = args.training.label_smoothing_factor
     return model
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -159,13 +158,22 @@ def _files(args: RunArguments) -> list[str]:
     return problems
 
 
-def _packages(args: RunArguments) -> list[str]:
-    """Optional packages that the options need and that are not installed."""
-    reporters = args.training.report_to or []
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+"""Options about adapters, which have no effect without any."""
+
+
+def _switched_off(args: RunArguments) -> list[str]:
+    """Options about LoRA where LoRA is off, so that every weight would be trained instead."""
+    if args.training.lora_enable:
+        return []
+    active = installed_extensions(list(args.extensions)) if args.extensions else {}
+    read = {name for extension in active.values() for name in extension.core_options}
+    defaults = type(args.training).__dataclass_fields__
     return [
-        f"--report_to {name} needs the package {name}; install it, or pass --report_to none"
-        for name in ("wandb", "tensorboard")
-        if name in reporters and importlib.util.find_spec(name) is None
+        f"--{name} {getattr(args.training, name)}: belongs to LoRA, which is off, so that it would have no effect; add "
+        "--lora_enable True, or leave it out"
+        for name in LORA
+        if name not in read and (name in args.given or getattr(args.training, name) != defaults[name].default)
     ]
 
 
@@ -207,8 +215,8 @@ def check_arguments(args: RunArguments) -> None:
     Raises:
         FlagError: lists every problem, one per line.
     """
-    problems = _values(args) + _rates(args) + _tiles(args) + _files(args) + _packages(args)
-    problems += _contradictions(args) + _rows(args) + output_problems(args)
+    problems = _values(args) + _rates(args) + _tiles(args) + _files(args)
+    problems += _contradictions(args) + _switched_off(args) + _rows(args) + output_problems(args)
     problems += evaluation_problems(args.evaluation, args.training)
     problems += fsdp_problems(args.training, args.training.bits, "--bits") + hub_problems(args.training)
     problems += file_problems(args.training.peft_config, args.given, args.training.lora_enable)

@@ -56,6 +56,16 @@ class LLaVATrainer(MonitoredTrainer):
             super().__init__(args=run.training, **kwargs)
         # The loss is divided by the targets of the whole global batch in `compute_loss`, not by the Trainer.
         self.model_accepts_loss_kwargs = True
+        self.neftune_noise_alpha = None  # the model has its own, see `train`
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The updates of a run; noise on embeddings ends with them."""
+        llava = bare_model(self.model)
+        llava.noise_alpha = self.args.neftune_noise_alpha
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            llava.noise_alpha = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         if not self.args.group_by_modality_length:

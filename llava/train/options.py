@@ -6,20 +6,19 @@ Extensions add theirs in classes of their own; `arguments.py` makes the parser o
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
-import transformers
-
 from llava.extension import installed_extensions
-from llava.runtime.options import CHANGED_HELP, option
-from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY
+from llava.runtime.options import option
+from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, Range
+from llava.runtime.trainer_options.base import CheckedTrainingArguments
+from llava.runtime.trainer_options.row import Table
 from llava.runtime.used_settings import without
-from llava.runtime.values import check_values
-from llava.runtime.zero import zero_settings
 from llava.train.base_settings import BaseSettings
 from llava.train.evaluation.options import EvaluationArguments
+from llava.train.option_table import LLAVA_OPTIONS
 
 
 @dataclass
@@ -78,17 +77,28 @@ class DataArguments:
     on_bad_sample: str = option("stop: end with an error; skip: leave the sample out and list it in a file", "stop")
 
 
+OWN_RANGES = {
+    "lora_r": COUNT,
+    "lora_alpha": POSITIVE,
+    "lora_dropout": PROBABILITY,
+    "mm_projector_lr": NOT_NEGATIVE,
+    "mm_vision_tower_lr": NOT_NEGATIVE,
+    "model_max_length": COUNT,
+}
+"""What the numbers of `TrainingArguments` may be, where they are ours."""
+
+
 @dataclass
-class TrainingArguments(transformers.TrainingArguments):
+class TrainingArguments(CheckedTrainingArguments):
     """How it is trained; everything else is transformers' `TrainingArguments`."""
 
-    _argument_group_name: ClassVar[str] = "training (including every option of transformers' TrainingArguments)"
+    _argument_group_name: ClassVar[str] = "training"
+    table: ClassVar[Table] = LLAVA_OPTIONS
+    ranges: ClassVar[Mapping[str, Range]] = OWN_RANGES
 
-    remove_unused_columns: bool = option("drop columns that the model does not take; does not apply here", False)
     optim: str = option("optimizer, by transformers' name", "adamw_torch")
     cache_dir: str | None = option("where files from a model hub are kept")
     freeze_mm_mlp_adapter: bool = option("do not train the projector", False)
-    resume_changed: bool = option(CHANGED_HELP, False)
     hub_strategy: str = option("when to publish: end, once when the run is finished", "end")
     hub_base_model: str | None = option("--push_to_hub: id of the base on the hub, where it was read from a folder")
     hub_license: str | None = option("--push_to_hub: license of the result; not given: that of the base's model card")
@@ -114,33 +124,10 @@ class TrainingArguments(transformers.TrainingArguments):
         "target: mean over the trained tokens of an update; micro_batch, all: as the originals do", "target"
     )
 
-    def __post_init__(self) -> None:
-        """Refuse numbers that train nothing, and resolve `--deepspeed` before transformers reads it."""
-        check_values(self, OWN_RANGES)
-        self.deepspeed = zero_settings(self)
-        super().__post_init__()
-
     @property
     def has_adapter(self) -> bool:
         """True if an adapter is trained in place of the language model."""
         return self.lora_enable or self.peft_config is not None
-
-    @property
-    def device(self) -> torch.device:
-        """Device of this process. Accelerate numbers CPUs among several processes, which `torch.load` does not know."""
-        device = super().device
-        return torch.device("cpu") if device.type == "cpu" else device
-
-
-OWN_RANGES = {
-    "lora_r": COUNT,
-    "lora_alpha": POSITIVE,
-    "lora_dropout": PROBABILITY,
-    "mm_projector_lr": NOT_NEGATIVE,
-    "mm_vision_tower_lr": NOT_NEGATIVE,
-    "model_max_length": COUNT,
-}
-"""What the numbers of `TrainingArguments` may be, where they are ours."""
 
 
 NOT_OF_TRAINING = ("do_train",)

@@ -226,6 +226,19 @@ def with_underscores(words: Sequence[str]) -> list[str]:
     return [(name and "--" + name[2:].replace("-", "_")) + sign + value for name, sign, value in split]
 
 
+HELP_ALL = "--help_all"
+
+
+def print_full_help() -> None:
+    """Print LaVIN's options and then llava's, and end the program.
+
+    Raises:
+        SystemExit: always.
+    """
+    build_parser().print_help()
+    parse_llava([HELP_ALL])
+
+
 def launched_processes() -> int:
     """Number of processes that the launcher has started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -242,6 +255,8 @@ def parse_args(argv: Sequence[str] | None = None) -> LavinArguments:
     parsers = [parser, build_llava_parser(installed_extensions())]
     words = with_config(sys.argv[1:] if argv is None else argv, parsers, NOTHING_GIVEN, list)
     words = with_underscores(words)
+    if HELP_ALL in words:
+        print_full_help()
     own, rest = parser.parse_known_args(words)
     names = given(words)
     problems = _problems(own, rest)

@@ -107,8 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m mma.train",
         usage="%(prog)s --llama_model_path WEIGHTS --data_root DATA --output_dir OUTPUT [options]",
         description="Train LaVIN on ScienceQA or on the chatbot's data, with the command lines of the original.",
-        epilog="Every option of python -m llava.train.train may be given too (--bf16 True, --max_steps 10, "
-        f"--vision_tower FOLDER; default tower: {TOWER}), unless one of the above means the same.",
+        epilog="Every option of python -m llava.train.train may be given too; --help-all lists them (--bf16 True, "
+        f"--max_steps 10, --vision_tower FOLDER; default tower: {TOWER}), unless one of the above means the same.",
         allow_abbrev=False,
     )
     for add in (_add_run, _add_model, _add_optimizer, _add_data):

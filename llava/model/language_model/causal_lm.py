@@ -24,6 +24,7 @@ from llava.model.loss import LossReduction, language_model_loss
 from llava.runtime.cache_name import cache_argument, cache_keyword, cache_of, takes_cache
 from llava.runtime.finite_logits import WatchedGeneration
 from llava.runtime.offloading import execution_device
+from llava.runtime.trainer_options.noise import text_positions, with_noise
 from llava.runtime.versions import warn_once
 from llava.segments import MultimodalInputs, Segments
 
@@ -52,6 +53,9 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
 
     Attributes:
         decoder_class: the decoder with `LlavaDecoder` mixed in.
+        loss_reduction: what the language-model loss is divided by.
+        label_smoothing: of the loss while training.
+        noise_alpha: of NEFTune's noise on embeddings of text while training; None: no noise.
     """
 
     decoder_class: ClassVar[type[LlavaDecoder]]
@@ -66,6 +70,8 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         self.model.extensions = self.extensions
         self.model.host = [self]
         self.loss_reduction = LossReduction.TARGET
+        self.label_smoothing = 0.0
+        self.noise_alpha: float | None = None
         self.post_init()
 
     def get_model(self) -> LlavaDecoder:
@@ -123,6 +129,8 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         if inputs_embeds is None and starts_sequence:
             padding_side = None if labels is not None else self._input_padding_side(attention_mask)
             inputs = self.build_inputs(input_ids, attention_mask, labels, images, image_sizes, padding_side)
+            if self.training and self.noise_alpha:
+                inputs.inputs_embeds = with_noise(inputs.inputs_embeds, text_positions(inputs), self.noise_alpha)
             inputs = self.extensions.on_inputs(self, inputs)
             input_ids, inputs_embeds, segments = None, inputs.inputs_embeds, inputs.segments
             position_ids, labels = inputs.position_ids, inputs.labels
@@ -141,7 +149,9 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         logits = self.lm_head(outputs.last_hidden_state[:, keep])  # (B, L, V)
         losses = None
         if labels is not None:
-            losses = {"lm": language_model_loss(logits, labels, self.loss_reduction, num_items_in_batch)}
+            smoothing = self.label_smoothing if self.training else 0.0  # an evaluation's loss is a perplexity's
+            lm = language_model_loss(logits, labels, self.loss_reduction, num_items_in_batch, smoothing)
+            losses = {"lm": lm}
             if inputs is not None:
                 losses |= self.extensions.losses(self, inputs)
         return LlavaOutput(
