@@ -48,7 +48,7 @@ def make_server(app: FastAPI, patience: Patience | None = None, log_level: str =
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound.
+    """A socket to which clients can connect; they wait until a server accepts them.
 
     Raises:
         OSError: it cannot be.
@@ -57,6 +57,7 @@ def listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()
     except OSError:
         listener.close()
         raise

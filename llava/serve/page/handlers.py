@@ -70,7 +70,8 @@ class Handlers:
 
         What is wrong with it is the notice, and nothing changes.
         """
-        text = question if isinstance(question, str) else ""
+        # Half a surrogate pair, which no reply to the browser can hold, becomes a question mark.
+        text = question.encode("utf-8", "replace").decode() if isinstance(question, str) else ""
         try:
             _refuse_open(conversations)
             if not text.strip():
