@@ -2,7 +2,7 @@
 
 COMMA := ,
 SPACE := $(subst ,, )
-RUN_EXTRAS := train quant openclip serve eval harness analysis
+RUN_EXTRAS := train data quant openclip serve eval harness analysis
 EXTRAS ?= dev,$(subst $(SPACE),$(COMMA),$(RUN_EXTRAS))
 WORKERS ?= 2
 ARGS ?=
