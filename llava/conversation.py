@@ -22,6 +22,9 @@ TAGGED_IMAGE = f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>"
 SYSTEM_TURN = -1
 """Number of the turn that the system text counts as."""
 
+CHATML_HEAD = "<|im_start|>system\n"
+"""Templates of the ChatML family keep it in their system text."""
+
 
 class SeparatorStyle(Enum):
     """How role names, messages and separators are strung together."""
@@ -82,6 +85,11 @@ class Conversation:
     def copy(self) -> Conversation:
         """A conversation whose messages can be changed without changing this one."""
         return replace(self, messages=[list(message) for message in self.messages])
+
+    def with_system(self, text: str) -> Conversation:
+        """A copy with another system text."""
+        head = CHATML_HEAD if self.system.startswith(CHATML_HEAD) else ""
+        return replace(self.copy(), system=head + text)
 
     def append_message(self, role: str, message: Message) -> None:
         """Add a message at the end."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from llava.conversation import TOKENIZER_VERSION, Conversation, conv_templates, default_conversation
@@ -17,16 +16,13 @@ VERSIONS_WITHOUT_TEMPLATE = frozenset({"v0", "v0.5"})
 SYSTEM = "system"
 """Key of a row whose text takes the place of the template's system text."""
 
-CHATML_HEAD = "<|im_start|>system\n"
-"""Templates of the ChatML family keep it in their system text."""
-
 
 def row_template(template: Conversation, row: Mapping[str, Any]) -> Conversation:
     """The template with the system text of a row, if it has one."""
     text = row.get(SYSTEM)
     if not isinstance(text, str) or not text:
         return template
-    return replace(template, system=(CHATML_HEAD if template.system.startswith(CHATML_HEAD) else "") + text)
+    return template.with_system(text)
 
 
 def check_system(row: Mapping[str, Any], prompt: str) -> None:

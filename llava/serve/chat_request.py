@@ -19,9 +19,6 @@ from llava.eval.answering.prompts import add_image_markers, new_conversation
 from llava.serve.problems import RequestError, short
 from llava.serve.schema import TAGS, ChatCompletionRequest, ChatMessage, TextPart
 
-SYSTEM_HEAD = "<|im_start|>system\n"
-"""Templates of the ChatML family keep it in their system text."""
-
 
 @dataclass(frozen=True)
 class Defaults:
@@ -165,8 +162,7 @@ def conversation_of(request: ChatRequest, conv_mode: str, tokenizer: Any, mm_use
     conversation = new_conversation(conv_mode, tokenizer)
     for number, message in enumerate(request.messages):
         if message.role == "system":
-            head = SYSTEM_HEAD if conversation.system.startswith(SYSTEM_HEAD) else ""
-            conversation.system = head + message.text
+            conversation = conversation.with_system(message.text)
             continue
         text = add_image_markers(
             message.text,
