@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llava.conversation import Conversation
-from llava.data.image_names import RowImage, image_names
-from llava.data.images import ImageTransform, ProcessedImage, row_image
-from llava.data.labels import tokenize_conversation
+from llava.data.image_names import image_names
 from llava.data.rows import Row, RowFiles, open_rows
+from llava.data.samples import ON_BAD_SAMPLE, Item, Samples, conversation_of, with_row
 from llava.data.sizes import IMAGE_LENGTH, UNCOUNTED, Size
 from llava.data.skipped import append_skipped
-from llava.data.templates import check_system, row_template
 from llava.data.tiling import GridPinpoints, ImageLength
-from llava.errors import BadImageError, BadSampleError, FlagError, LlavaError
+from llava.errors import BadSampleError, FlagError, LlavaError
 from llava.runtime.failure import failed_item
+
+__all__ = ["ON_BAD_SAMPLE", "Item", "LazySupervisedDataset", "conversation_of"]
 
 logger = logging.getLogger(__name__)
 
-Item = dict[str, Any]
 
-ON_BAD_SAMPLE = ("stop", "skip")
-"""Values of `--on_bad_sample`."""
-
-
-class LazySupervisedDataset(Dataset[Item]):
+class LazySupervisedDataset(Samples, Dataset[Item]):
     """Rows of a LLaVA data file as token ids, labels and pixel values, made when they are asked for.
 
     An item has `input_ids` and `labels`, int64 (T,), and `image`, float32 (3, height, width), or (N, 3, height, width)
@@ -89,24 +82,21 @@ class LazySupervisedDataset(Dataset[Item]):
         skipped_file: str | os.PathLike[str] | None = None,
         requires_image: bool = False,
     ) -> None:
-        if on_bad_sample not in ON_BAD_SAMPLE:
-            raise FlagError(f"--on_bad_sample {on_bad_sample}: not known; known: {', '.join(ON_BAD_SAMPLE)}")
-        if on_bad_sample == "skip" and skipped_file is None:
-            raise FlagError("--on_bad_sample skip needs a file to list the skipped rows in")
-        if is_multimodal and image_processor is None:
-            raise FlagError("a model with a vision tower needs its image processor to prepare the data")
-        self.rows = data_path if isinstance(data_path, RowFiles) else open_rows(data_path)
-        self.tokenizer = tokenizer
-        self.transform = (
-            ImageTransform(image_processor, image_aspect_ratio, image_grid_pinpoints) if is_multimodal else None
+        super().__init__(
+            tokenizer,
+            image_processor,
+            template=template,
+            image_folder=image_folder,
+            image_aspect_ratio=image_aspect_ratio,
+            image_grid_pinpoints=image_grid_pinpoints,
+            is_multimodal=is_multimodal,
+            mm_use_im_start_end=mm_use_im_start_end,
+            model_max_length=model_max_length,
+            image_length=image_length,
+            on_bad_sample=on_bad_sample,
+            skipped_file=skipped_file,
         )
-        self.template = template
-        self.image_folder = image_folder
-        self.mm_use_im_start_end = mm_use_im_start_end
-        self.model_max_length = model_max_length
-        self.image_length = image_length
-        self.on_bad_sample = on_bad_sample
-        self.skipped_file = skipped_file
+        self.rows = data_path if isinstance(data_path, RowFiles) else open_rows(data_path)
         self._bad_rows: set[int] = set()
         self.left_out = self._leave_out_text() if requires_image else 0
 
@@ -131,7 +121,7 @@ class LazySupervisedDataset(Dataset[Item]):
             return bool(image_names(self.rows[row]))
         except BadSampleError as error:
             if self.on_bad_sample == "stop":
-                raise _with_row(error, self.rows.name(row)) from error
+                raise with_row(error, self.rows.name(row)) from error
             self._skip(row, error)
             return False
 
@@ -215,70 +205,7 @@ class LazySupervisedDataset(Dataset[Item]):
         Raises:
             BadSampleError, BadImageError: it cannot be trained on.
         """
-        row = self.rows[index]
-        name = f"{self.rows.name(index)} (id {row.get('id')!r})"
-        try:
-            names = image_names(row)
-            # Tiles are cut first: how long a prompt becomes depends on their number.
-            images = self._load_images(names, name) if names and self._tiled else None
-            input_ids, labels = self.tokenize(row, len(names), self._lengths(images))
-        except BadSampleError as error:
-            raise _with_row(error, name) from error
-        item: Item = {"input_ids": input_ids, "labels": labels}
-        if names:
-            item |= self._collated(self._load_images(names, name) if images is None else images)
-        elif self.transform is not None:
-            item |= self._collated([self.transform.dummy()])
-        return item
-
-    def tokenize(self, row: Row, image_count: int, patches_per_image: int | Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Token ids and labels of a row, both int64 (T,); a subclass may have a layout of its own.
-
-        Args:
-            row: a row of the data.
-            image_count: number of its images.
-            patches_per_image: embeddings of each image, or of every image if all have the same number.
-
-        Raises:
-            BadSampleError: the row cannot be trained on.
-        """
-        prompt = tokenize_conversation(
-            conversation_of(row),
-            self.tokenizer,
-            row_template(self.template, row),
-            image_count=image_count,
-            mm_use_im_start_end=self.mm_use_im_start_end,
-            max_length=self.model_max_length,
-            patches_per_image=patches_per_image,
-        )
-        check_system(row, prompt.prompt)
-        return prompt.input_ids, prompt.labels
-
-    @property
-    def _tiled(self) -> bool:
-        return self.transform is not None and self.transform.tiled
-
-    def _lengths(self, images: list[ProcessedImage] | None) -> int | list[int]:
-        """Embeddings of each image, or of every image if all have the same number."""
-        if self.image_length is None:
-            return 1
-        if images is None:
-            return self.image_length.features
-        return [self.image_length(image.pixels, image.size) for image in images]
-
-    def _load_images(self, names: list[RowImage], row_name: str) -> list[ProcessedImage]:
-        if self.transform is None:
-            raise FlagError(f"{row_name} has an image but the model has no vision tower; set --vision_tower")
-        return [
-            self.transform(row_image(self.image_folder, name, row_name), f"{row_name}: image {name}") for name in names
-        ]
-
-    def _collated(self, images: list[ProcessedImage]) -> Item:
-        """What an item says of its images."""
-        pixels = [image.pixels for image in images]
-        if self._tiled:
-            return {"image": pixels, "image_sizes": [image.size for image in images]}
-        return {"image": pixels[0] if len(pixels) == 1 else torch.stack(pixels)}
+        return self.prepare(self.rows[index], self.rows.name(index))
 
     def _skip(self, index: int, error: BadSampleError) -> None:
         """Remember and list a bad row."""
@@ -300,21 +227,4 @@ def _image_count(row: Row, name: str) -> int:
     try:
         return len(image_names(row))
     except BadSampleError as error:
-        raise _with_row(error, name) from error
-
-
-def _with_row(error: BadSampleError, name: str) -> BadSampleError:
-    """The error with file, row and id in front; that of an image names them already."""
-    return error if isinstance(error, BadImageError) else type(error)(f"{name}: {error}")
-
-
-def conversation_of(row: Row) -> list[Mapping[str, Any]]:
-    """Turns of a row.
-
-    Raises:
-        BadSampleError: the row has no list of turns.
-    """
-    turns = row.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise BadSampleError(f"'conversations' must be a list of turns, not {turns!r:.80}; the row has {sorted(row)}")
-    return turns
+        raise with_row(error, name) from error

@@ -23,7 +23,17 @@ from llava.errors import FlagError
 from llava.runtime.hub import is_hub_id
 from llava.runtime.places import split_weight
 
-__all__ = ["BYTE_ORDER_MARK", "MemoryRows", "Row", "RowFiles", "Rows", "drawn_rows", "open_rows", "source_problem"]
+__all__ = [
+    "BYTE_ORDER_MARK",
+    "MemoryRows",
+    "Row",
+    "RowFiles",
+    "Rows",
+    "drawn_rows",
+    "is_parquet",
+    "open_rows",
+    "source_problem",
+]
 
 FILE_SUFFIXES = frozenset({".json", ".jsonl", ".parquet", ".arrow", ".gz", ".txt", ".csv", ".tsv"})
 """Ends of names that are files, and not ids of data sets on a hub, even where they do not exist."""
@@ -142,7 +152,7 @@ def source_problem(name: str) -> str | None:
 
 def _open_source(name: str) -> Rows:
     path = Path(name)
-    if path.is_dir() or (path.is_file() and _is_parquet(path)):
+    if path.is_dir() or (path.is_file() and is_parquet(path)):
         rows: Rows = open_table(path)
     else:
         rows = JsonRows(path) if path.is_file() else open_hub(name)
@@ -151,6 +161,7 @@ def _open_source(name: str) -> Rows:
     return rows
 
 
-def _is_parquet(path: Path) -> bool:
+def is_parquet(path: Path) -> bool:
+    """Whether a file begins as Parquet does."""
     with path.open("rb") as file:
         return file.read(len(PARQUET)) == PARQUET

@@ -31,7 +31,7 @@ TRAINER_STATE = {
     "global_step": Rule("int", 1, 2**40, required=True),
     "max_steps": Rule("int", 1, 2**40, required=True),
     "epoch": Rule("float", 0, 1e9, required=True),
-    "num_train_epochs": Rule("float", 0, 1e9, required=True),
+    "num_train_epochs": Rule("float", 0, 2**63, required=True),  # of a stream, as many as there are numbers
     "train_batch_size": Rule("int", 1, 2**20),
     "total_flos": Rule("float", 0, 1e40, required=True),
     "num_input_tokens_seen": Rule("int", 0, 2**60),

@@ -43,6 +43,12 @@ EVALUATION = frozenset(
 )
 """Free unless what is measured decides which checkpoint is loaded at the end, or when the run ends."""
 
+STREAMING, STREAMED = "streaming", "data_path"
+"""The option that makes a stream of the data, and the option of `PATHS` that names them."""
+
+END = 1 << 20
+"""Bytes at the beginning and at the end of a file of a stream that are compared; it may be too large to read whole."""
+
 LENGTH = frozenset({"max_steps", "num_train_epochs", "epochs"})
 """Options that say when the run ends. Free under a schedule that does not depend on it."""
 FIXED = frozenset({"optim"})
@@ -73,10 +79,28 @@ def fingerprints(options: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for name in sorted(PATHS & options.keys()):
         paths = options[name] if isinstance(options[name], list) else [options[name]]
-        digests = [_weighted(path, DATA_FILES.get(name)) for path in paths if isinstance(path, str)]
+        if name == STREAMED and options.get(STREAMING) is True:
+            digests: list[str | None] = [_streamed(path) for path in paths if isinstance(path, str)]
+        else:
+            digests = [_weighted(path, DATA_FILES.get(name)) for path in paths if isinstance(path, str)]
         if digests and None not in digests:
             found[name] = " ".join(map(str, digests))
     return found
+
+
+def _streamed(name: str) -> str:
+    """The digest of a source of a stream, with its weight: sizes and both ends of its files, or its id on the hub."""
+    path = Path(split_weight(name)[0])
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files if path.exists() else []:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path) if path.is_dir() else ''} {size}\n".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(END))
+            content.seek(max(0, size - END))
+            digest.update(content.read(END))
+    return f"{digest.hexdigest()[:16]}@{split_weight(name)[1]:g}" if path.exists() else name
 
 
 def _weighted(name: str, data_files: str | None) -> str | None:
@@ -186,6 +210,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     # Both as they come out of a file: tuples are lists there, and numbers that are no JSON become strings.
     now = json.loads(json.dumps(now, default=str))
     before, after = _effective(then), _effective(now)
+    if STREAMING in after:
+        before.setdefault(STREAMING, False)  # records of earlier versions do not have it
     free = set(FREE)
     batch, changed_batch = batch_shares(then), batch_shares(now)
     other_batch = batch is not None and changed_batch is not None and math.prod(batch) != math.prod(changed_batch)
@@ -199,6 +225,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     lines = []
     if batch is not None and changed_batch is not None and other_batch:
         lines.append(f"global batch: {describe_shares(batch)} then, {describe_shares(changed_batch)} now")
+    elif after.get(STREAMING) is True and then.get(WORLD) != now.get(WORLD):
+        # Every process has a part of the stream of its own.
+        lines.append(f"processes that share the stream: {then.get(WORLD)} then, {now.get(WORLD)} now")
     for name in sorted((before.keys() & after.keys() | extensions) - free):
         old, new = before.get(name), after.get(name)
         if not _same(name, then, now, old, new):

@@ -152,6 +152,7 @@ DATA_RULES = (
         ("validation_split_percentage",),
     ),
     Rule(_is("train_sampling_strategy", "group_by_length"), ("length_column_name",)),
+    Rule(_is("streaming", True), ("shuffle_buffer",)),
     Rule(
         _on("dataloader_num_workers"),
         (

@@ -18,6 +18,7 @@ from llava.data.answer_end import answer_end, end_problem, turn_end
 from llava.data.dataset import LazySupervisedDataset
 from llava.data.markers import user_marker_ids
 from llava.data.rows import RowFiles, open_rows
+from llava.data.streams.dataset import StreamedDataset
 from llava.data.templates import select_template
 from llava.data.tiling import check_grid_pinpoints
 from llava.data.trained_template import record_template
@@ -60,6 +61,7 @@ from llava.train.lora import add_lora
 from llava.train.options import RunArguments, TrainingArguments
 from llava.train.peft_file import add_adapter
 from llava.train.steps import say, say_base, say_settings, say_tower
+from llava.train.streaming import stream_of_run
 
 
 def skipped_file(args: RunArguments) -> Path:
@@ -320,26 +322,43 @@ def rows_of_run(args: RunArguments) -> RowFiles:
         return open_rows(args.data.data_path or [], seed=seed)
 
 
-def build_dataset(args: RunArguments, tokenizer: Any, model: LlavaForCausalLM) -> LazySupervisedDataset:
-    """The training data of a run."""
+def sample_options(args: RunArguments, tokenizer: Any, model: LlavaForCausalLM) -> dict[str, Any]:
+    """How the rows of a run become items, as `Samples` takes it; all but the tokenizer."""
     template: Conversation = select_template(args.model.version, tokenizer)
     tower = model.get_vision_tower()
-    dataset = LazySupervisedDataset(
-        rows_of_run(args),
-        tokenizer,
-        None if tower is None else tower.image_processor,
-        template=template,
-        image_folder=args.data.image_folder,
-        image_aspect_ratio=args.data.image_aspect_ratio,
-        image_grid_pinpoints=getattr(model.config, "image_grid_pinpoints", None),
-        is_multimodal=tower is not None,
-        mm_use_im_start_end=args.model.mm_use_im_start_end,
-        model_max_length=tokenizer.model_max_length,
-        image_length=None if tower is None else model.image_length(),
-        on_bad_sample=args.data.on_bad_sample,
-        skipped_file=skipped_file(args),
-        requires_image=args.data.requires_image,
-    )
+    return {
+        "image_processor": None if tower is None else tower.image_processor,
+        "template": template,
+        "image_folder": args.data.image_folder,
+        "image_aspect_ratio": args.data.image_aspect_ratio,
+        "image_grid_pinpoints": getattr(model.config, "image_grid_pinpoints", None),
+        "is_multimodal": tower is not None,
+        "mm_use_im_start_end": args.model.mm_use_im_start_end,
+        "model_max_length": tokenizer.model_max_length,
+        "image_length": None if tower is None else model.image_length(),
+        "on_bad_sample": args.data.on_bad_sample,
+        "skipped_file": skipped_file(args),
+    }
+
+
+def build_dataset(args: RunArguments, tokenizer: Any, model: LlavaForCausalLM) -> LazySupervisedDataset:
+    """The rows of `--data_path` as a list: the training data of a run that does not stream, and all evaluation data."""
+    options = sample_options(args, tokenizer, model)
+    dataset = LazySupervisedDataset(rows_of_run(args), tokenizer, requires_image=args.data.requires_image, **options)
     if args.data.requires_image and args.training.should_log:
         print(f"--requires_image True: {dataset.left_out} rows without image are left out, {len(dataset)} remain")
     return dataset
+
+
+def training_data(
+    args: RunArguments, tokenizer: Any, model: LlavaForCausalLM
+) -> LazySupervisedDataset | StreamedDataset:
+    """The training data of a run: a list of rows, or with `--streaming True` a stream of them."""
+    if not args.data.streaming:
+        return build_dataset(args, tokenizer, model)
+    return StreamedDataset(
+        stream_of_run(args),
+        tokenizer,
+        batch_size=args.training.train_batch_size,
+        **sample_options(args, tokenizer, model),
+    )

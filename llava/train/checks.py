@@ -28,6 +28,7 @@ from llava.train.freeze import trained_components
 from llava.train.inputs import output_problems
 from llava.train.options import RunArguments
 from llava.train.peft_file import file_problems
+from llava.train.streaming import stream_problems
 
 
 def _values(args: RunArguments) -> list[str]:
@@ -88,7 +89,7 @@ def _trains_by_the_runs_rate(args: RunArguments, trained: set[Component]) -> boo
 
 def _rows(args: RunArguments) -> list[str]:
     """Too few rows for one batch, where an incomplete one is left out."""
-    if not args.training.dataloader_drop_last or not args.data.data_path:
+    if not args.training.dataloader_drop_last or not args.data.data_path or args.data.streaming:
         return []
     if any(map(source_problem, args.data.data_path)):  # said by `_files`
         return []
@@ -217,6 +218,7 @@ def check_arguments(args: RunArguments) -> None:
     """
     problems = _values(args) + _rates(args) + _tiles(args) + _files(args)
     problems += _contradictions(args) + _switched_off(args) + _rows(args) + output_problems(args)
+    problems += stream_problems(args)
     problems += evaluation_problems(args.evaluation, args.training)
     problems += fsdp_problems(args.training, args.training.bits, "--bits") + hub_problems(args.training)
     problems += file_problems(args.training.peft_config, args.given, args.training.lora_enable)

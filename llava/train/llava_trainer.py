@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from llava.data.streams.dataset import StreamedDataset, stream_loader
 from llava.eval.answering.loading import LoadedModel
 from llava.model.checkpoint import bare_model, load_full_weights, load_trained, save_checkpoint
 from llava.model.formats import inspect_checkpoint
@@ -74,6 +76,28 @@ class LLaVATrainer(MonitoredTrainer):
         ranks = self.args.world_size * self.args.gradient_accumulation_steps
         order = modality_order(dataset.modality_lengths, self.args.train_batch_size, ranks)
         return EpochSampler(order, len(dataset), self._order_seed)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The batches of this process. A stream gives each process its own rows; accelerate must not share them out."""
+        data, args = self.train_dataset, self.args
+        if not isinstance(data, StreamedDataset):
+            return super().get_train_dataloader()
+        return stream_loader(
+            data,
+            self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        """Where the run starts, in a stream too; errors as of the base class."""
+        found = super()._init_training_state(*args, **kwargs)
+        if isinstance(self.train_dataset, StreamedDataset):
+            self.train_dataset.passed = self.state.global_step * self.args.gradient_accumulation_steps
+        return found
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Optimizer of the class that `--optim` names, over the groups of `optimizer_groups`."""

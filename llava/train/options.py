@@ -66,6 +66,14 @@ class DataArguments:
         "conversations (LLaVA, messages or ShareGPT): JSON, JSON lines, Parquet, a folder or hub id of datasets; "
         "several are used as one; FILE@2 repeats its rows, FILE@0.5 draws half of them once for the run"
     )
+    streaming: bool = option(
+        "read the data from beginning to end, pass after pass, with nothing indexed or downloaded before; needs "
+        "--max_steps",
+        False,
+    )
+    shuffle_buffer: int = option(
+        "--streaming: rows among which the next one is drawn; 0 keeps the order of each source", 1000
+    )
     lazy_preprocess: bool = option("accepted for compatibility: samples are always prepared when needed", False)
     is_multimodal: bool = option("accepted for compatibility: set whenever there is a vision tower", False)
     image_folder: str | None = option("folder that the image names in the data are relative to")

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from llava.data.dataset import LazySupervisedDataset
+from llava.data.streams.dataset import StreamedDataset
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.options import RunArguments
 
@@ -19,5 +20,5 @@ class Run:
     args: RunArguments
     tokenizer: Any
     model: nn.Module
-    dataset: LazySupervisedDataset
+    dataset: LazySupervisedDataset | StreamedDataset
     trainer: LLaVATrainer

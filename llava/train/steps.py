@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from llava.data.dataset import LazySupervisedDataset
+from llava.data.streams.dataset import StreamedDataset
 from llava.runtime.run_record import Resumption
 from llava.train.base_settings import changed_settings, kept_settings
 from llava.train.base_template import template_line
@@ -52,9 +53,15 @@ def say_tower(args: RunArguments, model: Any) -> None:
     say(args, "tower", f"{source}: images of {tower.image_size} pixels, projector {args.model.mm_projector_type}")
 
 
-def say_data(args: RunArguments, dataset: LazySupervisedDataset) -> None:
-    """How many rows are trained on."""
-    say(args, "data", f"{len(dataset):,} rows of {', '.join(map(str, args.data.data_path or []))}")
+def say_data(args: RunArguments, dataset: LazySupervisedDataset | StreamedDataset) -> None:
+    """How many rows are trained on, or that they are read as a stream."""
+    names = ", ".join(map(str, args.data.data_path or []))
+    if isinstance(dataset, StreamedDataset):
+        buffer = args.data.shuffle_buffer
+        order = f"shuffled in a buffer of {buffer:,} rows" if buffer else "in the order of each source"
+        say(args, "data", f"a stream of {names}, {order}")
+    else:
+        say(args, "data", f"{len(dataset):,} rows of {names}")
 
 
 def say_evaluation(args: RunArguments, rows: int, questions: Examination | None) -> None:

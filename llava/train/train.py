@@ -20,6 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from llava.data.collator import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset
 from llava.data.skipped import remove_skipped
+from llava.data.streams.dataset import StreamedDataset
 from llava.model.formats import has_results
 from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.runtime import checkpointing
@@ -33,7 +34,7 @@ from llava.runtime.saving import prepare_folder
 from llava.runtime.tokenizer import load_tokenizer
 from llava.runtime.zero import join_processes, prepare_resume
 from llava.train.arguments import parse_args
-from llava.train.build import build_dataset, build_model, check_answer_end, skipped_file
+from llava.train.build import build_model, check_answer_end, skipped_file, training_data
 from llava.train.evaluation.rows import EvaluationRows, NoRows, evaluation_rows
 from llava.train.evaluation.scores import examination
 from llava.train.inputs import inputs_of
@@ -60,7 +61,7 @@ class Parts:
         evaluation_rows: makes the rows whose loss is measured in evaluations, as `dataset` makes its own.
     """
 
-    dataset: Callable[[RunArguments, Any, LlavaForCausalLM], LazySupervisedDataset] = build_dataset
+    dataset: Callable[[RunArguments, Any, LlavaForCausalLM], LazySupervisedDataset | StreamedDataset] = training_data
     trainer: Callable[..., LLaVATrainer] = LLaVATrainer
     next_command: Callable[[RunArguments], str] = next_command
     evaluation_rows: Callable[[RunArguments, Any, LlavaForCausalLM], EvaluationRows | NoRows] = evaluation_rows

@@ -53,7 +53,7 @@ class JsonRows(Rows):
         try:
             self._index = index_of(path, partial(_table, scan), kept_from)
         except (ListError, RecursionError) as error:
-            raise FlagError(f"--data_path {path}: the file begins like a JSON list but is none: {error}") from error
+            raise _no_list(path, error) from error
 
     def __len__(self) -> int:
         return len(self._index)
@@ -73,6 +73,26 @@ class JsonRows(Rows):
     def sizes(self) -> np.ndarray:
         """Words and images of all rows, found together with their places."""
         return self._index[list(SIZES.names or ())].astype(SIZES)
+
+
+def read_values(path: Path) -> Iterator[Any]:
+    """The rows of a file in their order, without a table of their places; None for a line that is not JSON.
+
+    Raises:
+        FlagError: as `JsonRows`, when the place of the problem is reached.
+    """
+    refuse_pointer(path, FlagError)
+    scan = scan_list if _first_character(path) == b"[" else scan_lines
+    try:
+        with path.open("rb") as file:
+            for found in scan(file):
+                yield found.value
+    except (ListError, RecursionError) as error:
+        raise _no_list(path, error) from error
+
+
+def _no_list(path: Path, error: Exception) -> FlagError:
+    return FlagError(f"--data_path {path}: the file begins like a JSON list but is none: {error}")
 
 
 def _table(scan: Callable[[BinaryIO], Iterator[Found]], file: BinaryIO) -> np.ndarray:

@@ -41,13 +41,7 @@ class Rows(Sequence[Row]):
         """
 
     def __getitem__(self, index: int) -> Row:
-        value = self.value(index)
-        if not isinstance(value, dict):
-            raise BadSampleError(f"{self.name(index)} is no JSON object but {value!r:.80}")
-        try:
-            return to_llava(value)
-        except BadSampleError as error:
-            raise BadSampleError(f"{self.name(index)}: {error}") from error
+        return llava_row(self.value(index), self.name(index))
 
     def name(self, index: int) -> str:
         """What to call a row in a message; rows are counted from 0 and blank lines are not."""
@@ -69,6 +63,20 @@ class Rows(Sequence[Row]):
     def sizes(self) -> np.ndarray:
         """Words and images of all rows, `SIZES` (rows,); counted once, without opening an image."""
         return table_of(self._count(index) for index in range(len(self)))
+
+
+def llava_row(value: Any, name: str) -> Row:
+    """What a file has as a row, in LLaVA's form.
+
+    Raises:
+        BadSampleError: it is not an object, or has no form that is known; begins with `name`.
+    """
+    if not isinstance(value, dict):
+        raise BadSampleError(f"{name} is no JSON object but {value!r:.80}")
+    try:
+        return to_llava(value)
+    except BadSampleError as error:
+        raise BadSampleError(f"{name}: {error}") from error
 
 
 def stored_size(entry: np.void) -> Size | None:

@@ -31,6 +31,9 @@ PLACEHOLDER = {"path": "image"}
 
 BATCH = 1000
 
+READ_AHEAD = 100
+"""Rows of a stream that are in memory at a time, images included."""
+
 
 class TableRows(Rows):
     """Rows of an Arrow table.
@@ -55,6 +58,11 @@ class TableRows(Rows):
     def sizes(self) -> np.ndarray:
         """Words and images of all rows, in one pass that reads no image."""
         return table_of(self._counted())
+
+    def values(self) -> Iterator[Any]:
+        """All rows in their order, as `value` gives them."""
+        for batch in self._table.iter(READ_AHEAD):
+            yield from batch.to_pylist()
 
     def _counted(self) -> Iterator[Size | None]:
         for batch in self._table.iter(BATCH):
@@ -112,14 +120,45 @@ def open_hub(name: str) -> TableRows:
     Raises:
         FlagError: `datasets` is not installed, or the hub and its cache do not have it.
     """
+    return TableRows(Path(name), load_hub(name))
+
+
+def load_hub(name: str, **options: Any) -> Any:
+    """A data set of the hub, by its id; its split `train`.
+
+    Args:
+        name: the id.
+        options: for `datasets.load_dataset`, as `streaming`.
+
+    Raises:
+        FlagError: as `open_hub`.
+    """
     datasets = _package(name)
     try:
-        return TableRows(Path(name), datasets.load_dataset(name, split=SPLIT))
+        return datasets.load_dataset(name, split=SPLIT, **options)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise FlagError(
             f"--data_path {name}: there is no such file or folder, and as the id of a data set on the hub it cannot be "
             f"read ({_first_line(error)}); without a network only data sets in the hub's cache can"
         ) from error
+
+
+def read_parquet(path: Path) -> Iterator[Any]:
+    """The rows of a Parquet file in their order, as `TableRows.value` gives them; nothing is converted.
+
+    Raises:
+        FlagError: `datasets`, whose package for Arrow reads them, is not installed, or the file is damaged.
+    """
+    _package(str(path))
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(READ_AHEAD):
+                yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise FlagError(f"--data_path {path}: cannot be read ({_first_line(error)})") from error
 
 
 def _package(name: str) -> Any:

@@ -74,5 +74,5 @@ def evaluation_rows(
     paths = args.evaluation.eval_data_path
     if not paths:
         return NoRows()
-    data = dataclasses.replace(args.data, data_path=list(paths), requires_image=False)
+    data = dataclasses.replace(args.data, data_path=list(paths), requires_image=False, streaming=False)
     return EvaluationRows(make(dataclasses.replace(args, data=data), tokenizer, model))
