@@ -52,6 +52,8 @@ INSTEAD = {
     "dataloader_num_workers": "--num_workers",
     "dataloader_pin_memory": "--no_pin_mem",
     "resume_from_checkpoint": "--resume",
+    "streaming": "no option: LaVIN's data are one file, read as a list",
+    "shuffle_buffer": "no option: LaVIN's data are one file, read as a list",
     "eval_data_path": "--eval_split",
     "eval_questions": "--eval_split for the loss, and mma.eval for scores: LaVIN has one prompt of its own",
 }

@@ -109,6 +109,7 @@ def test_what_the_options_become(
     [
         (["--learning_rate", "1e-4"], "--learning_rate: use --lr or --blr"),
         (["--num_train_epochs=3"], "--num_train_epochs: use --epochs"),
+        (["--streaming", "True", "--max_steps", "3"], "--streaming: use no option: LaVIN's data are one file"),
         (["--dist_on_itp"], "--dist_on_itp"),
         (["--dist_url", "tcp://x"], "--dist_url"),
         (["--start_epoch", "3"], "--start_epoch 3"),
