@@ -37,6 +37,11 @@ def stream_problems(args: RunArguments) -> list[str]:
             "--train_sampling_strategy sequential and --streaming True: a stream keeps the order of each source with "
             "--shuffle_buffer 0; leave the strategy out"
         )
+    if training.ignore_data_skip:
+        problems.append(
+            "--ignore_data_skip True and --streaming True: a stream resumes at its position without opening the images "
+            "before it; leave the flag out"
+        )
     problems += [
         f"--{name} epoch and --streaming True: a stream has no end at which it would be done; pass steps"
         for name in EPOCHS

@@ -65,6 +65,12 @@ class Source:
     weight: float
     values: Callable[[Share], Iterator[tuple[int, Any]]]
 
+    def label(self, share: Share) -> str:
+        """What the rows of a share are numbered in: the source, or of a hub's data set the part of the process."""
+        if not isinstance(self.values, _HubValues) or share.processes == 1:
+            return self.name
+        return f"{self.name} (part {share.process + 1} of {share.processes})"
+
     def rows(self, share: Share, seed: int) -> Iterator[StreamRow]:
         """What a pass has of this source: all rows as often as the weight says, then the drawn ones.
 
@@ -72,15 +78,16 @@ class Source:
             share: of this process.
             seed: says which rows are drawn, the same in every pass.
         """
+        label = self.label(share)
         for _ in range(int(self.weight)):
-            yield from (StreamRow(self.name, number, value) for number, value in self.values(share))
+            yield from (StreamRow(label, number, value) for number, value in self.values(share))
         rest = self.weight - int(self.weight)
         if rest:
             # One draw a row: how many rows there are is not known.
             draws = np.random.default_rng([seed, share.process])
             for number, value in self.values(share):
                 if draws.random() < rest:
-                    yield StreamRow(self.name, number, value)
+                    yield StreamRow(label, number, value)
 
 
 def open_sources(names: Sequence[str]) -> list[Source]:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from llava.conversation import conv_templates
 from llava.data.samples import Item
 from llava.data.skipped import read_skipped
+from llava.data.streams import sources
 from llava.data.streams.dataset import StreamedDataset, may_have_image, stream_loader
 from llava.data.streams.sources import Share, Source, StreamRow, open_sources, streamed_values
 from llava.data.streams.stream import LookAhead, RowStream
@@ -100,6 +101,23 @@ def test_a_streamed_data_set(files: int, processes: int, tmp_path: Path) -> None
     assert sorted(chain(*parts)) == list(range(7 * files))
     if files == processes == 2:
         assert parts == [list(range(7)), list(range(7, 14))]
+
+
+def test_an_id_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are numbered within the part of a process, and say so, since two parts have the same numbers."""
+    path = as_parquet(tmp_path, rows_of(5))
+
+    def load(name: str, **options: Any) -> Any:
+        assert (name, options) == ("owner/name", {"streaming": True})
+        return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+
+    monkeypatch.setattr(sources, "load_hub", load)
+    stream = stream_of("owner/name", buffer=0)
+    stream.check()
+    assert [row.name for row in stream.one_pass(0)] == [f"owner/name, row {number}" for number in range(5)]
+    second = list(stream_of("owner/name", share=Share(1, 2), buffer=0).one_pass(0))
+    assert ids(second) == [1, 3]
+    assert [row.name for row in second] == [f"owner/name (part 2 of 2), row {number}" for number in range(2)]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "folder"])

@@ -179,6 +179,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "by modality": ({"group_by_modality_length": True}, "--group_by_modality_length and --streaming True"),
     "by length": ({"train_sampling_strategy": "group_by_length"}, "group_by_length and --streaming True"),
     "in order": ({"train_sampling_strategy": "sequential"}, "with --shuffle_buffer 0"),
+    "begun again": ({"ignore_data_skip": True}, "--ignore_data_skip True and --streaming True"),
     "epochs": ({"save_strategy": "epoch"}, "--save_strategy epoch and --streaming True"),
     "buffer of a list": ({"streaming": False}, "--shuffle_buffer belongs to --streaming True"),
 }
