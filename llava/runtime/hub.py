@@ -5,6 +5,7 @@ Everything below works on folders; an id is fetched into the hub's cache first, 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
@@ -63,6 +64,21 @@ def local_folder(
             f"({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
     return Path(found)
+
+
+def data_set_revision(name: str) -> str | None:
+    """The commit of a data set on the hub, or in its cache when offline; None if neither has it.
+
+    What is not there is not an error here: opening the data set, which is done before a model is made, says so.
+    """
+    if importlib.util.find_spec("datasets") is None:
+        return None
+    import datasets
+
+    try:
+        return str(datasets.load_dataset_builder(name).hash)
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError):
+        return None
 
 
 def get_model_name_from_path(model_path: str) -> str:

@@ -11,15 +11,16 @@ import ast
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llava.errors import CheckpointError, FlagError
 from llava.runtime.files import read_json
+from llava.runtime.hub import data_set_revision, is_hub_id
 from llava.runtime.places import RUN_FILE, split_weight
 from llava.runtime.used_settings import FREE, unused
-from llava.runtime.weights.fingerprint import WEIGHT_SUFFIXES, weights_fingerprint
+from llava.runtime.weights.fingerprint import WEIGHT_SUFFIXES, saved_fingerprint, weights_fingerprint
 from llava.runtime.weights.run_file import check_resumes, latest
 
 PATHS = frozenset(
@@ -31,8 +32,11 @@ PATHS = frozenset(
 )
 """Options that are paths: equal if they lead to the same place."""
 
-DATA_FILES = {"dataset_dir": "*.json*", "data_root": "pid_splits.json"}
+DATA_FILES = {"dataset_dir": ("*.json", "*.jsonl"), "data_root": ("pid_splits.json",)}
 """Of `PATHS`, folders of data with the names of the files in them that decide what a run trains on."""
+
+DATA_SETS = frozenset({"data_path", "eval_data_path"})
+"""Of `PATHS`, those that may also name a folder of `datasets` or a data set of the hub."""
 
 EVALUATION = frozenset(
     [
@@ -75,46 +79,69 @@ SECTIONS = ("program", "model", "data", "training", "evaluation")
 
 
 def fingerprints(options: Mapping[str, Any]) -> dict[str, str]:
-    """Digests of the files and weights that the options of a run name; hub ids and folders of images have none."""
+    """Digests of the files, weights and data sets that the options of a run name, separated by blanks.
+
+    Models of the hub and folders of images have none. Of several paths one without a digest is there by its name.
+    """
     found = {}
     for name in sorted(PATHS & options.keys()):
         paths = options[name] if isinstance(options[name], list) else [options[name]]
-        if name == STREAMED and options.get(STREAMING) is True:
-            digests: list[str | None] = [_streamed(path) for path in paths if isinstance(path, str)]
-        else:
-            digests = [_weighted(path, DATA_FILES.get(name)) for path in paths if isinstance(path, str)]
-        if digests and None not in digests:
-            found[name] = " ".join(map(str, digests))
+        texts = [path for path in paths if isinstance(path, str)]
+        is_stream = name == STREAMED and options.get(STREAMING) is True
+        digests = [_streamed(path) if is_stream else _weighted(path, name) for path in texts]
+        if any(digests):
+            found[name] = " ".join(digest or _digest(text) for digest, text in zip(digests, texts, strict=True))
     return found
 
 
-def _streamed(name: str) -> str:
+def hub_sources(prints: str) -> list[str]:
+    """Ids of the data sets of the hub in an entry of `fingerprints`: nothing else there has a slash."""
+    return [word.partition("@")[0].partition(":")[0] for word in prints.split() if "/" in word]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _streamed(name: str) -> str | None:
     """The digest of a source of a stream, with its weight: sizes and both ends of its files, or its id on the hub."""
     path = Path(split_weight(name)[0])
+    if not path.exists():
+        return _weighted(name, STREAMED)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256()
-    for file in files if path.exists() else []:
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{file.relative_to(path) if path.is_dir() else ''} {size}\n".encode())
         with file.open("rb") as content:
             digest.update(content.read(END))
             content.seek(max(0, size - END))
             digest.update(content.read(END))
-    return f"{digest.hexdigest()[:16]}@{split_weight(name)[1]:g}" if path.exists() else name
+    return f"{digest.hexdigest()[:16]}@{split_weight(name)[1]:g}"
 
 
-def _weighted(name: str, data_files: str | None) -> str | None:
+def _weighted(name: str, option: str) -> str | None:
     """The digest of a path, with its weight where it has one (`PATH@WEIGHT`)."""
     path, weight = split_weight(name)
-    digest = _fingerprint(Path(path), data_files)
+    digest = _data_set(path) if option in DATA_SETS else None
+    digest = _fingerprint(Path(path), DATA_FILES.get(option, ())) if digest is None else digest
     return digest if digest is None or weight == 1 else f"{digest}@{weight:g}"
 
 
-def _fingerprint(path: Path, data_files: str | None = None) -> str | None:
+def _data_set(path: str) -> str | None:
+    """Of a folder of `datasets` a digest, of a data set of the hub its id and revision; None for anything else."""
+    if Path(path).exists() or not is_hub_id(path):
+        return saved_fingerprint(Path(path))
+    revision = data_set_revision(path)
+    return None if revision is None else f"{path}:{revision}"
+
+
+def _fingerprint(path: Path, data_files: Sequence[str] = ()) -> str | None:
     """Of a file its content; of a folder the names and content of its data files, or the ends of its weights."""
-    if path.is_dir() and data_files is not None:
-        named = [f"{file.name} {_fingerprint(file)}" for file in sorted(path.glob(data_files)) if file.is_file()]
-        return hashlib.sha256("\n".join(named).encode()).hexdigest()[:16] if named else None
+    if path.is_dir() and data_files:
+        files = sorted(file for pattern in data_files for file in path.glob(pattern) if file.is_file())
+        named = [f"{file.name} {_fingerprint(file)}" for file in files]
+        return _digest("\n".join(named)) if named else None
     if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]

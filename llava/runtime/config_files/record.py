@@ -1,6 +1,7 @@
 """The options of a former run, out of its `run.json`: those that were written down then.
 
-What belongs to the former run alone is not taken over: where it wrote, what it resumed from, where it was published.
+What belongs to the former run alone is not taken over: where it wrote and logged, what it resumed from, where it was
+published.
 Records of earlier versions do not say what was written down; of these, every recorded option is taken.
 """
 
@@ -18,6 +19,7 @@ OF_THAT_RUN = frozenset(
         *("output_dir", "overwrite_output_dir", "log_dir", "logging_dir", "resume_from_checkpoint", "resume_changed"),
         *("resume", "local_rank", "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"),
         *("hub_always_push", "hub_revision", "hub_base_model", "hub_license"),
+        *("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
     ]
 )
 """Options that are not taken over; pass them again where they are wanted."""

@@ -39,7 +39,8 @@ def with_config(
     Args:
         argv: without the program's name.
         parsers: of the program; the first that knows an option says how its value is written.
-        nothing: words for an option whose recorded value is null or empty, where leaving it out is not the same.
+        nothing: words for an option whose recorded value is null, or whose value is an empty list, where leaving it out
+            is not the same. A null in a file that is not a record means that the option is not given.
         translate: former options into today's, in the file and on the command line apart, so that flags win.
 
     Raises:
@@ -59,6 +60,8 @@ def with_config(
         )
     words: list[str] = []
     for name, value in values.items():
+        if value is None and not is_run:
+            continue
         words += _words(name, value, _action(parsers, name), parsers, nothing, f"{FLAG} {path}")
     return translate(words) + translate(rest)
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llava.runtime.files import read_json
 from llava.runtime.publishing.access import HUB_ERRORS, Destination, hub_api
-from llava.runtime.publishing.staging import ADAPTER_CONFIG, BASE_KEY, find_run_record, hub_base, without_places
-from llava.runtime.unchanged import FINGERPRINTS, flat
+from llava.runtime.publishing.staging import ADAPTER_CONFIG, BASE_KEY, find_run_record, hub_base, published_record
+from llava.runtime.unchanged import FINGERPRINTS, flat, hub_sources
 from llava.runtime.weights.run_file import GIVEN, latest
 
 CARD = "README.md"
@@ -98,7 +99,7 @@ def write_card(
     data = ModelCardData(
         base_model=base,
         base_model_relation=("adapter" if (staged / ADAPTER_CONFIG).is_file() else "finetune") if base else None,
-        datasets=_hub_data(options, record) or None,
+        datasets=hub_sources(str((record.get(FINGERPRINTS) or {}).get("data_path", ""))) or None,
         library_name="peft" if (staged / ADAPTER_CONFIG).is_file() else "llava-extensions",
         model_name=repository.rpartition("/")[2],
         pipeline_tag=kind.task,
@@ -107,13 +108,15 @@ def write_card(
         **license_,
     )
     shown = base or (Path(str(name)).name if name else "BASE")
+    shown_record = published_record(record)
+    shown_options = flat(shown_record)
     parts = [
         f"---\n{data.to_yaml()}\n---\n{MARK}\n\n# {repository.rpartition('/')[2]}",
         f"## Base model\n\n{f'[{base}](https://huggingface.co/{base})' if base else f'`{shown}`'}",
-        f"## Method\n\n{kind.method}{_length(folder)}",
-        _data_part(options, record),
-        _options_part(options, record),
-        _scores_part(folder, scores),
+        f"## Method\n\n{kind.method}{_length(folder, options)}",
+        _data_part(shown_options, record),
+        _options_part(shown_options, record),
+        _scores_part(folder, options, scores),
         f"## Usage\n\n```python\n{kind.usage.format(repository=repository, base=shown)}\n```",
         _license_part(license_, destination),
         _versions_part(record),
@@ -148,20 +151,11 @@ def _license_part(found: Mapping[str, str], destination: Destination) -> str:
     return f"## License\n\n{found.get('license_name', found.get('license'))}{source}"
 
 
-def _hub_data(options: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
-    """Ids of data sets on the hub among the data of a run, without their weights (`owner/name@0.5`)."""
-    value = options.get("data_path")
-    if "data_path" in (record.get(FINGERPRINTS) or {}):
-        return []
-    names = [str(name).partition("@")[0] for name in (value if isinstance(value, list) else [value]) if name]
-    return [name for name in names if not Path(name).suffix and hub_base(name, None) is not None]
-
-
 def _data_part(options: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     prints = record.get(FINGERPRINTS) or {}
     lines = []
     for option in DATA_OPTIONS:
-        value = without_places(options.get(option))
+        value = options.get(option)
         if value:
             names = ", ".join(f"`{each}`" for each in (value if isinstance(value, list) else [value]))
             lines.append(f"- `{option}`: {names}" + (f" (SHA-256 {prints[option]})" if option in prints else ""))
@@ -172,7 +166,7 @@ def _options_part(options: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     given = [name for name in record.get(GIVEN) or () if name in options and name not in NOT_SHOWN]
     if not given:
         return "## Options\n\n`run.json` lists them." if record else ""
-    rows = [f"| `{name}` | `{_cell(without_places(options[name]))}` |" for name in sorted(given)]
+    rows = [f"| `{name}` | `{_cell(options[name])}` |" for name in sorted(given)]
     text = "\n".join(["| option | value |", "| --- | --- |", *rows])
     return f"## Options\n\n{text}\n\n`run.json` lists all of them, with defaults."
 
@@ -188,19 +182,35 @@ def _state(folder: Path) -> Mapping[str, Any]:
     return {} if found is None else read_json(found)
 
 
-def _length(folder: Path) -> str:
+def _best_step(folder: Path, options: Mapping[str, Any]) -> int | None:
+    """The update whose weights a finished run has loaded at its end; None if they are those of the last one."""
+    state = _state(folder)
+    is_checkpoint = folder.name == f"{PREFIX_CHECKPOINT_DIR}-{state.get('global_step')}"
+    best = state.get("best_global_step")
+    loaded = options.get("load_best_model_at_end") in (True, "True") and not is_checkpoint
+    return best if loaded and isinstance(best, int) else None
+
+
+def _length(folder: Path, options: Mapping[str, Any]) -> str:
     state = _state(folder)
     steps, epochs = state.get("global_step"), state.get("epoch")
     if not isinstance(steps, int):
         return ""
-    return f" {steps} updates" + (f", {epochs:.2f} epochs." if isinstance(epochs, int | float) else ".")
+    best = _best_step(folder, options)
+    chosen = "" if best is None else f" These are the weights of update {best}, which was evaluated as the best."
+    return f" {steps} updates" + (f", {epochs:.2f} epochs." if isinstance(epochs, int | float) else ".") + chosen
 
 
-def _evaluated(folder: Path) -> dict[str, float]:
-    """The latest value of every metric that was measured while training."""
+def _evaluated(folder: Path, options: Mapping[str, Any]) -> dict[str, float]:
+    """The latest value of every metric that was measured on the weights that the folder has.
+
+    Where the best checkpoint was loaded at the end, only its evaluation counts, and one after the training.
+    """
+    best = _best_step(folder, options)
+    history = [entry for entry in _state(folder).get("log_history") or [] if best in (None, entry.get("step"))]
     found: dict[str, float] = {}
     results = [read_json(path) for place in (folder, folder.parent) if (path := place / EVALUATION_FILE).is_file()]
-    for entry in [*(_state(folder).get("log_history") or []), *results[:1]]:
+    for entry in [*history, *results[:1]]:
         for name, value in entry.items():
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if name.startswith(EVALUATION_PREFIX) and number:
@@ -209,8 +219,9 @@ def _evaluated(folder: Path) -> dict[str, float]:
     return {name: value for name, value in found.items() if not name.endswith(speed)}
 
 
-def _scores_part(folder: Path, scores: Sequence[Score]) -> str:
-    rows = [f"| evaluation of the run | {name} | {value:.4g} |" for name, value in sorted(_evaluated(folder).items())]
+def _scores_part(folder: Path, options: Mapping[str, Any], scores: Sequence[Score]) -> str:
+    measured = sorted(_evaluated(folder, options).items())
+    rows = [f"| evaluation of the run | {name} | {value:.4g} |" for name, value in measured]
     for score in scores:
         rows += [f"| {score.title} ({score.split}) | {name} | {value:.4g} |" for name, value in score.metrics.items()]
     return "## Scores\n\n" + "\n".join(["| on | metric | value |", "| --- | --- | --: |", *rows]) if rows else ""

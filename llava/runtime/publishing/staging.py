@@ -2,6 +2,7 @@
 
 A folder of links is made, in which small files are changed; what only resumes a run stays out. Local paths in
 `run.json` and `adapter_config.json` become the last part of their name, or the hub id that `--hub_base_model` gives.
+An option that is a path is known by its name, so a relative one is found from any folder.
 """
 
 from __future__ import annotations
@@ -15,11 +16,22 @@ from typing import Any
 from llava.errors import CheckpointError
 from llava.runtime.files import read_json
 from llava.runtime.hub import is_hub_id
-from llava.runtime.places import RUN_FILE
+from llava.runtime.places import OPEN_CLIP, RUN_FILE, split_weight
+from llava.runtime.unchanged import DATA_SETS, FINGERPRINTS, PATHS, hub_sources
 from llava.runtime.weights.completeness import FILE_LIST, check_file_list
+from llava.runtime.weights.run_file import CHANGED, RESUMED_FROM, RESUMES
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_BASE = "adapter_config.json", "base_model_name_or_path"
 BASE_KEY = "model_name_or_path"
+
+LOCAL = PATHS | {
+    *("output_dir", "logging_dir", "log_dir", "cache_dir", "data_cache_dir", "resume", "resume_from_checkpoint"),
+    *("eval_image_folder", "eval_data_dir", "eval_questions", "deepspeed", "fsdp_config", "accelerator_config"),
+}
+"""Options that are cut to the last part of a path, absolute or not."""
+
+WITH_DIGEST = frozenset({BASE_KEY, "vision_tower", "peft_path", "llama_model_path"})
+"""Of these, options that name weights: what was a folder or file where the run was has a fingerprint."""
 
 
 def listed_files(folder: Path) -> list[str]:
@@ -62,7 +74,56 @@ def without_places(value: Any) -> Any:
         return {key: without_places(each) for key, each in value.items()}
     if isinstance(value, list):
         return [without_places(each) for each in value]
-    return Path(value).name if isinstance(value, str) and is_place(value) else value
+    return _without_place(value) if isinstance(value, str) else value
+
+
+def _without_place(text: str) -> str:
+    """A text that may be a path, or a word and a path (`auto:/home/me/x.json`)."""
+    word, colon, rest = text.partition(":")
+    if colon and not rest.startswith("//") and is_place(rest):
+        return f"{word}:{Path(rest).name}"
+    return Path(text).name if is_place(text) else text
+
+
+def published_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's record without paths of the machine, and without what tells how it was resumed."""
+    resumes = [_published_part(part) for part in record.get(RESUMES, [])]
+    first = _published_part({name: value for name, value in record.items() if name != RESUMES})
+    return first | ({RESUMES: resumes} if resumes else {})
+
+
+def _published_part(record: Mapping[str, Any]) -> dict[str, Any]:
+    prints = record.get(FINGERPRINTS) or {}
+    options = {name: value for name, value in record.items() if name not in (FINGERPRINTS, CHANGED, RESUMED_FROM)}
+    found = without_places(_cut_options(options, prints))
+    return found | ({FINGERPRINTS: record[FINGERPRINTS]} if FINGERPRINTS in record else {})
+
+
+def _cut_options(value: Any, prints: Mapping[str, Any]) -> Any:
+    """A table of a record in which every option of `LOCAL` is cut, also those of tables in it."""
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        name: _cut_option(name, each, prints) if name in LOCAL else _cut_options(each, prints)
+        for name, each in value.items()
+    }
+
+
+def _cut_option(option: str, value: Any, prints: Mapping[str, Any]) -> Any:
+    """The value of an option that is a path, cut to the last part of it; an id on the hub stays whole."""
+    if isinstance(value, list):
+        return [_cut_option(option, each, prints) for each in value]
+    # A value with a brace is a table as JSON, or the text of a template.
+    if not isinstance(value, str) or "{" in value:
+        return value
+    if value.startswith(OPEN_CLIP):
+        architecture, slash, rest = value.partition("/")
+        return f"{architecture}{slash}{Path(rest).name}"
+    path = split_weight(value)[0]
+    on_hub = path in hub_sources(str(prints.get(option, ""))) if option in DATA_SETS else option not in prints
+    if on_hub and option in DATA_SETS | WITH_DIGEST and hub_base(path, None) is not None:
+        return value
+    return (Path(path).name or path) + value[len(path) :]
 
 
 def is_place(text: str) -> bool:
@@ -91,15 +152,19 @@ def stage(folder: Path, target: Path, base_model: str | None = None) -> None:
         CheckpointError: the folder is not a finished one.
     """
     link_files(folder, listed_files(folder), target)
+    record = find_run_record(folder)
+    # What has a fingerprint was a folder or file where the run was, even if it is not there now.
+    prints = {} if record is None else read_json(record).get(FINGERPRINTS) or {}
     adapter = target / ADAPTER_CONFIG
     if adapter.is_file():
         values = read_json(adapter)
         if base_model is not None:
-            values["base_model_name_or_path"] = base_model
+            values[ADAPTER_BASE] = base_model
+        elif isinstance(values.get(ADAPTER_BASE), str) and BASE_KEY in prints:
+            values[ADAPTER_BASE] = Path(values[ADAPTER_BASE]).name
         replace_json(adapter, without_places(values))
-    record = find_run_record(folder)
     if record is not None:
-        values = without_places(read_json(record))
+        values = published_record(read_json(record))
         for part in [values, *values.get("resumes", [])] if base_model is not None else []:
             model = part.get("arguments", part).get("model")
             if isinstance(model, dict) and BASE_KEY in model:

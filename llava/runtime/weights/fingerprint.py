@@ -1,4 +1,4 @@
-"""Which weights an evaluation used: a fingerprint that is stored beside its results."""
+"""Which weights an evaluation used, and which data set a run: fingerprints that are stored with their results."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ WEIGHT_FOLDERS = ("*", "extensions/*/*", "vision_tower/*")
 """Where a checkpoint folder keeps weights; `checkpoint-N` below it are checkpoints of their own."""
 
 SAMPLE_BYTES = 1 << 20
+
+SAVED_ROOTS = ("state.json", "dataset_dict.json")
+SAVED_TEXTS = frozenset({*SAVED_ROOTS, "dataset_info.json"})
+"""Files of a folder that `save_to_disk` of `datasets` wrote; one of the former is in the folder itself."""
 
 
 def weights_fingerprint(checkpoint: str | Path | None) -> str | None:
@@ -36,4 +40,19 @@ def weights_fingerprint(checkpoint: str | Path | None) -> str | None:
             digest.update(file.read(SAMPLE_BYTES))
             file.seek(max(SAMPLE_BYTES, size - SAMPLE_BYTES))
             digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def saved_fingerprint(folder: Path) -> str | None:
+    """A digest of a folder of `datasets`; None for anything else.
+
+    Reads its descriptions, in which `datasets` keeps a fingerprint of the content, and the sizes of its Arrow files.
+    """
+    if not any((folder / name).is_file() for name in SAVED_ROOTS):
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.name in SAVED_TEXTS or path.suffix == ".arrow":
+            digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
+            digest.update(path.read_bytes() if path.name in SAVED_TEXTS else b"")
     return digest.hexdigest()[:16]

@@ -19,8 +19,9 @@ from llava.data.formats import table
 from llava.data.formats.conversations import to_llava
 from llava.data.rows import drawn_rows, open_rows
 from llava.errors import BadImageError, BadSampleError, FlagError
+from llava.runtime import unchanged
 from llava.runtime.places import split_weight
-from llava.runtime.unchanged import fingerprints
+from llava.runtime.unchanged import fingerprints, hub_sources
 from tests.golden import golden_dir
 from tests.llava.data.test_dataset import FOLDER, make_dataset
 
@@ -313,3 +314,45 @@ def test_the_record_of_a_run_sees_content_and_weight(tmp_path: Path) -> None:
     assert prints[0] == prints[1] != prints[2]
     _numbered(path, 4)
     assert fingerprints({"data_path": [f"{path}@2"]})["data_path"] != prints[2]
+
+
+def test_the_record_sees_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of `datasets`, a data set of the hub and a file: a change of one is seen next to the others."""
+    revisions = iter(["aa", "aa", "bb", "bb", None])
+    monkeypatch.setattr(unchanged, "data_set_revision", lambda name: next(revisions))
+    folder = FORMATS["saved, images"](tmp_path)
+    file = _numbered(tmp_path / "a.json", 3)
+    options = {"data_path": [str(file), "owner/set@0.5", str(folder)]}
+    first = fingerprints(options)["data_path"].split()
+    assert fingerprints(options)["data_path"].split() == first
+    assert first[1] == "owner/set:aa@0.5"
+    assert hub_sources(" ".join(first)) == ["owner/set"]
+    assert fingerprints(options)["data_path"].split() == [first[0], "owner/set:bb@0.5", first[2]]
+    _numbered(file, 4)
+    changed = fingerprints(options)["data_path"].split()
+    assert changed[0] != first[0]
+    assert changed[2] == first[2]
+    datasets.Dataset.from_list([{**row, "id": "other"} for row in PLAIN]).save_to_disk(str(folder))
+    unread = fingerprints(options)["data_path"].split()
+    assert unread[2] != first[2]
+    assert hub_sources(" ".join(unread)) == []  # not to be found: by its name alone
+
+
+def test_a_changed_file_next_to_an_unread_source_is_a_difference(tmp_path: Path) -> None:
+    options = {"data_path": [str(_numbered(tmp_path / "a.json", 3)), "nobody/no-such-data-set"]}
+    records = []
+    for count in (3, 4):
+        _numbered(tmp_path / "a.json", count)
+        records.append({"arguments": {"data": options}, "fingerprints": fingerprints(options)})
+    (line,) = unchanged.differences(*records)
+    assert "the same path, other content" in line
+    assert unchanged.differences(records[0], records[0]) == []
+
+
+def test_only_data_of_a_folder_decides_what_a_run_trains_on(tmp_path: Path) -> None:
+    _numbered(tmp_path / "a.json", 3)
+    before = fingerprints({"dataset_dir": str(tmp_path)})
+    (tmp_path / "a.json.rows.npy").write_bytes(b"kept")
+    assert fingerprints({"dataset_dir": str(tmp_path)}) == before
+    _numbered(tmp_path / "b.jsonl", 1)
+    assert fingerprints({"dataset_dir": str(tmp_path)}) != before

@@ -16,6 +16,7 @@ from torch import Tensor
 from hydralora import finetune
 from hydralora.text.arguments import parse_args as parse_text
 from llava.errors import FlagError, LlavaError
+from llava.runtime.config_files.record import recorded_options
 from llava.runtime.config_files.words import with_config
 from llava.train.train import main, parse_args
 from mma.lavin.train import main as train_lavin
@@ -206,6 +207,28 @@ def test_where_a_former_run_wrote_is_not_taken_over(tmp_path: Path) -> None:
     file.write_text(json.dumps(record | {"arguments": {"training": [1]}}))
     with pytest.raises(LlavaError, match="damaged"):
         with_config(["--config", str(file), "--output_dir", "y"], [small_parser_of_training()])
+
+
+def test_where_a_former_run_logged_is_not_taken_over(tmp_path: Path) -> None:
+    own = {"run_name": "a", "project": "b", "trackio_space_id": "c", "trackio_bucket_id": "d"}
+    record = {"arguments": {"training": {"seed": 3, **own}}, "versions": {}, "given": ["seed", *own]}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    found = recorded_options(tmp_path / "run.json", record, {"seed", *own})
+    assert found == {"seed": 3}
+
+
+def test_null_means_not_given_except_in_a_record(tmp_path: Path) -> None:
+    """A run on text alone is recorded with `"vision_tower": null`; in a file of options null leaves the default."""
+    nothing = {"vision_tower": "none", "report_to": "none"}
+    parser = argparse.ArgumentParser()
+    for name in ("vision_tower", "report_to", "output_dir"):
+        parser.add_argument(f"--{name}")
+    plain = save(tmp_path / "a.yaml", "vision_tower: null\nreport_to: ~\n")
+    assert with_config(["--config", plain], [parser], nothing) == []
+    record = {"arguments": {"model": {"vision_tower": None}}, "versions": {}, "given": ["vision_tower"]}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    words = with_config(["--config", str(tmp_path / "run.json"), "--output_dir", "y"], [parser], nothing)
+    assert words == ["--vision_tower", "none", "--output_dir", "y"]
 
 
 def small_parser_of_training() -> argparse.ArgumentParser:

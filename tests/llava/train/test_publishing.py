@@ -109,18 +109,19 @@ def test_the_card(tmp_path: Path, fake_hub: FakeHub) -> None:
 
 
 def test_a_base_that_has_moved_is_not_taken_for_an_id(tmp_path: Path) -> None:
-    """`models/base` was a folder when the run read it; a data set with a weight is named by its id."""
-    record = {"model": {"model_name_or_path": "models/base"}, "data": {"data_path": ["owner/set@0.5", "a/b.json@2"]}}
+    """`models/base` was a folder when the run read it, and so was `data/mine`; a data set is named by its id."""
+    record = {"model": {"model_name_or_path": "models/base"}, "data": {"data_path": ["owner/set@0.5", "data/mine"]}}
+    data = {"data_path": "owner/set:0123@0.5 4567"}
     cards = []
-    for prints in ({"model_name_or_path": "0123"}, {}):
+    for prints in ({"model_name_or_path": "0123", **data}, data, {}):
         folder, staged = tmp_path / f"run-{len(prints)}", tmp_path / f"staged-{len(prints)}"
         folder.mkdir()
         staged.mkdir()
         (folder / "run.json").write_text(json.dumps({"arguments": record, "fingerprints": prints, "versions": {}}))
         destination = access.Destination("me/x", license="mit")
         cards.append(write_card(folder, staged, destination, Kind("text-generation", (), "m", "u")).data.to_dict())
-    assert [card.get("base_model") for card in cards] == [None, "models/base"]
-    assert cards[0]["datasets"] == ["owner/set"]
+    assert [card.get("base_model") for card in cards] == [None, "models/base", "models/base"]
+    assert [card.get("datasets") for card in cards] == [["owner/set"], ["owner/set"], None]
 
 
 def test_scores_of_benchmarks_are_in_the_metadata(tmp_path: Path, fake_hub: FakeHub) -> None:
