@@ -46,7 +46,14 @@ def _collate(collate: Callable[[Sequence[Any]], Any], items: Sequence[Any]) -> A
 
 
 def share_loader(
-    dataset: Dataset, collate: Callable[[Sequence[Any]], Any], sampler: ShareSampler, workers: int
+    dataset: Dataset, collate: Callable[[Sequence[Any]], Any], sampler: ShareSampler, **loading: Any
 ) -> DataLoader:
-    """The batches of a process as `collate` makes them, and under `LEFT_OUT` why an item of them does not count."""
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=partial(_collate, collate), num_workers=workers)
+    """The batches of a process as `collate` makes them, and under `LEFT_OUT` why an item of them does not count.
+
+    Args:
+        dataset: the rows.
+        collate: makes a batch of items.
+        sampler: chooses them.
+        loading: further arguments of torch's DataLoader, as the training has them.
+    """
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=partial(_collate, collate), **loading)

@@ -42,8 +42,8 @@ def uses_metric(training: TrainingArguments, patience: int | None) -> bool:
 
 
 def choose_metric(training: TrainingArguments, patience: int | None) -> None:
-    """The loss where early stopping is on and no metric is named, as transformers does for the best checkpoint."""
-    if patience is not None and training.metric_for_best_model is None:
+    """The loss where evaluations decide and no metric is named, as transformers does for `--load_best_model_at_end`."""
+    if uses_metric(training, patience) and training.metric_for_best_model is None:
         training.metric_for_best_model = "loss"
         training.greater_is_better = False if training.greater_is_better is None else training.greater_is_better
 

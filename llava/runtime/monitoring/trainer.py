@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from llava.errors import CheckpointError, FlagError
 from llava.runtime.failure import good_batches
+from llava.runtime.fsdp.evaluation import split_again
 from llava.runtime.monitoring.losses import Losses, Reduction, RowLosses, over_targets, row_losses
 from llava.runtime.monitoring.shares import LEFT_OUT, ShareSampler, share_loader
 from llava.runtime.monitoring.speed import SpeedMeter, shifted_targets
@@ -94,17 +95,32 @@ class MonitoredTrainer(ResumableTrainer):
             TrainingError: a loss is NaN or infinite.
             BadSampleError: no row has a loss, or one cannot be read.
         """
-        if callable(getattr(self.optimizer, "eval", None)):  # an optimizer without schedule has other weights then
-            self.optimizer.eval()
         with self.speed.paused(), untouched(self.model_wrapped):
-            return super().evaluate(*args, **kwargs)
+            try:
+                return super().evaluate(*args, **kwargs)
+            finally:
+                split_again(self.model_wrapped)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> Any:
+        # --eval_on_start is of the run's start, not of each process: early stopping counts the evaluations.
+        if skip_scheduler and self.updates_before:
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The batches of this process; see `ShareSampler`."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         args = self.args
         sampler = ShareSampler(len(dataset), args.eval_batch_size, args.process_index, args.world_size)
-        return share_loader(dataset, self.data_collator, sampler, args.dataloader_num_workers)
+        return share_loader(
+            dataset,
+            self.data_collator,
+            sampler,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
 
     def evaluation_loop(
         self,

@@ -73,12 +73,17 @@ def evaluation_problems(evaluation: EvaluationArguments, training: TrainingArgum
     if training.do_eval and not evaluation.measures:  # set by --eval_strategy too
         problems.append(
             f"--do_eval, or --eval_strategy {training.eval_strategy.value}: there is nothing to evaluate on; pass "
-            "--eval_data_path or --eval_questions"
+            "--eval_data_path or --eval_questions (of mma.train: --eval_split)"
         )
     if evaluation.measures and not training.do_eval:
         problems.append(
-            "--eval_data_path and --eval_questions have no effect without --eval_strategy steps (with --eval_steps) or "
-            "epoch, or --do_eval True for one evaluation at the end"
+            "--eval_data_path and --eval_questions (of mma.train: --eval_split) have no effect without --eval_strategy "
+            "steps (with --eval_steps) or epoch, or --do_eval True for one evaluation at the end"
+        )
+    if training.fsdp and evaluation.eval_questions:
+        problems.append(
+            "--eval_questions with --fsdp: processes whose answers have different lengths would wait for each other; "
+            "pass --eval_data_path for the loss, and score the checkpoints afterwards (docs/evaluation.md)"
         )
     problems += best_problems(training, evaluation.early_stopping_patience)
     if uses_metric(training, evaluation.early_stopping_patience) and evaluation.measures:

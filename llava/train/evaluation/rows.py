@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from llava.data.dataset import Item, LazySupervisedDataset
 from llava.data.image_names import image_names
 from llava.errors import BadSampleError
+from llava.runtime.failure import failed_item
 from llava.runtime.monitoring.shares import LEFT_OUT
 from llava.train.build import build_dataset
 from llava.train.options import RunArguments
@@ -39,12 +40,22 @@ class EvaluationRows(Dataset[Item]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Item:
-        if self.dataset.on_bad_sample == "skip":
+        if self.dataset.on_bad_sample != "skip":
+            return self.dataset[index]
+        try:
+            return self.dataset.load(index)
+        except BadSampleError as error:
+            found = self._next_good_row(index)
+            return failed_item(error) if found is None else found | {LEFT_OUT: str(error)}
+
+    def _next_good_row(self, index: int) -> Item | None:
+        """Not by the dataset itself, whose list of skipped rows is that of the training."""
+        for step in range(1, len(self)):
             try:
-                return self.dataset.load(index)
-            except BadSampleError as error:
-                return self.dataset[index] | {LEFT_OUT: str(error)}
-        return self.dataset[index]
+                return self.dataset.load((index + step) % len(self))
+            except BadSampleError:
+                continue
+        return None
 
     def groups(self, index: int) -> Sequence[str]:
         """The modality and the task of a row; none of a bad one."""

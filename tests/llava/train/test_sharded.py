@@ -22,7 +22,7 @@ from llava.runtime.fsdp.layers import layer_classes
 from llava.train.arguments import parse_args
 from llava.train.train import main
 from tests.hydralora.text import test_finetune as text
-from tests.llava.train.evaluation.common import evaluated_line, evaluations
+from tests.llava.train.evaluation.common import evaluations, rows_with_tasks
 from tests.llava.train.launching import launch_runs, mixed_rows
 from tests.llava.train.test_deepspeed import EQUAL, RESUMED, SGD, assert_same, norms, plain_line
 from tests.llava.train.test_training import command_line, losses
@@ -30,7 +30,6 @@ from tests.llava.train.test_training import command_line, losses
 PROGRAM = Path(__file__).with_name("sharded_runs.py")
 TOKENS = {"mm_use_im_start_end": True, "freeze_backbone": True, "max_steps": 4}
 KEPT = RESUMED | {"tokens": TOKENS, "tower": {"unfreeze_mm_vision_tower": True, "max_steps": 4}}
-EVALUATED = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 1, "save_strategy": "no"}
 CASES = EQUAL | {"lora": SGD | {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}}
 TEXT = {"per_device_train_batch_size": 2, "train_sampling_strategy": "sequential", "max_steps": 4, "save_steps": 2}
 
@@ -38,6 +37,12 @@ TEXT = {"per_device_train_batch_size": 2, "train_sampling_strategy": "sequential
 def sharded_line(output: Path, data: Path, **options: Any) -> list[str]:
     shared = {"data_path": data, "train_sampling_strategy": "sequential", "per_device_train_batch_size": 1}
     return command_line(output, **(shared | options))
+
+
+def evaluated(folder: Path, output: str, data: Path, **options: Any) -> list[str]:
+    """A run in full with an evaluation before each checkpoint."""
+    shared = {"eval_data_path": rows_with_tasks(folder), "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
+    return sharded_line(folder / output, data, **(shared | options))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         runs.append({"arguments": sharded_line(path / f"{name} whole", data, **options)})
         runs.append({"arguments": sharded_line(path / f"{name} cut", data, **options)})
         runs[-1]["copy"] = [str(path / f"{name} {kind}" / "checkpoint-2") for kind in ("whole", "cut")]
-    runs.append({"arguments": evaluated_line(path / "evaluated", path, **EVALUATED)})
+    runs.append({"arguments": evaluated(path, "evaluated", data)})
     for kind in ("whole", "cut"):
         arguments = text.command_line(path, path / f"text {kind}", **TEXT)
         runs.append({"program": "hydralora.finetune", "arguments": arguments})
@@ -90,10 +95,11 @@ def test_resume_is_exact(name: str, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_an_evaluation_changes_nothing(folder: Path) -> None:
-    """Losses on other rows and answers to questions, which all processes generate together."""
+    """A checkpoint that follows it too, although a pass without gradient leaves parameters whole."""
     found = evaluations(folder / "evaluated")
     assert [entry["step"] for entry in found] == [2, 4]
-    main(evaluated_line(folder / "evaluated plain", folder, **(EVALUATED | {"per_device_train_batch_size": 2})))
+    assert (folder / "evaluated" / "checkpoint-4").is_dir()
+    main(evaluated(folder, "evaluated plain", folder / "mixed.json", per_device_train_batch_size=2))
     expected = evaluations(folder / "evaluated plain")
     for name in ("eval_loss", "eval_image_loss", "eval_text_loss"):
         assert [entry[name] for entry in found] == pytest.approx([entry[name] for entry in expected], abs=1e-3), name

@@ -158,7 +158,18 @@ def test_a_metric_that_no_evaluation_has_is_named(tmp_path: Path) -> None:
         main(evaluated_line(tmp_path / "out", tmp_path, **options))
 
 
-def test_early_stopping_without_a_metric_is_by_the_loss(tmp_path: Path) -> None:
-    args = parse_args(evaluated_line(tmp_path / "out", tmp_path, early_stopping_patience=3))
+def test_an_evaluation_at_the_start_is_not_repeated_by_a_resumed_run(tmp_path: Path) -> None:
+    """Early stopping would count it once more."""
+    output = tmp_path / "out"
+    main(evaluated_line(output, tmp_path, eval_on_start=True, max_steps=3))
+    assert [entry["step"] for entry in evaluations(output)] == [0, 2, 3]
+    shutil.rmtree(output / "checkpoint-3")
+    main(evaluated_line(output, tmp_path, eval_on_start=True, max_steps=3))
+    assert [entry["step"] for entry in evaluations(output)] == [0, 2, 3]
+
+
+@pytest.mark.parametrize("option", [{"early_stopping_patience": 3}, {"save_strategy": "best"}])
+def test_without_a_metric_the_loss_decides(option: dict[str, Any], tmp_path: Path) -> None:
+    args = parse_args(evaluated_line(tmp_path / "out", tmp_path, **option))
     assert (args.training.metric_for_best_model, args.training.greater_is_better) == ("loss", False)
     assert EarlyStopping(3).early_stopping_patience == 3

@@ -79,3 +79,4 @@ def test_a_row_without_target_is_left_out_and_counted(tmp_path: Path, capsys: py
     metrics = run.trainer.evaluate()
     assert (metrics["eval_rows"], metrics["eval_rows_left_out"]) == (len(ROWS) - 1, 1)
     assert "evaluation  1 of 10 rows are left out; the first is row 1: " in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("skipped*")), "that list is of rows of the training"
