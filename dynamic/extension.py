@@ -7,9 +7,10 @@ tokens are masked, by a policy that attention obeys from the sparse layer on; wi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -23,11 +24,11 @@ from dynamic import original as convert
 from dynamic.attention import interface
 from dynamic.config import FLAG_RANGES, SparseConfig, SparseOptions
 from dynamic.inspection import DecisionLog, patch_indices, record_decisions
-from dynamic.kept_text import answer_segment, instruction_segment
+from dynamic.kept_text import KeptTokens, answer_tokens, instruction_tokens
 from dynamic.sequence import valid_positions
 from dynamic.statistics import KeepStatistics
 from dynamic.training import MaskedPass, TemperatureSchedule
-from llava.details import AnsweredRow, Detail, KeptPatches, KeptWords, Observation
+from llava.details import AnsweredRow, KeptPatches, KeptWords, Observation, Said
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, Extension, ImportedState, ParameterGroup, RunOptions
 from llava.model.language_model.decoder import layer_kinds
@@ -232,20 +233,24 @@ class _Kept:
         if index == 0 and state.segments is not None and not self.padding:
             self.padding = valid_positions(state).to(torch.uint8).argmax(dim=1).tolist()
 
-    def details(self, answered: AnsweredRow) -> list[Detail]:
+    def details(self, answered: AnsweredRow) -> Sequence[Said]:
         """See `llava.details.Observation`; features that are not patches of an image are not drawn."""
         host: Any = self.model
         tower, row, log = host.get_vision_tower(), answered.index, self.log
-        found: list[Detail] = []
+        found: list[Said] = []
         if tower is not None and tower.interval is None:
             side, first = tower.num_patches_per_side, tower.num_features - tower.num_patches
             for number, kept in enumerate(log.prompts[0].images(row)):
                 found.append(KeptPatches(number, (side, side), tuple(patch_indices(kept, first, side * side))))
-        padding = self.padding[row]
-        instruction = instruction_segment(log, answered.input_ids, answered.tokenizer, row=row, padding=padding)
-        for segment in (instruction, answer_segment(log, answered.output_ids, answered.tokenizer, row=row)):
-            found.append(KeptWords(segment.title, tuple((word.text, word.kept) for word in segment.words)))
+        instruction = instruction_tokens(log, answered.input_ids, row=row, padding=self.padding[row])
+        for tokens in (instruction, answer_tokens(log, answered.output_ids, row=row)):
+            found.append(partial(_words_of, tokens, answered.tokenizer))
         return found
+
+
+def _words_of(tokens: KeptTokens, tokenizer: Any) -> KeptWords:
+    segment = tokens.segment(tokenizer)
+    return KeptWords(segment.title, tuple((word.text, word.kept) for word in segment.words))
 
 
 def _pass_on(policy: Tensor, model: nn.Module, state: DecoderState) -> None:

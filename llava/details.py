@@ -6,7 +6,7 @@ extension. Every class is JSON when `dataclasses.asdict` has read it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -63,6 +63,14 @@ class Shares:
 
 Detail = KeptPatches | KeptWords | Shares
 
+Said = Detail | Callable[[], Detail]
+"""A detail, or a function that gives it: what takes time, such as decoding every token, is done in another thread."""
+
+
+def formatted(said: Mapping[str, Sequence[Said]]) -> dict[str, list[Detail]]:
+    """What was said, with the functions called."""
+    return {name: [each() if callable(each) else each for each in details] for name, details in said.items()}
+
 
 @dataclass(frozen=True)
 class AnsweredRow:
@@ -87,5 +95,9 @@ class Observation(Protocol):
     def enter_layer(self, index: int, state: DecoderState) -> None:
         """Called in every pass with what enters decoder layer `index`, after all extensions have changed it."""
 
-    def details(self, answered: AnsweredRow) -> list[Detail]:
-        """What there is to say of a row; called when its answer has ended, before the next pass."""
+    def details(self, answered: AnsweredRow) -> Sequence[Said]:
+        """What there is to say of a row; called when its answer has ended, before the next pass.
+
+        All rows of the batch wait for it. A function that it returns is called later, when the model may be at work on
+        other requests: it must use only what is its own.
+        """

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from llava.details import AnsweredRow, Detail, Observation
+from llava.details import AnsweredRow, Observation, Said
 from llava.errors import FlagError
 from llava.segments import DecoderState, MultimodalInputs
 
@@ -261,7 +261,7 @@ class ExtensionSet:
         return state
 
     @contextmanager
-    def observe(self, model: nn.Module) -> Iterator[Callable[[AnsweredRow], dict[str, list[Detail]]]]:
+    def observe(self, model: nn.Module) -> Iterator[Callable[[AnsweredRow], dict[str, Sequence[Said]]]]:
         """Let every extension watch what `model` generates while the block runs (seam 6).
 
         Yields:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from llava.errors import LlavaError
-from llava.serve.engine import End, Job, Row
+from llava.serve.engine import DETAILS_FAILED, End, EngineError, Job, Row
 from llava.serve.problems import RequestError, problem
 from llava.serve.schema import (
     AnswerMessage,
@@ -27,6 +28,8 @@ from llava.serve.schema import (
 if TYPE_CHECKING:
     from starlette.requests import Request
 
+logger = logging.getLogger(__name__)
+
 
 class Answer:
     """The pieces of one answer, from the engine's thread into the event loop.
@@ -36,12 +39,16 @@ class Answer:
         model: name of the model.
         seconds: for the whole answer.
         started: `time.monotonic()` when the request came.
+
+    Attributes:
+        details: of the whole answer, when all its pieces have been read; None: nobody wants them.
     """
 
     def __init__(self, job: Job, model: str, seconds: float, started: float | None = None) -> None:
         self.job, self.model, self.seconds = job, model, seconds
         self.until = (time.monotonic() if started is None else started) + seconds
         self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        self.details: Details | None = None
         self._reason: End | None = None
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[str | LlavaError | None] = asyncio.Queue()
@@ -72,12 +79,31 @@ class Answer:
                 except TimeoutError as error:
                     raise RequestError(f"the answer took more than {self.seconds:g} s", status=504) from error
                 if piece is None:
+                    await self._format_details()
                     return
                 if isinstance(piece, LlavaError):
                     raise piece
                 yield piece
         finally:
             self.row.cancel()
+
+    async def _format_details(self) -> None:
+        """Set `details`; in a thread, so that neither the engine nor other answers wait.
+
+        Raises:
+            RequestError: the time is over.
+            EngineError: they cannot be formatted.
+        """
+        if self.row.details is None:
+            return
+        try:
+            async with asyncio.timeout(self.until - time.monotonic()):
+                self.details = await asyncio.to_thread(self.row.details)
+        except TimeoutError as error:
+            raise RequestError(f"the answer took more than {self.seconds:g} s", status=504) from error
+        except Exception as error:  # the answer itself is whole; the log has the trace
+            logger.exception("the details of an answer failed")
+            raise EngineError(DETAILS_FAILED) from error
 
     @property
     def reason(self) -> FinishReason:
@@ -99,7 +125,7 @@ class Answer:
             model=self.model,
             choices=[choice],
             usage=self.usage,
-            details=self.row.details,
+            details=self.details,
         )
 
     def event(self, choices: list[ChunkChoice], usage: Usage | None = None, details: Details | None = None) -> str:
@@ -157,7 +183,7 @@ async def events(answer: Answer, include_usage: bool) -> AsyncIterator[str]:
     except LlavaError as error:
         yield f"data: {json.dumps(problem(error))}\n\n"
         return
-    yield answer.event([ChunkChoice(delta=Delta(), finish_reason=answer.reason)], details=answer.row.details)
+    yield answer.event([ChunkChoice(delta=Delta(), finish_reason=answer.reason)], details=answer.details)
     if include_usage:
         yield answer.event([], answer.usage)
     yield "data: [DONE]\n\n"

@@ -25,8 +25,9 @@ from llava.eval.answering.generation import GenerationOptions, ending_arguments
 from llava.eval.answering.loading import LoadedModel
 from llava.eval.answering.prompts import add_image_markers, new_conversation, prompt_ids
 from llava.eval.answering.runner import OpenImage, image_arguments, load_images
+from llava.runtime.chat.token_text import TokenDecoder
 from llava.runtime.finite_logits import LogitsWatch
-from llava.serve.streaming import TokenDecoder, until_stop
+from llava.serve.streaming import until_stop
 
 
 class Interruption(StoppingCriteria):

@@ -22,20 +22,24 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.generation.streamers import BaseStreamer
 
 from llava.data.images import ProcessedImage
-from llava.details import AnsweredRow, Detail
+from llava.details import AnsweredRow, Said
 from llava.errors import LlavaError
 from llava.eval.answering.generation import GenerationOptions, RowSampler
 from llava.eval.answering.loading import LoadedModel
 from llava.eval.answering.runner import image_arguments, pad_left
+from llava.runtime.chat.token_text import TokenDecoder
 from llava.runtime.finite_logits import LogitsWatch
 from llava.serve.details import row_details
 from llava.serve.schema import Details
-from llava.serve.streaming import StopFilter, TokenDecoder
+from llava.serve.streaming import StopFilter
 
 logger = logging.getLogger(__name__)
 
 End = Literal["stop", "length", "cancelled"]
-Observed = Callable[[AnsweredRow], Mapping[str, Sequence[Detail]]]
+Observed = Callable[[AnsweredRow], Mapping[str, Sequence[Said]]]
+Formatting = Callable[[], Details]
+
+DETAILS_FAILED = "the details of the answer failed; ask without them, or see the server's log"
 
 
 class BusyError(LlavaError):
@@ -80,16 +84,16 @@ class Row:
     Attributes:
         tokens: number of tokens generated so far, the one that ends the answer included.
         ended: nothing is generated for it any more.
-        describe: gives the details of the answer when it has ended; None while nobody generates, or wants them.
-        details: what it gave, before `on_end` is called.
+        describe: called when the answer has ended; None while nobody generates, or wants details.
+        details: what it gave, before `on_end` is called: a function that formats the details, for another thread.
     """
 
     def __init__(
         self, job: Job, on_text: Callable[[str], None], on_end: Callable[[End | LlavaError, Row], None]
     ) -> None:
         self.job, self.tokens, self.ended = job, 0, False
-        self.describe: Callable[[Row], Details] | None = None
-        self.details: Details | None = None
+        self.describe: Callable[[Row], Formatting] | None = None
+        self.details: Formatting | None = None
         self._on_text, self._on_end = on_text, on_end
         self._filter = StopFilter(job.stops)
         self._decoder: TokenDecoder | None = None
@@ -133,7 +137,7 @@ class Row:
                 self.details = self.describe(self)
             except Exception:  # other rows of the batch need no details; the log has the trace
                 logger.exception("the details of an answer failed")
-                reason = EngineError("the details of the answer failed; ask without them, or see the server's log")
+                reason = EngineError(DETAILS_FAILED)
         self._on_end(reason, self)
 
     @property
@@ -219,9 +223,9 @@ def describing(rows: Sequence[Row], loaded: LoadedModel) -> Iterator[None]:
         yield
 
 
-def _details_of(row: Row, *, index: int, observed: Observed, loaded: LoadedModel) -> Details:
+def _details_of(row: Row, *, index: int, observed: Observed, loaded: LoadedModel) -> Formatting:
     answered = AnsweredRow(index, row.job.input_ids, row.output_ids, loaded.tokenizer)
-    return row_details(observed(answered), row.job.images, loaded.image_processor)
+    return partial(row_details, observed(answered), row.job.images, loaded.image_processor)
 
 
 class Engine:

@@ -1,43 +1,11 @@
-"""Text from tokens as they come, and its end at a stop string; shared by the terminal and the server.
+"""The end of a text at a stop string, as the text comes; shared by the terminal and the server.
 
-Both are fed, so that one thread may serve many rows. transformers' `TextStreamer` decodes every line by itself, so that
-SentencePiece tokenizers lose a blank at its beginning; here each token is decoded behind the one before.
+It is fed, so that one thread may serve many rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
-
-
-class TokenDecoder:
-    """Turns the ids of one answer into text, piece by piece.
-
-    Args:
-        tokenizer: of the model; special tokens are left out.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self._start, self._shown = 0, 0  # ids[start:shown] are the context of what comes
-
-    def push(self, ids: Sequence[int]) -> str:
-        """The text that `ids` complete; empty while a character lacks some of its bytes."""
-        self.ids += ids
-        before, text = self._decode(self.ids[self._start : self._shown]), self._decode(self.ids[self._start :])
-        if len(text) <= len(before) or text.endswith("\ufffd"):
-            return ""
-        self._start, self._shown = self._shown, len(self.ids)
-        return text[len(before) :]
-
-    def rest(self) -> str:
-        """What was held back; the answer has ended."""
-        shown = self._decode(self.ids[self._start : self._shown])
-        return self._decode(self.ids[self._start :])[len(shown) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
 
 
 class _Search:

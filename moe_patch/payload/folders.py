@@ -8,6 +8,7 @@ words in a path; no pickled code is run.
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,16 +69,20 @@ def read_weights(folder: Path, prefixes: tuple[str, ...]) -> State:
         raise ValueError(f"{folder}: holds no weights of a model ({', '.join((*SINGLE_FILES, *INDEX_FILES))})")
     found: State = {}
     for path in files:
-        found |= {name: tensor for name, tensor in _read_file(path).items() if name.startswith(prefixes)}
+        found |= _read_some(path, prefixes)
     return found
 
 
-def _read_file(path: Path) -> State:
+def _read_some(path: Path, prefixes: tuple[str, ...]) -> State:
+    """The tensors of a file whose names begin so; of a large shard nothing else is read."""
     if path.suffix != ".safetensors":
-        return read_bin(path)
-    from safetensors.torch import load_file
+        # Copies, since a tensor of a mapped file keeps all of it open.
+        mapped = read_bin(path, mmap=zipfile.is_zipfile(path))
+        return {name: tensor.clone() for name, tensor in mapped.items() if name.startswith(prefixes)}
+    from safetensors import safe_open
 
-    return load_file(path)
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}  # noqa: SIM118
 
 
 def is_ours(folder: Path) -> bool:
@@ -85,13 +90,17 @@ def is_ours(folder: Path) -> bool:
     return any((folder / "extensions").glob("*/config.json")) or (folder / PROJECTOR_FILE).is_file()
 
 
-def read_bin(path: Path) -> State:
+def read_bin(path: Path, *, mmap: bool = False) -> State:
     """Tensors of a file that `torch.save` wrote, without running pickled code.
+
+    Args:
+        path: of the file.
+        mmap: read a tensor when it is used; not for files in the format of torch before 1.6, which are not zip files.
 
     Raises:
         ValueError: it holds something else.
     """
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path}: holds something else than a table of named tensors")
     return content

@@ -48,6 +48,8 @@ class KeptCache(DynamicCache):
         seen = [torch.cat(pair, dim=2) for pair in zip(held, new, strict=True)]
         if bool(self._keep.all()):
             stored = seen
+        elif not is_first and not bool(self._keep.any()):  # a dropped token: what is held is not copied
+            stored = list(held)
         else:
             kept = [states[:, :, self._keep.to(states.device)] for states in new]
             stored = [torch.cat(pair, dim=2) for pair in zip(held, kept, strict=True)]

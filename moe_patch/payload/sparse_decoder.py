@@ -105,7 +105,8 @@ class DecoderOfPass(nn.Module):
         for index, layer in enumerate(decoder.layers):
             if index == self.settings.sparse_layer:
                 state = self._enter_sparse_layers(state, attention_mask, cache)
-            collected += (state.hidden,)
+            if collect:  # else what enters a layer is freed when the layer has run
+                collected += (state.hidden,)
             call = functools.partial(layer.__call__, **state.options)
             arguments = (state.hidden, state.mask, state.positions, cache, False, use_cache)
             outputs = decoder._gradient_checkpointing_func(call, *arguments) if recomputes else call(*arguments)

@@ -15,7 +15,7 @@ from hydralora.config import HydraLoraSettings, RoutedLinearConfig
 from hydralora.extension import HydraLoraExtension
 from hydralora.linears import routed_updates
 from hydralora.model import record_routing
-from llava.details import AnsweredRow, Detail, KeptPatches, KeptWords, Shares
+from llava.details import AnsweredRow, Detail, KeptPatches, KeptWords, Shares, formatted
 from llava.model.builder import load_pretrained_model
 from mma.config import MmaConfig
 from mma.modality import routing_table
@@ -32,7 +32,7 @@ IMAGES_ALONE = SparseConfig(**{**SMALL.to_dict(), "use_text_predictor": False})
 class Letters:
     """A tokenizer: each id is a letter of its own."""
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         return "".join(chr(0x4E00 + number) for number in ids)
 
 
@@ -69,7 +69,7 @@ def generated(model: Any, ids: torch.Tensor, images: Any, mask: torch.Tensor | N
     with model.extensions.observe(model) as describe, torch.no_grad():
         output = model.generate(ids, images=images, attention_mask=mask, **options)
         rows = [
-            describe(AnsweredRow(row, own[own_mask.bool()], output[row].tolist(), Letters()))
+            formatted(describe(AnsweredRow(row, own[own_mask.bool()], output[row].tolist(), Letters())))
             for row, (own, own_mask) in enumerate(zip(ids, masks, strict=True))
         ]
     return output, rows

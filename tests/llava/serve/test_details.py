@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from dynamic import kept_text
+from llava.serve import details as serve_details
 from llava.serve.engine import Row
 from llava.serve.schema import Details
 from tests.llava.serve.page_servers import IMAGE, Served, asked_by_api, two_servers
@@ -143,3 +146,38 @@ def test_a_text_model_of_the_base_says_nothing(tmp_path: Path) -> None:
     with running(loaded, SETTINGS) as (client, engine):
         served = Served(loaded.name, client, engine, None)
         assert details_of(asked_by_api(served, "Is it red?", URL, 2, **WANTED)) == {"images": [], "extensions": {}}
+
+
+def test_details_are_formatted_outside_the_engine(
+    servers: tuple[Served, Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither words nor images are made in the thread that answers everybody."""
+    threads: dict[str, set[str]] = {"png_url": set(), "words": set()}
+
+    def noted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*args: Any) -> Any:
+            threads[name].add(threading.current_thread().name)
+            return call(*args)
+
+        return noting
+
+    monkeypatch.setattr("llava.serve.details.png_url", noted("png_url", serve_details.png_url))
+    monkeypatch.setattr("dynamic.kept_text.words", noted("words", kept_text.words))
+    assert details_of(asked_by_api(servers[0], "Is it red?", URL, 6, **WANTED))["extensions"]["dynamic"]
+    assert all(threads.values())
+    assert not any("engine" in name for names in threads.values() for name in names)
+
+
+def test_details_that_cannot_be_formatted_are_an_error_in_words(
+    servers: tuple[Served, Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import openai
+
+    def fail(*_: Any) -> str:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("llava.serve.details.png_url", fail)
+    with pytest.raises(openai.InternalServerError, match="the details of the answer failed"):
+        asked_by_api(servers[0], "Is it red?", URL, 4, **WANTED)
+    with pytest.raises(openai.APIError, match="the details of the answer failed"):
+        list(asked_by_api(servers[0], "Is it red?", URL, 4, stream=True, **WANTED))
