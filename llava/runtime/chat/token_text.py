@@ -1,7 +1,7 @@
 """Text from tokens as they come, in linear time; shared by answers that are streamed and by words of kept tokens.
 
-transformers' `TextStreamer` decodes every line by itself, so that SentencePiece tokenizers lose a blank at its beginning;
-here each token is decoded behind the one before.
+transformers' `TextStreamer` decodes every line by itself, so that SentencePiece tokenizers lose a blank at its
+beginning; here each token is decoded behind the one before.
 """
 
 from __future__ import annotations
