@@ -168,7 +168,7 @@ def launch(page: Any, args: argparse.Namespace, login: tuple[str, str] | None) -
     """
     from starlette.middleware import Middleware
 
-    from llava.serve.uploads import MAX_UPLOAD_BYTES
+    from llava.serve.uploads import launch_limits
 
     guard = Middleware(Guard, access=access_of(args.host, args.allowed_host, None))
     try:
@@ -176,10 +176,9 @@ def launch(page: Any, args: argparse.Namespace, login: tuple[str, str] | None) -
             server_name=args.host,
             server_port=args.port,
             auth=login,
-            max_file_size=MAX_UPLOAD_BYTES,
-            app_kwargs={"middleware": [guard]},
             prevent_thread_lock=True,
             quiet=True,
+            **launch_limits(guard),
         )
     except OSError as error:
         raise FlagError(f"--host {args.host} --port {args.port}: cannot listen there ({error})") from error

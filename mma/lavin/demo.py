@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise FlagError(f"--options {' '.join(args.options)}: has no effect in the original; leave it out")
     if importlib.util.find_spec("gradio") is None:
         raise FlagError("the demo needs gradio: pip install 'llava-extensions[serve]'")
-    from llava.serve.uploads import MAX_UPLOAD_BYTES
+    from llava.serve.uploads import launch_limits
     from mma.lavin.page import build_page
 
     with joined() as processes:
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     engine.start()
     with closing(engine):
         page = build_page(LavinChat(engine, args.original_prompt), args.max_new_tokens)
-        page.launch(server_name=args.server_name, server_port=args.server_port, max_file_size=MAX_UPLOAD_BYTES)
+        page.launch(server_name=args.server_name, server_port=args.server_port, **launch_limits())
 
 
 if __name__ == "__main__":

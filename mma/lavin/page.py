@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava.errors import FlagError, LlavaError
 from llava.eval.answering.generation import GenerationOptions
-from llava.serve.uploads import uploaded_file
+from llava.serve.uploads import accept_uploads_alone, uploaded_file
 from mma.lavin.chat import LavinChat, Turn
 
 if TYPE_CHECKING:
@@ -162,4 +162,5 @@ def build_page(chat: LavinChat, max_new_tokens: int) -> gr.Blocks:
             api_name="begin",
         )
         stop.click(None, None, None, cancels=[asked])
+    accept_uploads_alone(page)
     return page.queue(default_concurrency_limit=None)

@@ -1,13 +1,13 @@
 """A conversation of the page: what was said, and the form that servers, the page and the log of feedback want.
 
-Values that never change: each step of an answer is a new one, which belongs to the tab of a visitor.
+Values that do not change: each step of an answer is a new one, which belongs to the tab of a visitor.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,21 @@ from PIL import Image
 from llava.data.images import read_rgb
 from llava.errors import BadImageError
 from llava.serve.uploads import uploaded_file
+
+
+class Start:
+    """Whether an answer is generated already: one for a turn and all its later versions; it alone changes here.
+
+    Several steps of a page may come to the same turn; the first one answers.
+    """
+
+    def __init__(self) -> None:
+        self.begun = False
+
+    def take(self) -> bool:
+        """True for the first one that asks."""
+        begun, self.begun = self.begun, True
+        return not begun
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,7 @@ class Turn:
         problem: why there is no answer, or no whole one.
         details: what the server says of the answer.
         voted: what the visitor said of it.
+        start: taken by what generates the answer.
     """
 
     question: str
@@ -39,6 +55,7 @@ class Turn:
     problem: str | None = None
     details: Any = None
     voted: str | None = None
+    start: Start = field(default_factory=Start, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

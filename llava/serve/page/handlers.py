@@ -112,9 +112,15 @@ class Handlers:
     async def answer(
         self, conversation: Conversation, values: Sequence[object], wants_details: object
     ) -> AsyncIterator[Column]:
-        """The answer to the open question of a column as it grows; what is wrong ends it in words."""
+        """The answer to the open question of a column as it grows; what is wrong ends it in words.
+
+        Nothing comes if somebody else generates it already: a question or `again` that was refused meanwhile is
+        followed by this step, too.
+        """
         if not conversation.is_open:
             yield conversation, conversation.shown(), _drawing(conversation)
+            return
+        if not conversation.turns[-1].start.take():
             return
         yield conversation, conversation.shown(), ""
         try:

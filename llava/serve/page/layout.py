@@ -11,6 +11,7 @@ from llava.serve.page.conversation import Conversation
 from llava.serve.page.feedback import VOTES, Feedback
 from llava.serve.page.handlers import FIELDS, LONGEST_QUESTION, Handlers, stopped
 from llava.serve.page.models import ModelList
+from llava.serve.uploads import accept_uploads_alone
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -80,6 +81,7 @@ def build_page(
                 return [words, *(gr.Dropdown(labels, value=models.default(number)) for number in range(columns))]
 
             page.load(look, None, [notice, *(part["model"] for part in parts)], api_name="models")
+    accept_uploads_alone(page)
     return page.queue(default_concurrency_limit=None)
 
 
@@ -119,8 +121,11 @@ def _connect(parts: Parts, handlers: Handlers, concurrency: int) -> None:
         return [words, *conversations]
 
     async def answer(conversation: Conversation, *rest: Any) -> Any:
+        column = None
         async for column in handlers.answer(conversation, rest[:-1], rest[-1]):
             yield column
+        if column is None:  # gradio would empty the column of a step that says nothing
+            yield [gr.skip()] * 3
 
     with gr.Row():
         send = gr.Button("Send", variant="primary")

@@ -331,6 +331,33 @@ def test_who_stops_reading_ends_the_generation(handlers: Handlers, servers: tupl
     assert len(tokens) < 60, "the server went on for nobody"
 
 
+def test_a_turn_is_answered_once(handlers: Handlers, servers: tuple[Served, Served]) -> None:
+    """Steps that come to a turn while it is answered, at its beginning or in the middle, add nothing to it."""
+    _, _, (conversation, _) = asked(handlers, "What?")
+    before = len(servers[0].engine.batches)
+
+    async def answer(turn: Conversation) -> list[Any]:
+        return [column async for column in handlers.answer(turn, VALUES, False)]
+
+    async def visit() -> list[Any]:
+        reading, others, columns = handlers.answer(conversation, VALUES, False), [], []
+        async for column in reading:
+            columns.append(column)
+            if not column[0].turns[-1].ended:
+                assert "an answer is still coming" in handlers.again([servers[0].name], [column[0]])[0]
+                others += [await answer(column[0]), await answer(conversation)]
+        assert len(others) > 2
+        assert not any(others)
+        return columns
+
+    columns = asyncio.run(visit())
+    assert columns[-1][0].turns[-1].ended
+    assert len(servers[0].engine.batches) == before + 1
+    # Asked again, the same question has another answer of its own.
+    _, (again,) = handlers.again([servers[0].name], [columns[-1][0]])
+    assert asyncio.run(answer(again))[-1][0].turns[-1].answer == columns[-1][0].turns[-1].answer
+
+
 # The command line
 
 UPSTREAM = "--controller http://localhost:10000 --model-list-mode reload --host 127.0.0.1 --port 7861 --embed "

@@ -17,7 +17,7 @@ from llava.errors import BadImageError, FlagError, LlavaError
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.processes import Processes
 from llava.serve.engine import Engine
-from llava.serve.uploads import MAX_UPLOAD_BYTES, uploaded_file
+from llava.serve.uploads import MAX_UPLOAD_BYTES, NoProxy, uploaded_file
 from mma.lavin import demo
 from mma.lavin.answering import find_folders, given_options, load_lavin
 from mma.lavin.chat import LavinChat, chat_prompt, shown_answer
@@ -333,5 +333,6 @@ def test_the_original_command_starts_the_page(
     original_program.main([*words, "--server_name", "127.0.0.1", "--device", "cpu"])
     assert launched["server_name"] == "127.0.0.1"
     assert launched["max_file_size"] == MAX_UPLOAD_BYTES
+    assert [each.cls for each in launched["app_kwargs"]["middleware"]] == [NoProxy]
     assert launched["answer"]
     assert not Page.chat.engine.alive  # ended with the program
