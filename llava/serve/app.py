@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from llava.eval.answering.runner import load_images
 from llava.serve.answer import Answer, events, sent, whole
 from llava.serve.body import HELD_BODIES, BodyLimits, Held, read_json
 from llava.serve.chat_request import ChatRequest, Defaults, conversation_of, read_request
-from llava.serve.engine import Engine, Job
+from llava.serve.engine import BusyError, Engine, Job
 from llava.serve.guard import Access, Guard
 from llava.serve.image_fetch import fetch_images
 from llava.serve.image_urls import LARGE, ONE_LARGE, ImagePolicy, RequestImages
@@ -123,29 +123,40 @@ class Routes:
                 asked = read_request(body, self.settings.defaults)
                 del body
                 self._check_model(asked.model)
-                job = await self._prepare(asked, started)
+                stream, include_usage = asked.stream, asked.include_usage
+                job = await self._prepare(asked, started, take)
+                # Its images are in the job as pixels; an answer may take minutes, and nothing counts these bytes then.
+                del asked
             answer = Answer(job, self.loaded.name, self.settings.seconds, started)
             self.engine.submit(answer.row)
             # Errors of a stream that has begun travel in it as events: its status line has been sent.
-            if asked.stream:
-                return StreamingResponse(events(answer, asked.include_usage), media_type="text/event-stream")
+            if stream:
+                return StreamingResponse(events(answer, include_usage), media_type="text/event-stream")
             text = await whole(request, answer)
         except LlavaError as error:
             return self._refusal(error)
         return JSONResponse(sent(answer.completion(text)))
 
-    async def _prepare(self, asked: ChatRequest, started: float) -> Job:
+    async def _prepare(self, asked: ChatRequest, started: float, take: Callable[[int], None]) -> Job:
         """The job of a request, made outside the event loop, which streams other answers meanwhile.
+
+        Args:
+            asked: the request.
+            started: `time.monotonic()` when it came.
+            take: called with the number of bytes of images that are about to be held; see `Held`.
 
         Raises:
             RequestError: a message or an image cannot be used, or the time is over.
+            BusyError: too much is held for other requests.
         """
         try:
-            fetched = await fetch_images(asked.images, self.settings.images)
+            fetched = await fetch_images(asked.images, self.settings.images, take)
             async with asyncio.timeout(self.settings.seconds - (time.monotonic() - started)):
                 await self._preparing.acquire()
         except TimeoutError as error:
             raise RequestError(f"the answer took more than {self.settings.seconds:g} s", status=504) from error
+        except (RequestError, BusyError):
+            raise
         except LlavaError as error:
             raise RequestError(str(error), "messages") from error
         try:

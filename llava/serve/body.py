@@ -55,7 +55,7 @@ class BodyLimits:
 
 
 class Held:
-    """Counts the bytes of the bodies that are held at the same time.
+    """Counts the bytes of the bodies, and of the images fetched for them, that are held at the same time.
 
     Args:
         most: that may be held.
@@ -66,16 +66,18 @@ class Held:
 
     @contextmanager
     def body(self) -> Iterator[Callable[[int], None]]:
-        """A function that counts the bytes of one body, which are held until the context ends.
+        """A function that counts bytes of one request, which are held until the context ends.
 
-        It raises `BusyError` for bytes that are too many.
+        It raises `BusyError` for bytes that are too many, and `RequestError` (413) if they would be without others.
         """
         own = 0
 
         def take(count: int) -> None:
             nonlocal own
+            if own + count > self.most:
+                raise RequestError(f"a request and its images may have {self.most} bytes together", status=413)
             if self.bytes + count > self.most:
-                raise BusyError(f"the requests that arrive at this moment have {self.most} bytes; try again later")
+                raise BusyError(f"the requests of this moment and their images have {self.most} bytes; try again later")
             self.bytes += count
             own += count
 
@@ -94,13 +96,19 @@ async def read_json(request: Request, limits: BodyLimits, take: Callable[[int], 
         take: called with the number of bytes that are about to be held; see `Held`.
 
     Raises:
-        RequestError: it is of another type (415), too large (413), too slow (408), or not JSON (400).
+        RequestError: it is of another type (415), too large (413), too slow (408), or not JSON (400), or the client
+            went away (499).
         BusyError: too much is held for other requests.
     """
+    # Of an extra of the installation.
+    from starlette.requests import ClientDisconnect
+
     _check_type(request)
     try:
         async with asyncio.timeout(limits.seconds):
             content = await _receive(request, limits, take)
+    except ClientDisconnect as error:
+        raise RequestError("the client went away", status=499) from error
     except TimeoutError as error:
         raise RequestError(f"the body took more than {limits.seconds:g} s to arrive", status=408) from error
     return await asyncio.to_thread(_decode, content)

@@ -78,6 +78,8 @@ def _protocol(patience: Patience) -> type[asyncio.Protocol]:
         # The head: from the first moment of a connection, and from the first byte of each further request.
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            # A pause from the first byte that is not taken: usually 64 KB may stay behind, on which nobody waits.
+            transport.set_write_buffer_limits(high=0)
             self._await_head()
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -95,7 +97,7 @@ def _protocol(patience: Patience) -> type[asyncio.Protocol]:
             else:
                 self._stop_waiting()
 
-        # The answer: the transport asks for a pause when its buffer is full, which is when nobody reads.
+        # The answer: the transport asks for a pause when it could not send all, which is when nobody reads.
         def pause_writing(self) -> None:
             super().pause_writing()
             if self._unread is None:

@@ -47,7 +47,11 @@ class BusyError(LlavaError):
 
 
 class EngineError(LlavaError):
-    """The model failed on a batch, or the engine has stopped."""
+    """The model failed on a batch."""
+
+
+class StoppedError(EngineError):
+    """The engine has stopped, and answers nothing more."""
 
 
 @dataclass(frozen=True)
@@ -276,10 +280,10 @@ class Engine:
 
         Raises:
             BusyError: too many wait already.
-            EngineError: the engine does not run.
+            StoppedError: the engine does not run.
         """
         if not self.alive:
-            raise EngineError("the server is shutting down")
+            raise StoppedError("the server is shutting down")
         try:
             self._waiting.put_nowait(row)
         except queue.Full as error:
@@ -296,7 +300,7 @@ class Engine:
             while True:
                 row = self._waiting.get_nowait()
                 if row is not None:
-                    row.end(EngineError("the server is shutting down"))
+                    row.end(StoppedError("the server is shutting down"))
 
     def _gather(self) -> list[Row]:
         """The next batch; empty when the engine closes."""

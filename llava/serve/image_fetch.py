@@ -7,12 +7,13 @@ byte a second reaches no limit of a single read.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from llava.errors import BadImageError
+from llava.serve.engine import BusyError
 from llava.serve.image_urls import ImagePolicy
-from llava.serve.problems import short
+from llava.serve.problems import RequestError, short
 
 if TYPE_CHECKING:
     import httpx
@@ -23,18 +24,23 @@ WHERE = "messages"
 PORTS = {"http": 80, "https": 443}
 
 
-async def fetch_images(urls: Iterable[str], policy: ImagePolicy) -> dict[str, bytes]:
+Take = Callable[[int], None]
+
+
+async def fetch_images(urls: Iterable[str], policy: ImagePolicy, take: Take = lambda count: None) -> dict[str, bytes]:
     """The content of all http and https addresses.
 
     Args:
         urls: addresses of a request; other kinds are left out.
         policy: hosts, size and time.
+        take: called with the number of bytes that are about to be held; see `llava.serve.body.Held`.
 
     Returns:
         content by address.
 
     Raises:
         BadImageError: a host is not allowed, an address cannot be read, is too large, or the time is over.
+        BusyError, RequestError: `take` refuses the bytes.
     """
     wanted = [url for url in dict.fromkeys(urls) if url.partition(":")[0].lower() in SCHEMES]
     if not wanted:
@@ -49,18 +55,18 @@ async def fetch_images(urls: Iterable[str], policy: ImagePolicy) -> dict[str, by
             httpx.AsyncClient(timeout=policy.seconds, headers={"Accept-Encoding": "identity"}) as client,
             asyncio.TaskGroup() as group,
         ):
-            tasks = {url: group.create_task(_fetch(client, url, policy)) for url in wanted}
+            tasks = {url: group.create_task(_fetch(client, url, policy, take)) for url in wanted}
     except TimeoutError as error:
         raise BadImageError(f"{WHERE}: the images did not arrive within {policy.seconds:g} s") from error
     except BaseExceptionGroup as errors:  # the first of them; the others were cancelled by it, or are alike
-        refusals = errors.subgroup(BadImageError)
+        refusals = errors.subgroup((BadImageError, BusyError, RequestError))
         if refusals is None:
             raise
         raise refusals.exceptions[0] from errors
     return {url: task.result() for url, task in tasks.items()}
 
 
-async def _fetch(client: httpx.AsyncClient, url: str, policy: ImagePolicy) -> bytes:
+async def _fetch(client: httpx.AsyncClient, url: str, policy: ImagePolicy, take: Take) -> bytes:
     """The content of one address; redirections lead only to hosts that may be asked directly."""
     import httpx
 
@@ -71,7 +77,7 @@ async def _fetch(client: httpx.AsyncClient, url: str, policy: ImagePolicy) -> by
             async with client.stream("GET", address) as response:
                 if response.next_request is None:
                     response.raise_for_status()
-                    return await _read(response, policy)
+                    return await _read(response, policy, take)
                 address = str(response.next_request.url)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError) as error:
         if isinstance(error, BadImageError):
@@ -81,9 +87,10 @@ async def _fetch(client: httpx.AsyncClient, url: str, policy: ImagePolicy) -> by
     raise BadImageError(f"{WHERE}: {short(url)} leads to more than {MAX_REDIRECTS} other addresses")
 
 
-async def _read(response: httpx.Response, policy: ImagePolicy) -> bytes:
+async def _read(response: httpx.Response, policy: ImagePolicy, take: Take) -> bytes:
     content = bytearray()
     async for chunk in response.aiter_raw():
+        take(len(chunk))
         content += chunk
         if len(content) > policy.max_bytes:
             raise BadImageError(f"{WHERE}: an image has more than {policy.max_bytes} bytes, make it smaller")

@@ -35,7 +35,7 @@ REASONS = {
     415: "the body is not application/json",
     429: "too many requests wait",
     500: "the model failed, or the server has an error",
-    503: "the server shuts down",
+    503: "the server shuts down, or answers nothing more",
     504: "the answer took too long",
 }
 

@@ -9,13 +9,15 @@ import json
 from typing import Any
 
 from llava.errors import LlavaError
-from llava.serve.engine import BusyError, EngineError
+from llava.serve.engine import BusyError, EngineError, StoppedError
 
 SHOWN = 100
 """Characters of a client's value that an error repeats."""
 
 CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 KINDS = {429: "rate_limit_error"}
+STATUSES = ((BusyError, 429), (StoppedError, 503), (EngineError, 500))
+"""Of errors that are not the client's; the first kind that fits counts."""
 
 
 class RequestError(LlavaError):
@@ -49,7 +51,7 @@ def status_of(error: LlavaError) -> int:
     """HTTP status of an error."""
     if isinstance(error, RequestError):
         return error.status
-    return 429 if isinstance(error, BusyError) else 500 if isinstance(error, EngineError) else 400
+    return next((status for kind, status in STATUSES if isinstance(error, kind)), 400)
 
 
 def problem(error: LlavaError) -> dict[str, Any]:
