@@ -6,6 +6,7 @@ import io
 import os
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from llava.data.pixels import ASPECT_RATIOS, preprocess_image
 from llava.data.tiling import GridPinpoints, output_size, parse_grid_pinpoints
 from llava.errors import BadImageError, FlagError
 from llava.runtime.files import is_pointer, pointer_problem
+
+FILE_ADDRESS = "file://"
 
 MAX_PIXELS = 160_000_000
 """Width times height of a file: more than any camera takes. Pillow's own limit, at which it warns, is put there too."""
@@ -49,7 +52,7 @@ def image_path(folder: str | os.PathLike[str], name: str, row: object = "", *, f
 
     Args:
         folder: image folder.
-        name: path inside it.
+        name: path inside it, or the address of such a file (`file://`).
         row: what to call the row of the data file in an error.
         follow_links: False refuses links that lead out of the folder: for names that come from strangers.
 
@@ -60,6 +63,8 @@ def image_path(folder: str | os.PathLike[str], name: str, row: object = "", *, f
         if "\0" in name:
             raise ValueError("it has a null byte")
         root = Path(folder).resolve()
+        if str(name).startswith(FILE_ADDRESS):
+            name = _named_by(name, [root, Path(os.path.abspath(folder))])
         path = root / os.path.normpath(name)
         real = path.resolve()
         is_file = real.is_file()
@@ -77,6 +82,18 @@ def image_path(folder: str | os.PathLike[str], name: str, row: object = "", *, f
         )
     if not is_file:
         raise BadImageError(f"{row}: image {name!r} is missing: {path} is no file; check the image folder")
+    return path
+
+
+def _named_by(address: str, roots: list[Path]) -> str:
+    """The name of a file in an image folder by its `file://` address; an absolute path if it is not inside."""
+    parts = urlsplit(address, allow_fragments=False)
+    query = f"?{parts.query}" if parts.query else ""
+    path = unquote(("" if parts.netloc == "localhost" else parts.netloc) + parts.path + query)
+    if os.path.isabs(path):
+        path = os.path.normpath(path)
+        inside = next((root for root in roots if Path(path).is_relative_to(root)), None)
+        return path if inside is None else os.path.relpath(path, inside)
     return path
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from llava.data.formats.json_file import JsonRows
 from llava.data.formats.json_scan import BYTE_ORDER_MARK
 from llava.data.formats.reader import MemoryRows, Row, Rows, stored_size
-from llava.data.formats.table import PARQUET, is_saved, open_hub, open_table
+from llava.data.formats.table import PARQUET, is_saved, open_hub, open_table, package_problem
 from llava.data.sizes import Size
 from llava.errors import FlagError
 from llava.runtime.hub import is_hub_id
@@ -143,7 +143,9 @@ def source_problem(name: str) -> str | None:
         return f"--data_path {name}@0: a weight must be greater than 0; leave the file out"
     path = Path(name)
     of_hub = not path.exists() and is_hub_id(name) and path.suffix.lower() not in FILE_SUFFIXES
-    if path.is_file() or is_saved(path) or of_hub:
+    if of_hub or is_saved(path) or (path.is_file() and is_parquet(path)):
+        return package_problem(name)
+    if path.is_file():
         return None
     if path.is_dir():
         return f"--data_path {name}: is a folder that `save_to_disk` of datasets did not write; name a file in it"

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
-import numpy as np
-
 from llava.data.dataset import ON_BAD_SAMPLE
-from llava.data.image_names import image_names
 from llava.data.pixels import ASPECT_RATIOS
-from llava.data.rows import RowFiles, open_rows, source_problem
-from llava.data.sizes import UNCOUNTED
+from llava.data.rows import source_problem
 from llava.data.tiling import MERGE_TYPES, parse_grid_pinpoints
-from llava.errors import BadSampleError, CheckpointError, FlagError
+from llava.errors import CheckpointError, FlagError
 from llava.extension import installed_extensions
 from llava.model.components import Component
 from llava.model.formats import projector_file
@@ -21,7 +16,7 @@ from llava.model.loss import LossReduction
 from llava.runtime.fsdp.checks import fsdp_problems
 from llava.runtime.publishing.access import hub_problems
 from llava.runtime.quantization import QUANT_TYPES
-from llava.runtime.values import refuse, too_few_rows
+from llava.runtime.values import refuse
 from llava.runtime.zero import zero_stage
 from llava.train.evaluation.options import evaluation_problems
 from llava.train.freeze import trained_components
@@ -85,31 +80,6 @@ def _trains_by_the_runs_rate(args: RunArguments, trained: set[Component]) -> boo
         or (has_tower and Component.PROJECTOR in trained and training.mm_projector_lr is None)
         or (has_tower and Component.VISION_TOWER in trained and training.mm_vision_tower_lr is None)
     )
-
-
-def _rows(args: RunArguments) -> list[str]:
-    """Too few rows for one batch, where an incomplete one is left out."""
-    if not args.training.dataloader_drop_last or not args.data.data_path or args.data.streaming:
-        return []
-    if any(map(source_problem, args.data.data_path)):  # said by `_files`
-        return []
-    records = open_rows(args.data.data_path)
-    rows = _with_image(records) if args.data.requires_image else len(records)
-    training = args.training
-    line = too_few_rows(
-        rows, training.per_device_train_batch_size, training.world_size, "--per_device_train_batch_size"
-    )
-    return [] if line is None else [line]
-
-
-def _with_image(records: RowFiles) -> int:
-    """Number of rows that `--requires_image True` leaves."""
-    sizes = records.sizes
-    count = int((sizes["images"] > 0).sum())
-    for row in np.flatnonzero(sizes["words"] == UNCOUNTED).tolist():
-        with contextlib.suppress(BadSampleError):  # said when the row is read in the run
-            count += bool(image_names(records[row]))
-    return count
 
 
 def _tiles(args: RunArguments) -> list[str]:
@@ -217,7 +187,7 @@ def check_arguments(args: RunArguments) -> None:
         FlagError: lists every problem, one per line.
     """
     problems = _values(args) + _rates(args) + _tiles(args) + _files(args)
-    problems += _contradictions(args) + _switched_off(args) + _rows(args) + output_problems(args)
+    problems += _contradictions(args) + _switched_off(args) + output_problems(args)
     problems += stream_problems(args)
     problems += evaluation_problems(args.evaluation, args.training)
     problems += fsdp_problems(args.training, args.training.bits, "--bits") + hub_problems(args.training)

@@ -39,6 +39,7 @@ from llava.train.evaluation.rows import EvaluationRows, NoRows, evaluation_rows
 from llava.train.evaluation.scores import examination
 from llava.train.inputs import inputs_of
 from llava.train.llava_trainer import LLaVATrainer
+from llava.train.opened_data import check_data
 from llava.train.options import DataArguments, ModelArguments, RunArguments, TrainingArguments
 from llava.train.publication import publish_llava
 from llava.train.run import Run
@@ -149,6 +150,7 @@ def train(args: RunArguments, attn_implementation: str | None = None, parts: Par
     resumed = resumption(run_record(args), output, resume_from, has_results(output), changed)
     if resume_from is not None:
         check_has_state(Path(resume_from))
+    check_data(args)
     if args.training.should_save:
         prepare_folder(output, inputs_of(args))
         if resume_from is None:

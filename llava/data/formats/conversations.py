@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.data.image_names import READ_KEYS, RowImage, StoredImage
+from llava.data.image_names import READ_KEYS, RowImage, StoredImage, image_names
 from llava.errors import BadSampleError
 
 SPEAKER_OF = {
@@ -33,6 +33,9 @@ SOURCE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes")
 DATA_ADDRESS = "data:"
 FETCHED = ("http://", "https://", "ftp://", "s3://", "gs://", "hf://")
 """Beginnings of addresses that are not opened while a model trains."""
+
+LONGEST = max(map(len, (DATA_ADDRESS, *FETCHED)))
+"""Characters of a name that show whether it is an address."""
 
 
 @dataclass
@@ -66,8 +69,7 @@ def to_llava(row: dict[str, Any]) -> dict[str, Any]:
     chat = _Chat()
     for number, message in enumerate(messages):
         _read_message(chat, message, number)
-    own = [image for key in READ_KEYS for image in _images(key, row.get(key))]
-    images = _placed(chat, own)
+    images = _placed(chat, image_names({key: _images(key, row.get(key)) for key in READ_KEYS}))
     kept = {name: value for name, value in row.items() if name not in ("messages", "prompt", "completion", *READ_KEYS)}
     system = {} if chat.system is None else {"system": chat.system}
     return {**kept, "conversations": chat.turns, **system} | ({"image": images} if images else {})
@@ -155,9 +157,14 @@ def _with_images(row: dict[str, Any]) -> dict[str, Any]:
     for key in READ_KEYS:
         value = row.get(key)
         values = value if isinstance(value, list) else [value]
-        if any(isinstance(each, Mapping | bytes | Image.Image) for each in values):
+        if any(isinstance(each, Mapping | bytes | Image.Image) or _is_address(each) for each in values):
             changed[key] = _images(key, value)
     return {**row, **changed} if changed else row
+
+
+def _is_address(value: Any) -> bool:
+    """Whether an image is named by an address that is decoded or refused here; `file://` is left to `images.py`."""
+    return isinstance(value, str) and value[:LONGEST].lower().startswith((DATA_ADDRESS, *FETCHED))
 
 
 def _images(key: str, value: Any) -> list[RowImage]:
@@ -184,14 +191,14 @@ def _image(key: str, value: Any) -> RowImage:
         return StoredImage(value, "in the row")
     if not isinstance(value, str) or not value:
         raise BadSampleError(f"'{key}' must be a file name, stored bytes or a list of them, not {value!r:.200}")
-    if value.startswith(DATA_ADDRESS):
+    if value[: len(DATA_ADDRESS)].lower() == DATA_ADDRESS:
         return StoredImage(_decoded(value), "in the row")
     if value.lower().startswith(FETCHED):
         raise BadSampleError(
             f"'{key}' is the address {value!r:.200}, and nothing is fetched while a model trains; put the file into "
             "--image_folder and name it"
         )
-    return value.removeprefix("file://")
+    return value
 
 
 def _decoded(address: str) -> bytes:

@@ -110,9 +110,15 @@ class HashingReader(io.RawIOBase):
 
 def places(path: Path) -> list[Path]:
     """Where the table of a data file may be kept, in the order in which they are tried."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    own = path.with_name(f"{path.name}{SUFFIX}")
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if not cache:
+        try:
+            cache = str(Path.home() / ".cache")
+        except RuntimeError:  # a user without a home folder, as in many containers
+            return [own]
     name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
-    return [path.with_name(f"{path.name}{SUFFIX}"), root / "llava-extensions" / "rows" / f"{name}{SUFFIX}"]
+    return [own, Path(cache) / "llava-extensions" / "rows" / f"{name}{SUFFIX}"]
 
 
 def index_of(path: Path, scan: Callable[[Any], np.ndarray], kept_from: int = KEPT_FROM) -> np.ndarray:
@@ -185,7 +191,7 @@ def _read(place: Path) -> tuple[np.ndarray, _About] | None:
 def _keep(path: Path, table: np.ndarray, digest: str, stamp: Stamp) -> None:
     """Keep a table at the first place that takes it."""
     if not any(_write(place, table, digest, stamp) for place in places(path)):
-        logger.warning("the rows of %s are found again at every start: %s cannot be written", path, places(path)[1])
+        logger.warning("the rows of %s are found again at every start: %s cannot be written", path, places(path)[-1])
 
 
 def _write(place: Path, table: np.ndarray, digest: str, stamp: Stamp) -> bool:

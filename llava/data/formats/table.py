@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +73,40 @@ class TableRows(Rows):
 
 
 def _without_bytes(column: Any) -> list[Any]:
-    """Values of a column; of images only how many there are."""
-    import pyarrow.compute as compute
-
-    if _is_image(column.type):
-        return [PLACEHOLDER if valid else None for valid in compute.is_valid(column).to_pylist()]
-    if hasattr(column.type, "value_type") and _is_image(column.type.value_type):
-        return [[PLACEHOLDER] * (number or 0) for number in compute.list_value_length(column).to_pylist()]
-    return column.to_pylist()
+    """Values of a column; of images, in parts of messages too, only where they are."""
+    return [value for chunk in column.chunks for value in _light(chunk)]
 
 
-def _is_image(kind: Any) -> bool:
-    import pyarrow
+def _light(array: Any) -> list[Any]:
+    """Values of an array of Arrow, with `PLACEHOLDER` for bytes and for what `datasets` stores as an image."""
+    import pyarrow.types as types
 
-    return pyarrow.types.is_binary(kind) or (pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+    kind = array.type
+    if not _has_bytes(kind):
+        return array.to_pylist()
+    valid = array.is_valid().to_pylist()
+    if types.is_struct(kind):
+        if kind.get_field_index("type") < 0 and kind.get_field_index("bytes") >= 0:
+            return [PLACEHOLDER if each else None for each in valid]
+        names = [kind.field(number).name for number in range(kind.num_fields)]
+        rows = zip(*map(_light, array.flatten()), strict=True)
+        return [dict(zip(names, row, strict=True)) if each else None for row, each in zip(rows, valid, strict=True)]
+    if not hasattr(kind, "value_type"):
+        return [PLACEHOLDER if each else None for each in valid]
+    items = iter(_light(array.flatten()))  # without those of lists that are null
+    lengths = array.value_lengths().to_pylist()
+    return [None if length is None else list(islice(items, length)) for length in lengths]
+
+
+def _has_bytes(kind: Any) -> bool:
+    """Whether values of a type of Arrow have bytes in them."""
+    import pyarrow.types as types
+
+    if types.is_struct(kind):
+        return any(_has_bytes(kind.field(number).type) for number in range(kind.num_fields))
+    if types.is_list(kind) or types.is_large_list(kind):
+        return _has_bytes(kind.value_type)
+    return types.is_binary(kind) or types.is_large_binary(kind)
 
 
 def is_saved(path: Path) -> bool:
@@ -161,9 +182,17 @@ def read_parquet(path: Path) -> Iterator[Any]:
         raise FlagError(f"--data_path {path}: cannot be read ({_first_line(error)})") from error
 
 
-def _package(name: str) -> Any:
+def package_problem(name: str) -> str | None:
+    """Why a source of this kind cannot be read here; None if it can."""
     if importlib.util.find_spec(PACKAGE) is None:
-        raise FlagError(f"--data_path {name}: needs the package {PACKAGE}; pip install 'llava-extensions[data]'")
+        return f"--data_path {name}: needs the package {PACKAGE}; pip install 'llava-extensions[data]'"
+    return None
+
+
+def _package(name: str) -> Any:
+    problem = package_problem(name)
+    if problem is not None:
+        raise FlagError(problem)
     import datasets
 
     return datasets

@@ -68,8 +68,20 @@ def _named(number: int) -> list[str]:
     return [NAMES[image] for image in IMAGES[number]]
 
 
+def _addresses(number: int) -> list[str]:
+    return [_address(image)["image_url"]["url"] for image in IMAGES[number]]
+
+
+def _file_address(name: str) -> str:
+    return f"file://{FOLDER / 'images'}/./{name.replace('0', '%30')}"
+
+
 def _stored(number: int) -> list[dict[str, Any]]:
     return [STORED[image] for image in IMAGES[number]]
+
+
+def _texts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def _json(rows: list[Any]) -> Callable[[Path], Path]:
@@ -113,6 +125,10 @@ ONE_BY_ONE = [{"messages": _messages(n), "images": _named(n)} for n in range(3)]
 
 FORMATS: dict[str, Callable[[Path], Path]] = {
     "LLaVA": _json(LLAVA_ROWS),
+    "LLaVA, addresses": _json([{**row, "image": _addresses(number)} for number, row in enumerate(LLAVA_ROWS)]),
+    "LLaVA, files by address": _json(
+        [{**row, "image": [_file_address(name) for name in _named(number)]} for number, row in enumerate(LLAVA_ROWS)]
+    ),
     "ShareGPT": _json(SHAREGPT),
     "OpenAI": _json([{"messages": _messages(number, _address)} for number in range(3)]),
     "TRL, names": _json([{"messages": row["messages"], "images": _named(n)} for n, row in enumerate(TRL)]),
@@ -128,6 +144,13 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
     ),
     "Parquet, LLaVA": _parquet([{**row, "image": _named(number)} for number, row in enumerate(LLAVA_ROWS)]),
     "Parquet, TRL with bytes": _parquet(TRL),
+    "Parquet, bytes in parts": _parquet(
+        [{"messages": _messages(n, lambda i: {"type": "image", "image": STORED[i]})} for n in range(2)]
+        + [{"messages": [{**each, "content": _texts(each["content"])} for each in _messages(2)]}]
+    ),
+    "image and images": _json(
+        [{"messages": row["messages"], "image": _named(n), "images": _named(n)} for n, row in enumerate(TRL)]
+    ),
     "saved, images": _saved(TRL, "images", [datasets.Image()]),
     "saved with splits": _saved(PLAIN, "images", [datasets.Image()], splits=True),
 }  # fmt: skip
@@ -188,6 +211,21 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"messages": _messages(0), "images": ["file:///etc/passwd"]},
         BadImageError,
         "outside the image folder",
+    ),
+    "two lists of images": (
+        {"messages": _messages(0), "image": NAMES[0], "images": NAMES[1]},
+        BadSampleError,
+        "write one of them",
+    ),
+    "a file outside by its address": (
+        {**LLAVA_ROWS[0], "image": f"file://{FOLDER}/images/%2e%2e/finetune.json"},
+        BadImageError,
+        "outside the image folder",
+    ),
+    "an address of the web in LLaVA's form": (
+        {**LLAVA_ROWS[0], "image": "HTTPS://x.org/a.png"},
+        BadSampleError,
+        "nothing is fetched",
     ),
     "bytes of no image": (
         {"messages": _messages(0), "images": ["data:image/png;base64,AAAA"]},
@@ -356,3 +394,19 @@ def test_only_data_of_a_folder_decides_what_a_run_trains_on(tmp_path: Path) -> N
     assert fingerprints({"dataset_dir": str(tmp_path)}) == before
     _numbered(tmp_path / "b.jsonl", 1)
     assert fingerprints({"dataset_dir": str(tmp_path)}) != before
+
+
+def test_sizes_are_found_without_the_bytes_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a column, and those in the parts of messages."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    counted: list[Any] = []
+    monkeypatch.setattr(table, "count_value", lambda row: counted.append(row))
+    for name in ("Parquet, bytes in parts", "Parquet, TRL with bytes", "saved, images"):
+        assert len(open_rows(FORMATS[name](tmp_path)).sizes) == 3
+    assert len(counted) == 9
+    assert "bytes" not in {type(each).__name__ for row in counted for each in _leaves(row)}
+
+
+def _leaves(value: Any) -> list[Any]:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return [value] if items is None else [leaf for each in items for leaf in _leaves(each)]

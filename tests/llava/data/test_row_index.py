@@ -332,3 +332,16 @@ def test_other_encodings_are_named_with_the_command(content: bytes, message: str
     path.write_bytes(content)
     with pytest.raises(FlagError, match=rf"(?s)data.json: is {message}"):
         open_rows(path)
+
+
+def test_a_user_without_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an unknown number in a container: the place next to the file is the only one."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert kept_index.places(tmp_path / "a.json") == [tmp_path / "a.json.rows.npy"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert len(kept_index.places(tmp_path / "a.json")) == 2
