@@ -87,12 +87,16 @@ def server_address(url: str) -> str:
     Raises:
         FlagError: it is not an address of a server.
     """
-    parts = urlsplit(url)
+    # Checked first, since a password of an address must not be repeated in an error.
+    if "@" in url:
+        raise FlagError("--server: give an address without NAME:PASSWORD@; a key is read from LLAVA_API_KEY")
     try:
+        parts = urlsplit(url)
         known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is not a number
+        known = known and not (parts.query or parts.fragment)
+    except ValueError:  # a port that is not a number, or half a bracket
         known = False
-    if not known or parts.username or parts.password or parts.query or parts.fragment:
+    if not known:
         raise FlagError(f"--server {url}: give the address of a server, for example http://127.0.0.1:8000")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
@@ -160,12 +164,16 @@ def _piece(event: Any, server: Server) -> Piece:
     """What an event of a stream adds to the answer.
 
     Raises:
-        ServerError: it is an error.
+        ServerError: it is an error, or of another form.
     """
     if not isinstance(event, Mapping) or "error" in event:
         raise _refusal(server, 200, json.dumps(event).encode())
     choices = event.get("choices") or [{}]
-    text = (choices[0].get("delta") or {}).get("content") or ""
+    choice = choices[0] if isinstance(choices, list) else None
+    delta = (choice.get("delta") or {}) if isinstance(choice, Mapping) else None
+    text = (delta.get("content") or "") if isinstance(delta, Mapping) else None
+    if not isinstance(text, str):
+        raise _refusal(server, 200, json.dumps(event).encode())
     return Piece(text, event.get("details"))
 
 

@@ -67,11 +67,18 @@ def test_an_address_in_every_spelling(given: str) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    ["", "a:1", "ftp://a", "http://", "http://a:x", "http://a:99999", "http://u:p@a", "http://a?b", "file:///a"],
+    ["", "a:1", "ftp://a", "http://", "http://a:x", "http://a:99999", "http://[", "http://a?b", "file:///a"],
 )
 def test_what_is_not_an_address_is_refused(given: str) -> None:
     with pytest.raises(FlagError, match=r"--server .*give the address of a server"):
         server_address(given)
+
+
+@pytest.mark.parametrize("given", ["http://u:secret@a", "http://u:secret@a:x", "http://u:secret@["])
+def test_a_password_in_an_address_is_refused_and_not_repeated(given: str) -> None:
+    with pytest.raises(FlagError, match=r"--server: .*LLAVA_API_KEY") as refused:
+        server_address(given)
+    assert "secret" not in str(refused.value)
 
 
 @contextmanager
@@ -155,6 +162,23 @@ def answer_of(model: Model, question: str = "What?") -> str:
 def test_a_stream_that_breaks_is_no_answer(content: bytes, said: str) -> None:
     with other_server(200, content) as server, pytest.raises(ServerError, match=said.replace("?", r"\?")):
         answer_of(Model("a", "a", server))
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        '{"choices": [1]}',
+        '{"choices": {"a": 1}}',
+        '{"choices": "ab"}',
+        '{"choices": [{"delta": [1]}]}',
+        '{"choices": [{"delta": {"content": [1]}}]}',
+        '{"choices": [{"delta": {"content": {"a": 1}}}]}',
+    ],
+)
+def test_events_of_another_form_are_refused_in_words(event: str) -> None:
+    content = f"data: {event}\n\ndata: [DONE]\n\n".encode()
+    with other_server(200, content) as server, pytest.raises(ServerError, match="is not a server of this API"):
+        answer_of(Model("m", "m", server))
 
 
 def test_a_key_is_sent_and_a_wrong_one_is_explained(servers: tuple[Served, Served]) -> None:
