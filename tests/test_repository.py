@@ -245,7 +245,8 @@ def test_nothing_runs_code_from_a_checkpoint(path: Path) -> None:
 
 @_each(MODULES)
 def test_nothing_is_a_stub(path: Path) -> None:
-    assert "NotImplementedError" not in path.read_text(encoding="utf-8")
+    """Others' methods may raise it and be caught; ours do what they say."""
+    assert not re.search(r"raise\s+NotImplementedError", path.read_text(encoding="utf-8"))
 
 
 FORBIDDEN = {

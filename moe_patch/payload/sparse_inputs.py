@@ -88,8 +88,8 @@ def _segments(ids: Tensor, labels: Tensor, text: Tensor, real: Tensor, marker: S
     """The parts of one row.
 
     Args:
-        ids: (t,) tokens without padding.
-        labels: (t,).
+        ids: (T,) tokens without padding.
+        labels: (T,).
         text: (L,) bool, True where a token went.
         real: (L,) bool, False at padding.
         marker: token ids that open a user turn.

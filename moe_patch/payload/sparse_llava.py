@@ -58,6 +58,7 @@ def sparse_class(plain: type[nn.Module]) -> type[nn.Module]:
     ) -> Any:
         if args:
             raise TypeError("a model with predictors takes what comes behind `labels` by name")
+        # A prompt is spliced here, so that the parts of each sample are known.
         if inputs_embeds is None and past_key_values is None:
             given = splice(self, input_ids, position_ids, attention_mask, labels, images, image_sizes)
             input_ids, inputs_embeds, segments = None, given.inputs_embeds, given.segments
@@ -66,12 +67,14 @@ def sparse_class(plain: type[nn.Module]) -> type[nn.Module]:
             raise ValueError("images belong to a prompt: they come with token ids, and on top of no filled cache")
         elif inputs_embeds is None:
             input_ids, inputs_embeds = None, self.get_model().embed_tokens(input_ids)
+        # With labels a policy masks tokens, and its losses are added; without them tokens are dropped.
         sparsity = getattr(self, ATTRIBUTE)
         masked = None if labels is None else MaskedPass(sparsity.schedule.tau if self.training else None)
         if masked is not None and segments is None:
             raise ValueError(
                 f"a loss needs the parts of each sample: pass token ids, or '{SEGMENTS}' with the embeddings"
             )
+        # Upstream's own pass, about a decoder that is made for it.
         judges = predictors(self)
         decoder = DecoderOfPass(self.get_decoder(), sparsity.settings, judges, segments, masked)
         output = inner.forward(
@@ -89,6 +92,7 @@ def sparse_class(plain: type[nn.Module]) -> type[nn.Module]:
     def prepare_inputs_for_generation(
         self: Any, input_ids: Tensor, past_key_values: Any = None, *args: Any, segments: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
+        # Only the first pass of an answer has a prompt.
         found = inner.prepare_inputs_for_generation(self, input_ids, past_key_values, *args, **kwargs)
         return found if past_key_values is not None else {**found, SEGMENTS: segments}
 
@@ -98,9 +102,10 @@ def sparse_class(plain: type[nn.Module]) -> type[nn.Module]:
     ) -> Any:
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if ids is None or "inputs_embeds" in kwargs:
-            raise NotImplementedError("`inputs_embeds` is not supported; pass token ids")
+            raise ValueError("`inputs_embeds` is not supported; pass token ids")
         if not kwargs.setdefault("use_cache", True):
             raise ValueError("use_cache False: --dynamic is carried by moe_patch for generation with a cache alone")
+        # The caller's mask and positions are those of its tokens; the splice makes those of the embeddings.
         positions, mask = kwargs.pop("position_ids", None), kwargs.pop("attention_mask", None)
         given = splice(self, ids, positions, mask, None, images, image_sizes)
         # The method behind upstream's, which would splice by itself and take no embeddings.
@@ -112,6 +117,7 @@ def sparse_class(plain: type[nn.Module]) -> type[nn.Module]:
             **kwargs,
         )
 
+    # The names of the plain class: files and messages of upstream's code have them.
     own = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
     forward_like = like(inner.forward, forward, SEGMENTS)
     prepare = like(inner.prepare_inputs_for_generation, prepare_inputs_for_generation, SEGMENTS)
