@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from PIL import ImageFile
 
 from tests import deprecations
 
@@ -45,7 +46,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _fixed_seeds_and_clean_state() -> Iterator[None]:
-    """Every test starts from the same seeds and leaves the default dtype as it found it."""
+    """Every test starts from the same seeds and leaves the default dtype as it found it.
+
+    lmms-eval lets Pillow read files that are cut off, in the whole process.
+    """
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     random.seed(SEED)
     np.random.seed(SEED)  # the images of some tests come from numpy's global generator
     torch.manual_seed(SEED)

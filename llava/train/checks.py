@@ -144,7 +144,9 @@ def _switched_off(args: RunArguments) -> list[str]:
         f"--{name} {getattr(args.training, name)}: belongs to LoRA, which is off, so that it would have no effect; add "
         "--lora_enable True, or leave it out"
         for name in LORA
-        if name not in read and (name in args.given or getattr(args.training, name) != defaults[name].default)
+        if name not in read
+        and (name in args.given or getattr(args.training, name) != defaults[name].default)
+        and not (name == "lora_dropout" and args.training.lora_dropout == 0)  # there is none
     ]
 
 

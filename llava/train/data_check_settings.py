@@ -92,6 +92,10 @@ def tower_sizes(args: argparse.Namespace, base: Mapping[str, Any]) -> TowerSizes
         tower = build_vision_tower(config, [args.model_name_or_path])
         processor = tower.read_image_processor()
     except CheckpointError as error:
+        # The side in pixels decides on tiles alone, so the length is enough for images that are taken whole.
+        if length is not None and not args.vision_tower and not args.image_aspect_ratio.startswith("anyres"):
+            pixels = side or CLIP_LARGE[1]
+            return TowerSizes(length, pixels, _square_processor(pixels))
         raise CheckpointError(
             f"{error}\nHow long an image is depends on the tower: pass --vision_tower FOLDER, or --image_length and "
             "--tile_size"
