@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from email.message import Message
 from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json
@@ -117,9 +118,9 @@ async def read_json(request: Request, limits: BodyLimits, take: Callable[[int], 
 def _check_type(request: Request) -> None:
     """Refuse what is not JSON; any web page may send a text to any address, but JSON only to its own."""
     found = request.headers.get("content-type", "")
-    kind, _, options = found.partition(";")
-    charset = options.partition("charset=")[2].strip(" \"'").lower()
-    if kind.strip().lower() != MEDIA_TYPE or charset not in ("", "utf-8", "utf8"):
+    header = Message()
+    header["content-type"] = found
+    if header.get_content_type() != MEDIA_TYPE or header.get_content_charset("utf-8") not in ("utf-8", "utf8"):
         raise RequestError(f"the content type is {found[:100]!r}; send {MEDIA_TYPE}", status=415)
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.strip().lower() != "identity":

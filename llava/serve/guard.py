@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from llava.errors import FlagError
 from llava.serve.problems import RequestError, problem
 
 Scope = MutableMapping[str, Any]
@@ -55,7 +56,16 @@ def access_of(bound: str, also: list[str], api_key: str | None) -> Access:
             this machine's name.
         also: further names.
         api_key: see `Access`.
+
+    Raises:
+        FlagError: an address is empty, or a name has a port, which no request would match.
     """
+    if not bound.strip():
+        raise FlagError("--host is empty; give an address, 0.0.0.0 for all")
+    for name in also:
+        bare = name.strip().strip("[]")
+        if not bare or (":" in bare and not is_address(bare)) or "/" in bare:
+            raise FlagError(f"--allowed-host {name}: give a name or an address alone, without scheme and port")
     everywhere = is_address(bound) and ipaddress.ip_address(bound).is_unspecified
     own = (socket.gethostname(),) if everywhere else (bound,)
     names = (*THIS_MACHINE, *own, *also)

@@ -15,13 +15,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava.errors import BadImageError
+from llava.errors import BadImageError, FlagError
 from llava.serve.guard import App, Receive, Scope, Send, refuse
 from llava.serve.image_urls import ImagePolicy
 from llava.serve.problems import RequestError
 
 if TYPE_CHECKING:
     import gradio as gr
+
+ALLOWED_PATHS = "GRADIO_ALLOWED_PATHS"
+"""Variable of the environment by which gradio offers folders of the machine."""
 
 MAX_UPLOAD_BYTES = ImagePolicy.max_bytes
 """Of an image, as it comes; the page is to be launched with it."""
@@ -116,11 +119,21 @@ class NoProxy:
 
 
 def launch_limits(*middleware: Any) -> dict[str, Any]:
-    """Arguments of a page's `launch`: the size of an upload, and no files of other hosts.
+    """Arguments of a page's `launch`: the size of an upload, no files of other hosts, and no tunnel to other machines.
+
+    gradio's variables of the environment would open both; an argument wins over GRADIO_SHARE.
 
     Args:
         middleware: further ones, which come first.
+
+    Raises:
+        FlagError: GRADIO_ALLOWED_PATHS offers folders of this machine, over which no argument wins.
     """
     from starlette.middleware import Middleware
 
-    return {"max_file_size": MAX_UPLOAD_BYTES, "app_kwargs": {"middleware": [*middleware, Middleware(NoProxy)]}}
+    if os.environ.get(ALLOWED_PATHS):
+        raise FlagError(
+            f"{ALLOWED_PATHS}={os.environ[ALLOWED_PATHS]}: visitors could read these folders; unset the variable"
+        )
+    chain = [*middleware, Middleware(NoProxy)]
+    return {"share": False, "max_file_size": MAX_UPLOAD_BYTES, "app_kwargs": {"middleware": chain}}

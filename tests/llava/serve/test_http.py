@@ -144,6 +144,16 @@ def test_own_hosts(host: str, client: Any) -> None:
     assert client.get("/v1/models", headers={"host": host, "origin": f"http://{host}"}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("bound", "also"),
+    [("", []), (" ", []), ("127.0.0.1", ["models:8000"]), ("127.0.0.1", ["http://models"]), ("127.0.0.1", [""])],
+)
+def test_names_that_no_request_would_match_are_refused(bound: str, also: list[str]) -> None:
+    with pytest.raises(FlagError, match=r"--host is empty|--allowed-host"):
+        access_of(bound, also, None)
+    access_of("127.0.0.1", ["models", "10.0.0.1", "[::1]", "::1"], None)
+
+
 def test_hosts_of_an_address() -> None:
     """All addresses stand for any address and the machine's name, but not for other names."""
     here = access_of("127.0.0.1", [], None)
@@ -181,7 +191,8 @@ def test_no_content_type_and_compressed(client: Any) -> None:
     refused(client.post(CHAT, content=content), 415)
     kind = {"content-type": "application/json"}
     refused(client.post(CHAT, content=content, headers=kind | {"content-encoding": "gzip"}), 415)
-    kind["content-type"] = 'Application/JSON; charset="UTF-8"'
+    refused(client.post(CHAT, content=content, headers={"content-type": "application/json; Charset=latin-1"}), 415)
+    kind["content-type"] = 'Application/JSON; x=y; charset="UTF-8"; z=w'
     assert client.post(CHAT, content=content, headers=kind).status_code == 200
 
 

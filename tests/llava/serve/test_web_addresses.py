@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 
+from llava.errors import FlagError
 from llava.serve import uploads, web
 from llava.serve.page.layout import build_page
 from llava.serve.page.models import NONE, ModelList
@@ -124,3 +125,11 @@ def test_an_upload_is_served_and_asked_about(opened: Opened) -> None:
 )
 def test_addresses_among_inputs(inputs: list[Any], found: bool) -> None:
     assert uploads.names_address(inputs) is found
+
+
+def test_variables_of_the_environment_open_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradio would read them in place of arguments that are not given."""
+    assert uploads.launch_limits()["share"] is False
+    monkeypatch.setenv("GRADIO_ALLOWED_PATHS", "/")
+    with pytest.raises(FlagError, match="GRADIO_ALLOWED_PATHS=/: visitors could read"):
+        uploads.launch_limits()
