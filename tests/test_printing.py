@@ -49,8 +49,12 @@ def written(stream: io.TextIOWrapper) -> bytes:
 @pytest.mark.parametrize("program", EVERY_PROGRAM)
 def test_every_program_prints_on_an_ascii_terminal(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its help, with signs that ASCII does not have at the end, whatever the texts of the day are."""
-    plain = argparse.ArgumentParser.format_help
-    monkeypatch.setattr(argparse.ArgumentParser, "format_help", lambda self: f"{plain(self)}{SIGNS}\n")
+    plain = argparse.ArgumentParser._print_message
+    monkeypatch.setattr(
+        argparse.ArgumentParser,
+        "_print_message",
+        lambda self, message, file=None: plain(self, f"{message}{SIGNS}\n", file),
+    )
     monkeypatch.setattr(sys, "argv", [program, "--help"])
     stream = narrow("ascii")
     start = partial(runpy.run_module, program, alter_sys=True)

@@ -89,7 +89,7 @@ def test_what_is_frozen_and_what_is_decayed(tmp_path: Path) -> None:
 class Training:
     """What freezing and parameter groups ask of a run."""
 
-    lora_enable = freeze_mm_mlp_adapter = False
+    has_adapter = freeze_mm_mlp_adapter = False
     mm_projector_lr = mm_vision_tower_lr = None
     learning_rate = 1e-3
     weight_decay = 0.02

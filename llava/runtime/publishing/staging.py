@@ -78,7 +78,7 @@ def without_places(value: Any) -> Any:
 
 
 def _without_place(text: str) -> str:
-    """A text that may be a path, or a word and a path (`auto:/home/me/x.json`)."""
+    """A text that may be a path, or a word and a path (`auto:/data/me/x.json`)."""
     word, colon, rest = text.partition(":")
     if colon and not rest.startswith("//") and is_place(rest):
         return f"{word}:{Path(rest).name}"

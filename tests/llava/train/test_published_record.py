@@ -15,7 +15,7 @@ from llava.runtime.publishing.staging import published_record
 PRINTS = {"data_path": "0123@0.5 owner/set:4567@2 89ab", "model_name_or_path": "cdef"}
 
 CUT: dict[str, tuple[str, Any, Any]] = {
-    "an absolute folder": ("image_folder", "/home/me/images", "images"),
+    "an absolute folder": ("image_folder", "/data/me/images", "images"),
     "a relative folder": ("image_folder", "private/images", "images"),
     "a list with weights": (
         "data_path",
@@ -24,9 +24,9 @@ CUT: dict[str, tuple[str, Any, Any]] = {
     ),
     "a local base that looks like an id": ("model_name_or_path", "private/base", "base"),
     "a tower of the hub": ("vision_tower", "openai/clip-vit-large-patch14-336", "openai/clip-vit-large-patch14-336"),
-    "weights of open_clip": ("vision_tower", "open_clip:ViT-L-14//home/me/w.pt", "open_clip:ViT-L-14/w.pt"),
+    "weights of open_clip": ("vision_tower", "open_clip:ViT-L-14//data/me/w.pt", "open_clip:ViT-L-14/w.pt"),
     "a tag of open_clip": ("vision_tower", "open_clip:ViT-L-14/openai", "open_clip:ViT-L-14/openai"),
-    "a word and a path": ("lora_nums", "auto:/home/me/x.json", "auto:x.json"),
+    "a word and a path": ("lora_nums", "auto:/data/me/x.json", "auto:x.json"),
     "an address": ("dist_url", "env://", "env://"),
     "a benchmark": ("eval_questions", ["textvqa", "private/q.jsonl"], ["textvqa", "q.jsonl"]),
     "the output folder": ("output_dir", "private/out", "out"),
@@ -48,7 +48,7 @@ def test_options_that_are_paths_are_cut(case: str, tmp_path: Path, monkeypatch: 
 
 
 def test_how_a_run_was_resumed_is_not_published() -> None:
-    part = {"arguments": {}, "changed": ["--image_folder: '/home/me/a' then, '/home/me/b' now"], "resumed_from": "c"}
+    part = {"arguments": {}, "changed": ["--image_folder: '/data/me/a' then, '/data/me/b' now"], "resumed_from": "c"}
     assert published_record({**part, "resumes": [part]}) == {"arguments": {}, "resumes": [{"arguments": {}}]}
 
 
