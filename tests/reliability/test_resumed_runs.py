@@ -321,7 +321,11 @@ UNUSED: dict[str, list[tuple[dict[str, Any], set[str], set[str]]]] = {
         ({}, set(), {"double_quant", "quant_type", "mm_vision_tower_lr", "image_grid_pinpoints", "mpt_attn_impl"}),
         ({}, set(), {"eval_steps", "metric_for_best_model", "hub_strategy", "fsdp_config", "do_train"}),
         ({"max_steps": -1, "num_train_epochs": 1}, {"num_train_epochs"}, set()),
-        ({"use_lora": None, "lora_rank": None}, {"lora_enable"}, {"lora_r", "lora_alpha", "lora_dropout", "use_lora"}),
+        (
+            {"use_lora": None, "lora_rank": None, "lora_alpha": None},
+            {"lora_enable"},
+            {"lora_r", "lora_alpha", "lora_dropout", "use_lora"},
+        ),
         ({"llm_moe": False}, {"lora_r", "lora_alpha"}, {"llm_moe_num_experts", "moe_balance_w", "dense_moe"}),
         ({"freeze_mm_mlp_adapter": True, "mm_projector_lr": None}, set(), {"mm_projector_lr"}),
         ({"optim": "sgd"}, {"weight_decay"}, {"adam_beta1", "adam_epsilon"}),
