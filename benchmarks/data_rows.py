@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import check_run, provenance, show, write_files
+from benchmarks.record import check_run, provenance, show_and_write
 from llava.data.rows import open_rows
 from llava.errors import FlagError
 from llava.runtime.program import run_program
@@ -185,10 +185,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         record["results"] = [measure(name, path) for name in WAYS]
     if len({result["turns"] for result in record["results"]}) != 1:
         raise FlagError(f"the ways read different rows: {record['results']}")
-    show(document(record))
-    if args.output is not None:
-        write_files(record, args.output, document(record))
-        show(f"Written: {args.output} and {args.output.with_suffix('.md')}")
+    show_and_write(record, document(record), args.output)
     return record
 
 

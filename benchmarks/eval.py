@@ -25,7 +25,7 @@ from tqdm import tqdm
 from benchmarks.experiments.common import tiny
 from benchmarks.experiments.common.sizes import Sizes
 from benchmarks.measuring import Clock, clock_for
-from benchmarks.record import check_run, provenance, show, write_files
+from benchmarks.record import check_run, provenance, show_and_write
 from llava.conversation import conv_templates
 from llava.data.images import load_image
 from llava.data.pixels import process_images
@@ -255,10 +255,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     record["settings"] = settings | {"clock": clock.name}
     wanted = [model for model in MODELS[args.device] if args.models is None or model.name in args.models]
     record["results"] = [measure(model, tokens, args, clock) for model in wanted for tokens in args.tokens]
-    show(document(record))
-    if args.output is not None:
-        write_files(record, args.output, document(record))
-        show(f"Written: {args.output} and {args.output.with_suffix('.md')}")
+    show_and_write(record, document(record), args.output)
     return record
 
 

@@ -102,6 +102,14 @@ def write_files(record: Mapping[str, Any], path: Path, text: str) -> None:
         replace_text(target, content)
 
 
+def show_and_write(record: Mapping[str, Any], text: str, path: Path | None) -> None:
+    """Show `text`, and write it with the record where there is a place to write to; see `write_files`."""
+    show(text)
+    if path is not None:
+        write_files(record, path, text)
+        show(f"Written: {path} and {path.with_suffix('.md')}")
+
+
 def document(record: Mapping[str, Any]) -> str:
     """The Markdown file of a record."""
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())

@@ -102,5 +102,5 @@ def _keep_approved(predictor: nn.Module, hidden: Tensor, spans: Sequence[Range],
 
 
 def _last_position(valid: Tensor) -> list[int]:
-    """Index of the last position of each sample that is no padding."""
+    """Index of the last position of each sample that is not padding."""
     return (valid.shape[1] - 1 - valid.flip(1).to(torch.uint8).argmax(dim=1)).tolist()

@@ -83,7 +83,7 @@ def training_files(
     if not files:
         names = sorted(path.name for path in left_out)
         more = f"; --include_held_out True trains on {names}" if names else ""
-        raise FlagError(f"--dataset_dir {folder}: holds no .json file to train on beside the validation file{more}")
+        raise FlagError(f"--dataset_dir {folder}: has no .json file to train on besides the validation file{more}")
     return files
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydralora.text.messages import asked, conversation, encode, messages_problem, renderer
+from hydralora.tuner.batch import IGNORED
 from llava.errors import BadSampleError
 from llava.runtime.files import data_text
 
-IGNORED = -100
 NO_TASK = -1
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from llava.data.formats.json_file import JsonRows
-from llava.data.formats.json_scan import BYTE_ORDER_MARK
 from llava.data.formats.reader import MemoryRows, Row, Rows, stored_size
 from llava.data.formats.table import PARQUET, is_saved, open_hub, open_table, package_problem
 from llava.data.sizes import Size
@@ -24,7 +23,6 @@ from llava.runtime.hub import is_hub_id
 from llava.runtime.places import split_weight
 
 __all__ = [
-    "BYTE_ORDER_MARK",
     "MemoryRows",
     "Row",
     "RowFiles",

@@ -66,15 +66,6 @@ def value_problems(training: transformers.TrainingArguments, own: Mapping[str, R
     return problems
 
 
-def check_values(training: transformers.TrainingArguments, own: Mapping[str, Range]) -> None:
-    """Refuse numbers that train nothing, or backwards; arguments as `value_problems`.
-
-    Raises:
-        FlagError: lists all of them.
-    """
-    refuse(value_problems(training, own))
-
-
 def refuse(problems: Sequence[str]) -> None:
     """Raise if there are problems.
 

@@ -7,6 +7,7 @@ decoder stops at each backslash. So neither a large body nor a deep one keeps th
 from __future__ import annotations
 
 import asyncio
+import codecs
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +38,6 @@ HELD_BODIES = 8
 """Bodies of the largest size that are held at the same time; many more of the usual size are."""
 
 MEDIA_TYPE = "application/json"
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _decode(content: bytes) -> Any:
         RequestError: it is not JSON as RFC 8259 has it, which has neither NaN nor half of a character.
     """
     try:
-        body = from_json(content.removeprefix(BYTE_ORDER_MARK), allow_inf_nan=False)
+        body = from_json(content.removeprefix(codecs.BOM_UTF8), allow_inf_nan=False)
     except ValueError as error:
         raise RequestError(f"the body is not JSON: {error}") from None
     waiting = [body]

@@ -1,4 +1,4 @@
-"""Upstream's splicing of images into text, with the parts of each sample beside it.
+"""Upstream's splicing of images into text, and where the parts of each sample are in it.
 
 Upstream's own code splices. It is given the number of each token in place of its label; what comes back says where
 every token went, whatever the size of the images, the side of the padding and the limit of the length are.

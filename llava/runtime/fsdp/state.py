@@ -1,6 +1,6 @@
 """The optimizer's part of a checkpoint under FSDP2: one file, whole and by names, for any number of processes.
 
-transformers would write a second copy of all weights beside it, and a folder that only as many processes can read.
+transformers would write a second copy of all weights next to it, and a folder that only as many processes can read.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from llava.constants import IGNORE_INDEX
 from llava.errors import BadSampleError
-from llava.runtime.monitoring.speed import IGNORED
 
 Reduction = Callable[[float, int, int], tuple[float, float]]
 """From the summed cross entropy of rows of one batch, their targets and their positions to a part of a mean: what is
@@ -63,9 +63,9 @@ def row_losses(logits: Tensor, labels: Tensor, others: Mapping[str, Tensor] | No
     """
     shifted = labels[:, 1:]  # (B, L - 1)
     each = nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), shifted.flatten(), ignore_index=IGNORED, reduction="none"
+        logits[:, :-1].float().flatten(0, 1), shifted.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     ).view(shifted.shape)  # (B, L - 1)
-    return RowLosses(each.sum(1), (shifted != IGNORED).sum(1), shifted.shape[1], others or {})
+    return RowLosses(each.sum(1), (shifted != IGNORE_INDEX).sum(1), shifted.shape[1], others or {})
 
 
 class Losses:

@@ -15,18 +15,17 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from llava.constants import IGNORE_INDEX
+
 SAMPLES, TARGETS, MEMORY, LEFT = "samples_per_second", "target_tokens_per_second", "peak_memory_gib", "seconds_left"
 """Keys of a line of the log."""
 
 GIB = 2**30
 
-IGNORED = torch.nn.CrossEntropyLoss().ignore_index
-"""Label of a position without loss, -100."""
-
 
 def shifted_targets(labels: Tensor) -> Tensor:
     """Number of trained tokens, int64 scalar, of labels (B, T): the first position of a row is never predicted."""
-    return (labels[:, 1:] != IGNORED).sum()
+    return (labels[:, 1:] != IGNORE_INDEX).sum()
 
 
 def peak_memory(device: torch.device) -> int:

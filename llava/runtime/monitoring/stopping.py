@@ -11,6 +11,7 @@ PATIENCE_HELP = (
     "stop after this many evaluations in a row in which --metric_for_best_model is not better than before; not given: "
     "never"
 )
+NEEDS_EVALUATIONS = "needs evaluations; pass --eval_strategy steps (with --eval_steps) or epoch"
 THRESHOLD_HELP = "by how much --metric_for_best_model has to be better to count for --early_stopping_patience"
 
 
@@ -49,16 +50,10 @@ def choose_metric(training: TrainingArguments, patience: int | None) -> None:
 
 
 def best_problems(training: TrainingArguments, patience: int | None) -> list[str]:
-    """Options of the best checkpoint and of early stopping that cannot be carried out, one line each."""
+    """What the table of transformers' options does not know of early stopping and the best checkpoint, a line each."""
     problems = []
-    if uses_metric(training, patience) and training.eval_strategy == "no":
-        options = {
-            "--load_best_model_at_end": training.load_best_model_at_end,
-            "--save_strategy best": training.save_strategy == "best",
-            "--early_stopping_patience": patience is not None,
-        }
-        given = ", ".join(name for name, on in options.items() if on)
-        problems.append(f"{given}: needs evaluations; pass --eval_strategy steps (with --eval_steps) or epoch")
+    if patience is not None and training.eval_strategy == "no":
+        problems.append(f"--early_stopping_patience: {NEEDS_EVALUATIONS}")
     if training.load_best_model_at_end and training.save_only_model and training.deepspeed:
         problems.append(
             "--load_best_model_at_end with --save_only_model: under DeepSpeed the best weights are read from the state "

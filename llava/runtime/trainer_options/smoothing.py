@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-IGNORED = -100
+from llava.constants import IGNORE_INDEX
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -21,7 +21,7 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor, smoothing: float = 0.0) ->
     return nn.functional.cross_entropy(
         logits[:, :-1].float().flatten(0, 1),
         labels[:, 1:].flatten(),
-        ignore_index=IGNORED,
+        ignore_index=IGNORE_INDEX,
         reduction="sum",
         label_smoothing=smoothing,
     )
@@ -40,5 +40,5 @@ def smoothing_term(
     """
     difference = cross_entropy_sum(logits, labels, smoothing) - cross_entropy_sum(logits, labels)
     if num_items_in_batch is None:
-        return difference / (labels[:, 1:] != IGNORED).sum().clamp(min=1)
+        return difference / (labels[:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
     return difference / num_items_in_batch

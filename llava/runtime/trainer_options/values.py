@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from llava.runtime.monitoring.stopping import NEEDS_EVALUATIONS
 from llava.runtime.trainer_options.row import Check
 
 NEEDS_MODEL = frozenset(
@@ -91,7 +92,7 @@ def with_evaluations(name: str) -> Check:
         on = text(options.save_strategy) == "best" if name == "save_strategy" else getattr(options, name)
         if not on or evaluates(options):
             return None
-        return "needs evaluations; pass --eval_strategy steps (with --eval_steps) or epoch"
+        return NEEDS_EVALUATIONS
 
     return check
 
