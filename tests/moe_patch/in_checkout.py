@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,15 @@ def start_alike() -> None:
 
     from llava import extensions_moe
 
-    attach = extensions_moe.attach_beside_tower
+    def seeded(attach: Callable[..., None]) -> Callable[..., None]:
+        def from_one_seed(*args: Any) -> None:
+            torch.manual_seed(0)
+            attach(*args)
 
-    def attach_beside_tower(*args: Any) -> None:
-        torch.manual_seed(0)
-        attach(*args)
+        return from_one_seed
 
-    extensions_moe.attach_beside_tower = attach_beside_tower
+    extensions_moe.attach = seeded(extensions_moe.attach)
+    extensions_moe.attach_beside_tower = seeded(extensions_moe.attach_beside_tower)
 
 
 def write_logits(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -29,15 +30,12 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(recorded) == 3
 
 
-def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = pytest.importorskip("wandb", reason="the extra `train` is not installed")
-    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
-        monkeypatch.setenv(name, value)
+def test_wandb_offline(tmp_path: Path, offline_wandb: ModuleType) -> None:
     main(command_line(tmp_path / "out", **HYDRA, report_to="wandb", run_name="tiny"))
-    run = wandb.run
+    run = offline_wandb.run
     summary = dict(run.summary)
     config = dict(run.config)
-    wandb.finish()
+    offline_wandb.finish()
     assert {f"train/{name}" for name in NAMES} <= set(summary)
     assert summary["train/loss"] == pytest.approx(losses(tmp_path / "out")[-1], rel=1e-6)
     assert config["learning_rate"] == 1e-2
@@ -48,7 +46,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else real(name, *rest))
-    with pytest.raises(FlagError, match="needs the package wandb"):
+    with pytest.raises(FlagError, match="--report_to wandb: needs the package of wandb"):
         parse_args(command_line(tmp_path, report_to="wandb"))
 
 

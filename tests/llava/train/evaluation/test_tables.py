@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from PIL import Image
@@ -47,13 +48,10 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(name in text for name in images)
 
 
-def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = pytest.importorskip("wandb", reason="the extra `train` is not installed")
-    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
-        monkeypatch.setenv(name, value)
+def test_wandb(tmp_path: Path, offline_wandb: ModuleType) -> None:
     main(evaluated_line(tmp_path / "out", tmp_path, report_to="wandb", run_name="tiny", eval_shown=2))
-    summary = dict(wandb.run.summary)
-    wandb.finish()
+    summary = dict(offline_wandb.run.summary)
+    offline_wandb.finish()
     assert summary["eval/loss"] == pytest.approx(evaluations(tmp_path / "out")[-1]["eval_loss"])
     table = summary["eval/asked/answers"]
     assert (table["_type"], table["nrows"]) == ("table-file", 2)
