@@ -19,9 +19,9 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from hydralora.layer import RoutedModule, low_rank_update, routing_of
-from hydralora.tuner.batch import BatchNote
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.passes import Passes
+from hydralora.tuner.sequence import sequence_weights
 
 BASE = "__base__"
 """PEFT's name, in `adapter_names`, for a row that no adapter changes."""
@@ -106,44 +106,7 @@ class HydraLoraLayer(BaseTunerLayer, RoutedModule):
                 observe(routing)
         if self.routing[adapter_name] is RoutingUnit.TOKEN:
             return probabilities
-        return self._sequence_weights(adapter_name, probabilities, rows)
-
-    def _sequence_weights(self, adapter_name: str, probabilities: Tensor, rows: Tensor | None) -> Tensor:
-        """Weights (B, 1, E) of whole sequences, for `probabilities` (B, T, E).
-
-        Some models flatten a batch before a layer, as OPT: (B * T, E) are returned for `probabilities` (B * T, E).
-        """
-        note = self.passes.note
-        shape = note.shape
-        if shape is None or probabilities.shape[:-1] != (shape[0] * shape[1],):
-            return self._of_sequences(note, adapter_name, probabilities, rows)
-        weights = self._of_sequences(note, adapter_name, probabilities.unflatten(0, shape), rows)  # (B, 1, E)
-        return weights.expand(*shape, -1).flatten(0, 1)
-
-    def _of_sequences(self, note: BatchNote, adapter_name: str, probabilities: Tensor, rows: Tensor | None) -> Tensor:
-        """Mean (B, 1, E) of `probabilities` (B, T, E) over the prompt; later tokens take that of their prompt."""
-        if note.continues:
-            weights = note.weights.get((id(self), adapter_name))
-            if weights is None or len(weights) != len(probabilities):
-                raise ValueError(
-                    f"routing='sequence': adapter '{adapter_name}' is to go on from a cache whose prompt it has not "
-                    "routed; run the prompt again with this adapter"
-                )
-            return weights
-        prompt = note.prompt
-        if prompt is None:
-            mean = probabilities.mean(dim=-2, keepdim=True)
-        else:
-            prompt = prompt if rows is None else prompt[rows.to(prompt.device)]
-            if prompt.shape != probabilities.shape[:-1]:
-                raise ValueError(
-                    f"routing='sequence': this layer sees tokens of shape {tuple(probabilities.shape[:-1])}, but the "
-                    f"batch has {tuple(prompt.shape)}; route by token in layers whose tokens are not those of the text"
-                )
-            mask = prompt.to(probabilities)[..., None]  # (B, T, 1)
-            mean = (probabilities * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-        note.weights[id(self), adapter_name] = mean.detach()
-        return mean
+        return sequence_weights(self.passes.note, (id(self), adapter_name), probabilities, rows)
 
     def update(self, adapter_name: str, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """`s * sum_e w_e B_e A x`, what the adapter adds to the output of the frozen layer, (..., out_features)."""
