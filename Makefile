@@ -9,6 +9,7 @@ ARGS ?=
 
 VENV := .venv
 CORE := .venv-core
+ALONE := .venv-alone
 LOWEST := .venv-lowest
 SERVING := .venv-serving
 LATEST := .venv-latest
@@ -44,8 +45,9 @@ demo: install ## Train, evaluate and reload a tiny model on the CPU; writes play
 test: install test-core $(LMMS)/.installed ## Run all tests on constraints.txt (ARGS="tests/data -x" selects)
 	PYTHONPATH=$(CURDIR)/$(LMMS) $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not network" $(ARGS)
 
-test-core: install $(CORE)/.installed ## Import every module with the core dependencies only
+test-core: install $(CORE)/.installed $(ALONE)/.installed ## Import every module with the core dependencies only, and use hydralora with torch, transformers and peft
 	$(OFFLINE) $(CORE)/bin/python -P tests/import_everything.py
+	$(OFFLINE) $(ALONE)/bin/python -P tests/hydralora/alone.py
 
 test-lowest: install $(LOWEST)/.installed ## Run the tests marked `versions` on the lowest versions admitted
 	$(TEST_ENV) $(LOWEST)/bin/python -m pytest -n $(WORKERS) -m "versions and not network" $(ARGS)
@@ -114,7 +116,7 @@ constraints-lowest: install ## Rewrite constraints-lowest.txt: the lowest versio
 	rm -rf .venv-constraints
 
 clean: ## Remove the environments and everything that tools have cached
-	rm -rf $(VENV) $(CORE) $(LOWEST) $(SERVING)-* $(LATEST) $(UPSTREAM) $(LMMS) $(WHEEL) .venv-constraints build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(CORE) $(ALONE) $(LOWEST) $(SERVING)-* $(LATEST) $(UPSTREAM) $(LMMS) $(WHEEL) .venv-constraints build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@"$(PYTHON)" -c '$(VERSION_CHECK)' 2>/dev/null || { \
@@ -130,6 +132,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(CORE)/.installed: $(VENV)/.installed
 	$(UV) venv --quiet --clear --python $(BIN)/python $(CORE)
 	$(UV) pip install --quiet --python $(CORE) $(PINNED) --editable .
+	@touch $@
+
+$(ALONE)/.installed: $(VENV)/.installed
+	$(UV) venv --quiet --clear --python $(BIN)/python $(ALONE)
+	$(UV) pip install --quiet --python $(ALONE) --constraint constraints.txt torch transformers peft
 	@touch $@
 
 $(LOWEST)/.installed: $(VENV)/.installed constraints-lowest.txt

@@ -5,13 +5,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
+from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 
-from hydralora.tuner.registration import peft_type
-from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, Range
+from hydralora.tuner.fields import (
+    COUNT,
+    DICT,
+    FLAG,
+    INDEX,
+    NONE,
+    NOT_NEGATIVE,
+    PATTERN,
+    POSITIVE,
+    PROBABILITY,
+    TEXT,
+    Kind,
+    RefusedValueError,
+    list_of,
+    one_of,
+    problems,
+)
+from hydralora.tuner.registration import NAME, peft_type
+
+FILE = "adapter_config.json"
 
 
 class RoutingUnit(StrEnum):
@@ -24,9 +46,30 @@ class RoutingUnit(StrEnum):
     """All tokens of a sequence share the mean of its prompt's weights, tokens generated later included."""
 
 
-def _within(value: object, limits: Range, *kinds: type) -> bool:
-    """True for a number of these classes in a range; a bool is not accepted as a number."""
-    return isinstance(value, kinds) and not isinstance(value, bool) and value in limits
+FIELDS: dict[str, Kind] = {
+    "r": COUNT,
+    "lora_alpha": POSITIVE,
+    "lora_nums": COUNT,
+    "lora_dropout": PROBABILITY,
+    "target_modules": PATTERN | list_of(TEXT) | NONE,
+    "exclude_modules": PATTERN | list_of(TEXT) | NONE,
+    "layers_to_transform": INDEX | list_of(INDEX) | NONE,
+    "layers_pattern": TEXT | list_of(TEXT) | NONE,
+    "modules_to_save": list_of(TEXT) | NONE,
+    "routing": one_of(RoutingUnit),
+    "bias": one_of(["none"]),
+    "balance_weight": NOT_NEGATIVE,
+    "init_weights": FLAG,
+    # Of every configuration of PEFT.
+    "peft_type": one_of([NAME]),
+    "task_type": one_of(TaskType) | NONE,
+    "auto_mapping": DICT | NONE,
+    "peft_version": TEXT | NONE,
+    "base_model_name_or_path": Kind("text", lambda value: isinstance(value, str)) | NONE,
+    "revision": TEXT | NONE,
+    "inference_mode": FLAG,
+}
+"""What the value of each field may be. A new field gets a row here, and in `VALUES` of its test."""
 
 
 @dataclass
@@ -34,7 +77,8 @@ class HydraLoraConfig(PeftConfig):
     """HydraLoRA on linear layers: one shared A, `lora_nums` matrices B, one router per layer.
 
     Raises:
-        ValueError: a value is out of range; all problems are listed.
+        ValueError: a value is of the wrong type or out of range (`FIELDS`), or contradicts another; all problems are
+            listed.
     """
 
     r: int = 8
@@ -79,29 +123,61 @@ class HydraLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type()
-        self.target_modules = set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
-        problems = self._problems()
-        if problems:
-            raise ValueError("HydraLoraConfig: " + "; ".join(problems))
+        self.check()
+        for name in ("target_modules", "exclude_modules"):  # PEFT matches names of a set, not of a list
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, list | tuple | frozenset) else value)
+        for name in ("modules_to_save", "layers_to_transform", "layers_pattern"):  # PEFT extends the first
+            value = getattr(self, name)
+            if isinstance(value, set | frozenset | tuple):
+                setattr(self, name, list(value) if isinstance(value, tuple) else sorted(value))
 
-    def _problems(self) -> list[str]:
-        problems = [
-            f"{name} is {value!r}, expected a whole number of at least 1"
-            for name, value in (("r", self.r), ("lora_nums", self.lora_nums))
-            if not _within(value, COUNT, int)
-        ]
-        if not _within(self.lora_alpha, POSITIVE, int, float):
-            problems.append(f"lora_alpha is {self.lora_alpha!r}, expected more than 0, as a factor of every update")
-        if not _within(self.lora_dropout, PROBABILITY, int, float):
-            problems.append(f"lora_dropout is {self.lora_dropout!r}, expected at least 0 and less than 1")
-        if not _within(self.balance_weight, NOT_NEGATIVE, int, float):
-            problems.append(f"balance_weight is {self.balance_weight!r}, expected at least 0")
-        if self.routing not in list(RoutingUnit):
-            problems.append(f"routing is '{self.routing}', expected one of {[unit.value for unit in RoutingUnit]}")
-        if self.bias != "none":
-            problems.append(f"bias is '{self.bias}'; only 'none' is possible, list modules in modules_to_save instead")
+    def check(self) -> None:
+        """Refuse wrong values, also those that were set after the configuration was made.
+
+        Raises:
+            ValueError: lists all problems.
+        """
+        found = [*problems(self, FIELDS), *self._contradictions()]
+        if found:
+            raise RefusedValueError(f"{type(self).__name__}: " + "; ".join(found))
+
+    def _contradictions(self) -> list[str]:
+        """One line for each pair of options that do not go together."""
         if self.layers_pattern and self.layers_to_transform is None:
-            problems.append("layers_pattern needs layers_to_transform")
-        return problems
+            return ["layers_pattern needs layers_to_transform"]
+        return []
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """The configuration of these values, those of a file for example; unknown ones are named and ignored.
+
+        Warns:
+            UserWarning: some are unknown, as options of a later version are.
+        """
+        known = {item.name for item in dataclasses.fields(cls)}
+        unknown = {name: kwargs[name] for name in sorted(kwargs.keys() - known)}
+        if unknown and kwargs.get("peft_type", NAME) == NAME:
+            warnings.warn(
+                f"Unexpected keyword arguments {list(unknown)} for class {cls.__name__}, these are ignored. The "
+                f"configuration was probably saved by a later version of hydralora or PEFT: {unknown}. If one of these "
+                "options changes what the adapter computes, its outputs will be wrong here; install that version",
+                stacklevel=3,
+            )
+            kwargs = {name: value for name, value in kwargs.items() if name in known}
+        return super().from_peft_type(**kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """As of PEFT; a value that is refused is named with its file.
+
+        Raises:
+            ValueError: there is no configuration, or it has a wrong value.
+        """
+        folder = str(pretrained_model_name_or_path)
+        try:
+            return super().from_pretrained(folder, subfolder, **kwargs)
+        except RefusedValueError as error:
+            raise RefusedValueError(f"{Path(folder, subfolder or '', FILE)}: {error}") from error

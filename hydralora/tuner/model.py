@@ -16,7 +16,7 @@ from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.linear import BASE, HydraLoraLayer, Linear
 from hydralora.tuner.passes import Passes
 from hydralora.tuner.registration import PREFIX
-from llava.runtime.versions import warn_once
+from hydralora.tuner.versions import warn_of_untested
 
 
 def hydralora_layers(model: nn.Module) -> dict[str, HydraLoraLayer]:
@@ -32,7 +32,8 @@ class HydraLoraModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's name; no model has a default here)
 
     def _pre_injection_hook(self, model: nn.Module, config: HydraLoraConfig, adapter_name: str) -> None:
-        warn_once()
+        warn_of_untested()
+        config.check()  # its values may have been set after it was made
         if "hydralora_passes" not in self.__dict__:
             self.hydralora_passes = Passes()
 

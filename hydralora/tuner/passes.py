@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from hydralora.tuner.batch import BatchNote, note_of_pass, token_shape
-from llava.runtime.cache_name import cache_of, given_cache
+from hydralora.tuner.caches import cache_of, given_cache
 
 CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
 """Attributes under which a module keeps the function that checkpoints: transformers', and torch's wrapper for FSDP."""
@@ -151,8 +151,7 @@ class Passes:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of a causal language model."""
-        # The first argument is never a cache.
-        cache = given_cache(module.forward, args if len(args) > 1 else (), kwargs)
+        cache = given_cache(args, kwargs)
         call = self._call.get()
         if call is not None and call.prompt_length is None:
             shape = token_shape(args, kwargs)

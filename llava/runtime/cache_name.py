@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -68,22 +68,6 @@ def cache_of(output: Any) -> Any:
     fields = getattr(type(output), "__dataclass_fields__", {})
     name = next((name for name in NAMES if name in fields), None)
     return None if name is None else getattr(output, name)
-
-
-def given_cache(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a call of `function`, or None.
-
-    Args:
-        function: whose arguments these are; a bound method if `args` does not begin with the object.
-        args: positional arguments.
-        kwargs: keyword arguments.
-    """
-    named = next((kwargs[name] for name in NAMES if kwargs.get(name) is not None), None)
-    if named is not None or not args:
-        return named
-    parameters = list(inspect.signature(function).parameters)
-    place = next((place for place, name in enumerate(parameters) if name in NAMES), len(args))
-    return args[place] if place < len(args) else None
 
 
 def takes_cache(function: F) -> F:
