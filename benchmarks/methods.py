@@ -104,17 +104,17 @@ class LoopProjection(nn.Module):
 
 
 class LoopLayer(nn.Module):
-    """The loop with the weights of a layer of the PEFT method."""
+    """The loop with the weights of a layer of the PEFT method, which has no router for one expert."""
 
     def __init__(self, adapted: nn.Module, dropout: float) -> None:
         super().__init__()
-        self.router = nn.Parameter(adapted.hydralora_router["default"].detach().clone())  # (E, D)
-        matrices = (adapted.hydralora_A["default"], adapted.hydralora_B["default"])
+        self.router = copy.deepcopy(adapted.lora_router["default"]) if "default" in adapted.lora_router else None
+        matrices = (adapted.lora_A["default"].weight, adapted.expert_matrices("default"))
         self.projection = LoopProjection(copy.deepcopy(adapted.base_layer), *matrices, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, outputs) of (T, D)."""
-        weights = torch.softmax(F.linear(x, self.router), dim=-1, dtype=torch.float32).to(x.dtype)  # (T, E)
+        weights = x.new_ones(*x.shape[:-1], 1) if self.router is None else self.router(x).to(x.dtype)  # (T, E)
         return self.projection(x, weights)
 
 

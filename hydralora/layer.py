@@ -64,9 +64,9 @@ def _weighted_code(code: Tensor, weights: Tensor) -> Tensor:
     return (weights.unsqueeze(-1) * code.unsqueeze(-2)).flatten(-2).to(code.dtype)
 
 
-def _stacked(experts_b: Tensor) -> Tensor:
-    """All B of a projection side by side: (out_features, E * r) of (E, out_features, r)."""
-    return experts_b.transpose(0, 1).flatten(1)
+def side_by_side(experts_b: Tensor) -> Tensor:
+    """All B of a projection in one matrix: (out_features, E * r) of (E, out_features, r), or of itself."""
+    return experts_b if experts_b.dim() == 2 else experts_b.transpose(0, 1).flatten(1)
 
 
 class _WeightedExperts(torch.autograd.Function):
@@ -80,7 +80,7 @@ class _WeightedExperts(torch.autograd.Function):
     def forward(ctx: Any, code: Tensor, weights: Tensor, experts_b: Tensor, scaling: float) -> Tensor:
         ctx.save_for_backward(code, weights, experts_b)
         ctx.scaling = scaling
-        return F.linear(_weighted_code(code, weights * scaling), _stacked(experts_b))
+        return F.linear(_weighted_code(code, weights * scaling), side_by_side(experts_b))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -90,7 +90,7 @@ class _WeightedExperts(torch.autograd.Function):
         experts, rank = weights.shape[-1], code.shape[-1]
         for_code = for_weights = for_b = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            back = (gradient @ _stacked(experts_b)).to(weights.dtype).view(*code.shape[:-1], experts, rank)
+            back = (gradient @ side_by_side(experts_b)).to(weights.dtype).view(*code.shape[:-1], experts, rank)
             for_code = (back * scaled.unsqueeze(-1)).sum(-2).to(code.dtype)  # (..., r)
             if ctx.needs_input_grad[1]:
                 # Weights of whole sequences, (B, 1, E), collect the gradients of all their tokens.
@@ -98,7 +98,8 @@ class _WeightedExperts(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             rows = _weighted_code(code, scaled).view(-1, experts * rank)
             stacked = gradient.reshape(-1, gradient.shape[-1]).T @ rows  # (out_features, E * r)
-            for_b = stacked.view(-1, experts, rank).transpose(0, 1)  # (E, out_features, r)
+            # (out_features, E * r), or (E, out_features, r)
+            for_b = stacked if experts_b.dim() == 2 else stacked.view(-1, experts, rank).transpose(0, 1)
         return for_code, for_weights, for_b, None
 
 
@@ -128,37 +129,40 @@ class _DroppedLinear(torch.autograd.Function):
         return for_x, for_weight, None
 
 
-def routed_low_rank(
-    x: Tensor, shared_a: Tensor, experts_b: Tensor, weights: Tensor, scaling: float = 1.0, dropout: float = 0.0
-) -> Tensor:
-    """`scaling * sum_e weights_e * B_e A dropout(x)` as two matrix products, whatever the number of experts.
-
-    The weights scale the r-dimensional code A x, giving (..., E * r) numbers that one product with the stacked B
-    turns into the sum; no tensor is larger than the input or the output by a factor of E. Kept for backward: x, the
-    mask of its dropout, the code and the weights.
+def shared_code(x: Tensor, shared_a: Tensor, dropout: float = 0.0) -> Tensor:
+    """`A dropout(x)`, (..., r) in the dtype of `shared_a` or of autocast; x and the mask of its dropout are kept.
 
     Args:
         x: (..., in_features), in the dtype of `shared_a`.
         shared_a: (r, in_features).
-        experts_b: (E, out_features, r).
+        dropout: probability of dropping a number of x, below 1; one mask serves all experts. 0 in evaluation.
+    """
+    return _DroppedLinear.apply(x, shared_a, dropout) if dropout else F.linear(x, shared_a)
+
+
+def weighted_experts(code: Tensor, experts_b: Tensor, weights: Tensor, scaling: float = 1.0) -> Tensor:
+    """`scaling * sum_e weights_e * B_e code` as one matrix product, whatever the number of experts.
+
+    The weights scale the r-dimensional code, giving (..., E * r) numbers that one product with the B side by side
+    turns into the sum; no tensor is larger than the input or the output by a factor of E. Code and weights are kept.
+
+    Args:
+        code: (..., r).
+        experts_b: (out_features, E * r), column e * r + k is column k of B_e; or (E, out_features, r).
         weights: (..., E) weight of each expert for each token, float32; (B, 1, E) for whole sequences.
         scaling: factor of the sum, alpha / rank.
-        dropout: probability of dropping a number of x, below 1; one mask serves all experts. 0 in evaluation.
 
     Returns:
-        (..., out_features) in the dtype of A x: that of the matrices, or of autocast.
+        (..., out_features) in the dtype of `code`.
     """
-    code = _DroppedLinear.apply(x, shared_a, dropout) if dropout else F.linear(x, shared_a)
     return _WeightedExperts.apply(code, weights, experts_b.to(code.dtype), scaling)
 
 
-def low_rank_update(
-    x: Tensor, shared_a: Tensor, experts_b: Tensor, weights: Tensor, scaling: float, dropout: float = 0.0
+def routed_low_rank(
+    x: Tensor, shared_a: Tensor, experts_b: Tensor, weights: Tensor, scaling: float = 1.0, dropout: float = 0.0
 ) -> Tensor:
-    """`routed_low_rank`, for one expert, whose weight is 1, in exactly LoRA's order of products; same arguments."""
-    if len(experts_b) == 1:
-        return routed_low_rank(x, shared_a, experts_b, weights, dropout=dropout) * scaling
-    return routed_low_rank(x, shared_a, experts_b, weights, scaling, dropout)
+    """`scaling * sum_e weights_e * B_e A dropout(x)`; arguments as of `shared_code` and `weighted_experts`."""
+    return weighted_experts(shared_code(x, shared_a, dropout), experts_b, weights, scaling)
 
 
 class RoutedUpdate(RoutedModule, nn.Module):
@@ -214,7 +218,10 @@ class RoutedUpdate(RoutedModule, nn.Module):
             for observe in self.observers:
                 observe(routing)
         dropout = self.dropout if self.training else 0.0
-        return low_rank_update(x, self.shared_A, self.experts_B, probabilities, self.alpha / self.rank, dropout)
+        scaling = self.alpha / self.rank
+        if self.experts == 1:  # its weight is 1: in exactly LoRA's order of products
+            return routed_low_rank(x, self.shared_A, self.experts_B, probabilities, dropout=dropout) * scaling
+        return routed_low_rank(x, self.shared_A, self.experts_B, probabilities, scaling, dropout)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows beside the children."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hydralora.original import read_weights
 from hydralora.tuner.original import ORIGINAL_WEIGHTS, OUR_WEIGHTS, from_original, read_our_weights
+from hydralora.tuner.stored import A, B, split_name
 from llava.errors import CheckpointError
 from llava.runtime.files import read_json
 
@@ -61,16 +62,7 @@ def read_adapter(place: Path) -> dict[str, AdaptedLayer]:
             tensors, kind = from_original(tensors, folder), "HYDRALORA"
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    if kind == "LORA":
-        names = {"lora_A.weight": "hydralora_A", "lora_B.weight": "hydralora_B"}
-        renamed = {}
-        for key, tensor in tensors.items():
-            for theirs, ours in names.items():
-                if key.endswith(f".{theirs}"):
-                    stacked = tensor[None] if ours == "hydralora_B" else tensor
-                    renamed[f"{key.removesuffix(theirs)}{ours}"] = stacked
-        tensors = renamed
-    elif kind != "HYDRALORA":
+    if kind not in ("LORA", "HYDRALORA"):
         raise CheckpointError(f"{config}: an adapter of the type '{kind}'; LORA and HYDRALORA can be analysed")
     return _layers(tensors, folder)
 
@@ -86,13 +78,14 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 def _layers(tensors: dict[str, Tensor], folder: Path) -> dict[str, AdaptedLayer]:
     layers = {}
     for key, tensor in tensors.items():
-        name, _, part = key.rpartition(".")
-        if part == "hydralora_A":
-            experts = tensors.get(f"{name}.hydralora_B")
+        name, part = split_name(key)
+        if part == A:
+            experts = tensors.get(f"{name}.{B}")
             if experts is None:
                 raise CheckpointError(f"{folder}: layer '{name}' has an A and no B")
             short = name.removeprefix("base_model.model.")
-            layers[short] = AdaptedLayer(short, tensor.to(torch.float32), experts.to(torch.float32))
+            matrices = torch.stack(experts.to(torch.float32).split(len(tensor), dim=1))  # (E, out_features, r)
+            layers[short] = AdaptedLayer(short, tensor.to(torch.float32), matrices)
     if not layers:
         raise CheckpointError(f"{folder}: holds no A and B matrices")
     return layers

@@ -1,25 +1,25 @@
 """The HydraLoRA layer of the PEFT tuner: a frozen linear layer with one shared A, E matrices B and a router.
 
 HydraLoRA (Tian et al., NeurIPS 2024, arXiv 2404.19245, section 3); `Linear` in `HydraLoRA/peft/tuners/lora.py` of the
-original. The mathematics is `low_rank_update` in `hydralora/layer.py`; here it meets PEFT's rules for tuner layers.
+original. `parts.py` holds its modules and `hydralora/layer.py` their mathematics; here they meet PEFT's rules for tuner
+layers.
 
 Shape letters: B batch, T tokens, r rank, E experts.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from hydralora.layer import RoutedModule, low_rank_update, routing_of
+from hydralora.layer import RoutedModule, routing_of
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
+from hydralora.tuner.parts import Experts, Router, SharedA
 from hydralora.tuner.passes import Passes
 from hydralora.tuner.sequence import sequence_weights
 
@@ -30,21 +30,21 @@ BASE = "__base__"
 class HydraLoraLayer(BaseTunerLayer, RoutedModule):
     """What a layer holds for each adapter, by the adapter's name.
 
-    `hydralora_A` (r, in_features), `hydralora_B` (E, out_features, r) and `hydralora_router` (E, in_features) are
-    trained. All B of a layer are one parameter, so an adapter loads under any name and one product serves all experts.
+    Trained are the weights of `lora_A` (r, in_features), of `lora_B` (out_features, E * r), all B side by side, and of
+    `lora_router` (E, in_features); see `parts.py`. One expert needs no router, and its names are those of PEFT's LoRA.
     """
 
-    adapter_layer_names = ("hydralora_A", "hydralora_B", "hydralora_router")
-    other_param_names = ("r", "experts", "scaling", "routing", "hydralora_dropout", "merge_weights")
+    adapter_layer_names = ("lora_A", "lora_B", "lora_router")
+    other_param_names = ("r", "experts", "scaling", "routing", "lora_dropout", "merge_weights")
 
     def __init__(self, base_layer: nn.Module, passes: Passes) -> None:
         self.base_layer = base_layer
         self.passes = passes
         self.observers = []
-        self.hydralora_A = nn.ParameterDict({})
-        self.hydralora_B = nn.ParameterDict({})
-        self.hydralora_router = nn.ParameterDict({})
-        self.hydralora_dropout = nn.ModuleDict({})
+        self.lora_A = nn.ModuleDict({})
+        self.lora_B = nn.ModuleDict({})
+        self.lora_router = nn.ModuleDict({})
+        self.lora_dropout = nn.ModuleDict({})
         self.r: dict[str, int] = {}
         self.experts: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
@@ -61,28 +61,33 @@ class HydraLoraLayer(BaseTunerLayer, RoutedModule):
         self.r[adapter_name], self.experts[adapter_name] = config.r, config.lora_nums
         self.scaling[adapter_name] = config.lora_alpha / config.r
         self.routing[adapter_name] = RoutingUnit(config.routing)
-        self.hydralora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
-        self.hydralora_A[adapter_name] = nn.Parameter(torch.empty(config.r, self.in_features))
-        self.hydralora_B[adapter_name] = nn.Parameter(torch.empty(config.lora_nums, self.out_features, config.r))
-        self.hydralora_router[adapter_name] = nn.Parameter(torch.empty(config.lora_nums, self.in_features))
-        self.reset_parameters(adapter_name, identity=config.init_weights)
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
+        if adapter_name in self.lora_router:
+            del self.lora_router[adapter_name]
+        # Drawn in the original's order.
+        self.lora_A[adapter_name] = SharedA(self.in_features, config.r)
+        if config.lora_nums > 1:
+            self.lora_router[adapter_name] = Router(self.in_features, config.lora_nums)
+        self.lora_B[adapter_name] = Experts(config.r, self.out_features, config.lora_nums, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_parameters(self, adapter_name: str, identity: bool = True) -> None:
-        """Draw A and the router uniformly in +-1/sqrt(in_features), as the original; B is 0, or drawn if not identity.
+        """Draw A and the router in +-1/sqrt(in_features), as the original; B is 0, or drawn if not identity."""
+        self.lora_B[adapter_name].identity = identity
+        for parts in (self.lora_A, self.lora_router, self.lora_B):
+            if adapter_name in parts:
+                parts[adapter_name].reset_parameters()
 
-        Nothing depends on values, so this is harmless on the meta device.
-        """
-        nn.init.kaiming_uniform_(self.hydralora_A[adapter_name], a=math.sqrt(5))
-        nn.init.kaiming_uniform_(self.hydralora_router[adapter_name], a=math.sqrt(5))
-        bound = 0.0 if identity else 1 / math.sqrt(self.r[adapter_name])
-        nn.init.uniform_(self.hydralora_B[adapter_name], -bound, bound)
+    def expert_matrices(self, adapter_name: str) -> Tensor:
+        """The matrices B of an adapter, (E, out_features, r), as a view of its weight."""
+        return self.lora_B[adapter_name].matrices
 
     def route(self, adapter_name: str, x: Tensor) -> Tensor:
         """Probabilities (..., E) float32 of the experts for each token of `x` (..., in_features)."""
-        logits = F.linear(x, self.hydralora_router[adapter_name])  # (..., E)
-        return torch.softmax(logits, dim=-1, dtype=torch.float32)
+        if adapter_name not in self.lora_router:
+            return torch.ones(*x.shape[:-1], 1, device=x.device)
+        return self.lora_router[adapter_name](x)
 
     def expert_weights(self, adapter_name: str, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """Weights of the experts for `x`, by token or by sequence.
@@ -104,18 +109,18 @@ class HydraLoraLayer(BaseTunerLayer, RoutedModule):
             routing = routing_of(probabilities)
             for observe in self.observers:
                 observe(routing)
-        if self.routing[adapter_name] is RoutingUnit.TOKEN:
+        if self.routing[adapter_name] is RoutingUnit.TOKEN or self.experts[adapter_name] == 1:
             return probabilities
         return sequence_weights(self.passes.note, (id(self), adapter_name), probabilities, rows)
 
     def update(self, adapter_name: str, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """`s * sum_e w_e B_e A x`, what the adapter adds to the output of the frozen layer, (..., out_features)."""
-        shared_a, experts_b = self.hydralora_A[adapter_name], self.hydralora_B[adapter_name]
-        x = self._cast_input_dtype(x, shared_a.dtype)
+        shared_a, experts_b = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        x = self._cast_input_dtype(x, shared_a.weight.dtype)
         weights = self.expert_weights(adapter_name, x, rows)
-        module = self.hydralora_dropout[adapter_name]
-        dropout = module.p if module.training else 0.0
-        return low_rank_update(x, shared_a, experts_b, weights, self.scaling[adapter_name], dropout)
+        module = self.lora_dropout[adapter_name]
+        code = shared_a(x, module.p if module.training else 0.0)  # (..., r)
+        return experts_b(code, weights, self.scaling[adapter_name])
 
 
 class Linear(nn.Module, HydraLoraLayer):
@@ -140,7 +145,7 @@ class Linear(nn.Module, HydraLoraLayer):
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         for name in self.active_adapters:
-            if name in self.hydralora_A:
+            if name in self.lora_A:
                 result = result + self.update(name, x).to(result.dtype)
         return result
 
@@ -152,7 +157,7 @@ class Linear(nn.Module, HydraLoraLayer):
             raise ValueError(f"{len(adapter_names)} adapter names for {len(x)} rows; give one per row")
         result = result.clone()
         for name in dict.fromkeys(adapter_names):
-            if name != BASE and name in self.hydralora_A:
+            if name != BASE and name in self.lora_A:
                 chosen = [index for index, given in enumerate(adapter_names) if given == name]
                 rows = torch.tensor(chosen, device=x.device)
                 result[rows] += self.update(name, x[rows], rows).to(result.dtype)
@@ -169,9 +174,9 @@ class Linear(nn.Module, HydraLoraLayer):
             if self.experts[adapter] > 1:
                 raise ValueError(f"adapter '{adapter}' weights {self.experts[adapter]} experts for each input")
             weights = torch.ones(1)
-        shared_a, experts_b = self.hydralora_A[adapter], self.hydralora_B[adapter]
+        experts_b = self.expert_matrices(adapter)
         mixed_b = torch.einsum("e,eor->or", weights.to(experts_b), experts_b)  # (out_features, r)
-        return self.scaling[adapter] * (mixed_b @ shared_a)
+        return self.scaling[adapter] * (mixed_b @ self.lora_A[adapter].weight)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to the frozen weight; see `HydraLoraModel.merge` for several experts.
@@ -180,7 +185,7 @@ class Linear(nn.Module, HydraLoraLayer):
             ValueError: an adapter weights its experts by the input, or (`safe_merge`) the result is not finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.hydralora_A:
+            if name in self.lora_A:
                 delta = self.get_delta_weight(name)
                 weight = self.get_base_weight()
                 merged = weight + delta.to(device=weight.device, dtype=weight.dtype)

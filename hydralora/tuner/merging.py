@@ -51,7 +51,7 @@ def merge(
     adapter_name: str,
 ) -> MergeReport:
     """Merge `adapter_name` into the frozen weights of `layers`; arguments and errors as of `HydraLoraModel.merge`."""
-    chosen = {name: layer for name, layer in layers.items() if adapter_name in layer.hydralora_A}
+    chosen = {name: layer for name, layer in layers.items() if adapter_name in layer.lora_A}
     if weights not in KINDS:
         raise ValueError(f"weights is '{weights}', expected one of {KINDS}")
     if not inputs:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.linear import BASE, HydraLoraLayer, Linear
 from hydralora.tuner.passes import Passes
 from hydralora.tuner.registration import PREFIX
+from hydralora.tuner.stored import from_earlier, without_lone_routers
 from hydralora.tuner.versions import warn_of_untested
 
 
@@ -65,6 +67,14 @@ class HydraLoraModel(BaseTuner):
             new.requires_grad_(False)
         self._replace_module(parent, target_name, new, target)
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's names in the model of a file's tensors, those of earlier versions included."""
+        today = without_lone_routers(from_earlier(state_dict))
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, today)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Around a forward pass or a generation: note its prompt, and hand `adapter_names` to every layer if given.
@@ -104,7 +114,7 @@ class HydraLoraModel(BaseTuner):
     def _checked_names(self, adapter_names: Sequence[str]) -> list[str]:
         if self.training:
             raise ValueError("adapter_names is for inference; call model.eval() first")
-        known = {name for layer in hydralora_layers(self.model).values() for name in layer.hydralora_A}
+        known = {name for layer in hydralora_layers(self.model).values() for name in layer.lora_A}
         unknown = sorted(set(adapter_names) - known - {BASE})
         if unknown:
             raise ValueError(f"there is no adapter {unknown}; known: {sorted(known)}, and '{BASE}' for none")

@@ -1,7 +1,8 @@
 """Adapters of the original HydraLoRA (its fork of PEFT) from and to ours, tensor for tensor.
 
 The original writes `lora_A`, one `lora_B<i>` per expert and `lora_route` for each layer into `adapter_model.bin`, with
-`peft_type` LORA in `adapter_config.json`. Ours are PEFT folders of the type HYDRALORA, all B of a layer in one tensor.
+`peft_type` LORA in `adapter_config.json`. Ours are PEFT folders of the type HYDRALORA, with the tensors of `stored.py`:
+all B of a layer in one. One expert has no use for a router; a folder that was converted keeps it for the way back.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from hydralora.original import read_weights
 from hydralora.tuner.config import HydraLoraConfig
+from hydralora.tuner.stored import ROUTER, A, B, from_earlier, split_name
 from llava.errors import CheckpointError
 from llava.runtime.files import check_torch_file, read_json, reading, refuse_pointer
 from llava.runtime.output import check_new, new_path
@@ -35,12 +37,11 @@ ADAPTER = {**LORA, "lora_nums": Rule("int", 1, 1024, required=True)}
 """What the original's `adapter_config.json` must say."""
 
 _ORIGINAL_KEY = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<single>A|route)|lora_B(?P<expert>\d+))\.weight")
-_OUR_NAME = {"A": "hydralora_A", "route": "hydralora_router"}
-_THEIR_NAME = {"hydralora_A": "lora_A", "hydralora_router": "lora_route"}
+_OUR_NAME = {"A": A, "route": ROUTER}
 
 
 def from_original(tensors: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """Our tensors of the original's, the experts' B stacked in their order.
+    """Our tensors of the original's, the experts' B side by side in their order.
 
     Raises:
         ValueError: a key is unknown, or a layer lacks A, the router or an expert; the message names `source`.
@@ -55,13 +56,18 @@ def from_original(tensors: Mapping[str, Tensor], source: str | Path) -> dict[str
             converted[f"{match['layer']}.{_OUR_NAME[match['single']]}"] = tensor
         else:
             experts.setdefault(match["layer"], {})[int(match["expert"])] = tensor
-    layers = {key.rpartition(".")[0] for key in converted} | set(experts)
+    layers = {split_name(key)[0] for key in converted} | set(experts)
     for layer in layers:
         found = experts.get(layer, {})
         missing = [name for name in _OUR_NAME.values() if f"{layer}.{name}" not in converted]
         if missing or sorted(found) != list(range(len(found))) or not found:
             raise ValueError(f"{source}: layer '{layer}' is incomplete: experts {sorted(found)}, lacking {missing}")
-        converted[f"{layer}.hydralora_B"] = torch.stack([found[number] for number in range(len(found))])
+        shapes = {number: tuple(matrix.shape) for number, matrix in sorted(found.items())}
+        if len(set(shapes.values())) > 1 or len(shapes[0]) != 2:
+            raise ValueError(
+                f"{source}: the experts of layer '{layer}' have the shapes {shapes}, expected one of two numbers"
+            )
+        converted[f"{layer}.{B}"] = torch.cat([found[number] for number in range(len(found))], dim=1)
     return converted
 
 
@@ -75,18 +81,27 @@ def to_original(tensors: Mapping[str, Tensor], source: str | Path = "") -> dict[
     Raises:
         ValueError: a tensor belongs to something else, for example to `modules_to_save`.
     """
+    _check_names(tensors, source)
     converted: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        layer, _, name = key.rpartition(".")
-        if name == "hydralora_B":
-            converted |= {f"{layer}.lora_B{number}.weight": b.clone() for number, b in enumerate(tensor)}
-        elif name in _THEIR_NAME:
-            converted[f"{layer}.{_THEIR_NAME[name]}.weight"] = tensor
+        layer, name = split_name(key)
+        if name == B:
+            matrices = tensor.split(len(tensors[f"{layer}.{A}"]), dim=1)
+            converted |= {f"{layer}.lora_B{number}.weight": b.clone() for number, b in enumerate(matrices)}
         else:
+            converted[f"{layer}.{'lora_A' if name == A else 'lora_route'}.weight"] = tensor
+    for layer in {split_name(key)[0] for key in tensors}:
+        if f"{layer}.{ROUTER}" not in tensors:  # one expert: the original has a router, whose softmax is 1
+            converted[f"{layer}.lora_route.weight"] = torch.zeros_like(tensors[f"{layer}.{A}"][:1])
+    return converted
+
+
+def _check_names(tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    for key in tensors:
+        if split_name(key)[1] not in (A, B, ROUTER):
             raise ValueError(
                 f"{source}: '{key}' is not a tensor of a HydraLoRA layer; the original's format has no place for it"
             )
-    return converted
 
 
 def check_counts(tensors: Mapping[str, Tensor], config: HydraLoraConfig, source: Path) -> None:
@@ -98,23 +113,24 @@ def check_counts(tensors: Mapping[str, Tensor], config: HydraLoraConfig, source:
     """
     check_numbers(tensors, source)
     experts, rank = config.lora_nums, config.r
-    layers = {name.rpartition(".")[0] for name in tensors}
+    layers = {split_name(name)[0] for name in tensors}
+    parts = (A, B, ROUTER) if experts > 1 else (A, B)
     for layer in sorted(layers):
-        names = [f"{layer}.hydralora_{part}" for part in ("A", "B", "router")]
-        lacking = [name for name in names if name not in tensors]
+        lacking = [f"{layer}.{part}" for part in parts if f"{layer}.{part}" not in tensors]
         if lacking:
             raise CheckpointError(f"{source}: layer '{layer}' is incomplete, it lacks {lacking}")
-        a, b, router = (tensors[name] for name in names)
+        a, b = tensors[f"{layer}.{A}"], tensors[f"{layer}.{B}"]
         if a.dim() != 2 or len(a) != rank:
             raise CheckpointError(
                 f"{source}: A of '{layer}' has shape {tuple(a.shape)}, but {CONFIG_FILE} says r {rank}"
             )
-        if b.dim() != 3 or b.shape[0] != experts or b.shape[2] != rank or not b.shape[1]:
+        if b.dim() != 2 or b.shape[1] != experts * rank or not b.shape[0]:
             raise CheckpointError(
                 f"{source}: the experts of '{layer}' have shape {tuple(b.shape)}, but {CONFIG_FILE} says {experts} "
-                f"experts of rank {rank}"
+                f"experts of rank {rank}, so (outputs, {experts * rank})"
             )
-        if tuple(router.shape) != (experts, a.shape[1]):
+        router = tensors.get(f"{layer}.{ROUTER}")
+        if router is not None and tuple(router.shape) != (experts, a.shape[1]):
             raise CheckpointError(
                 f"{source}: the router of '{layer}' has shape {tuple(router.shape)}, expected {(experts, a.shape[1])}"
             )
@@ -230,22 +246,23 @@ def export_adapter(source: Path, target: Path) -> None:
         config = HydraLoraConfig.from_pretrained(str(source))
     path = source / OUR_WEIGHTS
     values, ours = config_to_original(config), read_our_weights(path)
-    tensors = to_original(ours, path)
+    _check_names(ours, path)
     check_counts(ours, config, path)
+    tensors = to_original(ours, path)
     with _new_folder(target, source) as folder:
         torch.save(tensors, folder / ORIGINAL_WEIGHTS)
         (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_our_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file on the CPU.
+    """Tensors of a safetensors file on the CPU, under today's names.
 
     Raises:
         ValueError: the file is missing or damaged.
     """
     refuse_pointer(path)
     try:
-        return load_file(path)
+        return from_earlier(load_file(path))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
     except SafetensorError as error:

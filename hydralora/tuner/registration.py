@@ -12,8 +12,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
 NAME = "HYDRALORA"
-PREFIX = "hydralora_"
-"""Beginning of the name of everything that the method adds to a layer."""
+PREFIX = "lora_"
+"""Beginning of the name of everything that the method adds to a layer: LoRA's, for what looks for it, such as LoRA+."""
 
 
 def peft_type() -> Any:

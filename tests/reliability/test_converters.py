@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hydralora.tuner.original import CONFIG_FILE, ORIGINAL_WEIGHTS, OUR_WEIGHTS, export_adapter, import_adapter
-from llava.errors import CheckpointError
+from tests.hydralora.tuner.models import as_earlier
 
 LAYERS, EXPERTS, RANK, WIDTH = 3, 2, 4, 6
 Tensors = dict[str, Tensor]
@@ -48,6 +48,9 @@ TENSORS: dict[str, Callable[[Tensors], Tensors]] = {
     "a layer less": without("layers.1."),
     "a layer of one kind less": without("layers.2.self_attn.q_proj"),
     "a target less": without("v_proj"),
+    "other ranks of two experts": lambda tensors: each("lora_B1", lambda b: b[:, :0].clone())(
+        each("lora_B0", lambda b: torch.cat([b, b], dim=1))(tensors)
+    ),
     "another rank": each("lora_A", lambda value: value[:-1].clone()),
     "a router of another width": each("lora_route", lambda value: value[:, :-1].clone()),
     "a router of more experts": each("lora_route", lambda value: torch.cat([value, value])),
@@ -68,7 +71,7 @@ SETTINGS = [
 def test_wrong_tensors(kind: str, tmp_path: Path) -> None:
     path = original(tmp_path / "original") / ORIGINAL_WEIGHTS
     torch.save(TENSORS[kind](torch.load(path, weights_only=True)), path)
-    with pytest.raises(CheckpointError, match=ORIGINAL_WEIGHTS):
+    with pytest.raises(ValueError, match=ORIGINAL_WEIGHTS):
         import_adapter(tmp_path / "original", tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
 
@@ -91,6 +94,33 @@ def test_a_complete_adapter_is_converted(tmp_path: Path) -> None:
 
 FIRST, LAST = "layers.0.self_attn.q_proj", "layers.2.self_attn.v_proj"
 OURS: dict[str, Callable[[Tensors], Tensors]] = {
+    "an expert less everywhere": each("lora_B", lambda value: value[:, :-RANK].clone()),
+    "an expert less in one layer": each(f"{LAST}.lora_B", lambda value: value[:, :-RANK].clone()),
+    "an expert more": each("lora_B", lambda value: torch.cat([value, value[:, :RANK]], dim=1)),
+    "a layer less": without("layers.1."),
+    "a layer of one kind less": without("layers.2.self_attn.q_proj"),
+    "a target less": without("v_proj"),
+    "no A in a layer": without(f"{FIRST}.lora_A"),
+    "no experts in a layer": without(f"{FIRST}.lora_B"),
+    "no router in a layer": without(f"{FIRST}.lora_router"),
+    "no router at all": without("lora_router"),
+    "another rank of A": each("lora_A", lambda value: value[:-1].clone()),
+    "another rank of B": each("lora_B", lambda value: value[:, :-1].clone()),
+    "flat A": each(f"{LAST}.lora_A", lambda value: value.reshape(-1)),
+    "a number for A": each(f"{LAST}.lora_A", lambda value: value.sum()),
+    "experts below one another": each(f"{LAST}.lora_B", lambda value: value.reshape(-1, RANK)),
+    "experts without outputs": each(f"{LAST}.lora_B", lambda value: value[:0].clone()),
+    "a router of another width": each("lora_router", lambda value: value[:, :-1].clone()),
+    "a router of more experts": each("lora_router", lambda value: torch.cat([value, value])),
+    "a tensor too many": lambda tensors: tensors | {"base_model.model.lm_head.weight": torch.ones(2, 2)},
+    "NaN": each(f"{FIRST}.lora_A", lambda value: value * float("nan")),
+    "infinity": each(f"{LAST}.lora_router", lambda value: value / 0),
+    "integers": each(f"{FIRST}.lora_B", lambda value: value.int()),
+    "bools": each(f"{FIRST}.lora_B", lambda value: value.bool()),
+    "nothing": lambda tensors: {},
+}
+"""Damages of a file of today; below, of one that an earlier version wrote."""
+EARLIER: dict[str, Callable[[Tensors], Tensors]] = {
     "an expert less everywhere": each("hydralora_B", lambda value: value[:-1].clone()),
     "an expert less in one layer": each(f"{LAST}.hydralora_B", lambda value: value[:-1].clone()),
     "an expert more": each("hydralora_B", lambda value: torch.cat([value, value[:1]])),
@@ -136,6 +166,20 @@ def ours(folder: Path) -> Path:
 def test_wrong_tensors_of_ours(kind: str, tmp_path: Path) -> None:
     path = ours(tmp_path / "ours") / OUR_WEIGHTS
     save_file({name: value.contiguous() for name, value in OURS[kind](load_file(path)).items()}, path)
+    with pytest.raises(ValueError, match=OUR_WEIGHTS):
+        export_adapter(tmp_path / "ours", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("kind", [*EARLIER, None])
+def test_wrong_tensors_of_an_earlier_version(kind: str | None, tmp_path: Path) -> None:
+    path = ours(tmp_path / "ours") / OUR_WEIGHTS
+    earlier = as_earlier(load_file(path), EXPERTS)
+    if kind is None:
+        save_file(earlier, path)
+        export_adapter(tmp_path / "ours", tmp_path / "back")
+        return
+    save_file({name: value.contiguous() for name, value in EARLIER[kind](earlier).items()}, path)
     with pytest.raises(ValueError, match=OUR_WEIGHTS):
         export_adapter(tmp_path / "ours", tmp_path / "back")
     assert not (tmp_path / "back").exists()

@@ -115,7 +115,7 @@ def read_result(folder: Path, method: Method, seed: int) -> Result:
     for run in runs_of(method, seed, NAMES):
         accuracy |= read_scores(folder, run.name)
         files = [folder / run.name / ADAPTER_FOLDER / "adapter_model.safetensors"]
-        counts = count_parameters(files, frozenset({"hydralora_router"}))
+        counts = count_parameters(files, frozenset({"hydralora_router", "lora_router"}))
         total, routers = total + counts[0], routers + counts[1]
         minutes += json.loads(marker(folder, f"train-{run.name}").read_text(encoding="utf-8"))["cpu_minutes"]
     if not method.experts:

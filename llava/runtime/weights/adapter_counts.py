@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor
 
 from llava.errors import CheckpointError
@@ -75,13 +76,13 @@ def check_lora(tensors: Mapping[str, Tensor], rank: int, source: str | Path) -> 
 
 
 def check_adapter(model: PeftModel, path: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter file, which fit the adapter of a PEFT model.
+    """The tensors of an adapter file, under the names that its method writes today; they fit that of a PEFT model.
 
     Raises:
         CheckpointError: names or shapes in the file differ from those of the adapter, or a tensor is not of finite
             floating-point numbers.
     """
-    tensors = read_tensors(path)
+    tensors = _as_written_today(model, read_tensors(path))
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     wrong = [name for name in expected if name in tensors and expected[name].shape != tensors[name].shape]
@@ -92,3 +93,14 @@ def check_adapter(model: PeftModel, path: Path) -> dict[str, Tensor]:
         )
     check_numbers(tensors, path)
     return tensors
+
+
+def _as_written_today(model: PeftModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file after what the method of the active adapter does to those of its earlier versions."""
+    name = model.active_adapter
+    config = model.peft_config[name]
+    method = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    if method is None:
+        return dict(tensors)
+    loaded = method._remap_adapter_state_dict_for_load(model, config, name, dict(tensors))
+    return {method._remove_adapter_name_from_key(key, name): tensor for key, tensor in loaded.items()}

@@ -40,10 +40,10 @@ def test_split_adapters_have_the_rank_of_one_together() -> None:
 
 
 def test_parameters_with_and_without_routers(tmp_path: Path) -> None:
-    tensors = {"a.mlp.router.weight": (3, 4), "a.mlp.router_like": (5,), "a.hydralora_A": (2, 4)}
+    tensors = {"a.mlp.router.weight": (3, 4), "a.mlp.router_like": (5,), "a.lora_A.weight": (2, 4)}
     save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "x.safetensors")
     assert count_parameters([tmp_path / "x.safetensors"], frozenset({"router"})) == (25, 12)
-    assert count_parameters([tmp_path / "x.safetensors"], frozenset({"hydralora_router"})) == (25, 0)
+    assert count_parameters([tmp_path / "x.safetensors"], frozenset({"lora_router"})) == (25, 0)
 
 
 METHODS = [Method("lora", "LoRA", 4), Method("hydra-2", "HydraLoRA", 4, 2)]

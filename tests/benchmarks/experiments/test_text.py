@@ -156,10 +156,10 @@ def test_the_change_of_an_adapter(tmp_path: Path) -> None:
     for name, value in (("start", 1.0), ("trained", 3.0)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text("{}")
-        save_file({"layer.hydralora_A": torch.full((2, 3), value)}, tmp_path / name / compare.WEIGHTS)
+        save_file({"layer.lora_A.weight": torch.full((2, 3), value)}, tmp_path / name / compare.WEIGHTS)
     flags = ["--adapter", str(tmp_path / "trained"), "--output-dir", str(tmp_path / "change"), "--start"]
     compare.main([*flags, str(tmp_path / "start")])
-    assert load_file(tmp_path / "change" / compare.WEIGHTS)["layer.hydralora_A"].eq(2).all()
+    assert load_file(tmp_path / "change" / compare.WEIGHTS)["layer.lora_A.weight"].eq(2).all()
     save_file({"other": torch.zeros(1)}, tmp_path / "start" / compare.WEIGHTS)
     with pytest.raises(CheckpointError, match="different names"):
         compare.main([*flags, str(tmp_path / "start")])

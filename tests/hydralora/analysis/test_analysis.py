@@ -29,7 +29,7 @@ def save(folder: Path, seed: int, shared_a: int | None = None, **changes: object
     if shared_a is not None:
         other = hydralora_layers(adapted(seed=shared_a, **changes))
         for name, layer in hydralora_layers(model).items():
-            layer.hydralora_A["default"].data.copy_(other[name].hydralora_A["default"])
+            layer.lora_A["default"].weight.data.copy_(other[name].lora_A["default"].weight)
     model.save_pretrained(folder, save_embedding_layers=False)
     return folder
 

@@ -378,7 +378,7 @@ def test_an_evaluation_between_updates_of_a_4_bit_base(folder: Path, tmp_path: P
     assert sum("eval_loss" in row for row in run.trainer.state.log_history) == 3
     assert kept[0] == kept[1]
     assert all(torch.equal(stored[1][key], value) for key, value in stored[0].items())
-    assert any(value.any() for key, value in stored[1].items() if key.endswith("hydralora_B"))
+    assert any(value.any() for key, value in stored[1].items() if key.endswith("lora_B.weight"))
 
 
 def test_balance_loss_and_routing_by_task(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,3 +46,16 @@ def tiny_opt() -> OPTForCausalLM:
     sizes = {"vocab_size": 80, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     sizes |= {"dropout": 0.0}
     return OPTForCausalLM(OPTConfig(**sizes, max_position_embeddings=32, word_embed_proj_dim=32, pad_token_id=0)).eval()
+
+
+def as_earlier(tensors: Mapping[str, Tensor], experts: int) -> dict[str, Tensor]:
+    """A file's tensors as versions before wrote them: bare names, the B of E `experts` stacked, always a router."""
+    earlier: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, part, _ = name.rsplit(".", 2)
+        if part == "lora_B":
+            tensor = torch.stack(tensor.chunk(experts, dim=1))  # (E, out_features, r)
+        if part == "lora_A" and experts == 1:
+            earlier[f"{layer}.hydralora_router"] = torch.randn(1, tensor.shape[1])
+        earlier[f"{layer}.hydralora_{part.removeprefix('lora_')}"] = tensor.contiguous()
+    return earlier

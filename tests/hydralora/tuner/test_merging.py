@@ -31,8 +31,8 @@ def test_merged_model_and_report(weights: str) -> None:
         chosen = report.experts[name]
         assert sum(chosen) == pytest.approx(1)
         assert (chosen == [pytest.approx(1 / 3)] * 3) == (weights == "uniform")
-        mixed = torch.einsum("e,eor->or", torch.tensor(chosen), layer.hydralora_B["default"])
-        delta = 2.0 * mixed @ layer.hydralora_A["default"]
+        mixed = torch.einsum("e,eor->or", torch.tensor(chosen), layer.expert_matrices("default"))
+        delta = 2.0 * mixed @ layer.lora_A["default"].weight
         expected = base[f"base_model.model.{name}.base_layer.weight"] + delta
         torch.testing.assert_close(layer.base_layer.weight, expected, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="merged already"):
@@ -51,7 +51,7 @@ def test_an_approximation_is_no_approximation_without_a_router() -> None:
         routed = adapted().merge(weights, INPUTS)
         model = adapted()
         for layer in hydralora_layers(model).values():
-            layer.hydralora_router["default"].data.zero_()
+            layer.lora_router["default"].weight.data.zero_()
         even = model.merge(weights, INPUTS)
         assert even.relative_error < 1e-6
         assert routed.relative_error > 1e-3

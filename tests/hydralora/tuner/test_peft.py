@@ -17,7 +17,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -25,7 +25,7 @@ from hydralora import HydraLoraConfig, HydraLoraModel
 from hydralora.tuner import hydralora_layers
 from hydralora.tuner.registration import register
 from tests.checkpointed import checkpoint_layers
-from tests.hydralora.tuner.models import IDS, MASK, TARGETS, adapted, logits, tiny_llama
+from tests.hydralora.tuner.models import IDS, MASK, TARGETS, adapted, as_earlier, logits, tiny_llama
 
 pytestmark = pytest.mark.versions
 
@@ -80,16 +80,20 @@ def test_one_step_moves_exactly_what_is_declared(case: str) -> None:
     before = state(model)
     declared = {name for name, weight in model.named_parameters() if weight.requires_grad}
     layers = hydralora_layers(model)
-    expected = {f"{name}.{part}.default" for name, layer in layers.items() for part in layer.adapter_layer_names}
+    expected = {
+        f"{name}.{part}.default.weight"
+        for name, layer in layers.items()
+        for part in layer.adapter_layer_names
+        if "default" in getattr(layer, part)
+    }
     expected |= {n for n in before if "modules_to_save" in n}
     assert declared == expected
     optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=0.5)
     model(input_ids=IDS, attention_mask=MASK, labels=IDS).loss.backward()
     optimizer.step()
     moved = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
-    routers = {name for name in expected if "router" in name}
-    still = routers if CASES[case].get("lora_nums") == 1 else set()  # one expert always has the weight 1
-    assert moved == expected - still
+    assert moved == expected
+    assert any(name.endswith("lora_router.default.weight") for name in expected) == (CASES[case].get("lora_nums") != 1)
 
 
 def test_the_stored_keys() -> None:
@@ -100,11 +104,35 @@ def test_the_stored_keys() -> None:
         f"{prefix}.{layer}.mlp.gate_proj.{name}": shape
         for layer in (0, 1)
         for name, shape in {
-            "hydralora_A": (4, 32),
-            "hydralora_B": (3, 48, 4),
-            "hydralora_router": (3, 32),
+            "lora_A.weight": (4, 32),
+            "lora_B.weight": (48, 3 * 4),
+            "lora_router.weight": (3, 32),
         }.items()
     }
+
+
+def test_one_expert_has_the_stored_keys_of_lora() -> None:
+    names = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    stored = [
+        {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
+        for model in (adapted(lora_nums=1), get_peft_model(tiny_llama(), LoraConfig(**names)))
+    ]
+    assert stored[0] == stored[1]
+
+
+@each_case
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_files_of_earlier_versions(case: str, name: str, tmp_path: Path) -> None:
+    model = adapted(**CASES[case])
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    saved = {key: tensors.pop(key) for key in list(tensors) if ".lora_" not in key}  # of `modules_to_save`
+    earlier = as_earlier(tensors, CASES[case].get("lora_nums", 3))
+    assert not earlier.keys() & tensors.keys()
+    save_file(earlier | saved, path)
+    again = PeftModel.from_pretrained(tiny_llama(), str(tmp_path), adapter_name=name).eval()
+    assert torch.equal(logits(again), logits(model))
 
 
 @each_case
@@ -138,7 +166,7 @@ def test_two_active_adapters_add_up() -> None:
     model = adapted()
     config = HydraLoraConfig(r=2, lora_nums=2, target_modules=["q_proj"], init_weights=False)
     model.add_adapter("second", config)
-    layer = next(layer for layer in hydralora_layers(model).values() if "second" in layer.hydralora_A)
+    layer = next(layer for layer in hydralora_layers(model).values() if "second" in layer.lora_A)
     x = torch.randn(2, 5, 32)
     model.base_model.set_adapter(["default", "second"])
     both = layer(x) - layer.base_layer(x)
@@ -193,20 +221,19 @@ def test_one_expert_is_exactly_lora() -> None:
     lora = get_peft_model(tiny_llama(), LoraConfig(**names)).eval()
     for name, layer in hydralora_layers(ours).items():
         other = lora.get_submodule(name)
-        other.lora_A["default"].weight.data.copy_(layer.hydralora_A["default"])
-        other.lora_B["default"].weight.data.copy_(layer.hydralora_B["default"][0])
+        other.lora_A["default"].weight.data.copy_(layer.lora_A["default"].weight)
+        other.lora_B["default"].weight.data.copy_(layer.lora_B["default"].weight)
     assert torch.equal(logits(ours), logits(lora))
     for model in (ours, lora):
         model(input_ids=IDS, attention_mask=MASK, labels=IDS).loss.backward()
     for name, layer in hydralora_layers(ours).items():
         other = lora.get_submodule(name)
         torch.testing.assert_close(
-            layer.hydralora_A["default"].grad, other.lora_A["default"].weight.grad, rtol=1e-5, atol=1e-8
+            layer.lora_A["default"].weight.grad, other.lora_A["default"].weight.grad, rtol=1e-5, atol=1e-8
         )
         torch.testing.assert_close(
-            layer.hydralora_B["default"].grad[0], other.lora_B["default"].weight.grad, rtol=1e-5, atol=1e-8
+            layer.lora_B["default"].weight.grad, other.lora_B["default"].weight.grad, rtol=1e-5, atol=1e-8
         )
-        assert not layer.hydralora_router["default"].grad.any()
 
 
 def two_adapters(**changes: Any) -> PeftModel:
@@ -270,7 +297,7 @@ def test_dtypes(dtype: torch.dtype, autocast: bool) -> None:
     base = tiny_llama().to(dtype)
     config = HydraLoraConfig(r=4, lora_nums=3, target_modules=TARGETS, init_weights=False)
     model = get_peft_model(base, config, autocast_adapter_dtype=autocast).eval()
-    kept = {weight.dtype for name, weight in model.named_parameters() if "hydralora_" in name}
+    kept = {weight.dtype for name, weight in model.named_parameters() if ".lora_" in name}
     assert kept == {torch.float32 if autocast else dtype}
     layer = next(iter(hydralora_layers(model).values()))
     x = torch.randn(2, 3, 32, dtype=dtype)
@@ -350,7 +377,7 @@ def test_a_copy_is_independent() -> None:
     other = copy.deepcopy(model)
     with torch.no_grad():
         for layer in hydralora_layers(other).values():
-            layer.hydralora_B["default"].mul_(2)
+            layer.expert_matrices("default").mul_(2)
     assert torch.equal(logits(model), before)
     assert not torch.allclose(logits(other), before, atol=1e-3)
 

@@ -1,0 +1,73 @@
+"""The three modules of an adapter in one layer: the shared A, all B side by side, and the router.
+
+Each is a linear layer without bias, with a weight of LoRA's shape under LoRA's name (`lora_A.default.weight`), and is
+only used by calling it. So what acts on modules reaches them: hooks that bring in offloaded weights, sharding, and
+programs that copy an adapter by the names of its parameters.
+
+Shape letters: r rank, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from hydralora.layer import shared_code, weighted_experts
+
+
+class SharedA(nn.Linear):
+    """A, which all experts share; weight (r, in_features)."""
+
+    def __init__(self, in_features: int, rank: int) -> None:
+        super().__init__(in_features, rank, bias=False)
+
+    def forward(self, x: Tensor, dropout: float = 0.0) -> Tensor:
+        """`A dropout(x)`, (..., r) of (..., in_features)."""
+        return shared_code(x, self.weight, dropout)
+
+
+class Experts(nn.Linear):
+    """The matrices B of all experts; weight (out_features, E * r), column e * r + k is column k of B_e.
+
+    Args:
+        rank: r.
+        out_features: of the adapted layer.
+        experts: E.
+        identity: start with B = 0; otherwise drawn uniformly in +-1/sqrt(r).
+    """
+
+    def __init__(self, rank: int, out_features: int, experts: int, identity: bool = True) -> None:
+        self.rank, self.experts, self.identity = rank, experts, identity
+        super().__init__(experts * rank, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Draw the start of the weight; nothing depends on values, so this is harmless on the meta device."""
+        bound = 0.0 if self.identity else 1 / math.sqrt(self.rank)
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    @property
+    def matrices(self) -> Tensor:
+        """(E, out_features, r), as a view of the weight."""
+        return self.weight.unflatten(1, (self.experts, self.rank)).transpose(0, 1)
+
+    def forward(self, code: Tensor, weights: Tensor, scaling: float = 1.0) -> Tensor:
+        """`scaling * sum_e weights_e B_e code`, (..., out_features) of code (..., r) and weights (..., E).
+
+        With one expert, whose weight is 1, these are LoRA's own products.
+        """
+        if self.experts == 1:
+            return super().forward(code) * scaling
+        return weighted_experts(code, self.weight, weights, scaling)
+
+
+class Router(nn.Linear):
+    """The router of one layer; weight (E, in_features)."""
+
+    def __init__(self, in_features: int, experts: int) -> None:
+        super().__init__(in_features, experts, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Probabilities (..., E) float32 of the experts, of (..., in_features)."""
+        return torch.softmax(super().forward(x), dim=-1, dtype=torch.float32)
