@@ -84,7 +84,7 @@ def _layers(tensors: dict[str, Tensor], folder: Path) -> dict[str, AdaptedLayer]
             if experts is None:
                 raise CheckpointError(f"{folder}: layer '{name}' has an A and no B")
             short = name.removeprefix("base_model.model.")
-            matrices = torch.stack(experts.to(torch.float32).split(len(tensor), dim=1))  # (E, out_features, r)
+            matrices = torch.stack(torch.split(experts.to(torch.float32), len(tensor), dim=1))  # (E, out_features, r)
             layers[short] = AdaptedLayer(short, tensor.to(torch.float32), matrices)
     if not layers:
         raise CheckpointError(f"{folder}: holds no A and B matrices")

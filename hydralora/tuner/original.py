@@ -86,7 +86,7 @@ def to_original(tensors: Mapping[str, Tensor], source: str | Path = "") -> dict[
     for key, tensor in tensors.items():
         layer, name = split_name(key)
         if name == B:
-            matrices = tensor.split(len(tensors[f"{layer}.{A}"]), dim=1)
+            matrices = torch.split(tensor, len(tensors[f"{layer}.{A}"]), dim=1)
             converted |= {f"{layer}.lora_B{number}.weight": b.clone() for number, b in enumerate(matrices)}
         else:
             converted[f"{layer}.{'lora_A' if name == A else 'lora_route'}.weight"] = tensor
