@@ -73,14 +73,21 @@ class _WeightedExperts(torch.autograd.Function):
     """`scaling * sum_e weights_e * B_e code`, with nothing but its inputs kept for backward.
 
     Autograd by itself would also keep the scaled weights, the weighted code and the stacked copy of B, which for a
-    wide layer is larger than all that depends on the tokens. Backward builds them again from the inputs.
+    wide layer is larger than all that depends on the tokens. Backward builds them again from the inputs. Made of
+    operations that `torch.vmap` knows, so `torch.func` transforms it, but for derivatives in forward mode: their rule
+    (`jvp`) would keep `torch.compile` from tracing the layer.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, code: Tensor, weights: Tensor, experts_b: Tensor, scaling: float) -> Tensor:
-        ctx.save_for_backward(code, weights, experts_b)
-        ctx.scaling = scaling
+    def forward(code: Tensor, weights: Tensor, experts_b: Tensor, scaling: float) -> Tensor:
         return F.linear(_weighted_code(code, weights * scaling), side_by_side(experts_b))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        code, weights, experts_b, ctx.scaling = inputs
+        ctx.save_for_backward(code, weights, experts_b)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -90,13 +97,13 @@ class _WeightedExperts(torch.autograd.Function):
         experts, rank = weights.shape[-1], code.shape[-1]
         for_code = for_weights = for_b = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            back = (gradient @ side_by_side(experts_b)).to(weights.dtype).view(*code.shape[:-1], experts, rank)
+            back = (gradient @ side_by_side(experts_b)).to(weights.dtype).reshape(*code.shape[:-1], experts, rank)
             for_code = (back * scaled.unsqueeze(-1)).sum(-2).to(code.dtype)  # (..., r)
             if ctx.needs_input_grad[1]:
                 # Weights of whole sequences, (B, 1, E), collect the gradients of all their tokens.
                 for_weights = (back * code.unsqueeze(-2)).sum(-1).mul(ctx.scaling).sum_to_size(weights.shape)
         if ctx.needs_input_grad[2]:
-            rows = _weighted_code(code, scaled).view(-1, experts * rank)
+            rows = _weighted_code(code, scaled).reshape(-1, experts * rank)
             stacked = gradient.reshape(-1, gradient.shape[-1]).T @ rows  # (out_features, E * r)
             # (out_features, E * r), or (E, out_features, r)
             for_b = stacked if experts_b.dim() == 2 else stacked.view(-1, experts, rank).transpose(0, 1)
@@ -106,15 +113,20 @@ class _WeightedExperts(torch.autograd.Function):
 class _DroppedLinear(torch.autograd.Function):
     """`weight @ dropout(x)`, with x as it is and one byte for each of its numbers kept for backward.
 
-    The router needs x without dropout, so x is kept anyway; autograd would keep the dropped copy too.
+    The router needs x without dropout, so x is kept anyway; autograd would keep the dropped copy too. `mask` is True
+    for a number that is kept.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, dropout: float) -> Tensor:
-        mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
+    def forward(x: Tensor, weight: Tensor, mask: Tensor, scaling: float) -> Tensor:
+        return F.linear(torch.where(mask, x, 0.0), weight) * scaling  # (..., r): scaled where it is small
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, mask, ctx.scaling = inputs
         ctx.save_for_backward(x, weight, mask)
-        ctx.scaling = 1 / (1 - dropout)
-        return F.linear(torch.where(mask, x, 0.0), weight) * ctx.scaling  # (..., r): scaled where it is small
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -126,7 +138,7 @@ class _DroppedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             kept = torch.where(mask, x, 0.0).to(gradient.dtype).reshape(-1, x.shape[-1])
             for_weight = (gradient.reshape(-1, len(weight)).T @ kept).to(weight.dtype)
-        return for_x, for_weight, None
+        return for_x, for_weight, None, None
 
 
 def shared_code(x: Tensor, shared_a: Tensor, dropout: float = 0.0) -> Tensor:
@@ -137,7 +149,10 @@ def shared_code(x: Tensor, shared_a: Tensor, dropout: float = 0.0) -> Tensor:
         shared_a: (r, in_features).
         dropout: probability of dropping a number of x, below 1; one mask serves all experts. 0 in evaluation.
     """
-    return _DroppedLinear.apply(x, shared_a, dropout) if dropout else F.linear(x, shared_a)
+    if not dropout:
+        return F.linear(x, shared_a)
+    mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
+    return _DroppedLinear.apply(x, shared_a, mask, 1 / (1 - dropout))
 
 
 def weighted_experts(code: Tensor, experts_b: Tensor, weights: Tensor, scaling: float = 1.0) -> Tensor:
