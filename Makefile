@@ -2,8 +2,11 @@
 
 COMMA := ,
 SPACE := $(subst ,, )
-RUN_EXTRAS := train data quant openclip serve eval harness analysis
+RUN_EXTRAS := train data quant openclip serve eval harness analysis trl
 EXTRAS ?= dev,$(subst $(SPACE),$(COMMA),$(RUN_EXTRAS))
+# TRL requires a later version of datasets than the lowest that is tested.
+LOWEST_RUN_EXTRAS := $(filter-out trl,$(RUN_EXTRAS))
+LOWEST_EXTRAS = $(subst $(SPACE),$(COMMA),$(filter-out trl,$(subst $(COMMA),$(SPACE),$(EXTRAS))))
 WORKERS ?= 2
 ARGS ?=
 
@@ -109,9 +112,9 @@ constraints: install ## Rewrite constraints.txt: the newest versions that pyproj
 # Test tools are not lowered: what runs under them is tested, not they.
 constraints-lowest: install ## Rewrite constraints-lowest.txt: the lowest version of each direct dependency
 	mkdir -p .venv-constraints
-	$(COMPILE) --resolution lowest-direct $(RUN_EXTRAS:%=--extra %) pyproject.toml --output-file .venv-constraints/lowest.txt
+	$(COMPILE) --resolution lowest-direct $(LOWEST_RUN_EXTRAS:%=--extra %) pyproject.toml --output-file .venv-constraints/lowest.txt
 	grep '^#' constraints-lowest.txt > .venv-constraints/pins
-	$(COMPILE) --constraint .venv-constraints/lowest.txt $(RUN_EXTRAS:%=--extra %) --extra dev pyproject.toml >> .venv-constraints/pins
+	$(COMPILE) --constraint .venv-constraints/lowest.txt $(LOWEST_RUN_EXTRAS:%=--extra %) --extra dev pyproject.toml >> .venv-constraints/pins
 	mv .venv-constraints/pins constraints-lowest.txt
 	rm -rf .venv-constraints
 
@@ -142,14 +145,14 @@ $(ALONE)/.installed: $(VENV)/.installed
 $(LOWEST)/.installed: $(VENV)/.installed constraints-lowest.txt
 	$(UV) venv --quiet --clear --python $(BIN)/python $(LOWEST)
 	$(UV) pip install --quiet --python $(LOWEST) --constraint constraints-lowest.txt \
-		--build-constraint constraints-lowest.txt --editable ".[$(EXTRAS)]"
+		--build-constraint constraints-lowest.txt --editable ".[$(LOWEST_EXTRAS)]"
 	@touch $@
 
 $(SERVING)-%/.installed: $(VENV)/.installed constraints-lowest.txt
 	$(UV) venv --quiet --clear --python $(BIN)/python $(SERVING)-$*
 	grep -vE '^(transformers|tokenizers|huggingface-hub)==' constraints-lowest.txt > $(SERVING)-$*/constraints.txt
 	$(UV) pip install --quiet --python $(SERVING)-$* --constraint $(SERVING)-$*/constraints.txt \
-		--build-constraint $(SERVING)-$*/constraints.txt --editable ".[$(EXTRAS)]" "transformers==$*.*"
+		--build-constraint $(SERVING)-$*/constraints.txt --editable ".[$(LOWEST_EXTRAS)]" "transformers==$*.*"
 	@touch $@
 
 # A folder beside the environment: all that lmms-eval asks for would change versions that are tested here.
