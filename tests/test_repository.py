@@ -347,6 +347,7 @@ def test_every_dependency_is_pinned_once() -> None:
         "harness",
         "lmms",
         "analysis",
+        "trl",
         "dev",
     }
     wanted = [
