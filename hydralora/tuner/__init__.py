@@ -9,6 +9,7 @@ from hydralora.tuner.linear import HydraLoraLayer, Linear
 from hydralora.tuner.merging import MergeReport
 from hydralora.tuner.model import HydraLoraModel, hydralora_layers
 from hydralora.tuner.registration import register
+from hydralora.tuner.scaling import rescale
 
 __all__ = [
     "HydraLoraConfig",
@@ -18,6 +19,7 @@ __all__ = [
     "MergeReport",
     "RoutingUnit",
     "hydralora_layers",
+    "rescale",
 ]
 
 register(HydraLoraConfig, HydraLoraModel)

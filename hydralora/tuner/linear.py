@@ -13,7 +13,7 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
@@ -21,13 +21,14 @@ from hydralora.layer import RoutedModule, routing_of
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.parts import Experts, Router, SharedA
 from hydralora.tuner.passes import Passes
+from hydralora.tuner.scaling import ScaledLayer
 from hydralora.tuner.sequence import sequence_weights
 
 BASE = "__base__"
 """PEFT's name, in `adapter_names`, for a row that no adapter changes."""
 
 
-class HydraLoraLayer(BaseTunerLayer, RoutedModule):
+class HydraLoraLayer(ScaledLayer, RoutedModule):
     """What a layer holds for each adapter, by the adapter's name.
 
     Trained are the weights of `lora_A` (r, in_features), of `lora_B` (out_features, E * r), all B side by side, and of
@@ -35,7 +36,7 @@ class HydraLoraLayer(BaseTunerLayer, RoutedModule):
     """
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_router")
-    other_param_names = ("r", "experts", "scaling", "routing", "lora_dropout", "merge_weights")
+    other_param_names = ("r", "experts", "scaling", "trained_scaling", "routing", "lora_dropout", "merge_weights")
 
     def __init__(self, base_layer: nn.Module, passes: Passes) -> None:
         self.base_layer = base_layer
@@ -48,6 +49,7 @@ class HydraLoraLayer(BaseTunerLayer, RoutedModule):
         self.r: dict[str, int] = {}
         self.experts: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
+        self.trained_scaling: dict[str, float] = {}
         self.routing: dict[str, RoutingUnit] = {}
         self.merge_weights: dict[str, Tensor] = {}
         self.merged_adapters: list[str] = []
@@ -59,7 +61,7 @@ class HydraLoraLayer(BaseTunerLayer, RoutedModule):
     def update_layer(self, adapter_name: str, config: HydraLoraConfig) -> None:
         """Add an adapter, or replace the one of this name."""
         self.r[adapter_name], self.experts[adapter_name] = config.r, config.lora_nums
-        self.scaling[adapter_name] = config.lora_alpha / config.r
+        self.scaling[adapter_name] = self.trained_scaling[adapter_name] = config.lora_alpha / config.r
         self.routing[adapter_name] = RoutingUnit(config.routing)
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         if adapter_name in self.lora_router:
@@ -162,6 +164,10 @@ class Linear(nn.Module, HydraLoraLayer):
                 rows = torch.tensor(chosen, device=x.device)
                 result[rows] += self.update(name, x[rows], rows).to(result.dtype)
         return result
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True for one expert, whose update is one matrix; `hydralora.save_as_lora` takes weights for several."""
+        return self.experts.get(adapter_name, 1) == 1
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Change of the weight, (out_features, in_features), for fixed weights of the experts.

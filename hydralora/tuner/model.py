@@ -9,10 +9,11 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import _freeze_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from hydralora.tuner import merging
+from hydralora.tuner import combining, merging
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.linear import BASE, HydraLoraLayer, Linear
 from hydralora.tuner.passes import Passes
@@ -186,6 +187,41 @@ class HydraLoraModel(BaseTuner):
                 disabled, or a layer whose mean routing is wanted does not see the tokens of the inputs.
         """
         return merging.merge(self.model, hydralora_layers(self.model), weights, inputs, self._one_name(adapter_name))
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """Add an inactive, frozen adapter that computes the weighted sum of the updates of others, exactly.
+
+        Its rank is the sum of their ranks. Where all routers agree, or there are none, it has their number of experts;
+        otherwise the product of the numbers, see `combining.py`.
+
+        Args:
+            adapters: names.
+            weights: a number for each.
+            adapter_name: of the new adapter.
+            combination_type: `cat`, the exact one of LoRA.
+
+        Raises:
+            TypeError: a weight is not a number.
+            ValueError: `adapter_name` exists, an adapter does not, there is not one finite weight for each, another
+                combination is wanted, or the sum would not be exact: adapters with modules to save or biases, merged
+                ones, ones that route by different rules, or have different numbers of experts in their layers.
+        """
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there already is an adapter '{adapter_name}'; choose another name")
+        layers = hydralora_layers(self.model)
+        configs: Any = self.peft_config
+        total = combining.combination(layers, configs, adapters, weights, combination_type)
+        self.peft_config[adapter_name] = total.config
+        self.inject_adapter(self.model, adapter_name)
+        _freeze_adapter(self.model, adapter_name)
+        for name, summands in total.summands.items():
+            combining.fill(layers[name], adapter_name, combining.joined(summands, total.common))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True for an adapter of one expert; `hydralora.save_as_lora` takes weights for several."""
+        return all(layer.supports_lora_conversion(adapter_name) for layer in hydralora_layers(self.model).values())
 
     def _one_name(self, adapter_name: str | None) -> str:
         names = self.active_adapters if adapter_name is None else [adapter_name]
