@@ -12,8 +12,9 @@ With a PEFT older than 0.21, as upstream's LLaVA has it, the method of PEFT is a
 import logging
 from importlib import metadata
 
+from hydralora.block import RoutedMLP
 from hydralora.config import RoutedMLPConfig
-from hydralora.layer import RoutedMLP, Routing, expert_balance_loss
+from hydralora.layer import Routing, expert_balance_loss
 from hydralora.model import added_parameters, attach, record_routing, routed_blocks
 from hydralora.patch import LlavaPatch, patch_llava
 

@@ -6,16 +6,16 @@ all experts share and one matrix B_i per expert, weighted by a router:
     y = W0 x + s * sum_i w_i B_i A x,        w = softmax(W_g x),        s = alpha / rank
 
 `RoutedUpdate` is what this adds to the output of one layer. MLLM-HydraLoRA (`moe.py` of its repository) puts it on the
-gate, up and down projection of a gated MLP and routes once per block, from the input of the block (`RoutedMLP`).
+gate, up and down projection of a gated MLP and routes once per block, from the input of the block (`block.py`).
 Needs torch >= 2.1 and nothing else.
 
-Shape letters: B batch, L sequence length, D width, M width inside the MLP, r rank, E experts.
+Shape letters: B batch, L sequence length, r rank, E experts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -241,122 +241,6 @@ class RoutedUpdate(RoutedModule, nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows beside the children."""
         return f"experts={self.experts}, rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
-
-
-class RoutedMLP(RoutedModule, nn.Module):
-    """Gated MLP whose three frozen projections carry routed low-rank experts.
-
-    The given projections become children under the names they have in a Llama MLP, so the state-dict keys of the base
-    model do not change. Added parameters, all in `dtype`: `shared_A_gate` and `shared_A_up` (r, D), `shared_A_down`
-    (r, M), `experts_B_gate` and `experts_B_up` (E, M, r), `experts_B_down` (E, D, r), and the linear layer `router`
-    (D -> E).
-
-    In dense mode the experts are weighted with the router's probabilities; in sparse mode the most probable expert
-    alone acts, with weight 1, so the output gives the router no gradient and only the balance loss trains it.
-
-    Args:
-        gate_proj: D -> M; like the other two any `nn.Linear`, quantised ones included.
-        up_proj: D -> M.
-        down_proj: M -> D.
-        act_fn: activation after the gate.
-        experts: number of experts E.
-        rank: rank r of the experts.
-        alpha: the update is scaled by alpha / rank.
-        dropout: probability of dropping an input of A in training. One mask per projection serves all experts.
-        dense: weight all experts (True) or use the most probable one (False).
-        dtype: of the added parameters; float32 beside a half-precision base trains more precisely.
-    """
-
-    gate_proj: nn.Linear
-    up_proj: nn.Linear
-    down_proj: nn.Linear
-
-    def __init__(
-        self,
-        gate_proj: nn.Linear,
-        up_proj: nn.Linear,
-        down_proj: nn.Linear,
-        act_fn: Callable[[Tensor], Tensor],
-        *,
-        experts: int,
-        rank: int,
-        alpha: float,
-        dropout: float = 0.0,
-        dense: bool = True,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate_proj, up_proj, down_proj, act_fn
-        self.experts, self.rank, self.alpha, self.dropout, self.dense = experts, rank, alpha, dropout, dense
-        self.observers = []
-
-        device = gate_proj.weight.device
-        width, inner = gate_proj.in_features, gate_proj.out_features  # D, M
-
-        def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-
-        self.shared_A_gate, self.experts_B_gate = empty(rank, width), empty(experts, inner, rank)
-        self.shared_A_up, self.experts_B_up = empty(rank, width), empty(experts, inner, rank)
-        self.shared_A_down, self.experts_B_down = empty(rank, inner), empty(experts, width, rank)
-        self.router = nn.Linear(width, experts, device=device, dtype=dtype)
-        self.reset_parameters()
-
-    def reset_parameters(self, identity: bool = True) -> None:
-        """Draw initial values: A uniform in +-1/sqrt(fan_in) (Kaiming with a = sqrt 5), the router as `nn.Linear`.
-
-        Args:
-            identity: B = 0, so that the block starts as the base MLP. False draws B like A: tests need a block
-                whose experts act and differ.
-        """
-        for matrix in (self.shared_A_gate, self.shared_A_up, self.shared_A_down):
-            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
-        for stacked in (self.experts_B_gate, self.experts_B_up, self.experts_B_down):
-            if identity:
-                nn.init.zeros_(stacked)
-            else:
-                nn.init.uniform_(stacked, -1 / math.sqrt(self.rank), 1 / math.sqrt(self.rank))
-        self.router.reset_parameters()
-
-    def added_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Everything that is trained, by name; the wrapped projections are not among it."""
-        base = {id(p) for layer in (self.gate_proj, self.up_proj, self.down_proj) for p in layer.parameters()}
-        return ((name, p) for name, p in self.named_parameters() if id(p) not in base)
-
-    def route(self, x: Tensor) -> Routing:
-        """Routing of tokens `x` (..., D), computed in the router's dtype with a float32 softmax."""
-        logits = self.router(x.to(self.router.weight.dtype))  # (..., E)
-        return routing_of(torch.softmax(logits, dim=-1, dtype=torch.float32))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Output of the block, (..., D) for `x` (..., D), in the dtype that the base MLP would return.
-
-        All three projections use the routing of `x`, the down projection too.
-        """
-        wide = x.to(self.router.weight.dtype)  # one copy for the router and two projections
-        routing = self.route(wide)
-        for observe in self.observers:
-            observe(routing)
-        weights = routing.probabilities if self.dense else one_hot_argmax(routing.probabilities)  # (..., E)
-        gate = self._adapted(self.gate_proj, self.shared_A_gate, self.experts_B_gate, x, wide, weights)  # (..., M)
-        up = self._adapted(self.up_proj, self.shared_A_up, self.experts_B_up, x, wide, weights)  # (..., M)
-        inner = self.act_fn(gate) * up
-        wide = inner.to(self.shared_A_down.dtype)
-        return self._adapted(self.down_proj, self.shared_A_down, self.experts_B_down, inner, wide, weights)
-
-    def _adapted(
-        self, base: nn.Linear, shared_a: Tensor, experts_b: Tensor, x: Tensor, wide: Tensor, weights: Tensor
-    ) -> Tensor:
-        """`W0 x + s * sum_e weights_e B_e A x` of one projection, in the dtype of `W0 x`; `wide` is x in that of A."""
-        output: Tensor = base(x)
-        dropout = self.dropout if self.training else 0.0
-        update = routed_low_rank(wide, shared_a, experts_b, weights, self.alpha / self.rank, dropout)
-        return output + update.to(output.dtype)
-
-    def extra_repr(self) -> str:
-        """What `print(model)` shows beside the children."""
-        mode = "dense" if self.dense else "sparse"
-        return f"experts={self.experts}, rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, {mode}"
 
 
 def expert_balance_loss(routings: Sequence[Routing], attention_mask: Tensor | None) -> Tensor:

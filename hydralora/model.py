@@ -14,30 +14,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hydralora.block import KINDS, RoutedMLP, adapt, release
 from hydralora.config import RoutedMLPConfig
-from hydralora.layer import RoutedMLP, RoutedModule, Routing
-
-
-def is_gated_mlp(module: nn.Module) -> bool:
-    """True for `LlamaMLP` and every class built like it: three linear projections and an activation, unadapted."""
-    projections = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    return (
-        not isinstance(module, RoutedMLP)
-        and all(isinstance(projection, nn.Linear) for projection in projections)
-        and callable(getattr(module, "act_fn", None))
-    )
+from hydralora.gated import check, only_gated_mlp, reference
+from hydralora.layer import RoutedModule, Routing
 
 
 def decoder_layers(model: Any) -> Sequence[nn.Module]:
-    """The layers of the decoder of a causal language model of transformers' shape."""
-    return model.get_decoder().layers
+    """The layers of the decoder of a causal language model of transformers' shape.
+
+    Raises:
+        ValueError: its decoder has no `layers`.
+    """
+    decoder = model.get_decoder()
+    # A model whose decoder is not found by transformers, as the text part of Llama 4, gives itself.
+    owners = [owner for owner in (decoder, *decoder.children()) if hasattr(owner, "layers")]
+    if not owners:
+        raise ValueError(f"the decoder of {type(model).__name__}, a {type(decoder).__name__}, has no list 'layers'")
+    return owners[0].layers
 
 
 def attach(model: nn.Module, config: RoutedMLPConfig, dtype: torch.dtype = torch.float32) -> dict[str, RoutedMLP]:
-    """Replace the gated MLP of every decoder layer by a `RoutedMLP` around its very projections, in place.
+    """Make the gated MLP of every decoder layer a `RoutedMLP`, in place.
 
-    The wrapped projections are frozen; everything else keeps its `requires_grad`. The blocks stand on the device of
-    the projections (the meta device included) and start as the identity: the outputs of the model do not change.
+    Where a layer has several, the one that every token runs through is taken, as the shared expert of Qwen2-MoE; see
+    `only_gated_mlp`. Its three projections are frozen; everything else keeps its `requires_grad`. The blocks stand on
+    the device of the projections (the meta device included) and start as the identity: the outputs of the model do not
+    change, which is tried on random hidden states wherever the weights are there to run.
 
     Args:
         model: with `get_decoder()`; `get_decoder().layers` are the decoder layers.
@@ -48,43 +51,42 @@ def attach(model: nn.Module, config: RoutedMLPConfig, dtype: torch.dtype = torch
         The blocks by their name in `model`, in order of the layers.
 
     Raises:
-        ValueError: a layer holds no gated MLP or more than one, or the blocks are attached already.
+        ValueError: a layer holds no gated MLP or several without a clear choice, one that does not call its three
+            projections, or the blocks are attached already. Nothing has been changed then.
     """
     layers = decoder_layers(model)
-    places = [_only_gated_mlp(layer, index) for index, layer in enumerate(layers)]
-    for layer, name in zip(layers, places, strict=True):
-        mlp: Any = layer.get_submodule(name)
-        block = RoutedMLP(
-            mlp.gate_proj,
-            mlp.up_proj,
-            mlp.down_proj,
-            mlp.act_fn,
-            experts=config.experts,
-            rank=config.rank,
-            alpha=config.alpha,
-            dropout=config.dropout,
-            dense=config.dense,
-            dtype=dtype,
-        )
-        for projection in (block.gate_proj, block.up_proj, block.down_proj):
-            projection.requires_grad_(False)
-        block.train(mlp.training)
-        parent, _, attribute = name.rpartition(".")
-        setattr(layer.get_submodule(parent), attribute, block)
+    # An MLP that several layers share becomes one block, named by the first of them.
+    mlps = dict[nn.Module, int]()
+    for index, layer in enumerate(layers):
+        mlps.setdefault(layer.get_submodule(only_gated_mlp(layer, index)), index)
+    required = {parameter: parameter.requires_grad for mlp in mlps for parameter in mlp.parameters()}
+    settings = {name: getattr(config, name) for name in ("experts", "rank", "alpha", "dropout", "dense")}
+    made: list[RoutedMLP] = []
+    try:
+        for mlp, index in mlps.items():
+            with _naming_layer(index, layers[index]):
+                seen = reference(mlp)
+                made.append(adapt(mlp, **settings, dtype=dtype))
+                if seen is not None:
+                    check(made[-1], *seen)
+            for name in KINDS:
+                mlp.get_submodule(name).requires_grad_(False)
+    except BaseException:
+        for block in made:
+            release(block)
+        for parameter, value in required.items():
+            parameter.requires_grad_(value)
+        raise
     return routed_blocks(model)
 
 
-def _only_gated_mlp(layer: nn.Module, index: int) -> str:
-    """Name within decoder layer number `index` of its gated MLP."""
-    names = [name for name, module in layer.named_modules() if is_gated_mlp(module)]
-    if any(isinstance(module, RoutedMLP) for module in layer.modules()):
-        raise ValueError(f"decoder layer {index} has a routed MLP block already")
-    if len(names) != 1:
-        raise ValueError(
-            f"decoder layer {index} ({type(layer).__name__}) holds {len(names)} gated MLPs, expected 1: a module with "
-            "the linear layers gate_proj, up_proj and down_proj and an act_fn, not adapted by something else"
-        )
-    return names[0]
+@contextmanager
+def _naming_layer(index: int, layer: nn.Module) -> Iterator[None]:
+    """Name the decoder layer in the message of a `ValueError`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"decoder layer {index} ({type(layer).__name__}): {error}") from error
 
 
 def routed_blocks(model: nn.Module) -> dict[str, RoutedMLP]:
@@ -146,11 +148,17 @@ def of_text(recorded: Mapping[str, Sequence[Routing]], batch: tuple[int, int]) -
     """
     found: dict[str, Routing] = {}
     for name, passes in recorded.items():
-        if passes and passes[-1].probabilities.shape[:-1] == batch:
-            found[name] = passes[-1]
-        elif passes and passes[-1].probabilities.shape[:-1] == (batch[0] * batch[1],):
-            found[name] = Routing(*(values.unflatten(0, batch) for values in passes[-1]))
+        if passes and (routing := in_rows(passes[-1], batch)) is not None:
+            found[name] = routing
     return found
+
+
+def in_rows(routing: Routing, batch: tuple[int, int]) -> Routing | None:
+    """A routing of B * T tokens as (B, T, E), where a layer has flattened them or not; None if it is of others."""
+    leading = tuple(routing.probabilities.shape[:-1])
+    if leading not in (batch, (batch[0] * batch[1],)):
+        return None
+    return Routing(*(values.view(*batch, -1) for values in routing))
 
 
 @contextmanager
@@ -163,9 +171,27 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     """
     recorder = RoutingRecorder(routed_blocks(model))
     probabilities: dict[str, list[Tensor]] = {}
+    batches: list[tuple[int, int]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        batches.append(batch_of(args, kwargs))
+
+    hook = model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)  # type: ignore[operator]
     recorder.start()
     try:
         yield probabilities
     finally:
+        hook.remove()
         for name, routings in recorder.stop().items():
-            probabilities[name] = [routing.probabilities.detach() for routing in routings]
+            # A layer that flattens its tokens, as one with experts of its own, runs once per pass of the decoder.
+            rows = zip(routings, batches, strict=True) if len(routings) == len(batches) else ()
+            shaped = [in_rows(routing, batch) or routing for routing, batch in rows] or routings
+            probabilities[name] = [routing.probabilities.detach() for routing in shaped]
+
+
+def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """(B, L) of what a decoder is called with, ids or embeddings."""
+    tokens = next(
+        value for value in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if value is not None
+    )
+    return tokens.shape[0], tokens.shape[1]

@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hydralora.block import RoutedMLP, release
 from hydralora.config import RoutedMLPConfig
-from hydralora.layer import RoutedMLP, Routing, expert_balance_loss
-from hydralora.model import RoutingRecorder, added_parameters, attach
+from hydralora.layer import Routing, expert_balance_loss
+from hydralora.model import RoutingRecorder, added_parameters, attach, batch_of, in_rows
 
 ATTRIBUTE = "hydralora_patch"
 """Where a patched model keeps its `LlavaPatch`."""
 
 
 def patch_llava(model: Any, config: RoutedMLPConfig | None = None, dtype: torch.dtype = torch.float32) -> LlavaPatch:
-    """Replace every MLP of the decoder by a routed block, and add the expert-balance loss to the model's loss.
+    """Make every MLP of the decoder a routed block, in place, and add the expert-balance loss to the model's loss.
 
     The blocks start as the identity. Their parameters are the only new ones that require gradients; what else is
     trained stays as it is. With LoRA of PEFT, patch after `get_peft_model`, which freezes all that it does not know.
@@ -77,9 +78,8 @@ class LlavaPatch:
             raise ValueError(f"this {type(model).__name__} is patched already; revert its {ATTRIBUTE} first")
         self.model, self.config = model, config
         self.balance_loss: Tensor | None = None
-        before, required = dict(model.named_modules()), {p: p.requires_grad for p in model.parameters()}
+        required = {p: p.requires_grad for p in model.parameters()}
         self.blocks: dict[str, RoutedMLP] = attach(model, config, dtype)
-        self._originals = {name: before[name] for name in self.blocks}
         self._required = {p: required[p] for block in self.blocks.values() for p in block.parameters() if p in required}
         self._recorder = RoutingRecorder(self.blocks)
         self._inner: Any = None  # the forward of the object itself, where something had wrapped it before
@@ -124,6 +124,7 @@ class LlavaPatch:
         with self._recording() as seen:
             outputs = call(*args, **kwargs)
             routings = [passes[-1] for passes in self._recorder.stop().values() if passes]
+            routings = [in_rows(routing, seen["batch"]) or routing for routing in routings]
         self._check_graph(routings)
         mask = seen["attention_mask"]
         balance = self.config.balance_weight * expert_balance_loss(routings, mask)
@@ -135,10 +136,11 @@ class LlavaPatch:
 
     @contextmanager
     def _recording(self) -> Iterator[dict[str, Any]]:
-        """Record routings, and the attention mask that reaches the decoder: that of the spliced sequence."""
-        seen: dict[str, Any] = {"attention_mask": None}
+        """Record routings, and (B, L) and attention mask of what reaches the decoder: those of the spliced sequence."""
+        seen: dict[str, Any] = {"attention_mask": None, "batch": (0, 0)}
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen["batch"] = batch_of(args, kwargs)
             seen["attention_mask"] = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
 
         hook = self.model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
@@ -171,7 +173,7 @@ class LlavaPatch:
         self._outer = self.model.forward = forward
 
     def revert(self) -> None:
-        """Put the original MLPs, `forward` and `requires_grad` back; a second call does nothing.
+        """Take the experts out of the MLPs, and put `forward` and `requires_grad` back; a second call does nothing.
 
         Raises:
             ValueError: the object's `forward` was wrapped by something else since; undo that first.
@@ -187,10 +189,8 @@ class LlavaPatch:
                 del self.model.forward
             else:
                 self.model.forward = self._inner
-        for name, module in self._originals.items():
-            parent, _, attribute = name.rpartition(".")
-            module.train(self.blocks[name].training)
-            setattr(self.model.get_submodule(parent), attribute, module)
+        for block in self.blocks.values():
+            release(block)
         for parameter, required in self._required.items():
             parameter.requires_grad_(required)
         delattr(self.model, ATTRIBUTE)

@@ -183,7 +183,8 @@ EXTENSIONS = {
             "--use_lora True",
             (
                 "moe_patch.payload.hydralora_glue",
-                *(f"hydralora.{name}" for name in ("config", "layer", "model", "moe_args", "original", "patch")),
+                *(f"hydralora.{name}" for name in ("block", "config", "gated", "layer", "model")),
+                *(f"hydralora.{name}" for name in ("moe_args", "original", "patch")),
             ),
             (*COMMON, *BESIDE_LORA, *LOSSES),
         ),

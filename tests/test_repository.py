@@ -136,7 +136,8 @@ def test_only_extension_py_knows_the_seams_of_llava(path: Path) -> None:
 
 
 BY_UPSTREAM = [
-    ROOT / "hydralora" / f"{name}.py" for name in ("config", "layer", "model", "moe_args", "original", "patch")
+    ROOT / "hydralora" / f"{name}.py"
+    for name in ("block", "config", "gated", "layer", "model", "moe_args", "original", "patch")
 ]
 """What `hydralora.patch_llava` needs of this project, where `llava` is upstream's."""
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from hydralora.layer import RoutedMLP
+from hydralora.block import RoutedMLP
 
 
 def make_block(

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hydralora.layer import RoutedMLP, expert_balance_loss, one_hot_argmax, routed_low_rank
+from hydralora.block import RoutedMLP
+from hydralora.layer import expert_balance_loss, one_hot_argmax, routed_low_rank
 from hydralora.original import to_original
 from tests.golden import load_case
 from tests.hydralora.blocks import make_block, original_gradients, set_original_weights

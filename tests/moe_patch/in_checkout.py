@@ -65,7 +65,7 @@ def write_logits(args: argparse.Namespace) -> None:
     )
     with torch.no_grad():
         output = model(**inputs)
-    blocks = sum(type(module).__name__ == "RoutedMLP" for module in model.modules())
+    blocks = sum(hasattr(module, "experts_B_gate") for module in model.modules())
     save_file({"logits": output.logits.float().contiguous(), "blocks": torch.tensor(blocks)}, args.output)
     print(f"{blocks} routed blocks, logits {tuple(output.logits.shape)}")
 

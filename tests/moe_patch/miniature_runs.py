@@ -146,7 +146,7 @@ def main() -> None:
         **{"middle": work / "whole" / "checkpoint-2", "ours": ours},
     }.items():
         found[name], model = logits(folder, base)
-        found[f"{name}.blocks"] = torch.tensor(sum(type(m).__name__ == "RoutedMLP" for m in model.modules()))
+        found[f"{name}.blocks"] = torch.tensor(sum(hasattr(m, "experts_B_gate") for m in model.modules()))
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, work / "logits.safetensors")
     refused = {
         "modules": ("--lora_modules", "q_proj,gate_proj"),

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from hydralora.block import RoutedMLP
 from hydralora.config import HydraLoraSettings, RoutedLinearConfig, RoutedMLPConfig
 from hydralora.extension import HydraLoraExtension
-from hydralora.layer import RoutedMLP, RoutedUpdate
+from hydralora.layer import RoutedUpdate
 from llava.model import builder
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import save_checkpoint
