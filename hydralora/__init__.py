@@ -2,9 +2,10 @@
 
 `tuner/` is HydraLoRA as a method of PEFT, for any linear layer; importing this package registers it, and needs torch,
 transformers and PEFT alone. The rest is its LLaVA variant, routed blocks in place of the decoder's MLPs and HydraLoRA
-on attention layers: `layer.py` holds the mathematics, `config.py` what can be varied, `model.py` and `linears.py` how
-blocks and updates enter a model, `flags.py` and `extension.py` how they plug into llava, `convert.py`, `original.py`
-and `moe_args.py` published checkpoints in and out, `patch.py` the way into a model of upstream's class.
+on attention layers: `layer.py` holds the mathematics, `config.py` what can be varied, `block.py` and `gated.py` the
+routed MLP, `model.py` and `linears.py` how blocks and updates enter a model, `flags.py` and `extension.py` how they
+plug into llava, `convert.py`, `original.py` and `moe_args.py` published checkpoints in and out, `patch.py` the way into
+a model of upstream's class.
 
 With a PEFT older than 0.21, as upstream's LLaVA has it, the method of PEFT is absent and the rest works.
 """
