@@ -28,9 +28,11 @@ from hydralora.tuner.fields import (
     Kind,
     RefusedValueError,
     list_of,
+    mapping_of,
     one_of,
     problems,
 )
+from hydralora.tuner.lora_options import explains_refused
 from hydralora.tuner.registration import NAME, peft_type
 
 FILE = "adapter_config.json"
@@ -56,6 +58,7 @@ FIELDS: dict[str, Kind] = {
     "layers_to_transform": INDEX | list_of(INDEX) | NONE,
     "layers_pattern": TEXT | list_of(TEXT) | NONE,
     "modules_to_save": list_of(TEXT) | NONE,
+    "trainable_token_indices": list_of(INDEX) | mapping_of(TEXT, list_of(INDEX)) | NONE,
     "routing": one_of(RoutingUnit),
     "bias": one_of(["none"]),
     "balance_weight": NOT_NEGATIVE,
@@ -72,6 +75,7 @@ FIELDS: dict[str, Kind] = {
 """What the value of each field may be. A new field gets a row here, and in `VALUES` of its test."""
 
 
+@explains_refused
 @dataclass
 class HydraLoraConfig(PeftConfig):
     """HydraLoRA on linear layers: one shared A, `lora_nums` matrices B, one router per layer.
@@ -107,6 +111,9 @@ class HydraLoraConfig(PeftConfig):
 
     modules_to_save: list[str] | None = None
     """Other modules to train in full and save along."""
+
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Tokens whose rows of the embedding are trained and saved along; a dict names the embeddings."""
 
     bias: str = "none"
     """Biases to train along: none."""

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from hydralora.layer import RoutedModule, routing_of
+from hydralora.tuner.bases import features, in_stored_form, quantization
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.parts import Experts, Router, SharedA
 from hydralora.tuner.passes import Passes
@@ -55,8 +55,8 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         linear = self.get_base_layer()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.quantization_backend = resolve_quantization_backend(linear)
+        self.in_features, self.out_features = features(linear)
+        self.quantization_backend = quantization(linear)
 
     def update_layer(self, adapter_name: str, config: HydraLoraConfig) -> None:
         """Add an adapter, or replace the one of this name."""
@@ -126,7 +126,7 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
 
 
 class Linear(nn.Module, HydraLoraLayer):
-    """A frozen linear layer, quantised ones included, with HydraLoRA adapters."""
+    """A frozen linear layer of any kind that `bases.py` admits, with HydraLoRA adapters."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: HydraLoraConfig, passes: Passes) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Linear(nn.Module, HydraLoraLayer):
         return self.experts.get(adapter_name, 1) == 1
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Change of the weight, (out_features, in_features), for fixed weights of the experts.
+        """Change of the weight, in its shape, for fixed weights of the experts.
 
         Raises:
             ValueError: the weights are not fixed: there are several experts, and `merge` of the model fixed none.
@@ -182,7 +182,8 @@ class Linear(nn.Module, HydraLoraLayer):
             weights = torch.ones(1)
         experts_b = self.expert_matrices(adapter)
         mixed_b = torch.einsum("e,eor->or", weights.to(experts_b), experts_b)  # (out_features, r)
-        return self.scaling[adapter] * (mixed_b @ self.lora_A[adapter].weight)
+        delta = self.scaling[adapter] * (mixed_b @ self.lora_A[adapter].weight)  # (out_features, in_features)
+        return in_stored_form(self.get_base_layer(), delta)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to the frozen weight; see `HydraLoraModel.merge` for several experts.

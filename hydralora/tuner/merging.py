@@ -17,6 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from hydralora.model import RoutingRecorder, of_text
+from hydralora.tuner.bases import refuse_merging
 from hydralora.tuner.linear import HydraLoraLayer
 
 KINDS = ("uniform", "mean-routing")
@@ -62,6 +63,7 @@ def merge(
         raise ValueError("an adapter is merged already; call unmerge_adapter() first")
     if any(layer.disable_adapters for layer in layers.values()):
         raise ValueError("adapters are disabled, and a merged one would be taken out again; enable them first")
+    refuse_merging(model, chosen)
     with _in_use(model, adapter_name):
         before, means = _run(model, chosen, inputs)
         unseen = sorted(chosen.keys() - means.keys())

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import _freeze_adapter
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _freeze_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from hydralora.tuner import combining, merging
+from hydralora.tuner.bases import refusal, refuse_merging
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.linear import BASE, HydraLoraLayer, Linear
 from hydralora.tuner.passes import Passes
@@ -32,7 +33,11 @@ class HydraLoraModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = HydraLoraLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's name; no model has a default here)
+    target_module_mapping = dict(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)  # noqa: RUF012 (PEFT's name)
+
+    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
+        """PEFT's check for LoRA: fused kernels of Mamba read the weights of some layers and never call them."""
+        super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
 
     def _pre_injection_hook(self, model: nn.Module, config: HydraLoraConfig, adapter_name: str) -> None:
         warn_of_untested()
@@ -58,11 +63,9 @@ class HydraLoraModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(base, nn.Linear):
-            raise ValueError(
-                f"target module '{current_key}' is a {type(base).__name__}; HydraLoRA adapts torch.nn.Linear and its "
-                "quantised forms. Choose other target_modules, or 'all-linear'."
-            )
+        reason = refusal(base, parent)
+        if reason is not None:
+            raise ValueError(f"target module '{current_key}' {reason}.")
         new = Linear(target, adapter_name, peft_config, self.hydralora_passes)
         if adapter_name not in self.active_adapters:
             new.requires_grad_(False)
@@ -128,6 +131,7 @@ class HydraLoraModel(BaseTuner):
             ValueError: says why, and what can be done.
         """
         names = list(adapter_names) if adapter_names else self.active_adapters
+        refuse_merging(self.model, {n: m for n, m in hydralora_layers(self.model).items() if set(names) & set(m.r)})
         routed = {
             name: layer.experts[name]
             for layer in hydralora_layers(self.model).values()

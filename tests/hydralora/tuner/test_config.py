@@ -38,6 +38,10 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "layers_to_transform": ([None, 0, [0, 1], (1,)], [-1, "0", [-1], ["1"], [True], True, 0.0, {"1": 0}]),
     "layers_pattern": ([None], [1, True, "", [1], [""]]),
     "modules_to_save": ([None, ["lm_head"], ("lm_head",), {"lm_head"}], ["lm_head", 1, True, [1], [""], {"a": 1}]),
+    "trainable_token_indices": (
+        [None, [0, 5], {"embed_tokens": [1]}],
+        [[-1], ["1"], 3, "3", True, [True], {"": [1]}, {"a": 1}],
+    ),
     "bias": (["none"], [None, True, "nothing", 0]),
     "routing": (["token", "sequence"], ["Token", "tokens", None, 1, True, ["token"]]),
     "balance_weight": ([0, 0.5], [-1, *NOT_NUMBERS]),

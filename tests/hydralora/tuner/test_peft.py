@@ -351,10 +351,6 @@ def test_another_architecture() -> None:
 
 
 def test_what_cannot_be_adapted_is_refused() -> None:
-    with pytest.raises(ValueError, match="is a Embedding; HydraLoRA adapts"):
-        adapted(target_modules=["embed_tokens"])
-    with pytest.raises(ValueError, match="specify `target_modules`"):
-        adapted(target_modules=None)
     with pytest.raises(
         ValueError, match=r"r is 0.*lora_nums is 0.*lora_dropout is 1.*routing is 'word'.*bias is 'all'"
     ):
