@@ -27,12 +27,15 @@ __all__ = [
     "RoutedMLP",
     "RoutedMLPConfig",
     "Routing",
+    "StepCallback",
     "added_parameters",
     "attach",
     "expert_balance_loss",
+    "parameter_groups",
     "patch_llava",
     "record_routing",
     "routed_blocks",
+    "set_step",
 ]
 
 
@@ -51,7 +54,14 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 )
 
 if not _old_peft():
-    from hydralora.tuner import HydraLoraConfig, HydraLoraLayer, HydraLoraModel
+    from hydralora.tuner import (
+        HydraLoraConfig,
+        HydraLoraLayer,
+        HydraLoraModel,
+        StepCallback,
+        parameter_groups,
+        set_step,
+    )
 
 
 def __getattr__(name: str) -> object:

@@ -5,21 +5,30 @@ as PEFT's own. `config.py` says what can be varied, `linear.py` holds the layer,
 """
 
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
+from hydralora.tuner.groups import parameter_groups
+from hydralora.tuner.initialization import Initialization
 from hydralora.tuner.linear import HydraLoraLayer, Linear
+from hydralora.tuner.losses import BalanceForm
 from hydralora.tuner.merging import MergeReport
 from hydralora.tuner.model import HydraLoraModel, hydralora_layers
+from hydralora.tuner.progress import StepCallback, set_step
 from hydralora.tuner.registration import register
 from hydralora.tuner.scaling import rescale
 
 __all__ = [
+    "BalanceForm",
     "HydraLoraConfig",
     "HydraLoraLayer",
     "HydraLoraModel",
+    "Initialization",
     "Linear",
     "MergeReport",
     "RoutingUnit",
+    "StepCallback",
     "hydralora_layers",
+    "parameter_groups",
     "rescale",
+    "set_step",
 ]
 
 register(HydraLoraConfig, HydraLoraModel)

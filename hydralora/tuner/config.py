@@ -32,7 +32,9 @@ from hydralora.tuner.fields import (
     one_of,
     problems,
 )
+from hydralora.tuner.initialization import Initialization
 from hydralora.tuner.lora_options import explains_refused
+from hydralora.tuner.losses import BalanceForm
 from hydralora.tuner.registration import NAME, peft_type
 
 FILE = "adapter_config.json"
@@ -62,6 +64,14 @@ FIELDS: dict[str, Kind] = {
     "routing": one_of(RoutingUnit),
     "bias": one_of(["none"]),
     "balance_weight": NOT_NEGATIVE,
+    "balance": one_of(BalanceForm),
+    "balance_ema": PROBABILITY,
+    "balance_warmup": INDEX,
+    "information_weight": NOT_NEGATIVE,
+    "init": one_of(Initialization),
+    "head_dropout": PROBABILITY,
+    "expert_dropout": PROBABILITY,
+    "head_dropout_start": INDEX,
     "init_weights": FLAG,
     # Of every configuration of PEFT.
     "peft_type": one_of([NAME]),
@@ -122,7 +132,32 @@ class HydraLoraConfig(PeftConfig):
     """`token` (the paper), or `sequence`: the mean over the prompt."""
 
     balance_weight: float = 0.0
-    """Weight of the expert-balance loss that it is trained with by `hydralora.finetune`; 0: none."""
+    """Weight of the expert-balance loss that it is trained with by `hydralora.finetune`; 0: none. See `balance`."""
+
+    balance: str = BalanceForm.SAMPLE.value
+    """What the balance loss balances: `sample`, the shares of the experts over all layers in each sample, as the
+    original; `batch`, those of each layer over the whole batch, so that layers and samples may differ in theirs."""
+
+    balance_ema: float = 0.0
+    """With balance='batch': weight of the past in a running mean of the shares, for small batches."""
+
+    balance_warmup: int = 0
+    """Updates during which the weight of the balance loss grows linearly from 0."""
+
+    information_weight: float = 0.0
+    """Weight of the information loss, which makes a router decide, and differently for different tokens; 0: none."""
+
+    init: str = Initialization.ZERO.value
+    """How the experts start: `zero`, B = 0 (the paper); `centered`, random B minus their mean and a router of 0."""
+
+    head_dropout: float = 0.0
+    """Dropout between A and each B, with a mask of its own for each expert."""
+
+    expert_dropout: float = 0.0
+    """Probability of leaving out a whole expert for a token in training."""
+
+    head_dropout_start: int = 0
+    """Updates before `head_dropout` and `expert_dropout` begin."""
 
     init_weights: bool = True
     """Start as the identity (B = 0); False draws B like A, for tests."""
@@ -151,9 +186,28 @@ class HydraLoraConfig(PeftConfig):
 
     def _contradictions(self) -> list[str]:
         """One line for each pair of options that do not go together."""
+        found = []
         if self.layers_pattern and self.layers_to_transform is None:
-            return ["layers_pattern needs layers_to_transform"]
-        return []
+            found.append("layers_pattern needs layers_to_transform")
+        if self.balance_ema and self.balance != BalanceForm.BATCH:
+            found.append(f"balance_ema is {self.balance_ema}, which is of balance='batch', and balance is 'sample'")
+        return found + self._start_problems()
+
+    def _start_problems(self) -> list[str]:
+        """What would let a centered start differ from the base: its B cancel where all act with equal weights."""
+        if self.init != Initialization.CENTERED:
+            return []
+        found = []
+        if not self.init_weights:
+            found.append("init='centered' starts as the base and init_weights=False does not; leave one of them out")
+        dropped = {name: getattr(self, name) for name in ("head_dropout", "expert_dropout")}
+        dropped = {name: value for name, value in dropped.items() if value}
+        if dropped and not self.head_dropout_start:
+            found.append(
+                f"init='centered' needs all experts at the start, where they cancel, and {dropped} drops parts of "
+                "them; let it begin later by head_dropout_start, or leave it out"
+            )
+        return found
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from hydralora.layer import RoutedModule, routing_of
 from hydralora.tuner.bases import features, in_stored_form, quantization
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
+from hydralora.tuner.head_dropout import HeadDropout
+from hydralora.tuner.initialization import Initialization
 from hydralora.tuner.parts import Experts, Router, SharedA
 from hydralora.tuner.passes import Passes
 from hydralora.tuner.scaling import ScaledLayer
@@ -69,8 +71,16 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
         # Drawn in the original's order.
         self.lora_A[adapter_name] = SharedA(self.in_features, config.r)
         if config.lora_nums > 1:
-            self.lora_router[adapter_name] = Router(self.in_features, config.lora_nums)
-        self.lora_B[adapter_name] = Experts(config.r, self.out_features, config.lora_nums, config.init_weights)
+            even = config.init == Initialization.CENTERED
+            self.lora_router[adapter_name] = Router(self.in_features, config.lora_nums, even)
+        self.lora_B[adapter_name] = Experts(
+            config.r,
+            self.out_features,
+            config.lora_nums,
+            config.init_weights,
+            Initialization(config.init),
+            HeadDropout(config.head_dropout, config.expert_dropout, config.head_dropout_start),
+        )
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

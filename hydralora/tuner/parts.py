@@ -12,9 +12,12 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hydralora.layer import shared_code, weighted_experts
+from hydralora.tuner.head_dropout import HeadDropout
+from hydralora.tuner.initialization import Initialization, draw_centered
 
 
 class SharedA(nn.Linear):
@@ -35,15 +38,29 @@ class Experts(nn.Linear):
         rank: r.
         out_features: of the adapted layer.
         experts: E.
-        identity: start with B = 0; otherwise drawn uniformly in +-1/sqrt(r).
+        identity: start as `init` says, which changes no output; otherwise drawn uniformly in +-1/sqrt(r).
+        init: how the experts start.
+        head_dropout: dropout of their own in training; None: none.
     """
 
-    def __init__(self, rank: int, out_features: int, experts: int, identity: bool = True) -> None:
-        self.rank, self.experts, self.identity = rank, experts, identity
+    def __init__(
+        self,
+        rank: int,
+        out_features: int,
+        experts: int,
+        identity: bool = True,
+        init: Initialization = Initialization.ZERO,
+        head_dropout: HeadDropout | None = None,
+    ) -> None:
+        self.rank, self.experts, self.identity, self.init = rank, experts, identity, init
         super().__init__(experts * rank, out_features, bias=False)
+        self.head_dropout = head_dropout or HeadDropout()
 
     def reset_parameters(self) -> None:
         """Draw the start of the weight; nothing depends on values, so this is harmless on the meta device."""
+        if self.identity and self.init is Initialization.CENTERED:
+            draw_centered(self.weight, self.experts)
+            return
         bound = 0.0 if self.identity else 1 / math.sqrt(self.rank)
         nn.init.uniform_(self.weight, -bound, bound)
 
@@ -59,14 +76,30 @@ class Experts(nn.Linear):
         """
         if self.experts == 1:
             return super().forward(code) * scaling
+        if self.training and self.head_dropout.drops:
+            return F.linear(self.head_dropout.weighted_code(code, weights * scaling), self.weight.to(code.dtype))
         return weighted_experts(code, self.weight, weights, scaling)
 
 
 class Router(nn.Linear):
-    """The router of one layer; weight (E, in_features)."""
+    """The router of one layer; weight (E, in_features).
 
-    def __init__(self, in_features: int, experts: int) -> None:
+    Args:
+        in_features: of the adapted layer.
+        experts: E.
+        even: start with zeros, equal weights for all experts; otherwise drawn as by `nn.Linear`.
+    """
+
+    def __init__(self, in_features: int, experts: int, even: bool = False) -> None:
+        self.even = even
         super().__init__(in_features, experts, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Draw the start of the weight."""
+        if self.even:
+            nn.init.zeros_(self.weight)
+        else:
+            super().reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """Probabilities (..., E) float32 of the experts, of (..., in_features)."""

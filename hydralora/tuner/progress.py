@@ -1,0 +1,39 @@
+"""How many updates have been made: what an adapter does from a certain update on depends on it.
+
+Nothing of it is stored: the Trainer's own count, which a resumed run continues, is handed to the model before each
+update. Every model keeps the number for itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from hydralora.tuner.parts import Experts
+
+
+def set_step(model: nn.Module, step: int) -> None:
+    """Say how many updates of `model` have been made, before the next one.
+
+    Args:
+        model: with HydraLoRA adapters, wrapped or not.
+        step: 0 before the first update.
+
+    Raises:
+        ValueError: `step` is negative.
+    """
+    if step < 0:
+        raise ValueError(f"step is {step}, expected the number of updates so far, at least 0")
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.head_dropout.step = step
+
+
+class StepCallback(TrainerCallback):
+    """Calls `set_step` before every update of transformers' Trainer and of trainers built on it."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        """Before the first micro batch of an update."""
+        set_step(model, state.global_step)
