@@ -115,6 +115,9 @@ def _check(
     saving = [name for name in adapters if configs[name].modules_to_save]
     if saving:
         raise ValueError(f"adapters {saving} have modules_to_save, trained in full, which cannot be added up")
+    saving = [name for name in adapters if configs[name].trainable_token_indices]
+    if saving:
+        raise ValueError(f"adapters {saving} have trainable_token_indices, trained in full, which cannot be added up")
     if any(configs[name].bias != "none" for name in adapters):
         raise ValueError("adapters that trained biases cannot be added up: a bias belongs to one adapter")
     for option in ("routing", "lora_dropout"):

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, TaskType
+from peft.utils.other import get_pattern_key
 
 from hydralora.tuner.fields import (
     COUNT,
@@ -50,11 +52,24 @@ class RoutingUnit(StrEnum):
     """All tokens of a sequence share the mean of its prompt's weights, tokens generated later included."""
 
 
+START = dataclasses.replace(
+    FLAG | one_of(["gaussian"]),
+    hint="pissa, olora, corda, loftq and lora_ga also change the frozen weights, which the file of an adapter does not "
+    "hold, so it would fit no base; eva and orthogonal are defined for a single B",
+)
+"""How A and B begin."""
+
+PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+"""Options that give some layers a value of their own, by the option whose value it replaces."""
+
 FIELDS: dict[str, Kind] = {
     "r": COUNT,
     "lora_alpha": POSITIVE,
     "lora_nums": COUNT,
     "lora_dropout": PROBABILITY,
+    "use_rslora": FLAG,
+    "rank_pattern": mapping_of(PATTERN, COUNT),
+    "alpha_pattern": mapping_of(PATTERN, POSITIVE),
     "target_modules": PATTERN | list_of(TEXT) | NONE,
     "exclude_modules": PATTERN | list_of(TEXT) | NONE,
     "layers_to_transform": INDEX | list_of(INDEX) | NONE,
@@ -62,7 +77,7 @@ FIELDS: dict[str, Kind] = {
     "modules_to_save": list_of(TEXT) | NONE,
     "trainable_token_indices": list_of(INDEX) | mapping_of(TEXT, list_of(INDEX)) | NONE,
     "routing": one_of(RoutingUnit),
-    "bias": one_of(["none"]),
+    "bias": one_of(["none", "all", "lora_only"]),
     "balance_weight": NOT_NEGATIVE,
     "balance": one_of(BalanceForm),
     "balance_ema": PROBABILITY,
@@ -72,6 +87,7 @@ FIELDS: dict[str, Kind] = {
     "head_dropout": PROBABILITY,
     "expert_dropout": PROBABILITY,
     "head_dropout_start": INDEX,
+    "init_lora_weights": START,
     "init_weights": FLAG,
     # Of every configuration of PEFT.
     "peft_type": one_of([NAME]),
@@ -99,7 +115,7 @@ class HydraLoraConfig(PeftConfig):
     """Rank of A and of every B."""
 
     lora_alpha: float = 32
-    """The update is scaled by lora_alpha / r."""
+    """The update is scaled by lora_alpha / r; see `use_rslora`."""
 
     lora_nums: int = 4
     """Number of experts E, one matrix B each; with 1 the method is LoRA."""
@@ -107,8 +123,18 @@ class HydraLoraConfig(PeftConfig):
     lora_dropout: float = 0.0
     """Dropout before A; one mask serves all experts."""
 
+    use_rslora: bool = False
+    """Scale the update by lora_alpha / sqrt(r) (arXiv 2312.03732)."""
+
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks of some layers, by a name or pattern at the end of the layer's; the first that matches decides."""
+
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Alphas of some layers, in the same way."""
+
     target_modules: list[str] | str | None = None
-    """Linear layers to adapt: a list of names, a pattern, or 'all-linear'."""
+    """Linear layers to adapt: a list of names, a pattern, or 'all-linear'; none given: PEFT's choice for LoRA on this
+    kind of model."""
 
     exclude_modules: list[str] | str | None = None
     """Linear layers to leave out: a list of names or a pattern."""
@@ -123,10 +149,10 @@ class HydraLoraConfig(PeftConfig):
     """Other modules to train in full and save along."""
 
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    """Tokens whose rows of the embedding are trained and saved along; a dict names the embeddings."""
+    """Ids of tokens whose embeddings are trained along, or ids by the name of an embedding layer."""
 
     bias: str = "none"
-    """Biases to train along: none."""
+    """Biases of the base to train along: none, all, or lora_only, those of the adapted layers."""
 
     routing: str = RoutingUnit.TOKEN.value
     """`token` (the paper), or `sequence`: the mean over the prompt."""
@@ -159,6 +185,9 @@ class HydraLoraConfig(PeftConfig):
     head_dropout_start: int = 0
     """Updates before `head_dropout` and `expert_dropout` begin."""
 
+    init_lora_weights: bool | str = True
+    """True: A uniform as the original's, B = 0; gaussian: A normal with deviation 1/r, B = 0; False: B is drawn too."""
+
     init_weights: bool = True
     """Start as the identity (B = 0); False draws B like A, for tests."""
 
@@ -169,7 +198,7 @@ class HydraLoraConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):  # PEFT matches names of a set, not of a list
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list | tuple | frozenset) else value)
-        for name in ("modules_to_save", "layers_to_transform", "layers_pattern"):  # PEFT extends the first
+        for name in ("modules_to_save", "layers_to_transform", "layers_pattern", "trainable_token_indices"):
             value = getattr(self, name)
             if isinstance(value, set | frozenset | tuple):
                 setattr(self, name, list(value) if isinstance(value, tuple) else sorted(value))
@@ -189,6 +218,11 @@ class HydraLoraConfig(PeftConfig):
         found = []
         if self.layers_pattern and self.layers_to_transform is None:
             found.append("layers_pattern needs layers_to_transform")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:  # PEFT would ignore it
+            found.append(
+                f"layers_to_transform is {self.layers_to_transform!r}, but target_modules is the text "
+                f"{self.target_modules!r}; list names of modules, or write the numbers of the layers into a pattern"
+            )
         if self.balance_ema and self.balance != BalanceForm.BATCH:
             found.append(f"balance_ema is {self.balance_ema}, which is of balance='batch', and balance is 'sample'")
         return found + self._start_problems()
@@ -198,8 +232,9 @@ class HydraLoraConfig(PeftConfig):
         if self.init != Initialization.CENTERED:
             return []
         found = []
-        if not self.init_weights:
-            found.append("init='centered' starts as the base and init_weights=False does not; leave one of them out")
+        if not self.starts_as_identity:
+            given = "init_lora_weights" if self.init_weights else "init_weights"
+            found.append(f"init='centered' starts as the base and {given}=False does not; leave one of them out")
         dropped = {name: getattr(self, name) for name in ("head_dropout", "expert_dropout")}
         dropped = {name: value for name, value in dropped.items() if value}
         if dropped and not self.head_dropout_start:
@@ -208,6 +243,23 @@ class HydraLoraConfig(PeftConfig):
                 "them; let it begin later by head_dropout_start, or leave it out"
             )
         return found
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the update."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def starts_as_identity(self) -> bool:
+        """True if the adapter changes nothing at the start."""
+        return self.init_weights and self.init_lora_weights is not False
+
+    def for_layer(self, name: str) -> HydraLoraConfig:
+        """What a layer of this name gets: the values of the patterns that match it."""
+        given = {pattern: getattr(self, pattern) for pattern in PATTERNS}
+        matching = {pattern: get_pattern_key(values, name) for pattern, values in given.items()}
+        changes = {PATTERNS[pattern]: given[pattern][key] for pattern, key in matching.items() if key in given[pattern]}
+        return dataclasses.replace(self, **changes) if changes else self
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:

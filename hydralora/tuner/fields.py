@@ -24,10 +24,12 @@ class Kind:
     Attributes:
         words: what they are, for messages.
         holds: True for one of them; takes any object.
+        hint: why another value is not possible, or what to do instead.
     """
 
     words: str
     holds: Callable[[Any], bool]
+    hint: str = ""
 
     def __or__(self, other: Kind) -> Kind:
         return Kind(f"{self.words} or {other.words}", lambda value: self.holds(value) or other.holds(value))
@@ -42,7 +44,7 @@ class Kind:
             line += f"; pass {meant!r} itself, not a {type(value).__name__}"
             if isinstance(meant, float) and isinstance(value, str):
                 line += " (YAML reads 1e-3 as text, 1.0e-3 as a number)"
-        return line
+        return f"{line}: {self.hint}" if self.hint else line
 
 
 def problems(options: Any, kinds: Mapping[str, Kind]) -> list[str]:

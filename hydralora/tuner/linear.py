@@ -63,13 +63,13 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
     def update_layer(self, adapter_name: str, config: HydraLoraConfig) -> None:
         """Add an adapter, or replace the one of this name."""
         self.r[adapter_name], self.experts[adapter_name] = config.r, config.lora_nums
-        self.scaling[adapter_name] = self.trained_scaling[adapter_name] = config.lora_alpha / config.r
+        self.scaling[adapter_name] = self.trained_scaling[adapter_name] = config.scaling
         self.routing[adapter_name] = RoutingUnit(config.routing)
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         if adapter_name in self.lora_router:
             del self.lora_router[adapter_name]
         # Drawn in the original's order.
-        self.lora_A[adapter_name] = SharedA(self.in_features, config.r)
+        self.lora_A[adapter_name] = SharedA(self.in_features, config.r, config.init_lora_weights == "gaussian")
         if config.lora_nums > 1:
             even = config.init == Initialization.CENTERED
             self.lora_router[adapter_name] = Router(self.in_features, config.lora_nums, even)
@@ -77,7 +77,7 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
             config.r,
             self.out_features,
             config.lora_nums,
-            config.init_weights,
+            config.starts_as_identity,
             Initialization(config.init),
             HeadDropout(config.head_dropout, config.expert_dropout, config.head_dropout_start),
         )

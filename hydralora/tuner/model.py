@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _freeze_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -46,8 +48,25 @@ class HydraLoraModel(BaseTuner):
             self.hydralora_passes = Passes()
 
     def _post_injection_hook(self, model: nn.Module, config: HydraLoraConfig, adapter_name: str) -> None:
+        self._warn_of_absent_layers(model, config, adapter_name)
         if RoutingUnit(config.routing) is RoutingUnit.SEQUENCE:
             self.hydralora_passes.watch(model)
+
+    def _warn_of_absent_layers(self, model: nn.Module, config: HydraLoraConfig, adapter_name: str) -> None:
+        """Name numbers in `layers_to_transform` by which no layer was adapted."""
+        chosen = config.layers_to_transform
+        wanted = {chosen} if isinstance(chosen, int) else set(chosen or ())
+        names = [name for name, layer in hydralora_layers(model).items() if adapter_name in layer.lora_A]
+        absent = [
+            number
+            for number in sorted(wanted)
+            if not any(
+                check_target_module_exists(dataclasses.replace(config, layers_to_transform=number), name)
+                for name in names
+            )
+        ]
+        if absent:
+            warnings.warn(f"layers_to_transform {absent}: no layer of this number was adapted", stacklevel=2)
 
     def _create_and_replace(
         self,
@@ -59,17 +78,25 @@ class HydraLoraModel(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
+        layer_config = peft_config.for_layer(current_key)
         if isinstance(target, HydraLoraLayer):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, layer_config)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         reason = refusal(base, parent)
         if reason is not None:
             raise ValueError(f"target module '{current_key}' {reason}.")
-        new = Linear(target, adapter_name, peft_config, self.hydralora_passes)
+        new = Linear(target, adapter_name, layer_config, self.hydralora_passes)
         if adapter_name not in self.active_adapters:
             new.requires_grad_(False)
         self._replace_module(parent, target_name, new, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """A layer that is unloaded comes back as it is; PEFT's method would give it the weight of its wrapper."""
+        if isinstance(new_module, BaseTunerLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -122,6 +149,13 @@ class HydraLoraModel(BaseTuner):
         unknown = sorted(set(adapter_names) - known - {BASE})
         if unknown:
             raise ValueError(f"there is no adapter {unknown}; known: {sorted(known)}, and '{BASE}' for none")
+        if len(known) > 1 or BASE in adapter_names:
+            trained = {name: bias for name in known if (bias := self.peft_config[name].bias) != "none"}
+            if trained:
+                raise ValueError(
+                    f"adapters {trained} (name: bias) have trained biases of the base, which every row of the batch "
+                    "would get; run the rows of each adapter in a batch of their own, with set_adapter"
+                )
         return list(adapter_names)
 
     def _refuse_routed(self, adapter_names: Sequence[str] | None) -> None:

@@ -7,6 +7,7 @@ all B of a layer in one. One expert has no use for a router; a folder that was c
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -163,6 +164,20 @@ def _check_targets(values: Mapping[str, Any], source: str | Path) -> None:
         raise CheckpointError(f"{source}: 'target_modules' is {targets!r:.80}, expected a list of names")
 
 
+_OF_THE_ORIGINAL = {"r", "lora_alpha", "lora_nums", "lora_dropout", "target_modules", "modules_to_save", "bias"}
+_OF_THE_ORIGINAL |= {"task_type", "base_model_name_or_path", "inference_mode", "peft_type"}
+"""Options that the original has too."""
+
+_WITHOUT_EFFECT = {"init_lora_weights", "init_weights", "init", "auto_mapping", "peft_version", "revision"}
+_WITHOUT_EFFECT |= {"balance_weight", "balance", "balance_ema", "balance_warmup", "information_weight"}
+_WITHOUT_EFFECT |= {"head_dropout", "expert_dropout", "head_dropout_start"}
+"""Options that only say how an adapter was begun or trained, and where its base comes from."""
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+
+
 def config_to_original(config: HydraLoraConfig) -> dict[str, Any]:
     """The original's configuration of ours, all fields that it writes.
 
@@ -174,10 +189,14 @@ def config_to_original(config: HydraLoraConfig) -> dict[str, Any]:
             f"routing '{config.routing}' and target_modules {config.target_modules!r}: the original routes by token "
             "and takes target modules as a list"
         )
-    chosen = {name: getattr(config, name) for name in ("exclude_modules", "layers_to_transform", "layers_pattern")}
-    refused = {name: value for name, value in chosen.items() if value not in (None, [], set())}
-    if refused:
-        raise ValueError(f"{refused}: the original adapts every layer that target_modules names and has no such choice")
+    changed = {
+        item.name: value
+        for item in dataclasses.fields(config)
+        if item.name not in _WITHOUT_EFFECT | _OF_THE_ORIGINAL
+        and (value := getattr(config, item.name)) not in (_default(item), None, [], {}, set())
+    }
+    if changed:
+        raise ValueError(f"{changed}: the original has no such choice; it adapts every layer that target_modules names")
     return {
         "base_model_name_or_path": config.base_model_name_or_path,
         "bias": config.bias,

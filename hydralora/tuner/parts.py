@@ -21,10 +21,24 @@ from hydralora.tuner.initialization import Initialization, draw_centered
 
 
 class SharedA(nn.Linear):
-    """A, which all experts share; weight (r, in_features)."""
+    """A, which all experts share; weight (r, in_features).
 
-    def __init__(self, in_features: int, rank: int) -> None:
+    Args:
+        in_features: of the adapted layer.
+        rank: r.
+        gaussian: start with normal numbers of deviation 1/r; otherwise uniform in +-1/sqrt(in_features).
+    """
+
+    def __init__(self, in_features: int, rank: int, gaussian: bool = False) -> None:
+        self.gaussian = gaussian
         super().__init__(in_features, rank, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Draw the start of the weight."""
+        if self.gaussian:
+            nn.init.normal_(self.weight, std=1 / self.out_features)
+        else:
+            super().reset_parameters()
 
     def forward(self, x: Tensor, dropout: float = 0.0) -> Tensor:
         """`A dropout(x)`, (..., r) of (..., in_features)."""

@@ -352,9 +352,9 @@ def test_another_architecture() -> None:
 
 def test_what_cannot_be_adapted_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"r is 0.*lora_nums is 0.*lora_dropout is 1.*routing is 'word'.*bias is 'all'"
+        ValueError, match=r"r is 0.*lora_nums is 0.*lora_dropout is 1.*routing is 'word'.*bias is 'some'"
     ):
-        HydraLoraConfig(r=0, lora_nums=0, lora_dropout=1.0, routing="word", bias="all")
+        HydraLoraConfig(r=0, lora_nums=0, lora_dropout=1.0, routing="word", bias="some")
 
 
 def test_injection_driven_by_a_state_dict() -> None:
