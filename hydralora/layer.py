@@ -70,7 +70,7 @@ def side_by_side(experts_b: Tensor) -> Tensor:
 
 
 class _WeightedExperts(torch.autograd.Function):
-    """`scaling * sum_e weights_e * B_e code`, with nothing but its inputs kept for backward.
+    """`onto + scaling * sum_e weights_e * B_e code`, with nothing but code, weights and B kept for backward.
 
     Autograd by itself would also keep the scaled weights, the weighted code and the stacked copy of B, which for a
     wide layer is larger than all that depends on the tokens. Backward builds them again from the inputs. Made of
@@ -81,12 +81,15 @@ class _WeightedExperts(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(code: Tensor, weights: Tensor, experts_b: Tensor, scaling: float) -> Tensor:
-        return F.linear(_weighted_code(code, weights * scaling), side_by_side(experts_b))
+    def forward(code: Tensor, weights: Tensor, experts_b: Tensor, scaling: float, onto: Tensor | None) -> Tensor:
+        rows, matrix = _weighted_code(code, weights * scaling), side_by_side(experts_b)
+        if onto is None:
+            return F.linear(rows, matrix)
+        return torch.addmm(onto.reshape(-1, len(matrix)), rows.reshape(-1, matrix.shape[1]), matrix.T).view(onto.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        code, weights, experts_b, ctx.scaling = inputs
+        code, weights, experts_b, ctx.scaling, _ = inputs
         ctx.save_for_backward(code, weights, experts_b)
 
     @staticmethod
@@ -107,7 +110,7 @@ class _WeightedExperts(torch.autograd.Function):
             stacked = gradient.reshape(-1, gradient.shape[-1]).T @ rows  # (out_features, E * r)
             # (out_features, E * r), or (E, out_features, r)
             for_b = stacked if experts_b.dim() == 2 else stacked.view(-1, experts, rank).transpose(0, 1)
-        return for_code, for_weights, for_b, None
+        return for_code, for_weights, for_b, None, gradient if ctx.needs_input_grad[4] else None
 
 
 class _DroppedLinear(torch.autograd.Function):
@@ -155,8 +158,10 @@ def shared_code(x: Tensor, shared_a: Tensor, dropout: float = 0.0) -> Tensor:
     return _DroppedLinear.apply(x, shared_a, mask, 1 / (1 - dropout))
 
 
-def weighted_experts(code: Tensor, experts_b: Tensor, weights: Tensor, scaling: float = 1.0) -> Tensor:
-    """`scaling * sum_e weights_e * B_e code` as one matrix product, whatever the number of experts.
+def weighted_experts(
+    code: Tensor, experts_b: Tensor, weights: Tensor, scaling: float = 1.0, onto: Tensor | None = None
+) -> Tensor:
+    """`onto + scaling * sum_e weights_e * B_e code` as one matrix product, whatever the number of experts.
 
     The weights scale the r-dimensional code, giving (..., E * r) numbers that one product with the B side by side
     turns into the sum; no tensor is larger than the input or the output by a factor of E. Code and weights are kept.
@@ -166,11 +171,19 @@ def weighted_experts(code: Tensor, experts_b: Tensor, weights: Tensor, scaling: 
         experts_b: (out_features, E * r), column e * r + k is column k of B_e; or (E, out_features, r).
         weights: (..., E) weight of each expert for each token, float32; (B, 1, E) for whole sequences.
         scaling: factor of the sum, alpha / rank.
+        onto: (..., out_features), what the sum is added to; in the dtype of `code` the product itself adds it.
 
     Returns:
-        (..., out_features) in the dtype of `code`.
+        (..., out_features) in the dtype of `onto`, or of `code`.
     """
-    return _WeightedExperts.apply(code, weights, experts_b.to(code.dtype), scaling)
+    if onto is not None and onto.dtype != code.dtype:
+        return onto + weighted_experts(code, experts_b, weights, scaling).to(onto.dtype)
+    experts_b = experts_b.to(code.dtype)
+    if not torch.is_grad_enabled():
+        # For one token, an autograd function costs more than its products, and `addmm` more than product and sum.
+        update = F.linear(_weighted_code(code, weights * scaling), side_by_side(experts_b))
+        return update if onto is None else update.add_(onto)
+    return _WeightedExperts.apply(code, weights, experts_b, scaling, onto)
 
 
 def routed_low_rank(

@@ -125,14 +125,22 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
             return probabilities
         return sequence_weights(self.passes.note, (id(self), adapter_name), probabilities, rows)
 
-    def update(self, adapter_name: str, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """`s * sum_e w_e B_e A x`, what the adapter adds to the output of the frozen layer, (..., out_features)."""
+    def update(self, adapter_name: str, x: Tensor, rows: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+        """`onto + s * sum_e w_e B_e A x`, (..., out_features): the output of the frozen layer with the adapter's.
+
+        Args:
+            adapter_name: the adapter.
+            x: (..., in_features), input of the layer.
+            rows: see `expert_weights`.
+            onto: (..., out_features); None: what the adapter adds, alone.
+        """
         shared_a, experts_b = self.lora_A[adapter_name], self.lora_B[adapter_name]
         x = self._cast_input_dtype(x, shared_a.weight.dtype)
-        weights = self.expert_weights(adapter_name, x, rows)
+        lone = self.experts[adapter_name] == 1 and not self.observers
+        weights = None if lone else self.expert_weights(adapter_name, x, rows)
         module = self.lora_dropout[adapter_name]
         code = shared_a(x, module.p if module.training else 0.0)  # (..., r)
-        return experts_b(code, weights, self.scaling[adapter_name])
+        return experts_b(code, weights if self.experts[adapter_name] > 1 else None, self.scaling[adapter_name], onto)
 
 
 class Linear(nn.Module, HydraLoraLayer):
@@ -158,7 +166,7 @@ class Linear(nn.Module, HydraLoraLayer):
             result = self.quantization_backend.maybe_clone_base_result(result)
         for name in self.active_adapters:
             if name in self.lora_A:
-                result = result + self.update(name, x).to(result.dtype)
+                result = self.update(name, x, onto=result)
         return result
 
     def _mixed_batch(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:

@@ -83,16 +83,18 @@ class Experts(nn.Linear):
         """(E, out_features, r), as a view of the weight."""
         return self.weight.unflatten(1, (self.experts, self.rank)).transpose(0, 1)
 
-    def forward(self, code: Tensor, weights: Tensor, scaling: float = 1.0) -> Tensor:
-        """`scaling * sum_e weights_e B_e code`, (..., out_features) of code (..., r) and weights (..., E).
+    def forward(self, code: Tensor, weights: Tensor | None, scaling: float = 1.0, onto: Tensor | None = None) -> Tensor:
+        """`onto + scaling * sum_e weights_e B_e code`, (..., out_features) of code (..., r) and weights (..., E).
 
-        With one expert, whose weight is 1, these are LoRA's own products.
+        Without weights, for one expert, these are LoRA's own products.
         """
-        if self.experts == 1:
-            return super().forward(code) * scaling
-        if self.training and self.head_dropout.drops:
-            return F.linear(self.head_dropout.weighted_code(code, weights * scaling), self.weight.to(code.dtype))
-        return weighted_experts(code, self.weight, weights, scaling)
+        if weights is None:
+            update = super().forward(code) * scaling
+        elif self.training and self.head_dropout.drops:
+            update = F.linear(self.head_dropout.weighted_code(code, weights * scaling), self.weight.to(code.dtype))
+        else:
+            return weighted_experts(code, self.weight, weights, scaling, onto)
+        return update if onto is None else onto + update.to(onto.dtype)
 
 
 class Router(nn.Linear):
