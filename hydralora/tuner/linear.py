@@ -136,11 +136,11 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
         """
         shared_a, experts_b = self.lora_A[adapter_name], self.lora_B[adapter_name]
         x = self._cast_input_dtype(x, shared_a.weight.dtype)
-        lone = self.experts[adapter_name] == 1 and not self.observers
-        weights = None if lone else self.expert_weights(adapter_name, x, rows)
+        several = self.experts[adapter_name] > 1
+        weights = self.expert_weights(adapter_name, x, rows) if several or self.observers else None
         module = self.lora_dropout[adapter_name]
         code = shared_a(x, module.p if module.training else 0.0)  # (..., r)
-        return experts_b(code, weights if self.experts[adapter_name] > 1 else None, self.scaling[adapter_name], onto)
+        return experts_b(code, weights if several else None, self.scaling[adapter_name], onto)
 
 
 class Linear(nn.Module, HydraLoraLayer):

@@ -71,7 +71,10 @@ def trained_weights(layer: HydraLoraLayer, update: RoutedUpdate) -> Iterator[tup
 
 @pytest.mark.parametrize("experts", [1, 3])
 def test_it_is_the_layer_of_the_peft_method(experts: int) -> None:
-    """The same outputs and gradients as an adapter of the type HYDRALORA with the same weights, bit for bit."""
+    """The same outputs and gradients as an adapter of the type HYDRALORA with the same weights.
+
+    Not bit for bit with several experts: there the product adds to the frozen layer's output, here it is added to it.
+    """
     ours = host()
     peft_config = HydraLoraConfig(r=3, lora_alpha=6, lora_nums=experts, target_modules=["q_proj", "o_proj"])
     theirs = get_peft_model(host(), peft_config)
@@ -82,12 +85,15 @@ def test_it_is_the_layer_of_the_peft_method(experts: int) -> None:
     for update, layer in zip(updates, layers, strict=True):
         for its, weight in trained_weights(layer, update):
             its.data.copy_(side_by_side(weight) if weight.dim() == 3 else weight)
-    assert torch.equal(ours(X), theirs(X))
+    close = {"rtol": 0, "atol": 0 if experts == 1 else 1e-5}
+    torch.testing.assert_close(ours(X), theirs(X), **close)
     assert not torch.allclose(ours(X), host()(X), atol=1e-3)
     gradients(ours), gradients(theirs)
     for update, layer in zip(updates, layers, strict=True):
         for its, weight in trained_weights(layer, update):
-            assert torch.equal(its.grad, side_by_side(weight.grad) if weight.dim() == 3 else weight.grad)
+            expected = side_by_side(weight.grad) if weight.dim() == 3 else weight.grad
+            scale = {} if experts == 1 else {"atol": 1e-5 * float(expected.abs().max())}
+            torch.testing.assert_close(its.grad, expected, **close | scale)
 
 
 @pytest.mark.parametrize("experts", [1, 2])
