@@ -34,7 +34,11 @@ __all__ = [
     "parameter_groups",
     "patch_llava",
     "record_routing",
+    "rescale",
     "routed_blocks",
+    "save_as_lora",
+    "save_clusters_as_lora",
+    "save_tasks_as_lora",
     "set_step",
 ]
 
@@ -60,6 +64,10 @@ if not _old_peft():
         HydraLoraModel,
         StepCallback,
         parameter_groups,
+        rescale,
+        save_as_lora,
+        save_clusters_as_lora,
+        save_tasks_as_lora,
         set_step,
     )
 

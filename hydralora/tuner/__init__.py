@@ -5,6 +5,7 @@ as PEFT's own. `config.py` says what can be varied, `linear.py` holds the layer,
 """
 
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
+from hydralora.tuner.export import LoraExport, save_as_lora, save_clusters_as_lora, save_tasks_as_lora
 from hydralora.tuner.groups import parameter_groups
 from hydralora.tuner.initialization import Initialization
 from hydralora.tuner.linear import HydraLoraLayer, Linear
@@ -22,12 +23,16 @@ __all__ = [
     "HydraLoraModel",
     "Initialization",
     "Linear",
+    "LoraExport",
     "MergeReport",
     "RoutingUnit",
     "StepCallback",
     "hydralora_layers",
     "parameter_groups",
     "rescale",
+    "save_as_lora",
+    "save_clusters_as_lora",
+    "save_tasks_as_lora",
     "set_step",
 ]
 

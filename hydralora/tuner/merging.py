@@ -64,7 +64,7 @@ def merge(
     if any(layer.disable_adapters for layer in layers.values()):
         raise ValueError("adapters are disabled, and a merged one would be taken out again; enable them first")
     refuse_merging(model, chosen)
-    with _in_use(model, adapter_name):
+    with in_use(model, adapter_name):
         before, means = _run(model, chosen, inputs)
         unseen = sorted(chosen.keys() - means.keys())
         if weights != "uniform" and unseen:
@@ -75,11 +75,11 @@ def merge(
             layer.merge(adapter_names=[adapter_name])
         after, _ = _run(model, {}, inputs)
     experts = {name: layer.merge_weights[adapter_name].tolist() for name, layer in chosen.items()}
-    return _report(weights, before, after, experts)
+    return report(weights, before, after, experts)
 
 
 @contextmanager
-def _in_use(model: nn.Module, adapter_name: str) -> Iterator[None]:
+def in_use(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """The model in evaluation, with one adapter active; it trains and has the same ones active as before afterwards."""
     modules = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     was_training, active = model.training, [module._active_adapter for module in modules]
@@ -119,7 +119,8 @@ def _run(
     return torch.cat(logits), {name: total / count for name, total in sums.items()}
 
 
-def _report(weights: str, before: Tensor, after: Tensor, experts: dict[str, list[float]]) -> MergeReport:
+def report(weights: str, before: Tensor, after: Tensor, experts: dict[str, list[float]]) -> MergeReport:
+    """The report on logits (tokens, V) `before` and `after`, with these weights of the experts by layer."""
     log_before, log_after = before.log_softmax(-1), after.log_softmax(-1)
     divergence = (log_before.exp() * (log_before - log_after)).sum(-1).mean()
     return MergeReport(
