@@ -16,6 +16,7 @@ from hydralora.text.counts import row_problems
 from hydralora.text.messages import OWN
 from hydralora.text.option_table import TEXT_OPTIONS
 from hydralora.text.options import (
+    FIXED,
     DataArguments,
     ModelArguments,
     RunArguments,
@@ -132,6 +133,10 @@ def _problems(args: RunArguments) -> list[str]:
         problems.append("--validation_split_percentage 0: must be more than 0 to evaluate without --validation_file")
     try:
         number_of_experts(training.lora_nums)
+        if training.router_learning_rate is not None and args.experts == 1:
+            problems.append(
+                f"--router_learning_rate {training.router_learning_rate}: one expert has no router; leave the flag out"
+            )
         if training.peft_path:
             problems += _contradictions(training, stored_config(training.peft_path))
     except FlagError as error:
@@ -148,6 +153,7 @@ def _contradictions(training: TrainingArguments, stored: HydraLoraConfig) -> lis
         "lora_nums": (number_of_experts(training.lora_nums), stored.lora_nums),
         "lora_dropout": (training.lora_dropout, stored.lora_dropout),
         "routing": (training.routing, stored.routing),
+        **{name: (getattr(training, name), getattr(stored, name)) for name in FIXED},
         "trainable": (
             sorted(module_names(training.trainable)),
             [targets] if isinstance(targets, str) else sorted(targets or ()),

@@ -14,7 +14,9 @@ from typing import ClassVar
 
 from hydralora.text.option_table import TEXT_OPTIONS
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
+from hydralora.tuner.initialization import Initialization
 from hydralora.tuner.loading import read_config
+from hydralora.tuner.losses import BalanceForm
 from llava.errors import FlagError
 from llava.runtime.files import refuse_pointer
 from llava.runtime.monitoring.stopping import PATIENCE_HELP, THRESHOLD_HELP, choose_metric
@@ -82,11 +84,24 @@ class DataArguments:
     )
 
 
+FIXED = (
+    *("balance", "balance_ema", "balance_warmup", "information_weight"),
+    *("init", "head_dropout", "expert_dropout", "head_dropout_start"),
+)
+"""Flags that are fields of an adapter's configuration under the same name, and stay as they are with `--peft_path`."""
+
 OWN_RANGES = {
     "lora_rank": COUNT,
     "lora_alpha": POSITIVE,
     "lora_dropout": PROBABILITY,
     "balance_weight": NOT_NEGATIVE,
+    "balance_ema": PROBABILITY,
+    "balance_warmup": NOT_NEGATIVE,
+    "information_weight": NOT_NEGATIVE,
+    "head_dropout": PROBABILITY,
+    "expert_dropout": PROBABILITY,
+    "head_dropout_start": NOT_NEGATIVE,
+    "router_learning_rate": NOT_NEGATIVE,
     "early_stopping_patience": COUNT,
     "early_stopping_threshold": NOT_NEGATIVE,
 }
@@ -110,6 +125,23 @@ class TrainingArguments(CheckedTrainingArguments):
     balance_weight: float | None = option(
         "weight of an expert-balance loss; 0: none, as the original; none given: that of --peft_path's adapter, or 0"
     )
+    balance: str | None = option(
+        "what that loss balances: sample, the experts over all layers in each sample, as the original; batch, those of "
+        "each layer over the batch; none given: sample, or that of --peft_path's adapter",
+        choices=list(BalanceForm),
+    )
+    balance_ema: float | None = option("--balance batch: weight of the past in a running mean of the shares")
+    balance_warmup: int | None = option("updates during which the weight of the balance loss grows from 0")
+    information_weight: float | None = option("weight of a loss that makes routers decide, and tokens differ")
+    init: str = option(
+        "how the experts start: zero, B = 0 (the paper); centered, random B that cancel, and a router of 0",
+        Initialization.ZERO.value,
+        choices=list(Initialization),
+    )
+    head_dropout: float = option("dropout between A and each B, by expert", 0.0)
+    expert_dropout: float = option("probability of leaving out a whole expert for a token in training", 0.0)
+    head_dropout_start: int = option("updates before --head_dropout and --expert_dropout begin", 0)
+    router_learning_rate: float | None = option("learning rate of the routers; none given: --learning_rate")
     modules_to_save: str | None = option("other modules to train in full, by comma")
     peft_path: str | None = option(
         "adapter to start from: ours, or one of the original; it stays as it is, so flags that contradict its rank, "

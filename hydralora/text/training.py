@@ -22,8 +22,8 @@ from hydralora.layer import expert_balance_loss
 from hydralora.model import RoutingRecorder, of_text
 from hydralora.statistics import TaskStatistics
 from hydralora.text.messages import OWN
-from hydralora.text.options import LossReduction, RunArguments, module_names
-from hydralora.tuner import HydraLoraConfig, hydralora_layers
+from hydralora.text.options import FIXED, LossReduction, RunArguments, module_names
+from hydralora.tuner import HydraLoraConfig, hydralora_layers, parameter_groups
 from hydralora.tuner.loading import load_adapter
 from hydralora.tuner.original import CONFIG_FILE, OUR_WEIGHTS
 from llava.errors import CheckpointError, FlagError
@@ -146,9 +146,10 @@ def add_adapter(base: nn.Module, args: RunArguments) -> PeftModel:
             routing=training.routing,
             balance_weight=training.balance_weight or 0.0,
             task_type="CAUSAL_LM",
+            **{name: getattr(training, name) for name in FIXED if getattr(training, name) is not None},
         )
     except ValueError as error:
-        raise FlagError(f"--lora_rank, --lora_dropout or --routing: {error}") from error
+        raise FlagError(f"--lora_rank, --lora_dropout, --routing, --balance or --init: {error}") from error
     return get_peft_model(base, config)
 
 
@@ -219,6 +220,18 @@ class HydraLoraTrainer(MonitoredTrainer):
         by_target = self.args.loss_reduction == LossReduction.TARGET
         self.loss_reduction = over_targets if by_target else over_batches
         self.label_smoother = None  # the model is given the labels, which are no part of what the router decides by
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of the flags; the routers have a learning rate of their own where one is given."""
+        rate, trained = self.args.router_learning_rate, self.model if model is None else model
+        if rate is not None and self.optimizer is None:
+            try:
+                groups = parameter_groups(trained, router_lr=rate, weight_decay=self.args.weight_decay)
+            except ValueError as error:
+                raise FlagError(f"--router_learning_rate {rate}: {error}") from error
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            self.optimizer_cls_and_kwargs = kind, options | {"params": groups}
+        return super().create_optimizer(model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter; in a checkpoint into `sft_lora_model` too, where the original's tools look for it."""
