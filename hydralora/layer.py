@@ -27,13 +27,21 @@ class Routing(NamedTuple):
     """How one block distributed its tokens.
 
     Attributes:
-        probabilities: (..., E) float32, softmax of the router.
-        choice: (..., E) float32, one-hot of the most probable expert in value, the gradient of `probabilities` in
-            backward (straight-through estimator).
+        probabilities: (..., E) float32, the weights that act: the softmax of the router, if nothing else decides.
+        choice: (..., E) float32, one-hot of the expert of the largest weight in value, the gradient of `probabilities`
+            in backward (straight-through estimator).
+        router: (..., E) float32, softmax of the router where something else decides (the best k of it, a whole
+            sequence, the caller); None: it is `probabilities`.
     """
 
     probabilities: Tensor
     choice: Tensor
+    router: Tensor | None = None
+
+    @property
+    def learned(self) -> Tensor:
+        """(..., E) float32, softmax of the router, through which a loss on the routing reaches it."""
+        return self.probabilities if self.router is None else self.router
 
 
 class RoutedModule:
@@ -54,9 +62,15 @@ def one_hot_argmax(probabilities: Tensor) -> Tensor:
     return torch.zeros_like(probabilities).scatter_(-1, best, 1.0)
 
 
-def routing_of(probabilities: Tensor) -> Routing:
-    """The routing of `probabilities` (..., E), its choice by the straight-through estimator."""
-    return Routing(probabilities, one_hot_argmax(probabilities) - probabilities.detach() + probabilities)
+def routing_of(probabilities: Tensor, router: Tensor | None = None) -> Routing:
+    """The routing of `probabilities` (..., E), its choice by the straight-through estimator.
+
+    Args:
+        probabilities: the weights that act.
+        router: what the router says, where that is something else.
+    """
+    choice = one_hot_argmax(probabilities) - probabilities.detach() + probabilities
+    return Routing(probabilities, choice, router)
 
 
 def _weighted_code(code: Tensor, weights: Tensor) -> Tensor:
@@ -273,9 +287,15 @@ def expert_balance_loss(routings: Sequence[Routing], attention_mask: Tensor | No
         Scalar float32, not yet weighted.
 
     Raises:
-        ValueError: mask and routings have different shapes.
+        ValueError: mask and routings have different shapes, or the blocks have different numbers of experts.
     """
     B, L, E = routings[0].probabilities.shape
+    counts = sorted({routing.probabilities.shape[-1] for routing in routings})
+    if len(counts) > 1:
+        raise ValueError(
+            f"blocks of {counts} experts: this loss sums each expert over all blocks, so that they need equally many; "
+            "leave experts_pattern out, or train without this loss"
+        )
     device = routings[0].probabilities.device
     valid = torch.ones(B, L, 1, device=device) if attention_mask is None else attention_mask.to(device)[..., None]
     share = probability = torch.zeros(B, E, device=device)
@@ -287,6 +307,6 @@ def expert_balance_loss(routings: Sequence[Routing], attention_mask: Tensor | No
             )
         # Blocks of a model that is spread over devices meet on the device of the first one.
         share = share + (routing.choice.detach().to(device) * valid).sum(dim=1)  # (B, E)
-        probability = probability + (routing.probabilities.to(device) * valid).sum(dim=1)  # (B, E)
+        probability = probability + (routing.learned.to(device) * valid).sum(dim=1)  # (B, E)
     tokens = (len(routings) * valid.sum(dim=(1, 2))).clamp(min=1)[:, None]  # (B, 1)
     return (share / tokens * (probability / tokens)).sum(dim=-1).mean()

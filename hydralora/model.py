@@ -158,7 +158,7 @@ def in_rows(routing: Routing, batch: tuple[int, int]) -> Routing | None:
     leading = tuple(routing.probabilities.shape[:-1])
     if leading not in (batch, (batch[0] * batch[1],)):
         return None
-    return Routing(*(values.view(*batch, -1) for values in routing))
+    return Routing(*(None if values is None else values.reshape(*batch, -1) for values in routing))
 
 
 @contextmanager

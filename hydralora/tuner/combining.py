@@ -88,7 +88,7 @@ def combination(
         "layers_pattern": None,
         "use_rslora": False,
     }
-    cleared |= {"rank_pattern": {}, "alpha_pattern": {}}
+    cleared |= {"rank_pattern": {}, "alpha_pattern": {}, "experts_pattern": {}}
     known = {item.name for item in fields(first)}
     options |= {name: value for name, value in cleared.items() if name in known}
     options["lora_nums"] = experts[adapters[0]] if common else math.prod(experts.values())
@@ -120,7 +120,13 @@ def _check(
         raise ValueError(f"adapters {saving} have trainable_token_indices, trained in full, which cannot be added up")
     if any(configs[name].bias != "none" for name in adapters):
         raise ValueError("adapters that trained biases cannot be added up: a bias belongs to one adapter")
-    for option in ("routing", "lora_dropout"):
+    choosing = [name for name in adapters if configs[name].top_k or configs[name].top_p or configs[name].tasks]
+    if choosing:
+        raise ValueError(
+            f"adapters {choosing} have top_k, top_p or routing by task: no softmax of one router weights their experts "
+            "as theirs do, so they cannot be added up exactly"
+        )
+    for option in ("routing", "lora_dropout", "router_temperature"):
         values = {name: getattr(configs[name], option) for name in adapters}
         if len(set(values.values())) > 1:
             raise ValueError(f"{option} differs: {values}; adapters of one kind can be added up")

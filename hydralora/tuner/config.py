@@ -31,6 +31,7 @@ from hydralora.tuner.fields import (
     RefusedValueError,
     list_of,
     mapping_of,
+    number,
     one_of,
     problems,
 )
@@ -38,6 +39,7 @@ from hydralora.tuner.initialization import Initialization
 from hydralora.tuner.lora_options import explains_refused
 from hydralora.tuner.losses import BalanceForm
 from hydralora.tuner.registration import NAME, peft_type
+from hydralora.tuner.routing.rule import rule_problems
 
 FILE = "adapter_config.json"
 
@@ -51,6 +53,9 @@ class RoutingUnit(StrEnum):
     SEQUENCE = "sequence"
     """All tokens of a sequence share the mean of its prompt's weights, tokens generated later included."""
 
+    TASK = "task"
+    """Every task has weights of its own, which are learned; each call names the tasks of its rows."""
+
 
 START = dataclasses.replace(
     FLAG | one_of(["gaussian"]),
@@ -59,7 +64,7 @@ START = dataclasses.replace(
 )
 """How A and B begin."""
 
-PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha", "experts_pattern": "lora_nums"}
 """Options that give some layers a value of their own, by the option whose value it replaces."""
 
 FIELDS: dict[str, Kind] = {
@@ -78,6 +83,12 @@ FIELDS: dict[str, Kind] = {
     "trainable_token_indices": list_of(INDEX) | mapping_of(TEXT, list_of(INDEX)) | NONE,
     "routing": one_of(RoutingUnit),
     "bias": one_of(["none", "all", "lora_only"]),
+    "top_k": COUNT | NONE,
+    "top_p": number(0, 1, above=True) | NONE,
+    "router_temperature": POSITIVE,
+    "tasks": list_of(TEXT, empty=False) | NONE,
+    "experts_pattern": mapping_of(PATTERN, COUNT),
+    "frozen_experts": FLAG,
     "balance_weight": NOT_NEGATIVE,
     "balance": one_of(BalanceForm),
     "balance_ema": PROBABILITY,
@@ -155,7 +166,25 @@ class HydraLoraConfig(PeftConfig):
     """Biases of the base to train along: none, all, or lora_only, those of the adapted layers."""
 
     routing: str = RoutingUnit.TOKEN.value
-    """`token` (the paper), or `sequence`: the mean over the prompt."""
+    """`token` (the paper), `sequence`: the mean over the prompt, or `task`: learned weights for each task."""
+
+    top_k: int | None = None
+    """So many experts act, the most probable ones, weighted by their share of their sum; None: all act."""
+
+    top_p: float | None = None
+    """The most probable experts act until their probabilities add up to this, weighted likewise; None: all act."""
+
+    router_temperature: float = 1.0
+    """The router's logits are divided by it: above 1 the weights become even, below 1 they become sharp."""
+
+    tasks: list[str] | None = None
+    """Names of the tasks, for routing by task; their order is that of the learned table."""
+
+    experts_pattern: dict[str, int] = field(default_factory=dict)
+    """Number of experts of some layers, by a pattern for the end of their names; the others have lora_nums."""
+
+    frozen_experts: bool = False
+    """Train the routers (or the table of the tasks) alone: A and B stay as they are."""
 
     balance_weight: float = 0.0
     """Weight of the expert-balance loss that it is trained with by `hydralora.finetune`; 0: none. See `balance`."""
@@ -198,7 +227,7 @@ class HydraLoraConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):  # PEFT matches names of a set, not of a list
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list | tuple | frozenset) else value)
-        for name in ("modules_to_save", "layers_to_transform", "layers_pattern", "trainable_token_indices"):
+        for name in ("modules_to_save", "layers_to_transform", "layers_pattern", "trainable_token_indices", "tasks"):
             value = getattr(self, name)
             if isinstance(value, set | frozenset | tuple):
                 setattr(self, name, list(value) if isinstance(value, tuple) else sorted(value))
@@ -210,6 +239,7 @@ class HydraLoraConfig(PeftConfig):
             ValueError: lists all problems.
         """
         found = [*problems(self, FIELDS), *self._contradictions()]
+        found = found or rule_problems(self)
         if found:
             raise RefusedValueError(f"{type(self).__name__}: " + "; ".join(found))
 

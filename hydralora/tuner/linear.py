@@ -16,15 +16,17 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from hydralora.layer import RoutedModule, routing_of
+from hydralora.layer import RoutedModule
 from hydralora.tuner.bases import features, in_stored_form, quantization
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.head_dropout import HeadDropout
 from hydralora.tuner.initialization import Initialization
 from hydralora.tuner.parts import Experts, Router, SharedA
 from hydralora.tuner.passes import Passes
+from hydralora.tuner.routing.acting import acting_weights
+from hydralora.tuner.routing.rule import Rule, rule_of
+from hydralora.tuner.routing.tasks import TaskTable
 from hydralora.tuner.scaling import ScaledLayer
-from hydralora.tuner.sequence import sequence_weights
 
 BASE = "__base__"
 """PEFT's name, in `adapter_names`, for a row that no adapter changes."""
@@ -35,10 +37,20 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
 
     Trained are the weights of `lora_A` (r, in_features), of `lora_B` (out_features, E * r), all B side by side, and of
     `lora_router` (E, in_features); see `parts.py`. One expert needs no router, and its names are those of PEFT's LoRA.
+    Routing by task has `lora_tasks` (tasks, E) instead of a router.
     """
 
-    adapter_layer_names = ("lora_A", "lora_B", "lora_router")
-    other_param_names = ("r", "experts", "scaling", "trained_scaling", "routing", "lora_dropout", "merge_weights")
+    adapter_layer_names = ("lora_A", "lora_B", "lora_router", "lora_tasks")
+    other_param_names = (
+        "r",
+        "experts",
+        "scaling",
+        "trained_scaling",
+        "routing",
+        "rules",
+        "lora_dropout",
+        "merge_weights",
+    )
 
     def __init__(self, base_layer: nn.Module, passes: Passes) -> None:
         self.base_layer = base_layer
@@ -47,12 +59,14 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
         self.lora_A = nn.ModuleDict({})
         self.lora_B = nn.ModuleDict({})
         self.lora_router = nn.ModuleDict({})
+        self.lora_tasks = nn.ModuleDict({})
         self.lora_dropout = nn.ModuleDict({})
         self.r: dict[str, int] = {}
         self.experts: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.trained_scaling: dict[str, float] = {}
         self.routing: dict[str, RoutingUnit] = {}
+        self.rules: dict[str, Rule] = {}
         self.merge_weights: dict[str, Tensor] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -65,13 +79,19 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
         self.r[adapter_name], self.experts[adapter_name] = config.r, config.lora_nums
         self.scaling[adapter_name] = self.trained_scaling[adapter_name] = config.scaling
         self.routing[adapter_name] = RoutingUnit(config.routing)
+        self.rules[adapter_name] = rule_of(config)
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
-        if adapter_name in self.lora_router:
-            del self.lora_router[adapter_name]
+        for parts in (self.lora_router, self.lora_tasks):
+            if adapter_name in parts:
+                del parts[adapter_name]
+        frozen = ("lora_A", "lora_B") if config.frozen_experts else ()
+        self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
         # Drawn in the original's order.
         self.lora_A[adapter_name] = SharedA(self.in_features, config.r, config.init_lora_weights == "gaussian")
-        if config.lora_nums > 1:
-            even = config.init == Initialization.CENTERED
+        even = config.init == Initialization.CENTERED
+        if config.lora_nums > 1 and config.tasks:
+            self.lora_tasks[adapter_name] = TaskTable(len(config.tasks), config.lora_nums, even)
+        elif config.lora_nums > 1:
             self.lora_router[adapter_name] = Router(self.in_features, config.lora_nums, even)
         self.lora_B[adapter_name] = Experts(
             config.r,
@@ -87,7 +107,7 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
     def reset_parameters(self, adapter_name: str, identity: bool = True) -> None:
         """Draw A and the router in +-1/sqrt(in_features), as the original; B is 0, or drawn if not identity."""
         self.lora_B[adapter_name].identity = identity
-        for parts in (self.lora_A, self.lora_router, self.lora_B):
+        for parts in (self.lora_A, self.lora_router, self.lora_tasks, self.lora_B):
             if adapter_name in parts:
                 parts[adapter_name].reset_parameters()
 
@@ -99,31 +119,11 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
         """Probabilities (..., E) float32 of the experts for each token of `x` (..., in_features)."""
         if adapter_name not in self.lora_router:
             return torch.ones(*x.shape[:-1], 1, device=x.device)
-        return self.lora_router[adapter_name](x)
+        return self.lora_router[adapter_name](x, self.rules[adapter_name].temperature)
 
     def expert_weights(self, adapter_name: str, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Weights of the experts for `x`, by token or by sequence.
-
-        Args:
-            adapter_name: the adapter.
-            x: (..., in_features); (B, T, in_features) or (B * T, in_features) for routing by sequence.
-            rows: which rows of the batch `x` holds, for routing by sequence in a batch of several adapters.
-
-        Returns:
-            (..., E), or (B, 1, E) for routing by sequence of (B, T, in_features).
-
-        Raises:
-            ValueError: routing by sequence of an input whose tokens are not those of the batch, or that continues a
-                prompt which this adapter has not seen.
-        """
-        probabilities = self.route(adapter_name, x)  # (..., E)
-        if self.observers:
-            routing = routing_of(probabilities)
-            for observe in self.observers:
-                observe(routing)
-        if self.routing[adapter_name] is RoutingUnit.TOKEN or self.experts[adapter_name] == 1:
-            return probabilities
-        return sequence_weights(self.passes.note, (id(self), adapter_name), probabilities, rows)
+        """Weights of the experts for `x` (..., in_features); see `acting_weights`."""
+        return acting_weights(self, adapter_name, x, rows)
 
     def update(self, adapter_name: str, x: Tensor, rows: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
         """`onto + s * sum_e w_e B_e A x`, (..., out_features): the output of the frozen layer with the adapter's.

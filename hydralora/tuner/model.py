@@ -21,6 +21,8 @@ from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.linear import BASE, HydraLoraLayer, Linear
 from hydralora.tuner.passes import Passes
 from hydralora.tuner.registration import PREFIX
+from hydralora.tuner.routing.calls import asked_routing
+from hydralora.tuner.routing.rule import check_patterns
 from hydralora.tuner.stored import from_earlier, without_lone_routers
 from hydralora.tuner.versions import warn_of_untested
 
@@ -44,6 +46,7 @@ class HydraLoraModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: HydraLoraConfig, adapter_name: str) -> None:
         warn_of_untested()
         config.check()  # its values may have been set after it was made
+        check_patterns(config, model)
         if "hydralora_passes" not in self.__dict__:
             self.hydralora_passes = Passes()
 
@@ -108,14 +111,16 @@ class HydraLoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Around a forward pass or a generation: note its prompt, and hand `adapter_names` to every layer if given.
+        """Around a forward pass or a generation: note its prompt, and hand on what it asks for.
 
-        These are one name per row of the batch. Nothing stays behind, even after an error.
+        That are `adapter_names`, one per row of the batch, and `routing_weights`, `expert` or `tasks`
+        (`routing/given.py`). Nothing stays behind, even after an error.
         """
         adapter_names = kwargs.pop("adapter_names", None)
         passes = self.hydralora_passes
         call = passes.one_call(args, kwargs) if passes.watched else nullcontext()
-        with call, self._adapters_by_row(adapter_names, kwargs):
+        asked = asked_routing(self.model, passes, adapter_names or self.active_adapters, args, kwargs)
+        with call, asked, self._adapters_by_row(adapter_names, kwargs):
             yield
 
     @contextmanager

@@ -170,7 +170,7 @@ _OF_THE_ORIGINAL |= {"task_type", "base_model_name_or_path", "inference_mode", "
 
 _WITHOUT_EFFECT = {"init_lora_weights", "init_weights", "init", "auto_mapping", "peft_version", "revision"}
 _WITHOUT_EFFECT |= {"balance_weight", "balance", "balance_ema", "balance_warmup", "information_weight"}
-_WITHOUT_EFFECT |= {"head_dropout", "expert_dropout", "head_dropout_start"}
+_WITHOUT_EFFECT |= {"head_dropout", "expert_dropout", "head_dropout_start", "frozen_experts"}
 """Options that only say how an adapter was begun or trained, and where its base comes from."""
 
 

@@ -117,6 +117,7 @@ class Router(nn.Linear):
         else:
             super().reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Probabilities (..., E) float32 of the experts, of (..., in_features)."""
-        return torch.softmax(super().forward(x), dim=-1, dtype=torch.float32)
+    def forward(self, x: Tensor, temperature: float = 1.0) -> Tensor:
+        """Probabilities (..., E) float32 of the experts, of (..., in_features); a temperature above 1 evens them."""
+        logits = super().forward(x)
+        return torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1, dtype=torch.float32)

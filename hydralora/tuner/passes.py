@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hydralora.tuner.batch import BatchNote, note_of_pass, token_shape
 from hydralora.tuner.caches import cache_of, given_cache
+from hydralora.tuner.routing.given import Given, present, refuse_blind_recomputation
 
 CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
 """Attributes under which a module keeps the function that checkpoints: transformers', and torch's wrapper for FSDP."""
@@ -78,11 +79,15 @@ class Passes:
 
     Attributes:
         watched: whether notes are made.
+        given: what the call that runs asks of the routing.
+        asked: whether a call in training ever asked for something.
     """
 
     def __init__(self) -> None:
         self._note: OfThread[BatchNote] = OfThread()
         self._call: OfThread[Call] = OfThread()
+        self.given: OfThread[Given] = OfThread()
+        self.asked = False
         self._handles: list[RemovableHandle] = []
         self.watched = False
 
@@ -123,6 +128,18 @@ class Passes:
             )
         return BatchNote()
 
+    def given_now(self) -> Given | None:
+        """What the call in which this layer runs asks of the routing; errors as of `refuse_blind_recomputation`."""
+        given = self.given.get()
+        if given is None and self.asked:
+            refuse_blind_recomputation()
+        return given
+
+    @contextmanager
+    def _holding(self, note: BatchNote, given: Given) -> Iterator[None]:
+        with self._note.holding(note), self.given.holding(given):
+            yield
+
     @contextmanager
     def one_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """Surrounds a forward pass or a whole generation: what is longer than its input has been generated.
@@ -137,14 +154,14 @@ class Passes:
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """`context_fn` of `torch.utils.checkpoint.checkpoint`: the recomputation has the note of the present pass."""
-        return nullcontext(), self._note.holding(self._note.get() or BatchNote())
+        return nullcontext(), self._holding(self._note.get() or BatchNote(), present(self.given.get()))
 
     def carried(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, which runs with the note of the present pass whenever and in whatever thread it is called."""
-        note = self._note.get() or BatchNote()
+        note, given = self._note.get() or BatchNote(), present(self.given.get())
 
         def with_note(*args: Any, **kwargs: Any) -> Any:
-            with self._note.holding(note):
+            with self._holding(note, given):
                 return function(*args, **kwargs)
 
         return with_note
@@ -159,7 +176,7 @@ class Passes:
         # Without a cache, each step of a generation arrives here with all tokens so far.
         self._note.put(note_of_pass(args, kwargs, cache, None if call is None else call.prompt_length))
         if module.training and not torch.compiler.is_compiling():
-            self._bind_checkpoints(module)
+            self.bind_checkpoints(module)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the model: a cache that it made itself gets the weights too. No note is left behind."""
@@ -168,7 +185,7 @@ class Passes:
             note.keep_on(cache_of(output))
         self._note.put(None)
 
-    def _bind_checkpoints(self, model: nn.Module) -> None:
+    def bind_checkpoints(self, model: nn.Module) -> None:
         """Let every function that checkpoints a layer carry the note."""
         for module, attribute, function in _checkpoint_functions(model):
             bound = function

@@ -11,44 +11,16 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hydralora import HydraLoraConfig
 from hydralora.tuner import hydralora_layers
 from hydralora.tuner.lora_options import REFUSED
+from tests.hydralora.tuner.kinds_of_layers import Attention, PackedLinear, tiny_gpt2, tiny_mamba
 from tests.hydralora.tuner.models import IDS, MASK, adapted, logits, tiny_llama
 
 pytestmark = pytest.mark.versions
-
-
-def tiny_gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=80, n_embd=32, n_layer=2, n_head=4, pad_token_id=0)).eval()
-
-
-def tiny_mamba() -> MambaForCausalLM:
-    return MambaForCausalLM(MambaConfig(vocab_size=80, hidden_size=32, num_hidden_layers=1, state_size=4))
-
-
-class PackedLinear(nn.Module):
-    """A linear layer with two 4-bit numbers in each byte and a scale for each output, as quantization packs them."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        scales = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 7
-        codes = ((linear.weight.detach() / scales).round() + 8).to(torch.uint8)  # (out, in)
-        self.register_buffer("scales", scales)
-        self.register_buffer("qweight", codes[:, ::2] * 16 + codes[:, 1::2])
-
-    def unpacked(self) -> Tensor:
-        codes = torch.stack([self.qweight // 16, self.qweight % 16], dim=-1).flatten(1)
-        return (codes.float() - 8) * self.scales
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.unpacked().T.to(x.dtype)
 
 
 def in_place(layer: nn.Module) -> nn.Module:
@@ -162,14 +134,6 @@ def test_a_tied_output_layer_is_adapted_alone_and_never_merged_into() -> None:
     with pytest.raises(ValueError, match=r"'lm_head' cannot be merged: its weight is shared \(.*embed_tokens.*Untie"):
         model.merge_and_unload()
     assert torch.equal(logits(model), changed)
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mha = nn.MultiheadAttention(8, 2)
-        self.norm = nn.LayerNorm(8)
-        self.conv = nn.Conv2d(1, 1, 3)
 
 
 @pytest.mark.parametrize(
