@@ -101,6 +101,13 @@ class HydraLoraModel(BaseTuner):
         else:
             setattr(parent, child_name, new_module)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As of PEFT; a module that is unloaded is whole, and the weight that wraps it may be computed (tokens)."""
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
+
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]

@@ -187,6 +187,15 @@ def test_new_tokens_are_trained_and_saved_along(tmp_path: Path) -> None:
     assert moved == [5, 9]
 
 
+def test_trained_tokens_stay_when_one_expert_is_merged() -> None:
+    model = adapted(lora_nums=1, trainable_token_indices=[5, 9])
+    with torch.no_grad():
+        next(w for name, w in model.named_parameters() if "trainable_tokens_delta" in name).add_(0.5)
+    expected = logits(model)
+    assert not torch.allclose(expected, logits(adapted(lora_nums=1)), atol=1e-3)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_options_of_lora_are_refused_with_the_reason(name: str) -> None:
     for value in (True, None):
