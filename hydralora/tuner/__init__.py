@@ -14,9 +14,13 @@ from hydralora.tuner.merging import MergeReport
 from hydralora.tuner.model import HydraLoraModel, hydralora_layers
 from hydralora.tuner.progress import StepCallback, set_step
 from hydralora.tuner.registration import register
+from hydralora.tuner.routing.ablation import Ablation, ablate_experts
+from hydralora.tuner.routing.calls import forced_routing
+from hydralora.tuner.routing.from_loras import from_loras
 from hydralora.tuner.scaling import rescale
 
 __all__ = [
+    "Ablation",
     "BalanceForm",
     "HydraLoraConfig",
     "HydraLoraLayer",
@@ -27,6 +31,9 @@ __all__ = [
     "MergeReport",
     "RoutingUnit",
     "StepCallback",
+    "ablate_experts",
+    "forced_routing",
+    "from_loras",
     "hydralora_layers",
     "parameter_groups",
     "rescale",

@@ -45,11 +45,7 @@ def asked_routing(
         return
     check_takers(model, adapters, given)
     shape = _tokens(args, kwargs)
-    if given.rows is not None and shape is not None and given.rows != shape[0]:
-        raise GivenRoutingError(
-            f"{', '.join(name for name in NAMES if kwargs.get(name) is not None)} for {given.rows} rows, but the batch "
-            f"has {shape[0]}; give one per row, or one for all"
-        )
+    _check_rows(given, shape)
     given.shape = shape
     with _in_force(model, passes, given), ExitStack() as stack:
         caller = threading.get_ident()
@@ -58,7 +54,10 @@ def asked_routing(
             """Forward pre-hook of a model: how many tokens it has, and what it must not see."""
             if threading.get_ident() != caller:
                 return None
-            given.shape = _tokens(args, kwargs) or given.shape
+            found = _tokens(args, kwargs)
+            if shape is None and module is model:  # a forward pass, whose inputs PEFT does not show before
+                _check_rows(given, found)
+            given.shape = found or given.shape
             return args, _without(kwargs) if module is model else kwargs
 
         for module in model.modules():
@@ -124,6 +123,13 @@ def _in_force(model: nn.Module, passes: Passes, given: Given) -> Iterator[None]:
         passes.bind_checkpoints(model)
     with passes.given.holding(given):
         yield
+
+
+def _check_rows(given: Given, shape: tuple[int, int] | None) -> None:
+    if given.rows is not None and shape is not None and given.rows != shape[0]:
+        raise GivenRoutingError(
+            f"the routing is for {given.rows} rows, but the batch has {shape[0]}; give one per row, or one for all"
+        )
 
 
 def _tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
