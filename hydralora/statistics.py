@@ -22,7 +22,8 @@ class RoutingStatistics:
     @torch.no_grad()
     def add(self, routings: Sequence[Routing], attention_mask: Tensor | None) -> None:
         """Count one forward pass; arguments as of `expert_balance_loss`. Does not wait for the device."""
-        for probabilities, choice in routings:
+        for routing in routings:
+            probabilities, choice = routing.probabilities, routing.choice
             valid = torch.ones_like(probabilities[..., :1])  # (B, L, 1)
             if attention_mask is not None:
                 valid = attention_mask.to(valid).unsqueeze(-1)
