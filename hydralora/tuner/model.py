@@ -95,13 +95,6 @@ class HydraLoraModel(BaseTuner):
         self._replace_module(parent, target_name, new, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """A layer that is unloaded comes back as it is; PEFT's method would give it the weight of its wrapper."""
-        if isinstance(new_module, BaseTunerLayer):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:
-            setattr(parent, child_name, new_module)
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """As of PEFT; a module that is unloaded is whole, and the weight that wraps it may be computed (tokens)."""
         if hasattr(new_module, "base_layer"):
             super()._replace_module(parent, child_name, new_module, child)
