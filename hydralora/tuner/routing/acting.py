@@ -5,21 +5,33 @@ Shape letters: B batch, T tokens, E experts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from hydralora.layer import routing_of
+from hydralora.layer import Routing, routing_of
 from hydralora.tuner.config import RoutingUnit
 from hydralora.tuner.routing.given import Given, for_tokens, forced_weights, task_numbers
+from hydralora.tuner.routing.rule import Rule
 from hydralora.tuner.sequence import sequence_weights
 
-if TYPE_CHECKING:
-    from hydralora.tuner.linear import HydraLoraLayer
+
+class RoutedLayer(Protocol):
+    """What this module needs of a layer, by the name of the adapter; `HydraLoraLayer` is one."""
+
+    experts: dict[str, int]
+    rules: dict[str, Rule]
+    lora_tasks: Mapping[str, Any]
+    observers: list[Callable[[Routing], None]]
+    passes: Any
+
+    def route(self, adapter_name: str, x: Tensor) -> Tensor:
+        """Probabilities (..., E) of the router."""
 
 
-def acting_weights(layer: HydraLoraLayer, adapter_name: str, x: Tensor, rows: Tensor | None = None) -> Tensor:
+def acting_weights(layer: RoutedLayer, adapter_name: str, x: Tensor, rows: Tensor | None = None) -> Tensor:
     """Weights of the experts for `x`, which the observers of the layer see too.
 
     Args:
@@ -56,7 +68,7 @@ def acting_weights(layer: HydraLoraLayer, adapter_name: str, x: Tensor, rows: Te
 
 
 def _decided(
-    layer: HydraLoraLayer, adapter_name: str, probabilities: Tensor, rows: Tensor | None, given: Given | None
+    layer: RoutedLayer, adapter_name: str, probabilities: Tensor, rows: Tensor | None, given: Given | None
 ) -> Tensor:
     """What the adapter itself decides for these probabilities of its router or table."""
     rule = layer.rules[adapter_name]
@@ -68,7 +80,7 @@ def _decided(
 
 
 def task_weights(
-    layer: HydraLoraLayer, adapter_name: str, x: Tensor, given: Given | None, rows: Tensor | None = None
+    layer: RoutedLayer, adapter_name: str, x: Tensor, given: Given | None, rows: Tensor | None = None
 ) -> Tensor:
     """Probabilities of the experts for the tasks that the call names, in the shape of `for_tokens`.
 
@@ -83,7 +95,7 @@ def task_weights(
     return for_tokens(table(numbers, rule.temperature), x, None if given is None else given.shape, rows)
 
 
-def fixed_weights(layer: HydraLoraLayer, adapter_name: str, given: Given) -> Tensor:
+def fixed_weights(layer: RoutedLayer, adapter_name: str, given: Given) -> Tensor:
     """The weights (E,) float32 that hold for every input of a call with `given`, without gradient.
 
     Raises:

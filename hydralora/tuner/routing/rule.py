@@ -6,14 +6,11 @@ Shape letters: E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from hydralora.tuner.config import HydraLoraConfig
 
 
 @dataclass(frozen=True)
@@ -55,13 +52,13 @@ class Rule:
         return weights / weights.sum(dim=-1, keepdim=True)
 
 
-def rule_of(config: HydraLoraConfig) -> Rule:
+def rule_of(config: Any) -> Rule:
     """The rule that a configuration asks for."""
     names = tuple(config.tasks or ())
     return Rule(str(config.routing), float(config.router_temperature), config.top_k, config.top_p, names)
 
 
-def rule_problems(config: HydraLoraConfig) -> list[str]:
+def rule_problems(config: Any) -> list[str]:
     """One line for each pair of options that do not go together, of a configuration whose values are right alone."""
     found = []
     if config.top_k is not None and config.top_p is not None:
@@ -80,7 +77,7 @@ def rule_problems(config: HydraLoraConfig) -> list[str]:
     return found
 
 
-def check_patterns(config: HydraLoraConfig, model: nn.Module) -> None:
+def check_patterns(config: Any, model: nn.Module) -> None:
     """Refuse a pattern of `experts_pattern` that means no layer, before anything is replaced.
 
     Raises:
