@@ -36,6 +36,7 @@ class Known(NamedTuple):
 KNOWN = (
     Known("`is_gradient_checkpointing` is deprecated", "PEFT asks a model for it by this name"),
     Known("Passing `fsdp` as a string is deprecated", "published command lines pass words, which transformers reads"),
+    Known("Passing `generation_config` together with", "assisted decoding of transformers calls `generate` so itself"),
     Known("`torch.jit.script_method` is deprecated", "raised inside torch when torchvision is imported"),
 )
 

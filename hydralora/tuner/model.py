@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _freeze_adapter
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from hydralora.tuner import combining, merging
@@ -23,6 +21,7 @@ from hydralora.tuner.passes import Passes
 from hydralora.tuner.registration import PREFIX
 from hydralora.tuner.routing.calls import asked_routing
 from hydralora.tuner.routing.rule import check_patterns
+from hydralora.tuner.rows import adapters_by_row
 from hydralora.tuner.stored import from_earlier, without_lone_routers
 from hydralora.tuner.versions import warn_of_untested
 
@@ -30,6 +29,11 @@ from hydralora.tuner.versions import warn_of_untested
 def hydralora_layers(model: nn.Module) -> dict[str, HydraLoraLayer]:
     """The adapted layers of a model by name, in order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, HydraLoraLayer)}
+
+
+def passes_of(model: nn.Module) -> Passes:
+    """The passes of a model, which its layers share even where each adapter was injected by itself."""
+    return next((layer.passes for layer in hydralora_layers(model).values()), None) or Passes()
 
 
 class HydraLoraModel(BaseTuner):
@@ -48,7 +52,7 @@ class HydraLoraModel(BaseTuner):
         config.check()  # its values may have been set after it was made
         check_patterns(config, model)
         if "hydralora_passes" not in self.__dict__:
-            self.hydralora_passes = Passes()
+            self.hydralora_passes = passes_of(model)
 
     def _post_injection_hook(self, model: nn.Module, config: HydraLoraConfig, adapter_name: str) -> None:
         self._warn_of_absent_layers(model, config, adapter_name)
@@ -117,35 +121,14 @@ class HydraLoraModel(BaseTuner):
         (`routing/given.py`). Nothing stays behind, even after an error.
         """
         adapter_names = kwargs.pop("adapter_names", None)
-        passes = self.hydralora_passes
-        call = passes.one_call(args, kwargs) if passes.watched else nullcontext()
-        asked = asked_routing(self.model, passes, adapter_names or self.active_adapters, args, kwargs)
-        with call, asked, self._adapters_by_row(adapter_names, kwargs):
-            yield
-
-    @contextmanager
-    def _adapters_by_row(self, adapter_names: Sequence[str] | None, kwargs: Mapping[str, Any]) -> Iterator[None]:
         if adapter_names is None:
+            by_row: AbstractContextManager[None] = nullcontext()
+        else:
+            by_row = adapters_by_row(self.model, self._checked_names(adapter_names), args, kwargs)
+        passes = self.hydralora_passes
+        asked = asked_routing(self.model, passes, adapter_names or self.active_adapters, args, kwargs)
+        with passes.one_call(), asked, by_row:
             yield
-            return
-        beams = kwargs.get("num_beams") or 1
-        names = [name for name in self._checked_names(adapter_names) for _ in range(beams)]
-
-        # Of this call alone: in another thread another batch may be under way.
-        caller = threading.get_ident()
-
-        def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, kwargs | {"adapter_names": names} if threading.get_ident() == caller else kwargs
-
-        handles = []
-        try:
-            for module in self.modules():
-                if isinstance(module, HydraLoraLayer | AuxiliaryTrainingWrapper):
-                    handles.append(module.register_forward_pre_hook(hand_over, with_kwargs=True))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _checked_names(self, adapter_names: Sequence[str]) -> list[str]:
         if self.training:
