@@ -111,6 +111,8 @@ def test_beams(host: str) -> None:
 @pytest.mark.parametrize("assistant", ["another model", "itself", "prompt lookup"])
 def test_assisted_decoding(host: str, assistant: str) -> None:
     """Proposed tokens are in the first pass too, and decide nothing."""
+    if (host, assistant) == ("bart", "prompt lookup"):
+        pytest.skip("its decoder starts with the end of a sequence, at which transformers 5.17 stops looking up")
     model = HOSTS[host].adapted()
     prompt = {"input_ids": IDS[:1], "attention_mask": MASK[:1]}
     other = HOSTS[host].make().eval() if assistant == "another model" else HOSTS[host].adapted().get_base_model()
