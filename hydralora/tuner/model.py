@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from hydralora.tuner import combining, merging
 from hydralora.tuner.bases import refusal, refuse_merging
+from hydralora.tuner.calls.rows import adapters_by_row
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.linear import BASE, HydraLoraLayer, Linear
 from hydralora.tuner.passes import Passes
 from hydralora.tuner.registration import PREFIX
 from hydralora.tuner.routing.calls import asked_routing
 from hydralora.tuner.routing.rule import check_patterns
-from hydralora.tuner.rows import adapters_by_row
 from hydralora.tuner.stored import from_earlier, without_lone_routers
 from hydralora.tuner.versions import warn_of_untested
 

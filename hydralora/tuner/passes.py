@@ -23,13 +23,13 @@ from transformers import PreTrainedModel
 
 from hydralora.tuner.batch import BatchNote
 from hydralora.tuner.caches import cache_of, carry
-from hydralora.tuner.checkpoints import bind_checkpoints, release_checkpoints
+from hydralora.tuner.calls.checkpoints import bind_checkpoints, release_checkpoints
+from hydralora.tuner.calls.generation import GENERATE, PREPARE, AroundMethod, Generation
+from hydralora.tuner.calls.inputs import PROMPT_MASK, PassInputs, parameter_names, read_inputs
+from hydralora.tuner.calls.notes import GUIDED, crossing, note_of_pass
+from hydralora.tuner.calls.thread_value import OfThread
 from hydralora.tuner.config import RoutingUnit
-from hydralora.tuner.generation import GENERATE, PREPARE, AroundMethod, Generation
-from hydralora.tuner.inputs import PROMPT_MASK, PassInputs, parameter_names, read_inputs
-from hydralora.tuner.notes import GUIDED, crossing, note_of_pass
 from hydralora.tuner.routing.given import Given, present, refuse_blind_recomputation
-from hydralora.tuner.thread_value import OfThread
 
 OUTSIDE = (
     "this layer runs outside of a forward pass of its model, which would say where padding and prompt are. Call the "

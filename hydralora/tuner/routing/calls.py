@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from hydralora.tuner.calls.inputs import token_shape
 from hydralora.tuner.config import RoutingUnit
-from hydralora.tuner.inputs import token_shape
 from hydralora.tuner.linear import HydraLoraLayer
 from hydralora.tuner.passes import Passes
 from hydralora.tuner.routing.given import NAMES, Given, GivenRoutingError, read_given

@@ -11,7 +11,7 @@ from transformers import DataCollatorWithFlattening
 
 from hydralora.tuner.batch import prompt_tokens
 from hydralora.tuner.caches import cache_of
-from hydralora.tuner.packing import sequence_starts
+from hydralora.tuner.calls.packing import sequence_starts
 from hydralora.tuner.sequence import RoutingBySequenceError
 from llava.runtime.cache_name import cache_argument
 from tests.checkpointed import checkpoint_layers

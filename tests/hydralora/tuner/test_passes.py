@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hydralora.tuner.checkpoints import BoundCheckpoint
+from hydralora.tuner.calls.checkpoints import BoundCheckpoint
 from tests.checkpointed import checkpoint_layers
 from tests.hydralora.tuner.models import IDS, MASK, TARGETS, adapted, logits, tiny_llama, tiny_opt
 

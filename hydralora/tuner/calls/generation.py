@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hydralora.tuner.batch import Weights
 from hydralora.tuner.caches import given_cache, is_filled
-from hydralora.tuner.inputs import DECODER, token_shape
+from hydralora.tuner.calls.inputs import DECODER, token_shape
 
 logger = logging.getLogger(__name__)
 

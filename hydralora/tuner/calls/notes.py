@@ -14,9 +14,9 @@ from transformers.cache_utils import Cache
 
 from hydralora.tuner.batch import IGNORED, BatchNote, prompt_tokens
 from hydralora.tuner.caches import carried, carry, is_filled
-from hydralora.tuner.generation import Generation
-from hydralora.tuner.inputs import PassInputs
-from hydralora.tuner.packing import sequence_starts
+from hydralora.tuner.calls.generation import Generation
+from hydralora.tuner.calls.inputs import PassInputs
+from hydralora.tuner.calls.packing import sequence_starts
 
 NO_TOKENS = (
     "this part of the model sees neither input_ids nor inputs_embeds; route by token in layers whose tokens are not "

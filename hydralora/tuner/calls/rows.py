@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hydralora.tuner.inputs import DECODER, token_shape
+from hydralora.tuner.calls.inputs import DECODER, token_shape
 
 
 @contextmanager
