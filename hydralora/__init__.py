@@ -43,6 +43,7 @@ __all__ = [
     "save_clusters_as_lora",
     "save_tasks_as_lora",
     "set_step",
+    "set_gradient_scale",
 ]
 
 
@@ -74,6 +75,7 @@ if not _old_peft():
         save_as_lora,
         save_clusters_as_lora,
         save_tasks_as_lora,
+        set_gradient_scale,
         set_step,
     )
 

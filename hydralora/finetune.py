@@ -23,7 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hydralora.text.arguments import build_parser, inputs_of, parse_args
 from hydralora.text.dataset import InstructionCollator
 from hydralora.text.loading import answer_ends, check_vocabulary, load_data
-from hydralora.text.options import RunArguments, TrainingArguments
+from hydralora.text.options import RunArguments
 from hydralora.text.training import (
     ADAPTER_FOLDER,
     HydraLoraTrainer,
@@ -35,7 +35,6 @@ from hydralora.text.training import (
 )
 from hydralora.tuner.original import OUR_WEIGHTS
 from hydralora.tuner.progress import StepCallback
-from llava.errors import FlagError
 from llava.runtime import checkpointing
 from llava.runtime.monitoring.stopping import early_stopping
 from llava.runtime.places import RUN_FILE
@@ -79,20 +78,6 @@ def start_record(args: RunArguments) -> None:
         write_run_record(args, run_record(args))
 
 
-def check_checkpointing(training: TrainingArguments, balance_weight: float) -> None:
-    """Refuse the reentrant kind where a loss is taken from within the layers.
-
-    Raises:
-        FlagError: the balance loss would train nothing.
-    """
-    if balance_weight and checkpointing.asks_for_reentrant(training):
-        raise FlagError(
-            f"--gradient_checkpointing_kwargs asks for use_reentrant, under which a balance loss (weight "
-            f'{balance_weight}) trains nothing; pass {{"use_reentrant": false}}, leave the flag out, or pass '
-            "--balance_weight 0"
-        )
-
-
 def build_run(args: RunArguments, resumed: Resumption | None = None) -> TextRun:
     """Everything up to the first step; writes `run.json` of a new run."""
     training = args.training
@@ -111,8 +96,6 @@ def build_run(args: RunArguments, resumed: Resumption | None = None) -> TextRun:
     base = load_base(args)
     check_vocabulary(base, tokenizer, examples, args.tokenizer_name)
     model = add_adapter(base, args)
-    if checkpointing.is_checkpointed(training):
-        check_checkpointing(training, model.active_peft_config.balance_weight)
     if training.deepspeed:
         set_precision(model, training)
     if checkpointing.is_checkpointed(training):
@@ -120,7 +103,6 @@ def build_run(args: RunArguments, resumed: Resumption | None = None) -> TextRun:
     if training.should_log:
         model.print_trainable_parameters()
     trainer = HydraLoraTrainer(
-        balance_weight=model.active_peft_config.balance_weight,
         ends=record_end(model, tokenizer, training.should_log, ends),
         model=model,
         args=training,

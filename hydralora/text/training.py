@@ -1,7 +1,7 @@
 """The base with its adapter, the Trainer, and what a run leaves behind.
 
-Corresponds to `main` of the original's `fine-tuning.py`. The balance loss and the routing statistics by task, which the
-original prepares and never computes, are carried out here.
+Corresponds to `main` of the original's `fine-tuning.py`. The routing statistics by task, which the original prepares
+and never computes, are logged here; the balance loss acts within the layers (`hydralora/tuner/auxiliary.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hydralora.layer import expert_balance_loss
 from hydralora.model import RoutingRecorder, of_text
 from hydralora.statistics import TaskStatistics
 from hydralora.text.messages import OWN
@@ -127,6 +126,7 @@ def add_adapter(base: nn.Module, args: RunArguments) -> PeftModel:
         config = model.active_peft_config
         if training.balance_weight is not None:
             config.balance_weight = training.balance_weight
+            model.base_model.attach_losses()
         if training.should_log:
             print(
                 f"--peft_path {training.peft_path}: training resumes with its own sizes: r {config.r}, "
@@ -211,11 +211,11 @@ def require_adapter(checkpoint: Path) -> None:
 
 
 class HydraLoraTrainer(MonitoredTrainer):
-    """Trainer that adds the balance loss and logs expert utilization, by task where the data has tasks."""
+    """Trainer that logs expert utilization, by task where the data has tasks."""
 
-    def __init__(self, *, balance_weight: float, ends: GenerationConfig | None = None, **kwargs: Any) -> None:
+    def __init__(self, *, ends: GenerationConfig | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.balance_weight, self.ends = balance_weight, ends
+        self.ends = ends
         self.statistics = TaskStatistics()
         by_target = self.args.loss_reduction == LossReduction.TARGET
         self.loss_reduction = over_targets if by_target else over_batches
@@ -269,7 +269,7 @@ class HydraLoraTrainer(MonitoredTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The language-model loss, and in training the weighted expert-balance loss of all layers."""
+        """The language-model loss; in training the routing is counted."""
         inputs = dict(inputs)
         tasks = inputs.pop("task_types", None)
         if not model.training:
@@ -281,19 +281,9 @@ class HydraLoraTrainer(MonitoredTrainer):
         finally:
             recorded = recorder.stop()
         found = of_text(recorded, inputs["input_ids"].shape)
-        routings, mask = list(found.values()), inputs.get("attention_mask")
-        self.statistics.add(routings, mask, tasks)
-        others = sorted({name for name, passes in recorded.items() if passes} - found.keys())
-        if self.balance_weight and others:
-            raise FlagError(
-                f"--balance_weight {self.balance_weight}: layers {others} see other tokens than those of the text, "
-                "over which the loss balances; leave them out of --trainable, or pass --balance_weight 0"
-            )
+        self.statistics.add(list(found.values()), inputs.get("attention_mask"), tasks)
         if self.args.label_smoothing_factor:
             loss = loss + self._smoothing(outputs["logits"], inputs["labels"], num_items_in_batch)
-        if self.balance_weight and routings and routings[0].probabilities.shape[-1] > 1:
-            share = self._micro_batch_share(num_items_in_batch)
-            loss = loss + share * self.balance_weight * expert_balance_loss(routings, mask)
         return (loss, outputs) if return_outputs else loss
 
     def row_losses(self, model: nn.Module, batch: dict[str, Any]) -> RowLosses:
@@ -324,11 +314,6 @@ class HydraLoraTrainer(MonitoredTrainer):
         # Without a number of targets the model takes the mean of a micro batch, and the Trainer that of an update.
         by_target = self.args.loss_reduction == LossReduction.TARGET
         return super()._get_num_items_in_batch(batch_samples, device) if by_target else None
-
-    def _micro_batch_share(self, num_items_in_batch: Tensor | int | None) -> float:
-        """What a mean over a micro batch is to be multiplied with, unless the Trainer does so afterwards."""
-        divided_later = not self.model_accepts_loss_kwargs or num_items_in_batch is None
-        return 1.0 if divided_later else 1 / self.current_gradient_accumulation_steps
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the routing since the last line of this process."""

@@ -18,6 +18,7 @@ from hydralora.tuner.routing.ablation import Ablation, ablate_experts
 from hydralora.tuner.routing.calls import forced_routing
 from hydralora.tuner.routing.from_loras import from_loras
 from hydralora.tuner.scaling import rescale
+from hydralora.tuner.trainer import set_gradient_scale
 
 __all__ = [
     "Ablation",
@@ -41,6 +42,7 @@ __all__ = [
     "save_clusters_as_lora",
     "save_tasks_as_lora",
     "set_step",
+    "set_gradient_scale",
 ]
 
 register(HydraLoraConfig, HydraLoraModel)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hydralora.layer import RoutedModule
 from hydralora.tuner.bases import features, in_stored_form, quantization
+from hydralora.tuner.auxiliary import AuxiliaryLosses
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.head_dropout import HeadDropout
 from hydralora.tuner.initialization import Initialization
@@ -51,6 +52,8 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
         "lora_dropout",
         "merge_weights",
     )
+    auxiliary: AuxiliaryLosses | None = None
+    """The losses on the routing of the whole model; None for a layer of none."""
 
     def __init__(self, base_layer: nn.Module, passes: Passes) -> None:
         self.base_layer = base_layer
@@ -124,6 +127,14 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
     def expert_weights(self, adapter_name: str, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """Weights of the experts for `x` (..., in_features); see `acting_weights`."""
         return acting_weights(self, adapter_name, x, rows)
+
+    def with_losses(self, adapter_name: str, weights: Tensor, probabilities: Tensor) -> Tensor:
+        """`weights` of the experts, in training with the losses on the router's `probabilities` attached."""
+        if self.auxiliary is None or not self.training or adapter_name not in self.lora_router:
+            return weights
+        if not self.lora_router[adapter_name].weight.requires_grad:  # another adapter trains
+            return weights
+        return self.auxiliary.attach(self, adapter_name, weights, probabilities)
 
     def update(self, adapter_name: str, x: Tensor, rows: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
         """`onto + s * sum_e w_e B_e A x`, (..., out_features): the output of the frozen layer with the adapter's.

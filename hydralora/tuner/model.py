@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hydralora.tuner import combining, merging
 from hydralora.tuner.bases import refusal, refuse_merging
+from hydralora.tuner.auxiliary import AuxiliaryLosses
 from hydralora.tuner.calls.rows import adapters_by_row
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.linear import BASE, HydraLoraLayer, Linear
@@ -23,6 +24,8 @@ from hydralora.tuner.registration import PREFIX
 from hydralora.tuner.routing.calls import asked_routing
 from hydralora.tuner.routing.rule import check_patterns
 from hydralora.tuner.stored import from_earlier, without_lone_routers
+from hydralora.tuner.terms import AdapterTerms
+from hydralora.tuner.trainer import follow_trainers
 from hydralora.tuner.versions import warn_of_untested
 
 
@@ -53,11 +56,26 @@ class HydraLoraModel(BaseTuner):
         check_patterns(config, model)
         if "hydralora_passes" not in self.__dict__:
             self.hydralora_passes = passes_of(model)
+            layers = hydralora_layers(model).values()  # of adapters that were each injected by itself
+            self.hydralora_losses = next((layer.auxiliary for layer in layers if layer.auxiliary), AuxiliaryLosses())
+        self.hydralora_losses.adapters[adapter_name] = AdapterTerms(config)
 
     def _post_injection_hook(self, model: nn.Module, config: HydraLoraConfig, adapter_name: str) -> None:
         self._warn_of_absent_layers(model, config, adapter_name)
         if RoutingUnit(config.routing) is RoutingUnit.SEQUENCE:
             self.hydralora_passes.watch(model)
+        self.attach_losses()
+
+    def attach_losses(self) -> None:
+        """Let the losses on the routing act that the configurations of the adapters ask for, such as `balance_weight`.
+
+        Called with every new adapter; call it after such a weight was set in the configuration of an existing one.
+        """
+        if any(terms.at_all for terms in self.hydralora_losses.adapters.values()):
+            self.hydralora_losses.watch(self.model, hydralora_layers(self.model))
+            follow_trainers()
+        else:
+            self.hydralora_losses.unwatch(self.model)
 
     def _warn_of_absent_layers(self, model: nn.Module, config: HydraLoraConfig, adapter_name: str) -> None:
         """Name numbers in `layers_to_transform` by which no layer was adapted."""
@@ -94,6 +112,7 @@ class HydraLoraModel(BaseTuner):
         if reason is not None:
             raise ValueError(f"target module '{current_key}' {reason}.")
         new = Linear(target, adapter_name, layer_config, self.hydralora_passes)
+        new.auxiliary = self.hydralora_losses
         if adapter_name not in self.active_adapters:
             new.requires_grad_(False)
         self._replace_module(parent, target_name, new, target)
@@ -186,6 +205,7 @@ class HydraLoraModel(BaseTuner):
         if merge:
             self._refuse_routed(adapter_names)
         self.hydralora_passes.unwatch(self.model)
+        self.hydralora_losses.unwatch(self.model)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def merge(

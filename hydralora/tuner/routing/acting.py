@@ -64,7 +64,7 @@ def acting_weights(layer: RoutedLayer, adapter_name: str, x: Tensor, rows: Tenso
         routing = routing_of(acts, None if weights is probabilities else probabilities.expand(full))
         for observe in layer.observers:
             observe(routing)
-    return weights
+    return layer.with_losses(adapter_name, weights, probabilities)
 
 
 def _decided(

@@ -1,0 +1,231 @@
+"""Losses on the routing whose gradient is attached within the layers, so that they act under any trainer.
+
+A loss that is added to a model's output is lost where a trainer computes its own, as TRL's do. Here an identity in each
+layer adds the gradient of the layer's part in the backward pass, whatever the loss is that this pass begins with. It
+acts in training mode on adapters whose router is trained. The parts of one forward pass know of each other by the pass,
+which begins and ends with the outermost module that contains all adapted layers; what gradient checkpointing
+recomputes belongs to its own pass and is not counted again.
+
+Shape letters: B batch, T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hydralora.tokens import RealTokens, entries, real_tokens
+from hydralora.tuner.checkpoints import bind_checkpoints, release_checkpoints
+from hydralora.tuner.gradient_scale import GradientScale
+from hydralora.tuner.passes import OfThread
+from hydralora.tuner.pooled import PooledBalance
+from hydralora.tuner.terms import AdapterTerms, Term
+
+OUTSIDE = (
+    "balance_weight: this layer runs outside of a forward pass of its model, which would say which tokens are padding. "
+    "Call the model, or its decoder"
+)
+UNCARRIED = (
+    "balance_weight: a backward pass recomputed this layer by a reentrant checkpoint that does not say which forward "
+    "pass it belongs to. Let the model checkpoint its layers (gradient_checkpointing of the Trainer), or use the kind "
+    "that is not reentrant (use_reentrant=False)"
+)
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs here: what is computed then is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@dataclass
+class ForwardPass:
+    """One forward pass in training.
+
+    Attributes:
+        tokens: which of its tokens are real.
+        owner: the module whose call it is (its `id`).
+        pools: the pooled balance and its weight, by adapter and number of experts.
+        layers: how many layers of an adapter took part.
+    """
+
+    tokens: RealTokens
+    owner: int
+    pools: dict[tuple[str, int], tuple[Term, PooledBalance]] = field(default_factory=dict)
+    layers: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one layer contributes to the losses of a forward pass.
+
+    Attributes:
+        losses: where values are noted, and the scale.
+        within: the pass; None: it is not known.
+        adapter: its name.
+        layer: its name.
+        terms: the losses that act.
+    """
+
+    losses: AuxiliaryLosses
+    within: ForwardPass | None
+    adapter: str
+    layer: str
+    terms: list[Term]
+
+    def count(self, probabilities: Tensor) -> None:
+        """Take part in the pass, with the router's probabilities (B, T, E) or (B * T, E)."""
+        if self.within is None:
+            return
+        valid = self.within.tokens.valid(probabilities.shape[:-1], probabilities.device)
+        self.within.layers[self.adapter] = self.within.layers.get(self.adapter, 0) + 1
+        experts = probabilities.shape[-1]
+        for term in self.terms:
+            if term.of_layer is None:
+                pool = self.within.pools.setdefault((self.adapter, experts), (term, PooledBalance()))[1]
+                pool.add(probabilities.detach().reshape(*valid.shape, experts), valid)
+
+    def gradient(self, probabilities: Tensor) -> Tensor:
+        """Gradient of the weighted losses for the router's probabilities, in their shape, scaled as the loss is."""
+        if self.within is None:
+            raise RuntimeError(UNCARRIED)
+        valid = self.within.tokens.valid(probabilities.shape[:-1], probabilities.device)
+        experts, layers = probabilities.shape[-1], self.within.layers[self.adapter]
+        shaped = probabilities.detach().reshape(*valid.shape, experts)
+        total = torch.zeros_like(shaped)
+        for term in self.terms:
+            if term.of_layer is None:
+                pool = self.within.pools[self.adapter, experts][1]
+                total = total + pool.gradient(valid) * (term.weight * pool.layers / layers)
+                continue
+            with torch.enable_grad():
+                leaf = shaped.requires_grad_()
+                loss = term.of_layer(leaf, valid, self.layer)
+                total = total + torch.autograd.grad(loss, leaf)[0] * (term.weight / layers)
+            self.losses.note(self.adapter, term.name, loss.detach() * term.weight / layers, 1 / layers)
+        return self.losses.scale.of(total).view(probabilities.shape)
+
+
+class _Attach(torch.autograd.Function):
+    """The weights of the experts as they are; backward adds the gradient of a part for the router's probabilities."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, probabilities: Tensor, part: Part) -> Tensor:
+        ctx.part = part
+        ctx.save_for_backward(probabilities)
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (probabilities,) = ctx.saved_tensors
+        return gradients[0], ctx.part.gradient(probabilities), None
+
+
+class AuxiliaryLosses:
+    """The losses on the routing of one model with adapters.
+
+    Attributes:
+        adapters: the losses of each adapter by its name.
+        scale: how the trainer scales its loss at the moment.
+        step: updates made so far, for what depends on it.
+    """
+
+    def __init__(self) -> None:
+        self.adapters: dict[str, AdapterTerms] = {}
+        self.scale, self.step = GradientScale(), 0
+        self._running: OfThread[ForwardPass] = OfThread()
+        self._handles: list[RemovableHandle] = []
+        self._names: dict[int, str] = {}
+        self._values: dict[str, tuple[Tensor, float]] = {}
+
+    def watch(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        """Follow the forward passes of `model`, in which `layers` by name are all adapted layers, from now on."""
+        self.unwatch(model)
+        self._names = {id(layer): name for name, layer in layers.items()}
+        for module in entries(model, layers):
+            self._handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._end, always_call=True))
+
+    def unwatch(self, model: nn.Module) -> None:
+        """Take back what `watch` and the passes since put onto `model`."""
+        while self._handles:
+            self._handles.pop().remove()
+        release_checkpoints(model, self)
+
+    @torch.compiler.disable
+    def attach(self, layer: nn.Module, adapter: str, weights: Tensor, probabilities: Tensor) -> Tensor:
+        """`weights` of the experts, with the gradient of the losses on `probabilities` attached.
+
+        Args:
+            layer: in training.
+            adapter: its name; it trains its router.
+            weights: (..., E), by which the experts act.
+            probabilities: (B, T, E) or (B * T, E) float32 of the router.
+
+        Raises:
+            ValueError: the layer runs outside of a forward pass of the model, or sees other tokens than its text.
+            RuntimeError: the loss is computed in float16, and how it is scaled is not known.
+        """
+        terms, within = self.adapters[adapter].at(self.step), self._running.get()
+        recomputed = in_backward()
+        if not terms or (within is None and not recomputed and not torch.is_grad_enabled()):
+            return weights
+        if within is None and not recomputed:
+            raise ValueError(OUTSIDE)
+        self.scale.check(probabilities.device)
+        part = Part(self, within, adapter, self._names.get(id(layer), ""), terms)
+        if not recomputed:
+            part.count(probabilities)
+        # The first forward pass of a reentrant checkpoint has no graph; its recomputation has.
+        return _Attach.apply(weights, probabilities, part) if torch.is_grad_enabled() else weights
+
+    def note(self, adapter: str, name: str, value: Tensor, share: float = 1.0) -> None:
+        """Count the value of a loss, of which this is a `share` of one forward pass."""
+        key = name if adapter == "default" else f"{name}/{adapter}"
+        before = self._values.get(key)
+        total = value if before is None else before[0] + value.to(before[0].device)
+        self._values[key] = total, share + (0.0 if before is None else before[1])
+
+    def pop(self) -> dict[str, float]:
+        """Mean weighted value of each loss over the forward passes since the last call; waits for the device."""
+        values = {name: float(total) / count for name, (total, count) in self._values.items()}
+        self._values = {}
+        return values
+
+    def carried(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, which runs in the present pass whenever and in whatever thread it is called."""
+        within = self._running.get()
+
+        def in_pass(*args: Any, **kwargs: Any) -> Any:
+            with self._running.holding(within):
+                return function(*args, **kwargs)
+
+        return in_pass
+
+    @torch.compiler.disable
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the modules that contain all adapted layers."""
+        if not torch.is_grad_enabled() or in_backward():
+            return
+        within = self._running.get()
+        if within is None or within.owner == id(module):  # its own: one that was interrupted
+            self._running.put(ForwardPass(real_tokens(module, args, kwargs), id(module)))
+            bind_checkpoints(module, self)
+        elif not within.tokens.known:  # the outer module was called with other arguments
+            within.tokens = real_tokens(module, args, kwargs)
+
+    @torch.compiler.disable
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the same modules; the output of one that failed is None."""
+        within = self._running.get()
+        if within is None or within.owner != id(module):
+            return
+        self._running.put(None)
+        if output is not None:
+            for (adapter, _), (term, pool) in within.pools.items():
+                share = pool.layers / within.layers[adapter]
+                self.note(adapter, term.name, pool.value() * (term.weight * share), share)

@@ -1,0 +1,127 @@
+"""What an adapter has to be told by transformers' Trainer, and what it tells its log.
+
+A trainer knows into how many micro batches an update is divided and how its loss is scaled; the losses on the routing
+need both. With the first adapter that has such a loss the Trainer's standard callbacks get one that hands them over, so
+that every trainer built on it, TRL's among them, needs nothing. Other loops call `set_gradient_scale`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from transformers import TrainerCallback
+
+from hydralora.tuner.auxiliary import AuxiliaryLosses
+from hydralora.tuner.gradient_scale import GradientScale
+
+
+def losses_of(model: nn.Module) -> list[AuxiliaryLosses]:
+    """The losses on the routing of the adapters in a model, wrapped or not."""
+    found: list[AuxiliaryLosses] = []
+    for module in model.modules():
+        losses = getattr(module, "auxiliary", None)
+        if isinstance(losses, AuxiliaryLosses) and not any(losses is known for known in found):
+            found.append(losses)
+    return found
+
+
+def set_gradient_scale(model: nn.Module, micro_batches: int = 1, scaler: Any = None) -> None:
+    """Say how a training loop scales its loss, so that the losses on the routing are scaled alike.
+
+    Not needed with transformers' Trainer and what is built on it.
+
+    Args:
+        model: with HydraLoRA adapters, wrapped or not.
+        micro_batches: by how many the loop divides the loss of each, since their gradients are added up.
+        scaler: the `torch.amp.GradScaler` by which it multiplies the loss, or None.
+
+    Raises:
+        ValueError: `micro_batches` is below 1, or the model has no HydraLoRA adapter.
+    """
+    if micro_batches < 1:
+        raise ValueError(f"micro_batches is {micro_batches}, expected at least 1")
+    found = losses_of(model)
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no HydraLoRA adapter, whose losses could be scaled")
+    for losses in found:
+        losses.scale = GradientScale(micro_batches, scaler)
+
+
+def follow_trainers() -> None:
+    """Give the callback to every Trainer that is made from now on; a second call does nothing."""
+    from transformers import trainer
+
+    if AdapterCallback not in trainer.DEFAULT_CALLBACKS:
+        trainer.DEFAULT_CALLBACKS.append(AdapterCallback)
+
+
+LOGGED: WeakKeyDictionary[nn.Module, list[Callable[[], Mapping[str, float]]]] = WeakKeyDictionary()
+"""What else belongs into the next line of a model's log: functions that hand it out."""
+
+
+class AdapterCallback(TrainerCallback):
+    """Hands the scale of the loss to the losses on the routing, and logs their values."""
+
+    def __init__(self) -> None:
+        self._losses: list[AuxiliaryLosses] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        """Find the adapters."""
+        self._losses = losses_of(model)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first micro batch of an update."""
+        if not self._losses:
+            return
+        optimizer = kwargs.get("optimizer")
+        # One process that feeds several devices adds up the gradients of their copies.
+        micro_batches = micro_batches_of_update(args, state, kwargs.get("train_dataloader")) * max(1, args.n_gpu)
+        for losses in self._losses:
+            losses.step = state.global_step
+            losses.scale = GradientScale(micro_batches, getattr(optimizer, "scaler", None), _loss_scale(optimizer))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Loops of the caller's own start from no scale."""
+        for losses in self._losses:
+            losses.scale = GradientScale()
+        self._losses = []
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, *, model: nn.Module, logs: dict[str, float], **kwargs: Any
+    ) -> None:
+        """Add to a line about training; loggers come after this callback, which is one of the first."""
+        if "loss" not in logs:
+            return
+        found = {name: value for losses in self._losses for name, value in losses.pop().items()}
+        for values in LOGGED.get(model, ()):
+            found |= values()
+        logs |= found
+        if state.log_history:
+            state.log_history[-1] |= found
+
+
+def micro_batches_of_update(args: Any, state: Any, batches: Any) -> int:
+    """How many micro batches the update that begins has: fewer than the others at the end of an epoch.
+
+    Args:
+        args: of the Trainer.
+        state: of the Trainer.
+        batches: its loader of training data; without a length all updates are taken for full.
+    """
+    full = args.gradient_accumulation_steps
+    try:
+        length = len(batches)
+    except TypeError:
+        return full
+    updates = max(1, -(-length // full))
+    last = state.global_step % updates == updates - 1
+    return (length - (updates - 1) * full) if last and length else full
+
+
+def _loss_scale(optimizer: Any) -> Callable[[], float] | None:
+    """The scale of the loss of DeepSpeed's float16 optimizer, as a function; None for others."""
+    inner = getattr(optimizer, "optimizer", None)
+    return (lambda: float(inner.cur_scale)) if isinstance(getattr(inner, "cur_scale", None), int | float) else None
