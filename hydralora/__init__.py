@@ -14,6 +14,7 @@ import logging
 from importlib import metadata
 
 from hydralora.block import RoutedMLP
+from hydralora.callback import RoutingCallback
 from hydralora.config import RoutedMLPConfig
 from hydralora.layer import Routing, expert_balance_loss
 from hydralora.model import added_parameters, attach, record_routing, routed_blocks
@@ -29,6 +30,7 @@ __all__ = [
     "Routing",
     "StepCallback",
     "ablate_experts",
+    "RoutingCallback",
     "added_parameters",
     "attach",
     "expert_balance_loss",

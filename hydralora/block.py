@@ -183,6 +183,10 @@ class RoutedMLP(RoutedModule, nn.Module):
             yield from ((name, getattr(self, name)) for name in (f"shared_A_{kind}", f"experts_B_{kind}"))
         yield from ((f"router.{name}", parameter) for name, parameter in self.router.named_parameters())
 
+    def trained_matrices(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The router (E, D), and B of the three projections."""
+        return [self.router.weight], [getattr(self, f"experts_B_{kind}") for kind in KINDS.values()]
+
     def route(self, x: Tensor) -> Routing:
         """Routing of tokens `x` (..., D), computed in the router's dtype with a float32 softmax."""
         logits = self.router(x.to(self.router.weight.dtype))  # (..., E)

@@ -137,7 +137,7 @@ class HydraLoraExtension(Extension):
 
     def named_parameters(self, model: nn.Module, config: Config) -> Iterator[tuple[str, nn.Parameter]]:
         """A, B and router of every block and every update."""
-        return chain(routed_model.added_parameters(model), linears.added_parameters(model))
+        return chain(routed_model.block_parameters(model), linears.added_parameters(model))
 
     def untrained_parameters(self, model: nn.Module, config: Config) -> list[nn.Parameter]:
         """The routers of sparse blocks without balance loss: data parallelism waits for gradients that never come."""
@@ -187,7 +187,7 @@ class HydraLoraExtension(Extension):
             )
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-        torch.save(stored | original.to_original(routed_model.added_parameters(model)), path)
+        torch.save(stored | original.to_original(routed_model.block_parameters(model)), path)
         moe_args.write_training_arguments(folder / moe_args.ARGUMENTS_FILE, arguments)
 
 

@@ -15,7 +15,7 @@ Shape letters: B batch, L sequence length, r rank, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,14 @@ class RoutedModule:
 
     experts: int
     observers: list[Callable[[Routing], None]]
+
+    def added_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Everything that is trained, by name."""
+        raise NotImplementedError
+
+    def trained_matrices(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The routers (E, in_features), and all B (E, out_features, r), that are trained."""
+        raise NotImplementedError
 
 
 def one_hot_argmax(probabilities: Tensor) -> Tensor:
@@ -264,6 +272,14 @@ class RoutedUpdate(RoutedModule, nn.Module):
         if self.experts == 1:  # its weight is 1: in exactly LoRA's order of products
             return routed_low_rank(x, self.shared_A, self.experts_B, probabilities, dropout=dropout) * scaling
         return routed_low_rank(x, self.shared_A, self.experts_B, probabilities, scaling, dropout)
+
+    def added_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """A, B and router by name."""
+        return self.named_parameters()
+
+    def trained_matrices(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The router (E, in_features), and B (E, out_features, r)."""
+        return [self.router], [self.experts_B]
 
     def extra_repr(self) -> str:
         """What `print(model)` shows beside the children."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hydralora.block import KINDS, RoutedMLP, adapt, release
 from hydralora.config import RoutedMLPConfig
+from hydralora.diagnostics import routed_modules
 from hydralora.gated import check, only_gated_mlp, reference
 from hydralora.layer import RoutedModule, Routing
 
@@ -95,7 +96,17 @@ def routed_blocks(model: nn.Module) -> dict[str, RoutedMLP]:
 
 
 def added_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that `attach` added, by their name in `model`: exactly these are trained and saved."""
+    """The parameters of every layer with a router, by their name in `model`.
+
+    Routed MLP blocks, updates of attention layers, and the adapters of the PEFT method: exactly these are trained.
+    """
+    for module_name, module in routed_modules(model).items():
+        for name, parameter in module.added_parameters():
+            yield f"{module_name}.{name}", parameter
+
+
+def block_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that `attach` added, by their name in `model`."""
     for block_name, block in routed_blocks(model).items():
         for name, parameter in block.added_parameters():
             yield f"{block_name}.{name}", parameter
@@ -163,20 +174,22 @@ def in_rows(routing: Routing, batch: tuple[int, int]) -> Routing | None:
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """Record the routing of everything that runs inside a `with` block, for analysis.
+    """Record the routing of every layer with a router that runs inside a `with` block, for analysis.
 
     Yields:
-        An empty dict that is filled at the end of the block: for each block name the probabilities (B, L, E), without
+        An empty dict that is filled at the end of the block: for each layer's name the probabilities (B, L, E), without
         graph, of each forward pass in turn (prefill, then one per generated token).
     """
-    recorder = RoutingRecorder(routed_blocks(model))
+    recorder = RoutingRecorder(routed_modules(model))
     probabilities: dict[str, list[Tensor]] = {}
     batches: list[tuple[int, int]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         batches.append(batch_of(args, kwargs))
 
-    hook = model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)  # type: ignore[operator]
+    find = getattr(model, "get_decoder", None)  # a model that has none flattens no batch of a text
+    decoder = find() if callable(find) else model
+    hook = decoder.register_forward_pre_hook(note, with_kwargs=True)
     recorder.start()
     try:
         yield probabilities

@@ -129,7 +129,7 @@ def to_original(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """The inverse of `from_original`, with the prefix of the original's PEFT wrapper; tensors are copied to the CPU.
 
     Args:
-        parameters: what `hydralora.model.added_parameters` yields.
+        parameters: what `hydralora.model.block_parameters` yields.
     """
     converted: dict[str, Tensor] = {}
     for name, tensor in parameters:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hydralora.block import RoutedMLP, release
 from hydralora.config import RoutedMLPConfig
 from hydralora.layer import Routing, expert_balance_loss
-from hydralora.model import RoutingRecorder, added_parameters, attach, batch_of, in_rows
+from hydralora.model import RoutingRecorder, attach, batch_of, block_parameters, in_rows
 
 ATTRIBUTE = "hydralora_patch"
 """Where a patched model keeps its `LlavaPatch`."""
@@ -90,7 +90,7 @@ class LlavaPatch:
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that the patch added, by their name in the model."""
-        return added_parameters(self.model)
+        return block_parameters(self.model)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy weights into the blocks.

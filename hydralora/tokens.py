@@ -56,13 +56,25 @@ class RealTokens:
         """
         if self.refusal:
             raise ValueError(self.refusal)
+        found = self._mask_of(tokens, device)
+        if found is None:
+            raise ValueError(
+                f"this layer sees tokens of shape {tuple(tokens)}, and the text has {self.shape}: a loss on the "
+                "routing is over the tokens of the text. Leave the layer out of target_modules, or train without it"
+            )
+        return found
+
+    def of(self, tokens: torch.Size, device: torch.device) -> Tensor:
+        """As `valid`, in the shape `tokens`; all are real if they are not those of the text, or nothing is known."""
+        found = None if self.refusal else self._mask_of(tokens, device)
+        return torch.ones(tokens, device=device) if found is None else found.reshape(tokens)
+
+    def _mask_of(self, tokens: torch.Size, device: torch.device) -> Tensor | None:
+        """(B, T) for what a layer sees; None: these are not the tokens of the text."""
         shape = self.shape or (tuple(tokens) if len(tokens) == 2 else (1, tokens.numel()))
         by_row = tuple(tokens) == (shape[0], 1)
         if not by_row and tuple(tokens) not in (shape, (shape[0] * shape[1],)):
-            raise ValueError(
-                f"this layer sees tokens of shape {tuple(tokens)}, and the text has {shape}: a loss on the routing is "
-                "over the tokens of the text. Leave the layer out of target_modules, or train without that loss"
-            )
+            return None
         if self.mask is None:
             return torch.ones(tokens if by_row else shape, device=device)
         mask = self.mask.any(dim=1, keepdim=True) if by_row else self.mask

@@ -10,6 +10,7 @@ Shape letters: B batch, T tokens, r rank, E experts.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -117,6 +118,18 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
     def expert_matrices(self, adapter_name: str) -> Tensor:
         """The matrices B of an adapter, (E, out_features, r), as a view of its weight."""
         return self.lora_B[adapter_name].matrices
+
+    def added_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """A, B and router of all adapters, by name."""
+        for kind in self.adapter_layer_names:
+            for name, parameter in getattr(self, kind).named_parameters():
+                yield f"{kind}.{name}", parameter
+
+    def trained_matrices(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Routers and B of the adapters that are active and train their router."""
+        names = [name for name in self.active_adapters if name in self.lora_router]
+        names = [name for name in names if self.lora_router[name].weight.requires_grad]
+        return [self.lora_router[name].weight for name in names], [self.expert_matrices(name) for name in names]
 
     def route(self, adapter_name: str, x: Tensor) -> Tensor:
         """Probabilities (..., E) float32 of the experts for each token of `x` (..., in_features)."""

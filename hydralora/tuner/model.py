@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _freeze_adapter
 from torch import Tensor, nn
 
+from hydralora.log import give_to_trainers
 from hydralora.tuner import combining, merging
 from hydralora.tuner.bases import refusal, refuse_merging
 from hydralora.tuner.auxiliary import AuxiliaryLosses
@@ -25,7 +26,7 @@ from hydralora.tuner.routing.calls import asked_routing
 from hydralora.tuner.routing.rule import check_patterns
 from hydralora.tuner.stored import from_earlier, without_lone_routers
 from hydralora.tuner.terms import AdapterTerms
-from hydralora.tuner.trainer import follow_trainers
+from hydralora.tuner.trainer import AdapterCallback
 from hydralora.tuner.versions import warn_of_untested
 
 
@@ -73,7 +74,7 @@ class HydraLoraModel(BaseTuner):
         """
         if any(terms.at_all for terms in self.hydralora_losses.adapters.values()):
             self.hydralora_losses.watch(self.model, hydralora_layers(self.model))
-            follow_trainers()
+            give_to_trainers(AdapterCallback)
         else:
             self.hydralora_losses.unwatch(self.model)
 

@@ -7,13 +7,13 @@ that every trainer built on it, TRL's among them, needs nothing. Other loops cal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import TrainerCallback
 
+from hydralora.log import add_values, remove_values
 from hydralora.tuner.auxiliary import AuxiliaryLosses
 from hydralora.tuner.gradient_scale import GradientScale
 
@@ -50,20 +50,8 @@ def set_gradient_scale(model: nn.Module, micro_batches: int = 1, scaler: Any = N
         losses.scale = GradientScale(micro_batches, scaler)
 
 
-def follow_trainers() -> None:
-    """Give the callback to every Trainer that is made from now on; a second call does nothing."""
-    from transformers import trainer
-
-    if AdapterCallback not in trainer.DEFAULT_CALLBACKS:
-        trainer.DEFAULT_CALLBACKS.append(AdapterCallback)
-
-
-LOGGED: WeakKeyDictionary[nn.Module, list[Callable[[], Mapping[str, float]]]] = WeakKeyDictionary()
-"""What else belongs into the next line of a model's log: functions that hand it out."""
-
-
 class AdapterCallback(TrainerCallback):
-    """Hands the scale of the loss to the losses on the routing, and logs their values."""
+    """Hands the scale of the loss to the losses on the routing, and their values to the log."""
 
     def __init__(self) -> None:
         self._losses: list[AuxiliaryLosses] = []
@@ -71,6 +59,8 @@ class AdapterCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         """Find the adapters."""
         self._losses = losses_of(model)
+        for losses in self._losses:
+            add_values(model, losses.pop)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first micro batch of an update."""
@@ -83,24 +73,12 @@ class AdapterCallback(TrainerCallback):
             losses.step = state.global_step
             losses.scale = GradientScale(micro_batches, getattr(optimizer, "scaler", None), _loss_scale(optimizer))
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         """Loops of the caller's own start from no scale."""
         for losses in self._losses:
+            remove_values(model, losses.pop)
             losses.scale = GradientScale()
         self._losses = []
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, *, model: nn.Module, logs: dict[str, float], **kwargs: Any
-    ) -> None:
-        """Add to a line about training; loggers come after this callback, which is one of the first."""
-        if "loss" not in logs:
-            return
-        found = {name: value for losses in self._losses for name, value in losses.pop().items()}
-        for values in LOGGED.get(model, ()):
-            found |= values()
-        logs |= found
-        if state.log_history:
-            state.log_history[-1] |= found
 
 
 def micro_batches_of_update(args: Any, state: Any, batches: Any) -> int:
