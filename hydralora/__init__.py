@@ -28,9 +28,9 @@ __all__ = [
     "RoutedMLP",
     "RoutedMLPConfig",
     "Routing",
+    "RoutingCallback",
     "StepCallback",
     "ablate_experts",
-    "RoutingCallback",
     "added_parameters",
     "attach",
     "expert_balance_loss",
@@ -44,8 +44,8 @@ __all__ = [
     "save_as_lora",
     "save_clusters_as_lora",
     "save_tasks_as_lora",
-    "set_step",
     "set_gradient_scale",
+    "set_step",
 ]
 
 

@@ -41,8 +41,8 @@ __all__ = [
     "save_as_lora",
     "save_clusters_as_lora",
     "save_tasks_as_lora",
-    "set_step",
     "set_gradient_scale",
+    "set_step",
 ]
 
 register(HydraLoraConfig, HydraLoraModel)

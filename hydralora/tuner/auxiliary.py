@@ -229,3 +229,13 @@ class AuxiliaryLosses:
             for (adapter, _), (term, pool) in within.pools.items():
                 share = pool.layers / within.layers[adapter]
                 self.note(adapter, term.name, pool.value() * (term.weight * share), share)
+
+
+def losses_of(model: nn.Module) -> list[AuxiliaryLosses]:
+    """The losses on the routing of the adapters in a model, wrapped or not."""
+    found: list[AuxiliaryLosses] = []
+    for module in model.modules():
+        losses = getattr(module, "auxiliary", None)
+        if isinstance(losses, AuxiliaryLosses) and not any(losses is known for known in found):
+            found.append(losses)
+    return found

@@ -187,7 +187,7 @@ class HydraLoraConfig(PeftConfig):
     """Train the routers (or the table of the tasks) alone: A and B stay as they are."""
 
     balance_weight: float = 0.0
-    """Weight of the expert-balance loss that it is trained with by `hydralora.finetune`; 0: none. See `balance`."""
+    """Weight of the expert-balance loss, which acts under any trainer; 0: none. See `balance`."""
 
     balance: str = BalanceForm.SAMPLE.value
     """What the balance loss balances: `sample`, the shares of the experts over all layers in each sample, as the

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from hydralora.log import give_to_trainers
 from hydralora.tuner import combining, merging
-from hydralora.tuner.bases import refusal, refuse_merging
 from hydralora.tuner.auxiliary import AuxiliaryLosses
 from hydralora.tuner.calls.rows import adapters_by_row
+from hydralora.tuner.bases import refusal, refuse_merging
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.linear import BASE, HydraLoraLayer, Linear
 from hydralora.tuner.passes import Passes
@@ -72,9 +72,11 @@ class HydraLoraModel(BaseTuner):
 
         Called with every new adapter; call it after such a weight was set in the configuration of an existing one.
         """
-        if any(terms.at_all for terms in self.hydralora_losses.adapters.values()):
-            self.hydralora_losses.watch(self.model, hydralora_layers(self.model))
+        adapters = self.hydralora_losses.adapters.values()
+        if any(terms.at_all or terms.config.head_dropout_start for terms in adapters):
             give_to_trainers(AdapterCallback)
+        if any(terms.at_all for terms in adapters):
+            self.hydralora_losses.watch(self.model, hydralora_layers(self.model))
         else:
             self.hydralora_losses.unwatch(self.model)
 

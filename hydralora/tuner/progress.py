@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from hydralora.tuner.auxiliary import losses_of
 from hydralora.tuner.parts import Experts
 
 
@@ -29,6 +30,8 @@ def set_step(model: nn.Module, step: int) -> None:
     for module in model.modules():
         if isinstance(module, Experts):
             module.head_dropout.step = step
+    for losses in losses_of(model):
+        losses.step = step
 
 
 class StepCallback(TrainerCallback):

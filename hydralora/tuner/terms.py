@@ -13,7 +13,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hydralora.tuner.config import HydraLoraConfig
+from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
+from hydralora.tuner.losses import (
+    BalanceForm,
+    MovingShares,
+    batch_balance,
+    expert_shares,
+    information,
+    of_prompts,
+    warmed_up,
+)
 
 LayerLoss = Callable[[Tensor, Tensor, str], Tensor]
 """Scalar loss of one layer: of its router's probabilities (B, T, E) float32, of which tokens are real (B, T) float32,
@@ -43,13 +52,34 @@ class AdapterTerms:
 
     def __init__(self, config: HydraLoraConfig) -> None:
         self.config = config
+        self._shares = MovingShares(config.balance_ema)
 
     @property
     def at_all(self) -> bool:
         """Whether a loss acts at some time."""
-        return self.config.lora_nums > 1 and self.config.balance_weight > 0
+        return self.config.lora_nums > 1 and bool(self.config.balance_weight or self.config.information_weight)
 
     def at(self, step: int) -> list[Term]:
         """The losses that act after `step` updates."""
-        weight = self.config.balance_weight
-        return [Term("balance_loss", weight)] if weight else []
+        config = self.config
+        weight = warmed_up(config.balance_weight, step, config.balance_warmup)
+        by_layer = self._balance if config.balance == BalanceForm.BATCH else None
+        found = [Term("balance_loss", weight, by_layer)] if weight else []
+        if config.information_weight:
+            found.append(Term("information_loss", config.information_weight, self._information))
+        return found
+
+    def _balance(self, probabilities: Tensor, valid: Tensor, layer: str) -> Tensor:
+        """`balance='batch'`; the running shares belong to the backward pass that counts them."""
+        decided = self._decided(probabilities, valid)
+        shares = self._shares.update(layer, expert_shares(*decided))
+        return batch_balance(*decided, shares)
+
+    def _information(self, probabilities: Tensor, valid: Tensor, layer: str) -> Tensor:
+        return -information(*self._decided(probabilities, valid))
+
+    def _decided(self, probabilities: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """What the router decides: of every token, or of every row by the mean over its real tokens."""
+        if self.config.routing == RoutingUnit.TOKEN or probabilities.shape[1] == 1:
+            return probabilities, valid
+        return of_prompts(probabilities, valid), valid.any(dim=1).float()

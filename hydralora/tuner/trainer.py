@@ -14,18 +14,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hydralora.log import add_values, remove_values
-from hydralora.tuner.auxiliary import AuxiliaryLosses
+from hydralora.tuner.auxiliary import AuxiliaryLosses, losses_of
 from hydralora.tuner.gradient_scale import GradientScale
-
-
-def losses_of(model: nn.Module) -> list[AuxiliaryLosses]:
-    """The losses on the routing of the adapters in a model, wrapped or not."""
-    found: list[AuxiliaryLosses] = []
-    for module in model.modules():
-        losses = getattr(module, "auxiliary", None)
-        if isinstance(losses, AuxiliaryLosses) and not any(losses is known for known in found):
-            found.append(losses)
-    return found
+from hydralora.tuner.progress import set_step
 
 
 def set_gradient_scale(model: nn.Module, micro_batches: int = 1, scaler: Any = None) -> None:
@@ -62,15 +53,15 @@ class AdapterCallback(TrainerCallback):
         for losses in self._losses:
             add_values(model, losses.pop)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         """Before the first micro batch of an update."""
+        set_step(model, state.global_step)
         if not self._losses:
             return
         optimizer = kwargs.get("optimizer")
         # One process that feeds several devices adds up the gradients of their copies.
         micro_batches = micro_batches_of_update(args, state, kwargs.get("train_dataloader")) * max(1, args.n_gpu)
         for losses in self._losses:
-            losses.step = state.global_step
             losses.scale = GradientScale(micro_batches, getattr(optimizer, "scaler", None), _loss_scale(optimizer))
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:

@@ -14,12 +14,14 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hydralora import HydraLoraConfig, expert_balance_loss, set_gradient_scale
+from hydralora import HydraLoraConfig, expert_balance_loss, set_gradient_scale, set_step
 from hydralora.model import RoutingRecorder, of_text
 from hydralora.tuner import hydralora_layers
+from hydralora.tuner.auxiliary import losses_of
 from hydralora.tuner.gradient_scale import GradientScale
+from hydralora.tuner.losses import batch_balance, information, of_prompts
 from hydralora.tuner.terms import AdapterTerms, Term
-from hydralora.tuner.trainer import losses_of, micro_batches_of_update
+from hydralora.tuner.trainer import micro_batches_of_update
 from tests.checkpointed import checkpoint_layers
 from tests.hydralora.tuner.models import IDS, MASK, adapted, tiny_llama, tiny_opt
 
@@ -240,6 +242,34 @@ def test_a_loss_of_each_layer() -> None:
     model(**BATCH).loss.backward()
     assert_same(trained_gradients(model), trained_gradients(reference), rtol=1e-4, atol=1e-6)
     assert losses.pop() == pytest.approx({"squares": added.item()}, rel=1e-5)
+
+
+@pytest.mark.parametrize("routing", ["token", "sequence"])
+def test_the_forms_of_the_configuration(routing: str) -> None:
+    """`balance='batch'`, its warm-up and the information loss: values and gradients by hand, for each layer."""
+
+    def decided(recorded: Tensor) -> tuple[Tensor, Tensor]:
+        if routing == "token":
+            return recorded, MASK
+        return of_prompts(recorded, MASK), torch.ones(len(MASK))
+
+    reference = build(weight=0.0, routing=routing)
+    recorder = RoutingRecorder(hydralora_layers(reference))
+    recorder.start()
+    loss = reference(**BATCH).loss
+    recorded = [decided(routings[0].probabilities) for routings in recorder.stop().values()]
+    balance = WEIGHT / 2 * torch.stack([batch_balance(*of_layer) for of_layer in recorded]).mean()
+    gained = 0.3 * torch.stack([information(*of_layer) for of_layer in recorded]).mean()
+    (loss + balance - gained).backward()
+    model = build(routing=routing, balance="batch", balance_warmup=4, information_weight=0.3)
+    set_step(model, 2)
+    model(**BATCH).loss.backward()
+    assert_same(trained_gradients(model), trained_gradients(reference), rtol=1e-4, atol=1e-6)
+    expected = {"balance_loss": balance.item(), "information_loss": -gained.item()}
+    assert losses_of(model)[0].pop() == pytest.approx(expected, rel=1e-4)
+    set_step(model, 0)
+    model(**BATCH).loss.backward()
+    assert losses_of(model)[0].pop().keys() == {"information_loss"}
 
 
 def test_one_expert_has_nothing_to_balance() -> None:
