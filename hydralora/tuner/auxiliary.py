@@ -77,8 +77,8 @@ class Part:
     layer: str
     terms: list[Term]
 
-    def count(self, probabilities: Tensor) -> None:
-        """Take part in the pass, with the router's probabilities (B, T, E) or (B * T, E)."""
+    def count(self, weights: Tensor, probabilities: Tensor) -> None:
+        """Take part in the pass, with the router's probabilities (B, T, E) or (B * T, E) and the weights that act."""
         if self.within is None:
             return
         valid = self.within.tokens.valid(probabilities.shape[:-1], probabilities.device)
@@ -87,7 +87,9 @@ class Part:
         for term in self.terms:
             if term.of_layer is None:
                 pool = self.within.pools.setdefault((self.adapter, experts), (term, PooledBalance()))[1]
-                pool.add(probabilities.detach().reshape(*valid.shape, experts), valid)
+                shape = (*valid.shape, experts)
+                acting = weights.detach().expand(probabilities.shape).to(probabilities).reshape(shape)
+                pool.add(probabilities.detach().reshape(shape), acting, valid)
 
     def gradient(self, probabilities: Tensor) -> Tensor:
         """Gradient of the weighted losses for the router's probabilities, in their shape, scaled as the loss is."""
@@ -179,7 +181,7 @@ class AuxiliaryLosses:
         self.scale.check(probabilities.device)
         part = Part(self, within, adapter, self._names.get(id(layer), ""), terms)
         if not recomputed:
-            part.count(probabilities)
+            part.count(weights, probabilities)
         # The first forward pass of a reentrant checkpoint has no graph; its recomputation has.
         return _Attach.apply(weights, probabilities, part) if torch.is_grad_enabled() else weights
 

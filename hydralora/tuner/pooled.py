@@ -27,15 +27,16 @@ class PooledBalance:
         self._slope: Tensor | None = None  # (B, 1, E) float32
 
     @torch.no_grad()
-    def add(self, probabilities: Tensor, valid: Tensor) -> None:
+    def add(self, probabilities: Tensor, acting: Tensor, valid: Tensor) -> None:
         """Count a layer.
 
         Args:
-            probabilities: (B, T, E) float32.
+            probabilities: (B, T, E) float32, of the router.
+            acting: (B, T, E), the weights by which the experts act.
             valid: (B, T) float32, 1 at real tokens.
         """
         mask = valid.unsqueeze(1)  # (B, 1, T)
-        chosen = (mask @ one_hot_argmax(probabilities)).squeeze(1)  # (B, E)
+        chosen = (mask @ one_hot_argmax(acting)).squeeze(1)  # (B, E)
         probability = (mask @ probabilities).squeeze(1)
         self.layers += 1
         if self._chosen is None or self._probability is None:

@@ -257,7 +257,7 @@ def test_the_forms_of_the_configuration(routing: str) -> None:
     recorder = RoutingRecorder(hydralora_layers(reference))
     recorder.start()
     loss = reference(**BATCH).loss
-    recorded = [decided(routings[0].probabilities) for routings in recorder.stop().values()]
+    recorded = [decided(routings[0].learned) for routings in recorder.stop().values()]
     balance = WEIGHT / 2 * torch.stack([batch_balance(*of_layer) for of_layer in recorded]).mean()
     gained = 0.3 * torch.stack([information(*of_layer) for of_layer in recorded]).mean()
     (loss + balance - gained).backward()
