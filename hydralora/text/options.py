@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from hydralora.text.option_table import TEXT_OPTIONS
+from hydralora.tuner.balance.losses import BalanceForm
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.initialization import Initialization
 from hydralora.tuner.loading import read_config
-from hydralora.tuner.losses import BalanceForm
 from llava.errors import FlagError
 from llava.runtime.files import refuse_pointer
 from llava.runtime.monitoring.stopping import PATIENCE_HELP, THRESHOLD_HELP, choose_metric

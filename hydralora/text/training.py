@@ -1,7 +1,7 @@
 """The base with its adapter, the Trainer, and what a run leaves behind.
 
 Corresponds to `main` of the original's `fine-tuning.py`. The routing statistics by task, which the original prepares
-and never computes, are logged here; the balance loss acts within the layers (`hydralora/tuner/auxiliary.py`).
+and never computes, are logged here; the balance loss acts within the layers (`hydralora/tuner/balance/auxiliary.py`).
 """
 
 from __future__ import annotations

@@ -4,12 +4,13 @@
 as PEFT's own. `config.py` says what can be varied, `linear.py` holds the layer, `model.py` how it enters a model.
 """
 
+from hydralora.tuner.balance.losses import BalanceForm
+from hydralora.tuner.balance.trainer import set_gradient_scale
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.export import LoraExport, save_as_lora, save_clusters_as_lora, save_tasks_as_lora
 from hydralora.tuner.groups import parameter_groups
 from hydralora.tuner.initialization import Initialization
 from hydralora.tuner.linear import HydraLoraLayer, Linear
-from hydralora.tuner.losses import BalanceForm
 from hydralora.tuner.merging import MergeReport
 from hydralora.tuner.model import HydraLoraModel, hydralora_layers
 from hydralora.tuner.progress import StepCallback, set_step
@@ -18,7 +19,6 @@ from hydralora.tuner.routing.ablation import Ablation, ablate_experts
 from hydralora.tuner.routing.calls import forced_routing
 from hydralora.tuner.routing.from_loras import from_loras
 from hydralora.tuner.scaling import rescale
-from hydralora.tuner.trainer import set_gradient_scale
 
 __all__ = [
     "Ablation",

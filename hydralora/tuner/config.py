@@ -16,6 +16,7 @@ from typing import Any
 from peft import PeftConfig, TaskType
 from peft.utils.other import get_pattern_key
 
+from hydralora.tuner.balance.losses import BalanceForm
 from hydralora.tuner.fields import (
     COUNT,
     DICT,
@@ -37,7 +38,6 @@ from hydralora.tuner.fields import (
 )
 from hydralora.tuner.initialization import Initialization
 from hydralora.tuner.lora_options import explains_refused
-from hydralora.tuner.losses import BalanceForm
 from hydralora.tuner.registration import NAME, peft_type
 from hydralora.tuner.routing.rule import rule_problems
 

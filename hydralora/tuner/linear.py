@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from hydralora.layer import RoutedModule
-from hydralora.tuner.auxiliary import AuxiliaryLosses
+from hydralora.tuner.balance.auxiliary import AuxiliaryLosses
 from hydralora.tuner.bases import features, in_stored_form, quantization
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.head_dropout import HeadDropout

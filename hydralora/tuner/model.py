@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from hydralora.log import give_to_trainers
 from hydralora.tuner import combining, merging
-from hydralora.tuner.auxiliary import AuxiliaryLosses
 from hydralora.tuner.calls.rows import adapters_by_row
+from hydralora.tuner.balance.auxiliary import AuxiliaryLosses
+from hydralora.tuner.balance.terms import AdapterTerms
+from hydralora.tuner.balance.trainer import AdapterCallback
 from hydralora.tuner.bases import refusal, refuse_merging
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.linear import BASE, HydraLoraLayer, Linear
@@ -25,8 +27,6 @@ from hydralora.tuner.registration import PREFIX
 from hydralora.tuner.routing.calls import asked_routing
 from hydralora.tuner.routing.rule import check_patterns
 from hydralora.tuner.stored import from_earlier, without_lone_routers
-from hydralora.tuner.terms import AdapterTerms
-from hydralora.tuner.trainer import AdapterCallback
 from hydralora.tuner.versions import warn_of_untested
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from hydralora.tuner.auxiliary import losses_of
+from hydralora.tuner.balance.auxiliary import losses_of
 from hydralora.tuner.parts import Experts
 
 

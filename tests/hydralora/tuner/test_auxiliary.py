@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from hydralora import HydraLoraConfig, expert_balance_loss, set_gradient_scale, set_step
 from hydralora.model import RoutingRecorder, of_text
 from hydralora.tuner import hydralora_layers
-from hydralora.tuner.auxiliary import losses_of
-from hydralora.tuner.gradient_scale import GradientScale
-from hydralora.tuner.losses import batch_balance, information, of_prompts
-from hydralora.tuner.terms import AdapterTerms, Term
-from hydralora.tuner.trainer import micro_batches_of_update
+from hydralora.tuner.balance.auxiliary import losses_of
+from hydralora.tuner.balance.gradient_scale import GradientScale
+from hydralora.tuner.balance.losses import batch_balance, information, of_prompts
+from hydralora.tuner.balance.terms import AdapterTerms, Term
+from hydralora.tuner.balance.trainer import micro_batches_of_update
 from tests.checkpointed import checkpoint_layers
 from tests.hydralora.tuner.models import IDS, MASK, adapted, tiny_llama, tiny_opt
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from hydralora import HydraLoraConfig
 from hydralora.layer import Routing, expert_balance_loss
 from hydralora.tuner import hydralora_layers
+from hydralora.tuner.balance.losses import BalanceForm, batch_balance, information
 from hydralora.tuner.initialization import draw_centered
-from hydralora.tuner.losses import BalanceForm, batch_balance, information
 from tests.hydralora.tuner.models import IDS, MASK, TARGETS, adapted, logits, tiny_llama
 
 pytestmark = pytest.mark.versions

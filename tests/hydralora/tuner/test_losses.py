@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hydralora.layer import expert_balance_loss, routing_of
-from hydralora.tuner.losses import (
+from hydralora.tuner.balance.losses import (
     MovingShares,
     batch_balance,
     entropy,

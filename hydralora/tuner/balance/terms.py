@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
-from hydralora.tuner.losses import (
+from hydralora.tuner.balance.losses import (
     BalanceForm,
     MovingShares,
     batch_balance,
@@ -23,6 +22,7 @@ from hydralora.tuner.losses import (
     of_prompts,
     warmed_up,
 )
+from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 
 LayerLoss = Callable[[Tensor, Tensor, str], Tensor]
 """Scalar loss of one layer: of its router's probabilities (B, T, E) float32, of which tokens are real (B, T) float32,

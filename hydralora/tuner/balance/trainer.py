@@ -14,8 +14,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hydralora.log import add_values, remove_values
-from hydralora.tuner.auxiliary import AuxiliaryLosses, losses_of
-from hydralora.tuner.gradient_scale import GradientScale
+from hydralora.tuner.balance.auxiliary import AuxiliaryLosses, losses_of
+from hydralora.tuner.balance.gradient_scale import GradientScale
 from hydralora.tuner.progress import set_step
 
 

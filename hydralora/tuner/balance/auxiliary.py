@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hydralora.tokens import RealTokens, entries, real_tokens
-from hydralora.tuner.checkpoints import bind_checkpoints, release_checkpoints
-from hydralora.tuner.gradient_scale import GradientScale
-from hydralora.tuner.passes import OfThread
-from hydralora.tuner.pooled import PooledBalance
-from hydralora.tuner.terms import AdapterTerms, Term
+from hydralora.tuner.balance.gradient_scale import GradientScale
+from hydralora.tuner.balance.pooled import PooledBalance
+from hydralora.tuner.balance.terms import AdapterTerms, Term
+from hydralora.tuner.calls.checkpoints import bind_checkpoints, release_checkpoints
+from hydralora.tuner.calls.thread_value import OfThread
 
 OUTSIDE = (
     "balance_weight: this layer runs outside of a forward pass of its model, which would say which tokens are padding. "
