@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from hydralora.diagnostics import ROUTING, matrices, mean_cosine, routed_modules, routing_numbers, whole
+from hydralora.diagnostics import ROUTING, matrices, mean_cosine, routing_numbers, whole
 from hydralora.layer import RoutedModule, Routing
 from hydralora.log import add_values, give_to_trainers, remove_values
+from hydralora.model import routed_modules
 from hydralora.tokens import RealTokens, entries, real_tokens
 
 PASSES = 8

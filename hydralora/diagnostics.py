@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hydralora.layer import RoutedModule
 
@@ -71,8 +71,3 @@ def matrices(module: RoutedModule) -> tuple[list[Tensor], list[Tensor]] | None:
     if all(weight.ndim == 1 for weight in weights):
         return None
     return module.trained_matrices()
-
-
-def routed_modules(model: nn.Module) -> dict[str, RoutedModule]:
-    """Every layer with a router by name, in order: routed blocks, updates of attention, layers of the PEFT method."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, RoutedModule)}

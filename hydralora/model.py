@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from hydralora.block import KINDS, RoutedMLP, adapt, release
 from hydralora.config import RoutedMLPConfig
-from hydralora.diagnostics import routed_modules
 from hydralora.gated import check, only_gated_mlp, reference
 from hydralora.layer import RoutedModule, Routing
 
@@ -93,6 +92,11 @@ def _naming_layer(index: int, layer: nn.Module) -> Iterator[None]:
 def routed_blocks(model: nn.Module) -> dict[str, RoutedMLP]:
     """The blocks of `model` by name, in order of the layers."""
     return {name: module for name, module in model.named_modules() if isinstance(module, RoutedMLP)}
+
+
+def routed_modules(model: nn.Module) -> dict[str, RoutedModule]:
+    """Every layer with a router by name, in order: routed blocks, updates of attention, layers of the PEFT method."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, RoutedModule)}
 
 
 def added_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

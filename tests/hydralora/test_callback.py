@@ -16,9 +16,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hydralora import RoutedMLPConfig, RoutingCallback, added_parameters, attach, record_routing
 from hydralora.callback import PREFIX
 from hydralora.config import RoutedLinearConfig
-from hydralora.diagnostics import mean_cosine, routed_modules, routing_numbers
+from hydralora.diagnostics import mean_cosine, routing_numbers
 from hydralora.linears import add_updates
-from hydralora.model import decoder_layers
+from hydralora.model import decoder_layers, routed_modules
 from llava.runtime import checkpointing
 from tests.hydralora.tuner.models import IDS, MASK, adapted, tiny_llama
 

@@ -271,7 +271,9 @@ def test_trained_tokens_of_several_experts(tmp_path: Path) -> None:
     torch.testing.assert_close(rows[1][MASK[1].bool()], tiny_llama()(input_ids=IDS[1:2, :4]).logits[0])
 
 
-@pytest.mark.parametrize("names", [["lm_head"], ("lm_head",), {"embed_tokens", "lm_head"}], ids=str)
+@pytest.mark.parametrize(
+    "names", [["lm_head"], ("lm_head",), {"embed_tokens", "lm_head"}], ids=["list", "tuple", "set"]
+)
 def test_modules_trained_in_full(names: Any, tmp_path: Path) -> None:
     model = adapted(modules_to_save=names)
     train(model)

@@ -23,7 +23,6 @@ from llava.runtime.cache_name import (
     cache_argument,
     cache_keyword,
     cache_of,
-    given_cache,
     layer_cache_keyword,
     takes_cache,
 )
@@ -46,9 +45,6 @@ def test_the_signature_decides(function: Any, name: str) -> None:
     cache = DynamicCache()
     assert cache_keyword(function) == name
     assert function(1, **cache_argument(function, cache)) is cache
-    assert given_cache(function, (1,), {name: cache}) is cache
-    assert given_cache(function, (1, cache), {}) is cache
-    assert given_cache(function, (1,), {}) is None
     with pytest.raises(TypeError, match="len has no argument named cache or past_key_values"):
         cache_keyword(len)
 
@@ -101,4 +97,5 @@ def names_in(source: str) -> set[str]:
 def test_no_other_module_knows_the_old_name(repository: Path) -> None:
     here = {path for package in PACKAGES for path in (repository / package).rglob("*.py")}
     knowing = {str(path.relative_to(repository)) for path in here if "past_key_values" in names_in(path.read_text())}
-    assert knowing == {"llava/runtime/cache_name.py"}
+    # The method of PEFT refuses what a model of any library remembers under these names.
+    assert knowing == {"llava/runtime/cache_name.py", "hydralora/tuner/caches.py"}
