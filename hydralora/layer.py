@@ -15,6 +15,7 @@ Shape letters: B batch, L sequence length, r rank, E experts.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ class Routing(NamedTuple):
         return self.probabilities if self.router is None else self.router
 
 
-class RoutedModule:
+class RoutedModule(ABC):
     """Mixin of every layer with a router.
 
     Attributes:
@@ -55,13 +56,13 @@ class RoutedModule:
     experts: int
     observers: list[Callable[[Routing], None]]
 
+    @abstractmethod
     def added_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Everything that is trained, by name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def trained_matrices(self) -> tuple[list[Tensor], list[Tensor]]:
         """The routers (E, in_features), and all B (E, out_features, r), that are trained."""
-        raise NotImplementedError
 
 
 def one_hot_argmax(probabilities: Tensor) -> Tensor:

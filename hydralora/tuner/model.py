@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from hydralora.log import give_to_trainers
 from hydralora.tuner import combining, merging
-from hydralora.tuner.calls.rows import adapters_by_row
 from hydralora.tuner.balance.auxiliary import AuxiliaryLosses
 from hydralora.tuner.balance.terms import AdapterTerms
 from hydralora.tuner.balance.trainer import AdapterCallback
 from hydralora.tuner.bases import refusal, refuse_merging
+from hydralora.tuner.calls.rows import adapters_by_row
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.linear import BASE, HydraLoraLayer, Linear
 from hydralora.tuner.passes import Passes
