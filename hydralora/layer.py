@@ -15,7 +15,6 @@ Shape letters: B batch, L sequence length, r rank, E experts.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -45,7 +44,7 @@ class Routing(NamedTuple):
         return self.probabilities if self.router is None else self.router
 
 
-class RoutedModule(ABC):
+class RoutedModule:
     """Mixin of every layer with a router.
 
     Attributes:
@@ -56,13 +55,11 @@ class RoutedModule(ABC):
     experts: int
     observers: list[Callable[[Routing], None]]
 
-    @abstractmethod
-    def added_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Everything that is trained, by name."""
+    added_parameters: Callable[..., Iterator[tuple[str, nn.Parameter]]]
+    """A method: everything that is trained, by name."""
 
-    @abstractmethod
-    def trained_matrices(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The routers (E, in_features), and all B (E, out_features, r), that are trained."""
+    trained_matrices: Callable[..., tuple[list[Tensor], list[Tensor]]]
+    """A method: the routers (E, in_features), and all B (E, out_features, r), that are trained."""
 
 
 def one_hot_argmax(probabilities: Tensor) -> Tensor:

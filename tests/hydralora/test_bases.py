@@ -295,7 +295,7 @@ def test_the_balance_loss_of_a_patched_base(kind: str) -> None:
     recorder.start()
     model.get_decoder()(input_ids=IDS, attention_mask=mask)
     routings = [passes[-1] for passes in recorder.stop().values()]
-    rows = [type(r)(*(values.reshape(2, 5, 3) for values in r)) for r in routings]
+    rows = [type(r)(r.probabilities.reshape(2, 5, 3), r.choice.reshape(2, 5, 3)) for r in routings]
     expected = 0.5 * expert_balance_loss(rows, mask)
     assert patch.balance_loss.item() == pytest.approx(expected.item(), abs=1e-7)
     assert loss.item() == pytest.approx(base(**batch).loss.item() + expected.item(), abs=1e-6)
