@@ -55,6 +55,8 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
     )
     auxiliary: AuxiliaryLosses | None = None
     """The losses on the routing of the whole model; None for a layer of none."""
+    name_in_model: str = ""
+    """Its name there."""
 
     def __init__(self, base_layer: nn.Module, passes: Passes) -> None:
         self.base_layer = base_layer
@@ -142,12 +144,16 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
         return acting_weights(self, adapter_name, x, rows)
 
     def with_losses(self, adapter_name: str, weights: Tensor, probabilities: Tensor) -> Tensor:
-        """`weights` of the experts, in training with the losses on the router's `probabilities` attached."""
+        """`weights` of the experts, in training with the losses on the routing attached.
+
+        These are on the router's `probabilities`, or on the weights of whole sequences.
+        """
         if self.auxiliary is None or not self.training or adapter_name not in self.lora_router:
             return weights
         if not self.lora_router[adapter_name].weight.requires_grad:  # another adapter trains
             return weights
-        return self.auxiliary.attach(self, adapter_name, weights, probabilities)
+        of_prompts = self.auxiliary.adapters[adapter_name].of_prompts
+        return self.auxiliary.attach(self, adapter_name, weights, weights if of_prompts else probabilities)
 
     def update(self, adapter_name: str, x: Tensor, rows: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
         """`onto + s * sum_e w_e B_e A x`, (..., out_features): the output of the frozen layer with the adapter's.

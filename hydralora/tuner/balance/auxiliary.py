@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,16 @@ UNCARRIED = (
 def in_backward() -> bool:
     """Whether a backward pass runs here: what is computed then is a recomputation."""
     return torch._C._current_graph_task_id() != -1
+
+
+class AdaptedLayer(Protocol):
+    """A layer that takes part in the losses.
+
+    Attributes:
+        name_in_model: its name in the model that is watched.
+    """
+
+    name_in_model: str
 
 
 @dataclass
@@ -133,21 +143,22 @@ class AuxiliaryLosses:
     Attributes:
         adapters: the losses of each adapter by its name.
         scale: how the trainer scales its loss at the moment.
-        step: updates made so far, for what depends on it.
+        step: updates made so far, for what depends on it; None until somebody says it.
     """
 
     def __init__(self) -> None:
         self.adapters: dict[str, AdapterTerms] = {}
-        self.scale, self.step = GradientScale(), 0
+        self.scale = GradientScale()
+        self.step: int | None = None
         self._running: OfThread[ForwardPass] = OfThread()
         self._handles: list[RemovableHandle] = []
-        self._names: dict[int, str] = {}
         self._values: dict[str, tuple[Tensor, float]] = {}
 
-    def watch(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    def watch(self, model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
         """Follow the forward passes of `model`, in which `layers` by name are all adapted layers, from now on."""
         self.unwatch(model)
-        self._names = {id(layer): name for name, layer in layers.items()}
+        for name, layer in layers.items():
+            layer.name_in_model = name  # a copy of the model has it too
         for module in entries(model, layers):
             self._handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._end, always_call=True))
@@ -159,7 +170,7 @@ class AuxiliaryLosses:
         release_checkpoints(model, self)
 
     @torch.compiler.disable
-    def attach(self, layer: nn.Module, adapter: str, weights: Tensor, probabilities: Tensor) -> Tensor:
+    def attach(self, layer: AdaptedLayer, adapter: str, weights: Tensor, probabilities: Tensor) -> Tensor:
         """`weights` of the experts, with the gradient of the losses on `probabilities` attached.
 
         Args:
@@ -179,7 +190,7 @@ class AuxiliaryLosses:
         if within is None and not recomputed:
             raise ValueError(OUTSIDE)
         self.scale.check(probabilities.device)
-        part = Part(self, within, adapter, self._names.get(id(layer), ""), terms)
+        part = Part(self, within, adapter, layer.name_in_model, terms)
         if not recomputed:
             part.count(weights, probabilities)
         # The first forward pass of a reentrant checkpoint has no graph; its recomputation has.

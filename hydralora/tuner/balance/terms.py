@@ -59,10 +59,25 @@ class AdapterTerms:
         """Whether a loss acts at some time."""
         return self.config.lora_nums > 1 and bool(self.config.balance_weight or self.config.information_weight)
 
-    def at(self, step: int) -> list[Term]:
-        """The losses that act after `step` updates."""
+    @property
+    def of_prompts(self) -> bool:
+        """Whether what a layer hands over are the weights of whole sequences, instead of its router's by token."""
+        pooled = self.config.balance_weight and self.config.balance != BalanceForm.BATCH
+        return self.config.routing == RoutingUnit.SEQUENCE and not pooled
+
+    def at(self, step: int | None) -> list[Term]:
+        """The losses that act after `step` updates; None: nobody said how many there were.
+
+        Raises:
+            RuntimeError: a loss depends on that.
+        """
         config = self.config
-        weight = warmed_up(config.balance_weight, step, config.balance_warmup)
+        if step is None and config.balance_weight and config.balance_warmup:
+            raise RuntimeError(
+                f"balance_warmup={config.balance_warmup}: the adapter does not know how many updates have been made; "
+                "call hydralora.set_step(model, step) before each"
+            )
+        weight = warmed_up(config.balance_weight, step or 0, config.balance_warmup)
         by_layer = self._balance if config.balance == BalanceForm.BATCH else None
         found = [Term("balance_loss", weight, by_layer)] if weight else []
         if config.information_weight:

@@ -22,6 +22,7 @@ from hydralora.tuner.balance.gradient_scale import GradientScale
 from hydralora.tuner.balance.losses import batch_balance, information, of_prompts
 from hydralora.tuner.balance.terms import AdapterTerms, Term
 from hydralora.tuner.balance.trainer import micro_batches_of_update
+from hydralora.tuner.batch import prompt_tokens
 from tests.checkpointed import checkpoint_layers
 from tests.hydralora.tuner.models import IDS, MASK, adapted, tiny_llama, tiny_opt
 
@@ -251,7 +252,7 @@ def test_the_forms_of_the_configuration(routing: str) -> None:
     def decided(recorded: Tensor) -> tuple[Tensor, Tensor]:
         if routing == "token":
             return recorded, MASK
-        return of_prompts(recorded, MASK), torch.ones(len(MASK))
+        return of_prompts(recorded, prompt_tokens(MASK, BATCH["labels"])), torch.ones(len(MASK))
 
     reference = build(weight=0.0, routing=routing)
     recorder = RoutingRecorder(hydralora_layers(reference))
