@@ -51,7 +51,9 @@ class HydraLoraModel(BaseTuner):
         """PEFT's check for LoRA: fused kernels of Mamba read the weights of some layers and never call them."""
         super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
 
-    def _pre_injection_hook(self, model: nn.Module, config: HydraLoraConfig, adapter_name: str) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's, for the first adapter of a model and for every other; arguments and errors as of PEFT's."""
+        config = self.peft_config[adapter_name]
         warn_of_untested()
         config.check()  # its values may have been set after it was made
         check_patterns(config, model)
@@ -59,9 +61,8 @@ class HydraLoraModel(BaseTuner):
             self.hydralora_passes = passes_of(model)
             layers = hydralora_layers(model).values()  # of adapters that were each injected by itself
             self.hydralora_losses = next((layer.auxiliary for layer in layers if layer.auxiliary), AuxiliaryLosses())
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         self.hydralora_losses.adapters[adapter_name] = AdapterTerms(config)
-
-    def _post_injection_hook(self, model: nn.Module, config: HydraLoraConfig, adapter_name: str) -> None:
         self._warn_of_absent_layers(model, config, adapter_name)
         if RoutingUnit(config.routing) is RoutingUnit.SEQUENCE:
             self.hydralora_passes.watch(model)

@@ -137,3 +137,18 @@ def test_the_trainer_says_the_number_of_updates_after_a_resumption_too(tmp_path:
         logged = [row["balance_loss"] for row in trainer.state.log_history if "balance_loss" in row]
     assert logged[0] < logged[-1], "it grows, and is logged"
     assert_same(ends[1], ends[0])
+
+
+def test_a_second_adapter_has_losses_and_routing_of_its_own() -> None:
+    """PEFT prepares only the first adapter of a model; what another one needs must not depend on that."""
+    model, first = adapted().train(), build(balance_weight=WEIGHT, routing="sequence")
+    model.add_adapter("second", first.peft_config["default"])
+    model.set_adapter("second")
+    layers = hydralora_layers(model)
+    with torch.no_grad():
+        for name, layer in hydralora_layers(first).items():
+            for kind in layer.adapter_layer_names:
+                if "default" in (parts := getattr(layer, kind)):
+                    getattr(layers[name], kind)["second"].weight.copy_(parts["default"].weight)
+    expected = gradients(first)
+    assert_same(gradients(model), {name.replace(".default.", ".second."): value for name, value in expected.items()})
