@@ -76,16 +76,20 @@ def check_lora(tensors: Mapping[str, Tensor], rank: int, source: str | Path) -> 
 
 
 def check_adapter(model: PeftModel, path: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter file, under the names that its method writes today; they fit that of a PEFT model.
+    """The tensors of an adapter file, of today or of an earlier version of its method; they fit that of a PEFT model.
 
     Raises:
         CheckpointError: names or shapes in the file differ from those of the adapter, or a tensor is not of finite
             floating-point numbers.
     """
-    tensors = _as_written_today(model, read_tensors(path))
+    tensors = read_tensors(path)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-    wrong = [name for name in expected if name in tensors and expected[name].shape != tensors[name].shape]
+    # Compared as the method loads them; what it writes today is named as in a file.
+    there, here = _as_loaded(model, expected), _as_loaded(model, tensors)
+    names = dict(zip(there, expected, strict=True))
+    missing = sorted(names[key] for key in there.keys() - here.keys())
+    unknown = sorted(here.keys() - there.keys())
+    wrong = [names[key] for key in there if key in here and there[key].shape != here[key].shape]
     if missing or unknown or wrong:
         raise CheckpointError(
             f"{path}: does not fit the adapter that adapter_config.json describes; missing {missing[:3]}, unknown "
@@ -95,12 +99,11 @@ def check_adapter(model: PeftModel, path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _as_written_today(model: PeftModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file after what the method of the active adapter does to those of its earlier versions."""
+def _as_loaded(model: PeftModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file by their names in the model, after what the active adapter's method does to them."""
     name = model.active_adapter
     config = model.peft_config[name]
     method = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
-    if method is None:
-        return dict(tensors)
-    loaded = method._remap_adapter_state_dict_for_load(model, config, name, dict(tensors))
-    return {method._remove_adapter_name_from_key(key, name): tensor for key, tensor in loaded.items()}
+    return (
+        dict(tensors) if method is None else method._remap_adapter_state_dict_for_load(model, config, name, {**tensors})
+    )

@@ -101,6 +101,8 @@ def log_likelihood(model: Any, prompt: Tensor, answer: Tensor) -> float:
         if answer.shape[1] > 1:
             host = model.get_base_model() if isinstance(model, PeftModel) else model
             filled = cache_argument(host.forward, cache_of(first))
+            if isinstance(model, PeftModel) and getattr(model.active_peft_config, "routing", "") == "sequence":
+                filled = {**filled, "prompt_mask": torch.zeros_like(answer[:, :-1], dtype=torch.bool)}
             rows.append(model(input_ids=answer[:, :-1], **filled).logits[0])
     scores = torch.cat(rows).log_softmax(dim=-1)  # (T, vocabulary)
     return scores.gather(1, answer[0][:, None]).sum().item()
