@@ -34,7 +34,6 @@ from hydralora.text.training import (
     require_adapter,
 )
 from hydralora.tuner.original import OUR_WEIGHTS
-from hydralora.tuner.progress import StepCallback
 from llava.runtime import checkpointing
 from llava.runtime.monitoring.stopping import early_stopping
 from llava.runtime.places import RUN_FILE
@@ -110,10 +109,7 @@ def build_run(args: RunArguments, resumed: Resumption | None = None) -> TextRun:
         eval_dataset=evaluation,
         data_collator=InstructionCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
-        callbacks=[
-            *early_stopping(training.early_stopping_patience, training.early_stopping_threshold),
-            StepCallback(),
-        ],
+        callbacks=early_stopping(training.early_stopping_patience, training.early_stopping_threshold),
     )
     trainer.resumption = resumed
     return TextRun(args, tokenizer, model, trainer)

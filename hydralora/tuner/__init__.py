@@ -13,7 +13,7 @@ from hydralora.tuner.initialization import Initialization
 from hydralora.tuner.linear import HydraLoraLayer, Linear
 from hydralora.tuner.merging import MergeReport
 from hydralora.tuner.model import HydraLoraModel, hydralora_layers
-from hydralora.tuner.progress import StepCallback, set_step
+from hydralora.tuner.progress import set_step
 from hydralora.tuner.registration import register
 from hydralora.tuner.routing.ablation import Ablation, ablate_experts
 from hydralora.tuner.routing.calls import forced_routing
@@ -31,7 +31,6 @@ __all__ = [
     "LoraExport",
     "MergeReport",
     "RoutingUnit",
-    "StepCallback",
     "ablate_experts",
     "forced_routing",
     "from_loras",

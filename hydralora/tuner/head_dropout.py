@@ -44,7 +44,7 @@ class HeadDropout:
         if self.start and self.step is None:
             raise RuntimeError(
                 f"head_dropout_start={self.start}: the adapter does not know how many updates have been made; call "
-                "hydralora.set_step(model, step) before each, or give the Trainer the callback hydralora.StepCallback()"
+                "hydralora.set_step(model, step) before each"
             )
         return (self.step or 0) >= self.start
 

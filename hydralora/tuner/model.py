@@ -140,7 +140,7 @@ class HydraLoraModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Around a forward pass or a generation: note its prompt, and hand on what it asks for.
 
-        That are `adapter_names`, one per row of the batch, and `routing_weights`, `expert` or `tasks`
+        These are `adapter_names`, one per row of the batch, and `routing_weights`, `expert` or `tasks`
         (`routing/given.py`). Nothing stays behind, even after an error.
         """
         adapter_names = kwargs.pop("adapter_names", None)

@@ -1,15 +1,12 @@
 """How many updates have been made: what an adapter does from a certain update on depends on it.
 
 Nothing of it is stored: the Trainer's own count, which a resumed run continues, is handed to the model before each
-update. Every model keeps the number for itself.
+update (`balance/trainer.py`). Every model keeps the number for itself.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
-from transformers import TrainerCallback
 
 from hydralora.tuner.balance.auxiliary import losses_of
 from hydralora.tuner.parts import Experts
@@ -32,11 +29,3 @@ def set_step(model: nn.Module, step: int) -> None:
             module.head_dropout.step = step
     for losses in losses_of(model):
         losses.step = step
-
-
-class StepCallback(TrainerCallback):
-    """Calls `set_step` before every update of transformers' Trainer and of trainers built on it."""
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        """Before the first micro batch of an update."""
-        set_step(model, state.global_step)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from hydralora import StepCallback, set_step
+from hydralora import set_step
+from hydralora.tuner.balance.trainer import AdapterCallback
 from hydralora.tuner.head_dropout import HeadDropout
 from hydralora.tuner.parts import Experts
 from tests.hydralora.tuner.models import adapted, logits
@@ -98,7 +99,7 @@ def test_it_begins_after_some_updates(kind: dict[str, Any]) -> None:
 def test_the_callback_hands_over_the_trainers_count_to_its_model_alone() -> None:
     """A resumed run begins with the count of the interrupted one."""
     model, other = (adapted(head_dropout=0.2, head_dropout_start=5) for _ in range(2))
-    StepCallback().on_step_begin(None, TrainerState(global_step=7), TrainerControl(), model=model)
+    AdapterCallback().on_step_begin(None, TrainerState(global_step=7), TrainerControl(), model=model)
     steps = [
         {module.head_dropout.step for module in each.modules() if isinstance(module, Experts)}
         for each in (model, other)
