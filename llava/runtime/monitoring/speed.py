@@ -97,6 +97,6 @@ class SpeedMeter:
         }
         first, began = self._began
         if update > first:
-            found[LEFT] = round((now - began) / (update - first) * max(0, last - update), 1)
+            found[LEFT] = round((now - began) / (update - first) * max(0, last - update), 3)
         self._samples, self._targets, self._line_began, self._paused = 0, torch.zeros_like(self._targets), now, 0.0
         return found

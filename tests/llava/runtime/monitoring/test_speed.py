@@ -50,3 +50,13 @@ def test_a_line_counts_since_the_line_before_over_all_processes() -> None:
 def test_the_first_position_is_no_target() -> None:
     labels = torch.tensor([[5, -100, 7], [-100, 8, 9]])
     assert int(shifted_targets(labels)) == 3
+
+
+def test_a_short_time_left_is_not_rounded_to_nothing() -> None:
+    clock = Clock()
+    meter = SpeedMeter(CPU, clock)
+    meter.begin(0)
+    clock.now += 0.02
+    assert meter.line(two_processes, 1, 2)[LEFT] == pytest.approx(0.02)
+    clock.now += 0.02
+    assert meter.line(two_processes, 2, 2)[LEFT] == 0
