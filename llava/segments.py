@@ -1,15 +1,16 @@
-"""What travels through a multimodal sequence: where its parts lie, the spliced batch, the state between layers.
+"""What travels through a multimodal sequence: its parts, the plan of a batch, the spliced batch, the decoder's state.
 
-Plain data that everybody may use: `splice` computes the segments once, and training, the decoder loop and the
-extensions read them (Dynamic-LLaVA's rules of segments; seams 2 and 4 of `llava/extension.py`).
+Plain data that everybody may use: `llava/data/splice_plan.py` computes the segments once, and training, the decoder
+loop and the extensions read them (Dynamic-LLaVA's rules of segments; seams 2 and 4 of `llava/extension.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -89,6 +90,83 @@ def _find_last(ids: list[int], marker: Sequence[int]) -> int:
     return next(starts, 0) if size else 0
 
 
+@dataclass(frozen=True)
+class SpliceOptions:
+    """What decides the shape of a spliced batch.
+
+    Attributes:
+        max_length: longest sequence of tokens and patches (`tokenizer_model_max_length`), or None for no limit.
+        padding_side: `left` or `right` (`tokenizer_padding_side`).
+        user_marker: token ids that open a user turn, for `Segments.last_instruct`; empty if unknown.
+    """
+
+    max_length: int | None
+    padding_side: str
+    user_marker: tuple[int, ...] = ()
+
+    @classmethod
+    def of_config(cls, config: Any) -> SpliceOptions:
+        """Lengths and sides as the configuration of a LLaVA has them."""
+        return cls(
+            max_length=getattr(config, "tokenizer_model_max_length", None),
+            padding_side=getattr(config, "tokenizer_padding_side", "right"),
+            user_marker=tuple(getattr(config, "user_marker_ids", ()) or ()),
+        )
+
+
+@dataclass(frozen=True)
+class SplicePlan:
+    """A batch as it is after splicing, but for the embeddings.
+
+    All tensors are on one device. The features of a batch are the rows (P_i, D) of all its images one after another,
+    those of images that stand for none included.
+
+    Attributes:
+        input_ids: (B, L) int64, 0 at padding and images.
+        labels: (B, L) int64, -100 where ignored.
+        attention_mask: (B, L) bool, False at padding.
+        position_ids: (B, L) int64, counting the tokens of a row from 0; 0 at padding.
+        slots: (features,) int64, the places in the flattened (B L) that features take, in their order.
+        feature_rows: (features,) int64, which features they are; None: all of them.
+        features: number of features of the batch; None for a batch without images.
+        target_positions: (targets,) int64, places in the flattened (B L) whose prediction is trained, padded by 0.
+        target_labels: (targets,) int64, the label predicted there; -100 at padding, so one place is always listed.
+        targets: how many of them count.
+        padding: `left` or `right`, or `none` if all rows are equally long.
+        options: what the plan was made with.
+        segments: one per row.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    slots: Tensor
+    feature_rows: Tensor | None
+    features: int | None
+    target_positions: Tensor
+    target_labels: Tensor
+    targets: int
+    padding: str
+    options: SpliceOptions
+    segments: list[Segments]
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> SplicePlan:
+        """The plan with its tensors on `device`; nothing is waited for."""
+        if self.input_ids.device == torch.device(device):
+            return self
+        return replace(
+            self, **{name: value.to(device, non_blocking=non_blocking) for name, value in self._tensors().items()}
+        )
+
+    def pin_memory(self) -> SplicePlan:
+        """The plan in memory that copies to a GPU do not wait for; called by `DataLoader`."""
+        return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+
 @dataclass
 class MultimodalInputs:
     """A batch after images were spliced into text (seam 2).
@@ -99,6 +177,8 @@ class MultimodalInputs:
         attention_mask: (B, L) bool, False at padding, or None when nothing is padded.
         position_ids: (B, L) int64 counting real tokens from 0, or None.
         segments: one `Segments` per sample.
+        plan: what the batch was made by, if by a plan; knows where padding and
+            targets are. Whoever changes lengths or labels sets it to None.
     """
 
     inputs_embeds: Tensor
@@ -106,6 +186,7 @@ class MultimodalInputs:
     attention_mask: Tensor | None
     position_ids: Tensor | None
     segments: list[Segments]
+    plan: SplicePlan | None = None
 
 
 @dataclass

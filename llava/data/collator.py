@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from llava.constants import IGNORE_INDEX
+from llava.data.splice_plan import SplicePlanner
 from llava.runtime.failure import failed_batch
 
 
@@ -21,9 +22,11 @@ class DataCollatorForSupervisedDataset:
 
     Attributes:
         tokenizer: gives the padding id and the length.
+        planner: plans how images are put into the text, for the model that is trained; None leaves that to the model.
     """
 
     tokenizer: PreTrainedTokenizerBase
+    planner: SplicePlanner | None = None
 
     def __call__(self, instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate B items.
@@ -32,8 +35,9 @@ class DataCollatorForSupervisedDataset:
             `input_ids` int64 (B, T); `labels` int64 (B, T) with -100 at padding; `attention_mask` bool (B, T), True
             for every token of a row, `<unk>` included although padding has its id; if the items have images,
             `images` float32 (N, 3, height, width) in the order of the rows, or a list of (3, height, width) if sizes
-            differ; if they have tiles, a list of (tiles, 3, height, width), and `image_sizes`, each width and height. A
-            bad sample that a worker met makes the batch what `failed_batch` says.
+            differ; if they have tiles, a list of (tiles, 3, height, width), and `image_sizes`, each width and height.
+            With a planner also `plan`, the batch as it is after splicing. A bad sample that a worker met makes the
+            batch what `failed_batch` says.
         """
         failed = failed_batch(instances)
         if failed is not None:
@@ -54,6 +58,8 @@ class DataCollatorForSupervisedDataset:
             images = [image for instance in instances for image in _as_batch(instance["image"])]
             same_size = len({image.shape for image in images}) == 1
             batch["images"] = torch.stack(images) if same_size else images
+        if self.planner is not None:
+            batch["plan"] = self.planner(batch)
         return batch
 
 

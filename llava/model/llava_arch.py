@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava.data.splice_plan import SplicePlanner
 from llava.data.tiling import ImageLength, get_anyres_image_grid_shape
 from llava.errors import FlagError
 from llava.extension import ExtensionSet
@@ -22,10 +23,10 @@ from llava.model.multimodal_encoder.identity import lasting_name
 from llava.model.multimodal_encoder.reading import read_tower
 from llava.model.multimodal_encoder.stored import StoredTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.splice import SpliceOptions, splice
+from llava.model.splice import carry_out, check_plan, splice
 from llava.model.tiles import merge_tiles
 from llava.runtime.cache_name import takes_cache
-from llava.segments import MultimodalInputs
+from llava.segments import MultimodalInputs, SpliceOptions, SplicePlan
 
 Images = Tensor | Sequence[Tensor]
 """Images of a batch: (N, 3, height, width), or (N, tiles, 3, height, width), or a list of (3, height, width) and
@@ -204,11 +205,11 @@ class LlavaMetaForCausalLM:
 
     def splice_options(self) -> SpliceOptions:
         """Lengths and sides as the configuration has them."""
-        return SpliceOptions(
-            max_length=getattr(self.config, "tokenizer_model_max_length", None),
-            padding_side=getattr(self.config, "tokenizer_padding_side", "right"),
-            user_marker=tuple(getattr(self.config, "user_marker_ids", ()) or ()),
-        )
+        return SpliceOptions.of_config(self.config)
+
+    def splice_planner(self) -> SplicePlanner:
+        """What plans the batches of this model where they are collated; see `DataCollatorForSupervisedDataset`."""
+        return SplicePlanner(self.config, None if self.get_vision_tower() is None else self.image_length())
 
     def build_inputs(
         self,
@@ -218,6 +219,7 @@ class LlavaMetaForCausalLM:
         images: Images | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
         padding_side: str | None = None,
+        plan: SplicePlan | None = None,
     ) -> MultimodalInputs:
         """Embeddings, labels, masks and segments of a batch, before any extension has seen them.
 
@@ -228,20 +230,21 @@ class LlavaMetaForCausalLM:
             images: images in row order, or None.
             image_sizes: see `image_features`.
             padding_side: overrides the configuration; generation pads on the left.
+            plan: of the batch, made where it was collated; the ids are then not looked at.
 
         Raises:
-            ValueError: images and image tokens do not match in number.
+            ValueError: images and image tokens do not match in number, or the plan is of another batch or of a model
+                with other settings.
         """
         features = None
         if images is not None and self.get_vision_tower() is not None:
             features = self.image_features(images, image_sizes)
         options = self.splice_options()
-        # Upstream cuts a batch where it splices images in; text alone goes to the language model as it is.
-        options = replace(
-            options,
-            max_length=None if features is None else options.max_length,
-            padding_side=options.padding_side if padding_side is None else padding_side,
-        )
+        if plan is not None:
+            check_plan(plan, input_ids, options)
+            inputs = carry_out(plan.to(input_ids.device), features, self.get_model().embed_tokens)
+            return inputs if labels is not None else replace(inputs, labels=None)
+        options = replace(options, padding_side=options.padding_side if padding_side is None else padding_side)
         return splice(input_ids, labels, attention_mask, features, self.get_model().embed_tokens, options)
 
     @takes_cache

@@ -110,11 +110,13 @@ class LLaVATrainer(MonitoredTrainer):
 
     def count_targets(self, batch: Mapping[str, Any]) -> Tensor:
         """Targets of a micro batch, int64 scalar; what truncation cuts off does not count."""
+        if batch.get("plan") is not None:
+            return torch.tensor(batch["plan"].targets)
         llava = bare_model(self.model)
         limit = getattr(llava.config, "tokenizer_model_max_length", None)
         images, sizes = batch.get("images"), batch.get("image_sizes")
         lengths = [] if images is None else llava.image_lengths(images, sizes)
-        return count_targets(batch["input_ids"], batch["labels"], lengths, limit if lengths else None)
+        return count_targets(batch["input_ids"], batch["labels"], lengths, limit)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """Targets of all micro batches and ranks of one update."""

@@ -102,7 +102,7 @@ def build_run(
         examination=questions,
         train_dataset=dataset,
         eval_dataset=rows,
-        data_collator=DataCollatorForSupervisedDataset(tokenizer),
+        data_collator=DataCollatorForSupervisedDataset(tokenizer, llava.splice_planner()),
         processing_class=tokenizer,
         callbacks=callbacks + early_stopping(stops.early_stopping_patience, stops.early_stopping_threshold),
     )

@@ -26,7 +26,7 @@ from llava.runtime.finite_logits import WatchedGeneration
 from llava.runtime.offloading import execution_device
 from llava.runtime.trainer_options.noise import text_positions, with_noise
 from llava.runtime.versions import warn_once
-from llava.segments import MultimodalInputs, Segments
+from llava.segments import MultimodalInputs, Segments, SplicePlan
 
 
 @dataclass
@@ -99,6 +99,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         logits_to_keep: int | Tensor = 0,
         segments: list[Segments] | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        plan: SplicePlan | None = None,
         **kwargs: Any,
     ) -> LlavaOutput:
         """Logits, and the loss if `labels` are given.
@@ -116,6 +117,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             logits_to_keep: as in transformers.
             segments: beside `inputs_embeds`: what `build_inputs` returned.
             num_items_in_batch: target positions of the whole global batch, to divide the LM loss by.
+            plan: of `input_ids`, made by the collator; without one it is made here, for which the ids are waited for.
             kwargs: handed to every layer.
 
         Returns:
@@ -127,8 +129,9 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         inputs: MultimodalInputs | None = None
         starts_sequence = cache is None or cache.get_seq_length() == 0
         if inputs_embeds is None and starts_sequence:
-            padding_side = None if labels is not None else self._input_padding_side(attention_mask)
-            inputs = self.build_inputs(input_ids, attention_mask, labels, images, image_sizes, padding_side)
+            planned = plan is not None or labels is not None
+            padding_side = None if planned else self._input_padding_side(attention_mask)
+            inputs = self.build_inputs(input_ids, attention_mask, labels, images, image_sizes, padding_side, plan)
             if self.training and self.noise_alpha:
                 inputs.inputs_embeds = with_noise(inputs.inputs_embeds, text_positions(inputs), self.noise_alpha)
             inputs = self.extensions.on_inputs(self, inputs)
