@@ -9,6 +9,7 @@ from hydralora.tuner.balance.trainer import set_gradient_scale
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 from hydralora.tuner.export import LoraExport, save_as_lora, save_clusters_as_lora, save_tasks_as_lora
 from hydralora.tuner.groups import parameter_groups
+from hydralora.tuner.hotswap import register_hotswap
 from hydralora.tuner.initialization import Initialization
 from hydralora.tuner.linear import HydraLoraLayer, Linear
 from hydralora.tuner.merging import MergeReport
@@ -45,3 +46,4 @@ __all__ = [
 ]
 
 register(HydraLoraConfig, HydraLoraModel)
+register_hotswap()

@@ -45,7 +45,7 @@ class HydraLoraModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = HydraLoraLayer
-    target_module_mapping = dict(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)  # noqa: RUF012 (PEFT's name)
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # what is added to LoRA's holds here too
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
         """PEFT's check for LoRA: fused kernels of Mamba read the weights of some layers and never call them."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 
 def checked_factor(value: Any) -> float:
@@ -33,7 +33,7 @@ class ScaledLayer(BaseTunerLayer):
     """Mixin of a tuner layer whose adapters have a factor.
 
     Attributes:
-        scaling: factor of each adapter's update, by its name.
+        scaling: factor of each adapter's update, by its name; a tensor () in a model prepared for hot-swapping.
         trained_scaling: that of the configuration.
     """
 
@@ -79,7 +79,15 @@ class ScaledLayer(BaseTunerLayer):
             raise ValueError(
                 f"adapter '{adapter}' is merged with scale {self.scaling[adapter]:g}; call unmerge_adapter() first"
             )
-        self.scaling[adapter] = scaling
+        self.put_scaling(adapter, scaling)
+
+    def put_scaling(self, adapter: str, scaling: float) -> None:
+        """Set the factor; a tensor is filled in place, so that a compiled model stays compiled."""
+        present: Any = self.scaling.get(adapter)
+        if isinstance(present, Tensor):
+            present.fill_(scaling)
+        else:
+            self.scaling[adapter] = scaling
 
 
 @contextmanager

@@ -24,27 +24,31 @@ PREFIX = "base_model.model."
 """Of every name in a file of PEFT."""
 
 
-def target_names(layers: Collection[str], linears: Iterable[str]) -> list[str]:
-    """What `target_modules` is for these layers: their last names if these mean no other linear layer, else full names.
+def target_names(layers: Collection[str], modules: Iterable[str]) -> list[str]:
+    """What `target_modules` is for these layers: their last names if these mean no other module, else full names.
 
     Args:
         layers: names of the adapted layers.
-        linears: names of all linear layers of the model, the adapted ones included.
+        modules: names of all modules of the model, the adapted ones included: PEFT compares names alone.
     """
     last = {name.rpartition(".")[2] for name in layers}
-    meant = {name for name in linears if name.rpartition(".")[2] in last}
+    meant = {name for name in modules if name.rpartition(".")[2] in last}
     return sorted(last if meant == set(layers) else layers)
 
 
 def config_values(
-    lora: PlainLora, targets: Collection[str], base: str | None = None, task_type: str | None = None
+    lora: PlainLora,
+    targets: Collection[str],
+    base: str | None = None,
+    task_type: str | None = None,
+    transposed: bool = False,
 ) -> dict[str, Any]:
-    """`adapter_config.json`."""
+    """`adapter_config.json`; `transposed`: all layers store weights as (in_features, out_features), as GPT-2's."""
     alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
     return {
         "base_model_name_or_path": base,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": transposed,
         "inference_mode": True,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,

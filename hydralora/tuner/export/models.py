@@ -11,17 +11,19 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hydralora.block import KINDS
 from hydralora.linears import CHILD, routed_updates
 from hydralora.model import routed_blocks
+from hydralora.tuner.bases import is_transposed
 from hydralora.tuner.export import folder as files
 from hydralora.tuner.export.constant import MEAN, PlainLora, RoutedPart, Weights, plain_lora, vectors
 from hydralora.tuner.export.rows import Rows, measured_rows, rows_of, similar_rows
 from hydralora.tuner.linear import HydraLoraLayer
 from hydralora.tuner.merging import MergeReport, in_use, report
+from hydralora.tuner.routing.acting import fixed_weights
+from hydralora.tuner.routing.given import Given
 
 Batches = Sequence[Mapping[str, Any]]
 
@@ -87,33 +89,53 @@ def save_tasks_as_lora(
 ) -> dict[str, LoraExport]:
     """Write one plain LoRA for each task, `folder`/<task>.
 
+    An adapter with `routing="task"` has learned weights for each of its tasks; these are written exactly.
+
     Args:
         model: as of `save_as_lora`.
         folder: to create.
-        weights: by task; None: the mean routing over the inputs of each task.
-        inputs: batches by task.
+        weights: by task; None: those that the adapter has learned for its tasks, or for another kind of routing the
+            mean routing over the inputs of each task.
+        inputs: batches by task, to measure the error on; those of a task that the adapter has need no `tasks`.
         adapter_name: as of `save_as_lora`.
 
     Returns:
         What was written, by task.
 
     Raises:
-        ValueError: neither weights nor inputs are given, tasks differ between them, or as of `save_as_lora`.
+        ValueError: neither weights nor inputs are given, and the adapter has no tasks; tasks differ between weights and
+            inputs, or are not those of the adapter; or as of `save_as_lora`.
         FileExistsError: `folder` exists.
     """
-    if not weights and not inputs:
-        raise ValueError("give weights by task, or inputs by task, whose mean routing is taken")
     if weights and inputs and weights.keys() != inputs.keys():
         raise ValueError(f"weights are for the tasks {sorted(weights)}, inputs for {sorted(inputs)}")
-    choices: Mapping[str, Weights] = weights or dict.fromkeys(inputs or {}, MEAN)
+    batches = {task: list(given) for task, given in (inputs or {}).items()}
     with files.new_folder(folder) as made:
         source = _Source(model, adapter_name)
+        learned = source.learned()
+        choices = weights or _choices(learned, batches)
         found = {}
         for task, choice in choices.items():
             part = made / files.check_name(task)
             part.mkdir()
-            found[task] = source.write(part, Path(folder) / task, choice, list((inputs or {}).get(task, ())))
+            rows = [{"tasks": task, **batch} if task in learned else batch for batch in batches.get(task, ())]
+            found[task] = source.write(part, Path(folder) / task, choice, rows)
     return found
+
+
+def _choices(
+    learned: Mapping[str, Mapping[str, Sequence[float]]], inputs: Mapping[str, Batches]
+) -> Mapping[str, Weights]:
+    """Weights by task where none are given: those that were learned, or the mean over the inputs of each."""
+    if not learned and not inputs:
+        raise ValueError(
+            "give weights by task, or inputs by task, whose mean routing is taken: the adapter has not learned weights "
+            'by task (routing="task")'
+        )
+    unknown = sorted(inputs.keys() - learned.keys())
+    if learned and unknown:
+        raise ValueError(f"inputs are for the tasks {unknown}, which the adapter has not learned; known: {[*learned]}")
+    return learned or dict.fromkeys(inputs, MEAN)
 
 
 def save_clusters_as_lora(
@@ -183,6 +205,21 @@ class _Source:
         with in_use(self.model, self.adapter) if self.adapter else _evaluating(self.model):
             return measured_rows(self.model, self.bare, set(self.experts), inputs)
 
+    def learned(self) -> dict[str, dict[str, list[float]]]:
+        """Weights of the experts by router, by task of an adapter that routes by task; of others empty."""
+        layers = {
+            name: layer
+            for name, layer in self.bare.named_modules()
+            if isinstance(layer, HydraLoraLayer) and self.adapter is not None and self.adapter in layer.lora_A
+        }
+        tasks = next((layer.rules[self.adapter].tasks for layer in layers.values()), ())
+        rest = {part.router: [1.0] for part in self.parts if part.experts == 1}
+        return {
+            task: rest
+            | {name: fixed_weights(layer, self.adapter, Given(tasks=task)).tolist() for name, layer in layers.items()}
+            for task in tasks
+        }
+
     def write(self, made: Path, target: Path, choice: Weights, inputs: Batches) -> LoraExport:
         """Write one folder, `made`, that gets the name `target`."""
         if choice == MEAN and not inputs:
@@ -205,11 +242,14 @@ class _Source:
 
     def _config(self, lora: PlainLora) -> dict[str, Any]:
         config = getattr(self.model, "peft_config", {}).get(self.adapter or "default")
-        linears_of_model = (_plain_name(name) for name, module in self.bare.named_modules() if _is_linear(module))
+        modules = {_plain_name(name): module for name, module in self.bare.named_modules()}  # the innermost of a name
         base = getattr(config, "base_model_name_or_path", None) or getattr(self.bare, "name_or_path", None) or None
         task = getattr(config, "task_type", None)
-        targets = files.target_names(lora.layers, set(linears_of_model))
-        return files.config_values(lora, targets, base, None if task is None else getattr(task, "value", task))
+        targets = files.target_names(lora.layers, modules)
+        transposed = all(is_transposed(modules[name]) for name in lora.layers)
+        return files.config_values(
+            lora, targets, base, None if task is None else getattr(task, "value", task), transposed
+        )
 
 
 def _one_adapter(model: Any, bare: nn.Module, adapter_name: str | None) -> str | None:
@@ -246,7 +286,7 @@ def _of_tuner(bare: nn.Module, adapter: str | None) -> Iterator[RoutedPart]:
     for name, layer in bare.named_modules():
         if isinstance(layer, HydraLoraLayer) and adapter is not None and adapter in layer.lora_A:
             matrix: Any = layer.lora_A[adapter].weight
-            yield RoutedPart(name, name, matrix, layer.expert_matrices(adapter).detach(), layer.scaling[adapter])
+            yield RoutedPart(name, name, matrix, layer.expert_matrices(adapter).detach(), float(layer.scaling[adapter]))
 
 
 def _of_blocks(bare: nn.Module) -> Iterator[RoutedPart]:
@@ -275,11 +315,6 @@ def _of_lora(bare: nn.Module) -> Iterator[RoutedPart]:
                     raise ValueError(f"'{name}' has a LoRA that is more than A and B of a linear layer")
                 a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
                 yield RoutedPart(name, name, a, b.detach()[None], layer.scaling[adapter])
-
-
-def _is_linear(module: nn.Module) -> bool:
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(base, nn.Linear)
 
 
 def _plain_name(name: str) -> str:

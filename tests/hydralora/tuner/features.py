@@ -25,7 +25,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.optimizers import create_loraplus_optimizer
-from peft.utils.hotswap import hotswap_adapter
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -328,6 +328,14 @@ def swapped(folder: Path) -> None:
     assert torch.equal(logits(model), expected)
 
 
+def prepared(folder: Path) -> None:
+    _, expected = stored(folder, seed=5, r=2)
+    model = adapted()
+    prepare_model_for_compiled_hotswap(model, target_rank=6)
+    hotswap_adapter(model, str(folder), adapter_name="default", torch_device="cpu")
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-6)
+
+
 def mixed(folder: Path) -> None:
     get_peft_model(tiny_llama(), options(), mixed=True)
 
@@ -369,6 +377,7 @@ FEATURES: dict[str, Feature] = {
     "convolutions": target("conv"),
     "`torch.nn.MultiheadAttention`": target("mha"),
     "`hotswap_adapter`": swapped,
+    "`prepare_model_for_compiled_hotswap`": prepared,
     "`PeftMixedModel`": mixed,
     **{f"`{name}` of `LoraConfig`": option(name) for name in sorted(REFUSED)},
 }

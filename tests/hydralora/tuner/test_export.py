@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from hydralora import HydraLoraConfig, save_as_lora, save_clusters_as_lora, save
 from hydralora.tuner import hydralora_layers
 from hydralora.tuner.export.constant import RoutedPart, plain_lora
 from hydralora.tuner.export.folder import CONFIG, RECORD, TENSORS
+from tests.hydralora.tuner.kinds_of_layers import tiny_gpt2
 from tests.hydralora.tuner.models import IDS, MASK, TARGETS, adapted, logits, tiny_llama, tiny_opt
 
 pytestmark = pytest.mark.versions
@@ -48,6 +50,10 @@ def forced(model: Any, weights: list[float]) -> Any:
     for layer in hydralora_layers(model).values():
         layer.lora_router["default"].forward = lambda x, *rest: torch.tensor(weights).expand(*x.shape[:-1], 3)
     return model
+
+
+def by_task(**changes: Any) -> Any:
+    return adapted(routing="task", tasks=["law", "math"], **changes)
 
 
 class TestExact:
@@ -199,6 +205,29 @@ class TestApproximate:
         assert given["a"].report is None
         assert set(map(tuple, given["b"].experts.values())) == {tuple(torch.tensor([0.1, 0.2, 0.7]).tolist())}
 
+    @pytest.mark.parametrize(
+        "changes",
+        [{}, {"top_k": 2}, {"experts_pattern": {"down_proj": 2, "v_proj": 1}}],
+        ids=["all", "top-2", "layers"],
+    )
+    def test_by_learned_task(self, changes: dict[str, Any], tmp_path: Path) -> None:
+        """What a call with this task computes, exactly, and measured as such on inputs that do not name the task."""
+        model = by_task(**changes)
+        found = save_tasks_as_lora(model, tmp_path / "tasks", inputs={"law": INPUTS})
+        assert list(found) == ["law", "math"]
+        report = found["law"].report
+        assert report is not None
+        assert report.relative_error < 1e-5
+        assert found["math"].report is None
+        answers = {}
+        for task in found:
+            expected = logits(model, tasks=task)
+            answers[task] = logits(plain(tmp_path / "tasks" / task))
+            torch.testing.assert_close(answers[task], expected, rtol=0, atol=2e-6)
+        assert (answers["law"] - answers["math"]).abs().max() > 1e-3
+        weights = set(map(len, found["law"].experts.values()))
+        assert weights == ({1, 2, 3} if "experts_pattern" in changes else {3})
+
     def test_by_cluster(self, tmp_path: Path) -> None:
         """Two kinds of prompts, which share no token, are told apart; each cluster is nearer than the whole mean."""
         model = adapted()
@@ -299,6 +328,8 @@ class TestRefused:
     def test_tasks_and_clusters(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="give weights by task, or inputs"):
             save_tasks_as_lora(adapted(), tmp_path / "out")
+        with pytest.raises(ValueError, match=r"tasks \['sport'\], which the adapter has not learned; known: \['law'"):
+            save_tasks_as_lora(by_task(), tmp_path / "out", inputs={"sport": INPUTS, "law": INPUTS})
         with pytest.raises(ValueError, match=r"tasks \['a'\], inputs for \['b'\]"):
             save_tasks_as_lora(adapted(), tmp_path / "out", {"a": 0}, inputs={"b": INPUTS})
         with pytest.raises(ValueError, match="5 clusters of 4 prompts"):
@@ -325,7 +356,7 @@ class TestServers:
         assert config.keys() <= LoraConfig(r=1).to_dict().keys()
         assert (config["peft_type"], config["task_type"]) == ("LORA", "CAUSAL_LM")
         # One rank and one alpha for all layers, integers as vLLM's field is declared.
-        assert (config["r"], config["lora_alpha"]) == (4, 8)
+        assert (config["r"], config["lora_alpha"], config["fan_in_fan_out"]) == (4, 8, False)
         assert type(config["lora_alpha"]) is int
         assert all(isinstance(name, str) for name in config["target_modules"])
         weights = {f"{name}.weight" for name, _ in tiny_llama().named_modules()}
@@ -336,6 +367,31 @@ class TestServers:
             assert tensor.shape[0 if ".lora_A." in name else 1] == config["r"]
             assert layer.rpartition(".")[2] in {target.rpartition(".")[2] for target in config["target_modules"]}
         assert len(tensors) == 2 * len(hydralora_layers(model))
+
+
+@pytest.mark.parametrize(
+    ("targets", "names", "transposed"),
+    [
+        (["c_attn", "c_fc"], ["c_attn", "c_fc"], True),
+        (["attn.c_proj"], ["transformer.h.0.attn.c_proj", "transformer.h.1.attn.c_proj"], True),
+        (["c_attn", "lm_head"], ["c_attn", "lm_head"], False),
+    ],
+    ids=["Conv1D", "a name of two layers", "both kinds"],
+)
+def test_layers_that_are_stored_transposed(
+    targets: list[str], names: list[str], transposed: bool, tmp_path: Path
+) -> None:
+    """GPT-2's; PEFT loads the folder as it is, and warns only where one configuration cannot say it for all layers."""
+    model = adapted(base=tiny_gpt2(), target_modules=targets, lora_nums=1)
+    save_as_lora(model, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert (config["fan_in_fan_out"], config["target_modules"]) == (transposed, names)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = plain(tmp_path / "out", tiny_gpt2())
+    assert any("fan_in_fan_out" in str(each.message) for each in caught) is not transposed
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=2e-6)
+    assert (logits(model) - logits(tiny_gpt2())).abs().max() > 1e-3
 
 
 def test_lora_next_to_routed_blocks(tmp_path: Path) -> None:

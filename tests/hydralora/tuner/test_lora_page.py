@@ -13,7 +13,7 @@ from peft import LoraConfig
 
 from hydralora import HydraLoraConfig
 from hydralora.tuner import hydralora_layers
-from tests.hydralora.tuner.models import IDS, tiny_llama
+from tests.hydralora.tuner.models import IDS, adapted, logits, tiny_llama
 
 BASIC = {"r", "lora_alpha", "lora_dropout", "target_modules"}
 """Options that need no row: the first snippet of `hydralora/README.md` has them."""
@@ -24,11 +24,14 @@ def page() -> str:
     return (Path(__file__).resolve().parents[3] / "docs" / "hydralora_lora.md").read_text(encoding="utf-8")
 
 
-def test_the_snippets_run(page: str) -> None:
+def test_the_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed, name in enumerate(("first-adapter", "second-adapter")):
+        adapted(seed=seed, r=2 + seed).save_pretrained(tmp_path / name, save_embedding_layers=False)
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 2
-    names: dict[str, Any] = {"base": tiny_llama(), "ids": IDS[:2, :4]}
-    for block in blocks:
+    assert len(blocks) == 3
+    names: dict[str, Any] = {"base": tiny_llama(), "other_base": tiny_llama(), "ids": IDS[:2, :4]}
+    for block in blocks[:2]:
         exec(compile(block, "docs/hydralora_lora.md", "exec"), names)  # noqa: S102 (the page is ours)
     ranks = {name.split("layers.")[1]: layer.r["default"] for name, layer in hydralora_layers(names["model"]).items()}
     assert ranks["1.self_attn.q_proj"] == 8
@@ -38,6 +41,9 @@ def test_the_snippets_run(page: str) -> None:
     assert any("lora_B" in name for name in moved)
     assert all(gradient.shape[0] == 2 for gradient in names["gradients"].values())
     assert all(torch.isfinite(gradient).all() for gradient in names["gradients"].values())
+    exec(compile(blocks[2], "docs/hydralora_lora.md", "exec"), names)  # noqa: S102 (the page is ours)
+    torch.testing.assert_close(logits(names["model"]), logits(adapted(seed=1, r=3)), rtol=0, atol=1e-6)
+    assert {layer.r["default"] for layer in hydralora_layers(names["model"]).values()} == {16}
 
 
 def test_the_table_has_every_option_that_lora_has_too(page: str) -> None:

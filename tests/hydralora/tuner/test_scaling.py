@@ -180,6 +180,29 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[Any, ...], str]] = {
     "a known name": ({}, (["default", "b"], [1, 1], "b"), "already is an adapter 'b'"),
     "modules to save": ({"modules_to_save": ["lm_head"]}, (["default", "b"], [1, 1], "sum"), "modules_to_save"),
     "another routing": ({"routing": "sequence"}, (["default", "b"], [1, 1], "sum"), "routing differs"),
+    "the best of the experts": (
+        {"top_k": 2},
+        (["default", "b"], [1, 1], "sum"),
+        r"adapters \['b'\] have top_k, top_p or",
+    ),
+    "the likeliest experts": ({"top_p": 0.5}, (["default", "b"], [1, 1], "sum"), r"adapters \['b'\] have top_k, top_p"),
+    "by task": (
+        {"routing": "task", "tasks": ["law", "math"]},
+        (["default", "b"], [1, 1], "sum"),
+        r"adapters \['b'\] have top_k, top_p or routing by task",
+    ),
+    "another temperature": (
+        {"router_temperature": 2.0},
+        (["default", "b"], [1, 1], "sum"),
+        "router_temperature differs",
+    ),
+    "biases": ({"bias": "lora_only"}, (["default", "b"], [1, 1], "sum"), "trained biases cannot be added up"),
+    "tokens": ({"trainable_token_indices": [5]}, (["default", "b"], [1, 1], "sum"), "trainable_token_indices"),
+    "experts by layer": (
+        {"experts_pattern": {"q_proj": 2}},
+        (["default", "b"], [1, 1], "sum"),
+        r"'b' has \[2, 3\] exp",
+    ),
     "another dropout": ({"lora_dropout": 0.1}, (["default", "b"], [1, 1], "sum"), "lora_dropout differs"),
 }
 
