@@ -197,6 +197,7 @@ def measure_answer(dense: Any, sparse: Any, args: argparse.Namespace, clock: Clo
             "ratio": curve["sparse"][-1] / curve["dense"][-1],
             "ideal": bytes_ideal.sparse / bytes_ideal.dense,
             "over_kept_tokens": curve["sparse"][-1] / needed - 1,
+            "bytes_of_free_slots": caches["sparse"].report().bytes_of_free_slots,
         },
     }
 

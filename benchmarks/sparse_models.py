@@ -159,7 +159,7 @@ def random_ids(model: Any, batch: int, tokens: int) -> Tensor:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Memory behind the keys and values of all layers."""
+    """Memory behind the keys and values of all layers, free slots included."""
     return sum(states.untyped_storage().nbytes() for layer in cache.layers for states in (layer.keys, layer.values))
 
 

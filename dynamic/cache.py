@@ -1,8 +1,9 @@
 """A key-value cache that holds kept tokens only, per layer and per sample (paper, section 3.4).
 
 Corresponds to `cache_utils.py` of the original, which lets attention see the padding of a batch; here it is masked. The
-dense layers below the sparse one store every position in transformers' own layers. From the sparse layer on each sample
-has its own number of tokens; they stand at the front of the tensors, which are as long as the longest sample needs.
+dense layers below the sparse one store every position. From the sparse layer on each sample has its own number of
+tokens, at the front of its slots (`slots.py`). The numbers stay on the device; the host knows a bound of them and reads
+them when that reaches the number of slots, so decoding waits for the device no more often than a dense model does.
 
 Shape letters: B batch, K key heads, S stored positions (of the longest sample), n new positions, C width of a head.
 """
@@ -14,32 +15,30 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from dynamic.slots import STEP, KeptLayer, Pass, WholeLayer, slots_for, writable
+
+ASK_AHEAD = STEP // 8
+"""How many tokens before the bound reaches the number of slots the host asks for the counts."""
 
 
-@dataclass
-class StoragePlan:
-    """Which of the stored and new positions a pass leaves in the cache; the same for all sparse layers.
+def _no_rows() -> Tensor:
+    return torch.zeros(0, dtype=torch.long)
 
-    Attributes:
-        new: n, how many positions the layers will hand over.
-        index: (B, S_next) int64 into the S stored and then the n new positions; None stores everything.
-        unchanged: True if nothing is added and nothing moves.
-    """
 
-    new: int
-    index: Tensor | None = None
-    unchanged: bool = False
-    _copies: dict[torch.device, Tensor] = field(default_factory=dict)
+class Reading:
+    """The number of tokens of the longest row on its way to the host; nobody waits for it before it is used."""
 
-    def select(self, states: Tensor) -> Tensor:
-        """What stays of keys or values (B, K, S + n, C): a tensor of its own, (B, K, S_next, C)."""
-        if self.index is None:
-            return states.contiguous()
-        if states.device not in self._copies:  # the layers of one model may lie on several devices
-            self._copies[states.device] = self.index.to(states.device)
-        index = self._copies[states.device][:, None, :, None]
-        return states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[3]))
+    def __init__(self, kept: Tensor, bound: int) -> None:
+        self.bound = bound
+        self.longest = kept.max().to("cpu", non_blocking=kept.is_cuda)
+        self.arrived = torch.cuda.current_stream(kept.device).record_event() if kept.is_cuda else None
+
+    def bound_now(self, bound: int) -> int:
+        """A bound that takes the place of `bound`: what was read, and all tokens since."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return int(self.longest) + bound - self.bound
 
 
 @dataclass
@@ -47,95 +46,50 @@ class Ledger:
     """What all layers of one cache share; it knows no layer, so that a dropped cache is freed at once.
 
     Attributes:
-        kept: (B,) int64 on the CPU, stored tokens of each sample in a sparse layer; empty before the first pass.
-        seen: (B,) int64 on the CPU, the same for a dense layer: all tokens, without padding.
+        kept: (B,) int64, stored tokens of each sample in a sparse layer; empty before the first pass.
+        seen: (B,) int64, the same for a dense layer: all tokens, without padding.
+        bound: no row has more kept tokens.
+        slots: of a row in a sparse layer.
+        reserved: what `slots` does not fall below.
+        reading: of `kept`, if the host has asked.
         plan: of the present pass, None before the first.
     """
 
-    kept: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    seen: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    plan: StoragePlan | None = None
+    kept: Tensor = field(default_factory=_no_rows)
+    seen: Tensor = field(default_factory=_no_rows)
+    bound: int = 0
+    slots: int = 0
+    reserved: int = 0
+    reading: Reading | None = None
+    plan: Pass | None = None
 
+    def longest(self) -> int:
+        """Tokens of the longest row; waits for the device."""
+        return int(self.kept.max()) if len(self.kept) else 0
 
-class KeptLayer(CacheLayerMixin):
-    """Keys and values of the kept tokens of one layer, each (B, K, S, C)."""
+    def add(self, keep: Tensor, valid: Tensor) -> None:
+        """Count the tokens of a pass, (B, n) bool each."""
+        self.kept, self.seen = writable(self.kept), writable(self.seen)
+        self.kept.add_(keep.sum(dim=1))
+        self.seen.add_(valid.sum(dim=1))
 
-    is_sliding = False
-    supports_early_init = False
+    def set_rows(self, rows: Tensor) -> None:
+        """Row i becomes row `rows[i]`."""
+        if len(self.kept):
+            rows = rows.to(self.kept.device)
+            self.kept, self.seen = self.kept[rows], self.seen[rows]
 
-    def __init__(self, ledger: Ledger) -> None:
-        super().__init__()
-        self.ledger = ledger
+    @torch.compiler.disable
+    def ask(self) -> None:
+        """Send for the counts."""
+        self.reading = Reading(self.kept, self.bound)
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Remember dtype and device, and hold no position yet."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values to attend to, stored and new ones; stores what was planned.
-
-        Args:
-            key_states: (B, K, n, C).
-            value_states: (B, K, n, C).
-            args: not used; some backbones of transformers pass more.
-            kwargs: not used.
-
-        Raises:
-            ValueError: nothing was planned for this pass.
-        """
-        plan = self.ledger.plan
-        if plan is None or plan.new != key_states.shape[2]:
-            raise ValueError(
-                f"the cache of 'dynamic' was told of {0 if plan is None else plan.new} new positions and gets "
-                f"{key_states.shape[2]}: it serves only the model that made it, with the extension switched on"
-            )
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        held = (self.keys, self.values)
-        full = [
-            torch.cat([old, new], dim=2) if old.shape[2] else new
-            for old, new in zip(held, (key_states, value_states), strict=True)
-        ]
-        if not plan.unchanged:
-            self.keys, self.values = (plan.select(states) for states in full)
-        return full[0], full[1]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length of the keys that attention sees, and their offset."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """S, the number of positions in memory."""
-        return self.keys.shape[2] if self.is_initialized else 0
-
-    def get_max_length(self) -> int:
-        """-1: there is no maximum."""
-        return -1
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.keys = self.values = None
-        self.is_initialized = False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes row `beam_idx[i]`."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times."""
-        if self.is_initialized:
-            self.keys = self.keys.repeat_interleave(repeats, dim=0)
-            self.values = self.values.repeat_interleave(repeats, dim=0)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """The rows `indices` alone."""
-        if self.is_initialized:
-            self.keys = self.keys[indices.to(self.keys.device)]
-            self.values = self.values[indices.to(self.values.device)]
+    @torch.compiler.disable
+    def make_room(self) -> None:
+        """Take another bound and as many slots as it wants."""
+        reading = self.reading or Reading(self.kept, self.bound)
+        self.bound, self.reading = reading.bound_now(self.bound), None
+        self.slots = max(slots_for(self.bound), self.reserved)
 
 
 @dataclass(frozen=True)
@@ -144,13 +98,15 @@ class CacheReport:
 
     Attributes:
         lengths: tokens of each sample, by layer: `lengths[layer][sample]`. Padding does not count.
-        bytes_held: memory behind the keys and values.
-        bytes_of_tokens: what the tokens in `lengths` need; less than `bytes_held` by the padding of a batch.
+        bytes_held: memory behind the keys and values, free slots included.
+        bytes_of_tokens: what the tokens in `lengths` need.
+        bytes_of_free_slots: less than `STEP` slots a row; what else `bytes_held` has beyond the tokens is padding.
     """
 
     lengths: list[list[int]]
     bytes_held: int
     bytes_of_tokens: int
+    bytes_of_free_slots: int
 
 
 class SparseCache(Cache):
@@ -161,71 +117,116 @@ class SparseCache(Cache):
 
     Args:
         layers: number of decoder layers.
-        sparse_layer: first layer that holds kept tokens only.
+        sparse_layer: first layer that holds kept tokens only, at least 1.
 
     """
 
     def __init__(self, layers: int, sparse_layer: int) -> None:
         self.ledger = Ledger()
         self.sparse_layer = sparse_layer
-        dense: list[CacheLayerMixin] = [DynamicLayer() for _ in range(sparse_layer)]
+        dense = [WholeLayer() for _ in range(sparse_layer)]
         super().__init__(layers=[*dense, *(KeptLayer(self.ledger) for _ in range(sparse_layer, layers))])
 
     @property
     def is_filled(self) -> bool:
         """True if a pass was planned before."""
-        return len(self.ledger.kept) > 0
+        return self.ledger.plan is not None
 
     def stored(self, device: torch.device) -> Tensor:
-        """(B, S) bool, False at the padding of samples with fewer tokens than the longest."""
-        places = torch.arange(self.layers[self.sparse_layer].get_seq_length())
-        return (places < self.ledger.kept[:, None]).to(device)
+        """(B, S) bool, False at the padding of samples with fewer tokens than the longest; waits for the device."""
+        return _first(self.ledger.kept, self.ledger.longest()).to(device)
 
-    def plan_pass(self, keep: Tensor, valid: Tensor) -> None:
+    def plan_pass(self, keep: Tensor, valid: Tensor) -> Tensor:
         """Say what the sparse layers will store of the coming pass; call once, before the first of them runs.
 
         Args:
             keep: (B, n) bool.
             valid: (B, n) or (B, more) bool, False at padding: what the dense layers have seen.
+
+        Returns:
+            (B, keys) bool: which of the keys that the sparse layers return hold a token that may be seen. For one token
+            on top of others they are the slots of its row, else the stored positions and behind them the n new ones.
         """
+        if self.is_filled and keep.shape[1] == 1:
+            return self._plan_token(keep, valid)
         ledger = self.ledger
         if not self.is_filled:
-            ledger.kept = ledger.seen = torch.zeros(len(keep), dtype=torch.long)
-        new, stored = keep.shape[1], self.stored(keep.device)
-        counts = torch.stack([keep.sum(dim=1), valid.sum(dim=1)]).cpu()  # the only wait for the device
-        ledger.kept, ledger.seen = ledger.kept + counts[0], ledger.seen + counts[1]
-        longest, before = int(ledger.kept.max()), stored.shape[1]
-        if longest == before and not bool(counts[0].any()):
-            ledger.plan = StoragePlan(new, unchanged=True)
-        elif bool((ledger.kept == before + new).all()):
-            ledger.plan = StoragePlan(new)
-        else:
-            full = torch.cat([stored, keep], dim=1)  # (B, S + n)
+            ledger.kept = torch.zeros(len(keep), dtype=torch.long, device=keep.device)
+            ledger.seen = torch.zeros_like(ledger.kept)
+        before = ledger.kept.clone()
+        ledger.add(keep, valid)
+        sizes = torch.stack([before.max(), ledger.kept.max(), ledger.kept.min()])
+        longest_before, longest, shortest = sizes.tolist()  # the only wait for the device
+        full = torch.cat([_first(before, longest_before), keep], dim=1)  # (B, S + n)
+        index = None
+        if shortest < full.shape[1]:
             # A stable sort moves what is kept to the front and leaves it in order.
             index = full.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
-            ledger.plan = StoragePlan(new, index)
+        ledger.bound, ledger.slots, ledger.reading = longest, max(slots_for(longest), ledger.reserved), None
+        ledger.plan = Pass(keep.shape[1], longest_before, ledger.slots, index=index)
+        return torch.cat([full[:, :longest_before], valid[:, -keep.shape[1] :]], dim=1)
+
+    def _plan_token(self, keep: Tensor, valid: Tensor) -> Tensor:
+        """As `plan_pass`, for one token of each row: written into the first free slot, without waiting for the device.
+
+        If it is not kept, the next one is written into the same slot.
+        """
+        ledger = self.ledger
+        if ledger.bound + 1 > ledger.slots:
+            ledger.make_room()
+        write = ledger.kept[:, None].clone()
+        visible = _first(ledger.kept + valid[:, -1], ledger.slots)
+        ledger.add(keep, valid)
+        ledger.bound += 1
+        if ledger.bound + ASK_AHEAD == ledger.slots:
+            ledger.ask()
+        ledger.plan = Pass(1, ledger.slots - 1, ledger.slots, write=write)
+        return visible
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more in every layer at once, behind a prompt.
+
+        Until they are there no shape of a sparse layer changes and no memory moves, as a captured CUDA graph or a model
+        that was compiled for fixed shapes requires. The memory is that of `tokens` more for each row.
+
+        Raises:
+            ValueError: the cache is empty.
+        """
+        if not self.is_filled:
+            raise ValueError(f"reserve({tokens}) follows the prompt, but this cache is empty; run the prompt first")
+        ledger = self.ledger
+        ledger.reserved = ledger.slots = max(ledger.slots, slots_for(ledger.bound + tokens))
+        for layer in self.layers[: self.sparse_layer]:
+            layer.resize(max(layer.slots, slots_for(layer.get_seq_length() + tokens)))
+        for layer in self.layers[self.sparse_layer :]:
+            layer.resize(ledger.slots)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Where the first query of the present pass is among the keys that attention sees."""
+        plan = self.ledger.plan
+        if layer_idx < self.sparse_layer:
+            return self.get_seq_length(layer_idx)
+        return 0 if plan is None else plan.keys - plan.new
 
     def report(self) -> CacheReport:
-        """Lengths by layer and sample, and the memory behind them."""
-        lengths = [
-            (self.ledger.kept if isinstance(layer, KeptLayer) else self.ledger.seen).tolist()
-            if layer.is_initialized
-            else []
-            for layer in self.layers
-        ]
-        held = needed = 0
-        for layer, counts in zip(self.layers, lengths, strict=True):
-            for states in (layer.keys, layer.values) if layer.is_initialized else ():
+        """Lengths by layer and sample, and the memory behind them; waits for the device."""
+        ledger = self.ledger
+        counts = {KeptLayer: ledger.kept.tolist(), WholeLayer: ledger.seen.tolist()}
+        lengths = [counts[type(layer)] if layer.is_initialized else [] for layer in self.layers]
+        held = needed = free = 0
+        for layer, tokens in zip(self.layers, lengths, strict=True):
+            for states in layer.buffers or ():
                 held += states.untyped_storage().nbytes()
-                needed += sum(counts) * states.shape[1] * states.shape[3] * states.element_size()
-        return CacheReport(lengths, held, needed)
+                bytes_of_slot = states.shape[1] * states.shape[3] * states.element_size()
+                needed += sum(tokens) * bytes_of_slot
+                free += len(tokens) * (layer.slots - layer.get_seq_length()) * bytes_of_slot
+        return CacheReport(lengths, held, needed, free)
 
     def reset(self) -> None:
         """Forget everything; the next pass is a first one."""
-        self.layers[: self.sparse_layer] = [DynamicLayer() for _ in range(self.sparse_layer)]
-        for layer in self.layers[self.sparse_layer :]:
+        for layer in self.layers:
             layer.reset()
-        self.ledger.plan, self.ledger.kept, self.ledger.seen = None, self.ledger.kept[:0], self.ledger.seen[:0]
+        vars(self.ledger).update(vars(Ledger()))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: which of the last tokens were stored differs from sample to sample.
@@ -241,7 +242,7 @@ class SparseCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes row `beam_idx[i]` (beam search)."""
         super().reorder_cache(beam_idx)
-        self._select(beam_idx)
+        self.ledger.set_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times."""
@@ -250,11 +251,12 @@ class SparseCache(Cache):
         ledger.kept, ledger.seen = (counts.repeat_interleave(repeats) for counts in (ledger.kept, ledger.seen))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """The rows `indices` alone."""
+        """The rows `indices` alone; slots that only the others needed go with the next token."""
         super().batch_select_indices(indices)
-        self._select(indices)
+        self.ledger.set_rows(indices)
+        self.ledger.bound, self.ledger.reading = self.ledger.slots, None
 
-    def _select(self, rows: Tensor) -> None:
-        if self.is_filled:
-            rows, ledger = rows.cpu(), self.ledger
-            ledger.kept, ledger.seen = ledger.kept[rows], ledger.seen[rows]
+
+def _first(counts: Tensor, places: int) -> Tensor:
+    """(B, places) bool, True in the first `counts` (B,) places of each row."""
+    return torch.arange(places, device=counts.device) < counts[:, None]

@@ -9,6 +9,7 @@ Shape letters: B batch, L sequence length, D width, S cached positions.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -105,6 +106,10 @@ def _later_pass(model: nn.Module, config: SparseConfig, state: State, cache: Spa
     keep = later_decision(predictors(model), state.hidden_states, valid)
     for log in logs_of(model):
         log.new_tokens.append(keep.cpu())
-    state = with_mask(model, config, state, torch.cat([cache.stored(valid.device), valid], dim=1))
-    cache.plan_pass(keep, valid)
-    return state
+    visible = cache.plan_pass(keep, valid)
+    if valid.shape[1] > 1:
+        return with_mask(model, config, state, visible)
+    # A single token: free slots are always masked, so nothing is asked of the device to find out.
+    state = with_mask(model, config, state, visible, always=True)
+    # Behind the slots as behind stored positions: what others read of the mask is which new tokens are padding.
+    return replace(state, attention_mask=torch.cat([visible, valid], dim=1))

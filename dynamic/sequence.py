@@ -116,15 +116,19 @@ def _move(segments: Any, before: Sequence[int], offset: int) -> Any:
     )
 
 
-def with_mask(model: nn.Module, config: SparseConfig, state: State, visible: Tensor) -> State:
-    """`state` with masks for keys of which `visible` (B, S + L) are to be seen."""
+def with_mask(model: nn.Module, config: SparseConfig, state: State, visible: Tensor, *, always: bool = False) -> State:
+    """`state` with masks for keys of which `visible` (B, S + L) are to be seen.
+
+    Where all are, there is no mask; to find out, the host waits for the device. With `always` there is one in any case.
+    """
     host: Any = model
-    mask = None if bool(visible.all()) else visible
+    mask = None if not always and bool(visible.all()) else visible
     causal_mask = create_causal_mask(
         config=host.get_decoder().config,
         inputs_embeds=state.hidden_states,
         attention_mask=mask,
         layer_idx=config.sparse_layer,
+        allow_is_causal_skip=not always,
         # No position_ids: their gaps would be taken for the borders of packed sequences.
         **cache_argument(create_causal_mask, state.cache),
     )

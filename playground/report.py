@@ -190,7 +190,8 @@ def _sparse(run: SparseRun) -> Iterator[str]:
         "<p></p><table><tr><th>a batch of prompts</th><th>dense</th><th>sparse</th><th>dense / sparse</th></tr>"
         f"<tr><td>prefill, ms</td><td>{dense.milliseconds:.1f}</td><td>{sparse.milliseconds:.1f}</td>"
         f"<td>{run.speedup:.2f}</td></tr>"
-        f"<tr><td>key-value cache, bytes</td><td>{dense.cache_bytes:,}</td><td>{sparse.cache_bytes:,}</td>"
+        "<tr><td>key-value cache without free slots, bytes</td>"
+        f"<td>{dense.cache_bytes:,}</td><td>{sparse.cache_bytes:,}</td>"
         f"<td>{run.cache_ratio:.2f}</td></tr></table>"
     )
     yield "<h2>Kept patches</h2><p>Dropped ones are faded.</p>"

@@ -63,7 +63,7 @@ class Cost:
 
     Attributes:
         milliseconds: from ids and images to the first token, tower included; median.
-        cache_bytes: of the key-value cache afterwards.
+        cache_bytes: of all positions in the key-value cache afterwards; free slots for an answer do not count.
     """
 
     milliseconds: float
@@ -189,7 +189,7 @@ def prefill_costs(
             if number:
                 times[index].append(1e3 * (time.perf_counter() - started))
             states = [states for layer in cache_of(output).layers for states in (layer.keys, layer.values)]
-            bytes_held[index] = sum(tensor.untyped_storage().nbytes() for tensor in states)
+            bytes_held[index] = sum(tensor.nbytes for tensor in states)
     costs = [Cost(statistics.median(mine), held) for mine, held in zip(times, bytes_held, strict=True)]
     return costs, statistics.median(first / second for first, second in zip(*times, strict=True))
 

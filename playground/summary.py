@@ -38,7 +38,7 @@ def cost_table(sparse: SparseRun) -> Table:
     dense, other = sparse.dense_cost, sparse.sparse_cost
     table.add_row("prefill (ms)", f"{dense.milliseconds:.1f}", f"{other.milliseconds:.1f}", f"{sparse.speedup:.2f}")
     kib = (f"{dense.cache_bytes / 1024:.0f}", f"{other.cache_bytes / 1024:.0f}", f"{sparse.cache_ratio:.2f}")
-    table.add_row("key-value cache (KiB)", *kib)
+    table.add_row("key-value cache, no free slots (KiB)", *kib)
     table.add_row("patches kept", "100 %", f"{100 * sparse.patches_kept:.0f} %", "")
     table.add_row("patches with a thing kept", "100 %", f"{100 * sparse.things_kept:.0f} %", "")
     return table

@@ -34,8 +34,9 @@ def test_the_caches_hold_what_the_formula_counts() -> None:
     caches = [models.prefill(model, models.make_prompt(model, SIZE, 2)) for model in (dense, sparse)]
     decoder = flops.Decoder(SIZE.width, SIZE.layers, SIZE.inner, SIZE.width, SIZE.width)
     bytes_ = flops.kv_bytes(decoder, SETTINGS, flops.Workload(image=SIZE.patches, text=2), bytes_per_value=4)
-    assert [models.cache_bytes(cache) for cache in caches] == [2 * bytes_.dense, 2 * bytes_.sparse]
-    assert models.kept_bytes(caches[1], SIZE, torch.float32) == models.cache_bytes(caches[1])
+    assert [models.kept_bytes(cache, SIZE, torch.float32) for cache in caches] == [2 * bytes_.dense, 2 * bytes_.sparse]
+    free = caches[1].report().bytes_of_free_slots
+    assert models.cache_bytes(caches[1]) == 2 * bytes_.sparse + free > 2 * bytes_.sparse
     ids = models.random_ids(sparse, 2, 12)
     models.feed(sparse, caches[1], ids)
     last = caches[1].report().lengths[-1]
@@ -59,9 +60,11 @@ def test_the_program_writes_record_table_and_plot(tmp_path: Path, capsys: pytest
     assert [entry["batch"] for entry in record["prefill"]] == [1, 2]
     cache = record["answer"]["cache"]
     assert cache["curve"]["tokens"][-1] == 8
-    assert cache["curve"]["sparse"][-1] < cache["curve"]["dense"][-1]
-    assert cache["over_kept_tokens"] == pytest.approx(0)
-    assert cache["ratio"] == pytest.approx(cache["ideal"])
+    dense, sparse = (cache["curve"][name][-1] for name in ("dense", "sparse"))
+    free = cache["bytes_of_free_slots"]
+    assert cache["ratio"] == sparse / dense > (sparse - free) / dense
+    assert (sparse - free) / dense == pytest.approx(cache["ideal"])
+    assert (1 + cache["over_kept_tokens"]) * (sparse - free) == pytest.approx(sparse)
     kept = record["training"]["saved_bytes"]
     assert kept["blockwise"] < kept["eager"]
     table = path.with_suffix(".md").read_text(encoding="utf-8")

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dynamic.cache import SparseCache
+from dynamic.slots import STEP
 from llava.runtime.cache_name import cache_of
 from tests.dynamic.sparse_models import SHAPES, Dialogue, attach_predictors, embedded, new_cache, prefill, sparse_llava
 from tests.llava.model.test_generation import prompts
@@ -33,13 +34,20 @@ class Reference:
 
     def step(self, keep: Tensor, valid: Tensor | None = None) -> None:
         keys = torch.randn(len(keep), HEADS, keep.shape[1], WIDTH)
-        self.cache.plan_pass(keep, torch.ones_like(keep) if valid is None else valid)
+        valid = torch.ones_like(keep) if valid is None else valid
+        visible = self.cache.plan_pass(keep, valid)
         for layer in range(LAYERS):
             before = self.cache.get_seq_length(layer)
             seen, values = self.cache.update(keys, keys + layer, layer)
-            assert torch.equal(values, seen + layer)
-            assert seen.shape[2] == before + keep.shape[1]
-            assert torch.equal(seen[:, :, before:], keys), "every new token sees every new token"
+            if layer < SPARSE:
+                assert torch.equal(seen[:, :, before:], keys)
+                assert torch.equal(values, seen + layer)
+                continue
+            assert seen.shape[2] == visible.shape[1] == self.cache.get_mask_sizes(keep.shape[1], layer)[0]
+            for row, stored in enumerate(self.rows):
+                wanted = [*stored, *keys[row, :, valid[row]].unbind(1)]
+                assert torch.equal(seen[row][:, visible[row]], torch.stack(wanted, dim=1)), "each sees all before it"
+                assert torch.equal(values[row][:, visible[row]], torch.stack(wanted, dim=1) + layer)
         for row, kept in enumerate(keep):
             self.rows[row] += list(keys[row, :, kept].unbind(1))
 
@@ -48,6 +56,7 @@ class Reference:
         longest = max(map(len, self.rows))
         for layer in self.cache.layers[SPARSE:]:
             assert layer.keys.shape == (len(self.rows), HEADS, longest, WIDTH)
+            assert 0 <= layer.slots - longest < STEP
             for row, expected in enumerate(self.rows):
                 held = layer.keys[row][:, stored[row]].unbind(1)
                 assert len(held) == len(expected)
@@ -57,28 +66,31 @@ class Reference:
 def test_the_cache_against_lists() -> None:
     """Random decisions, and rows that are copied, reordered and left out on the way, as beam search does."""
     torch.manual_seed(3)
-    reference, ragged = Reference(3), []
+    reference, ragged, sizes = Reference(3), [], set()
     reference.step(torch.rand(3, 9) < 0.6)
     reference.check()
-    for round_number in range(12):
-        chance = (0.0, 0.5, 1.0)[round_number % 3]
-        reference.step(torch.rand(len(reference.rows), 1 if round_number % 4 else 3) < chance)
+    for round_number in range(150):
+        chance = (0.0, 0.5, 1.0, 1.0)[round_number % 4]
+        valid = torch.ones(len(reference.rows), 1 if round_number % 5 else 3, dtype=torch.bool)
+        valid[:, 0] = torch.rand(len(valid)) < 0.9
+        reference.step(valid & (torch.rand(valid.shape) < chance), valid)
         if round_number == 4:
             reference.cache.batch_repeat_interleave(2)
             reference.rows = [list(row) for row in reference.rows for _ in range(2)]
-        if round_number in (6, 9):
+        if round_number % 10 == 6:
             order = torch.randint(0, len(reference.rows), (len(reference.rows),))
             reference.cache.reorder_cache(order)
             reference.rows = [list(reference.rows[index]) for index in order]
-            reference.step(torch.rand(len(order), 1) < 0.5)  # space that no row needs any more goes with the next pass
-        if round_number == 8:
+        if round_number == 80:
             reference.cache.batch_select_indices(torch.tensor([4, 1]))
             reference.rows = [reference.rows[4], reference.rows[1]]
             reference.step(torch.ones(2, 1, dtype=torch.bool))
         reference.check()
         assert reference.cache.report().lengths[SPARSE] == list(map(len, reference.rows))
         ragged.append(len(set(map(len, reference.rows))) > 1)
+        sizes.add(reference.cache.layers[SPARSE].slots)
     assert any(ragged)
+    assert len(sizes) > 3
     reference.cache.reset()
     assert reference.cache.report() == SparseCache(LAYERS, SPARSE).report()
     reference.rows = [[], []]
@@ -86,33 +98,35 @@ def test_the_cache_against_lists() -> None:
     reference.check()
 
 
-def test_memory_is_that_of_the_kept_tokens(model: Any) -> None:
-    """Alone to the byte; in a batch no more than the longest row asks for."""
+def test_memory_is_that_of_the_kept_tokens_and_less_than_a_step(model: Any) -> None:
+    """Alone and in a batch, where every row has the slots of the longest."""
     heads, width = model.config.num_key_value_heads, model.config.hidden_size // model.config.num_attention_heads
     alone = Dialogue(model, embedded(SHAPES[:1]))
-    for token in torch.randint(3, 890, (20, 1, 1)):
-        alone.follow(token)
+    batch = Dialogue(model, embedded())
+    dense = DynamicCache(config=model.config)
+    for token in torch.randint(3, 890, (STEP, len(SHAPES), 1)):
+        alone.follow(token[:1])
+        batch.follow(token)
     report = alone.cache.report()
     prompt = SHAPES[0].system + sum(SHAPES[0].images) + SHAPES[0].instruct
-    assert report.lengths[0] == [prompt + 20]
+    assert report.lengths[0] == [prompt + STEP]
     assert report.lengths[1] == report.lengths[2]
     assert report.lengths[1][0] < 0.8 * report.lengths[0][0]
     tokens = sum(sum(lengths) for lengths in report.lengths)
-    assert report.bytes_of_tokens == tokens * 2 * heads * width * 4
-    assert report.bytes_held == report.bytes_of_tokens
-    dense = DynamicCache(config=model.config)
+    slot = 2 * heads * width * 4
+    assert report.bytes_of_tokens == tokens * slot
     for layer in range(3):
-        states = torch.zeros(1, heads, prompt + 20, width)
+        states = torch.zeros(1, heads, prompt + STEP, width)
         dense.update(states, states, layer)
     held = sum(2 * layer.keys.untyped_storage().nbytes() for layer in dense.layers)
-    assert report.bytes_held < 0.8 * held
-
-    batch = Dialogue(model, embedded())
-    for token in torch.randint(3, 890, (20, len(SHAPES), 1)):
-        batch.follow(token)
-    report = batch.cache.report()
-    longest = [embedded().inputs_embeds.shape[1] + 20, max(report.lengths[1]), max(report.lengths[2])]
-    assert report.bytes_held == sum(longest) * len(SHAPES) * 2 * heads * width * 4
+    assert report.bytes_of_tokens < 0.8 * held
+    for report in (alone.cache.report(), batch.cache.report()):
+        longest = [max(lengths) for lengths in report.lengths]
+        rows = len(report.lengths[0])
+        assert 0 < report.bytes_of_free_slots < len(longest) * rows * STEP * slot
+        assert report.bytes_held - report.bytes_of_free_slots >= report.bytes_of_tokens
+    longest = [embedded().inputs_embeds.shape[1] + STEP, max(report.lengths[1]), max(report.lengths[2])]
+    assert report.bytes_held - report.bytes_of_free_slots == sum(longest) * len(SHAPES) * slot
 
 
 def test_a_cache_dies_with_its_last_reference(model: Any) -> None:
