@@ -35,7 +35,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3 python; do \
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-core test-lowest test-serving-versions test-latest test-lmms \
-	test-wheel test-upstream lint types format check constraints constraints-lowest clean
+	test-wheel test-upstream test-peft lint types format check constraints constraints-lowest clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -87,6 +87,10 @@ test-upstream: install $(UPSTREAM_READY) ## Test moe_patch on a clone of haotian
 	@test -d "$(LLAVA_UPSTREAM_DIR)" || { echo "say where upstream is: make $@ LLAVA_UPSTREAM_DIR=/path/to/LLaVA"; exit 1; }
 	LLAVA_UPSTREAM_DIR="$(abspath $(LLAVA_UPSTREAM_DIR))" LLAVA_UPSTREAM_PYTHON="$(abspath $(UPSTREAM)/bin/python)" \
 		$(TEST_ENV) $(BIN)/python -m pytest $(ARGS) tests/moe_patch/test_upstream*.py
+
+test-peft: install ## Run PEFT's own tests with HydraLoRA, from a checkout of huggingface/peft (PEFT_TESTS_DIR=...)
+	@test -f "$(PEFT_TESTS_DIR)/tests/test_custom_models.py" || { echo "say where PEFT is: make $@ PEFT_TESTS_DIR=/path/to/peft"; exit 1; }
+	PEFT_TESTS_DIR="$(abspath $(PEFT_TESTS_DIR))" $(TEST_ENV) $(BIN)/python -m pytest -q -s $(ARGS) tests/hydralora/peft_tests
 
 lint: install types ## Check style and formatting with ruff, then the types
 	$(BIN)/ruff check .
