@@ -298,18 +298,32 @@ def expert_balance_loss(routings: Sequence[Routing], attention_mask: Tensor | No
             without any valid token contributes 0.
 
     Returns:
-        Scalar float32, not yet weighted.
+        Scalar float32, not yet weighted. Blocks with different numbers of experts are balanced among those with as
+        many; the loss is the mean over all blocks then, those of one expert left out.
 
     Raises:
-        ValueError: mask and routings have different shapes, or the blocks have different numbers of experts.
+        ValueError: mask and routings have different shapes.
     """
+    groups = by_experts(routings)
+    blocks = sum(len(group) for group in groups)
+    losses = [_balance_of_equals(group, attention_mask) * (len(group) / blocks) for group in groups]
+    total = losses[0]
+    for loss in losses[1:]:
+        total = total + loss.to(total.device)
+    return total
+
+
+def by_experts(routings: Sequence[Routing]) -> list[list[Routing]]:
+    """Routings by their number of experts, ascending; where some have several, those of one expert are left out."""
+    groups: dict[int, list[Routing]] = {}
+    for routing in routings:
+        groups.setdefault(routing.probabilities.shape[-1], []).append(routing)
+    return [groups[experts] for experts in sorted(groups) if experts > 1 or len(groups) == 1]
+
+
+def _balance_of_equals(routings: Sequence[Routing], attention_mask: Tensor | None) -> Tensor:
+    """`expert_balance_loss` of blocks that have equally many experts."""
     B, L, E = routings[0].probabilities.shape
-    counts = sorted({routing.probabilities.shape[-1] for routing in routings})
-    if len(counts) > 1:
-        raise ValueError(
-            f"blocks of {counts} experts: this loss sums each expert over all blocks, so that they need equally many; "
-            "leave experts_pattern out, or train without this loss"
-        )
     device = routings[0].probabilities.device
     valid = torch.ones(B, L, 1, device=device) if attention_mask is None else attention_mask.to(device)[..., None]
     share = probability = torch.zeros(B, E, device=device)

@@ -10,19 +10,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hydralora.layer import Routing
+from hydralora.layer import Routing, by_experts
 
 
 class RoutingStatistics:
-    """Expert utilization: shares and entropy of the routing, over all blocks and valid tokens since the last `pop`."""
+    """Expert utilization: shares and entropy of the routing, over all blocks and valid tokens since the last `pop`.
+
+    Blocks with different numbers of experts are counted apart.
+    """
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None  # (E + 2,): tokens per expert, entropy, tokens; float32 on the model's device
+        # By E, (E + 2,): tokens per expert, entropy, tokens; float32 on the model's device.
+        self._sums: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def add(self, routings: Sequence[Routing], attention_mask: Tensor | None) -> None:
         """Count one forward pass; arguments as of `expert_balance_loss`. Does not wait for the device."""
-        for routing in routings:
+        for routing in (routing for group in by_experts(routings) for routing in group):
             probabilities, choice = routing.probabilities, routing.choice
             valid = torch.ones_like(probabilities[..., :1])  # (B, L, 1)
             if attention_mask is not None:
@@ -30,16 +34,22 @@ class RoutingStatistics:
             entropy = torch.special.entr(probabilities).sum(dim=-1, keepdim=True)  # (B, L, 1)
             counted = torch.cat([choice, entropy, torch.ones_like(valid)], dim=-1) * valid
             sums = counted.sum(dim=(0, 1))  # (E + 2,)
-            self._sums = sums if self._sums is None else self._sums + sums.to(self._sums.device)
+            before = self._sums.get(probabilities.shape[-1])
+            self._sums[probabilities.shape[-1]] = sums if before is None else before + sums.to(before.device)
 
     def pop(self) -> dict[str, float]:
-        """`share_<expert>` (they add up to 1) and `entropy` (nats; log E is uniform), then start again; {} if empty."""
-        if self._sums is None:
-            return {}
-        *per_expert, entropy, tokens = self._sums.tolist()
-        self._sums = None
-        tokens = max(tokens, 1.0)
-        return {f"share_{e}": count / tokens for e, count in enumerate(per_expert)} | {"entropy": entropy / tokens}
+        """`share_<expert>` (they add up to 1) and `entropy` (nats; log E is uniform), then start again; {} if empty.
+
+        Where blocks have different numbers of experts the names are `share_<expert>_of_<E>` and `entropy_of_<E>`.
+        """
+        found: dict[str, float] = {}
+        for experts, sums in sorted(self._sums.items()):
+            *per_expert, entropy, tokens = sums.tolist()
+            tokens, ending = max(tokens, 1.0), f"_of_{experts}" if len(self._sums) > 1 else ""
+            found |= {f"share_{e}{ending}": count / tokens for e, count in enumerate(per_expert)}
+            found[f"entropy{ending}"] = entropy / tokens
+        self._sums = {}
+        return found
 
 
 class TaskStatistics:

@@ -280,6 +280,11 @@ class HydraLoraConfig(PeftConfig):
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
+    def most_experts(self) -> int:
+        """The number of experts of the layers that have most."""
+        return max([self.lora_nums, *self.experts_pattern.values()])
+
+    @property
     def starts_as_identity(self) -> bool:
         """True if the adapter changes nothing at the start."""
         return self.init_weights and self.init_lora_weights is not False

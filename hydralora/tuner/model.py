@@ -62,6 +62,7 @@ class HydraLoraModel(BaseTuner):
             layers = hydralora_layers(model).values()  # of adapters that were each injected by itself
             self.hydralora_losses = next((layer.auxiliary for layer in layers if layer.auxiliary), AuxiliaryLosses())
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self.hydralora_losses.forget(adapter_name)  # of an adapter of this name that is replaced
         self.hydralora_losses.adapters[adapter_name] = AdapterTerms(config)
         self._warn_of_absent_layers(model, config, adapter_name)
         if RoutingUnit(config.routing) is RoutingUnit.SEQUENCE:
@@ -74,12 +75,23 @@ class HydraLoraModel(BaseTuner):
         Called with every new adapter; call it after such a weight was set in the configuration of an existing one.
         """
         adapters = self.hydralora_losses.adapters.values()
+        for idle in (terms.idle for terms in adapters if not terms.config.inference_mode):
+            if idle is not None:
+                warnings.warn(idle, stacklevel=2)
         if any(terms.at_all or terms.config.head_dropout_start for terms in adapters):
             give_to_trainers(AdapterCallback)
         if any(terms.at_all for terms in adapters):
             self.hydralora_losses.watch(self.model, hydralora_layers(self.model))
         else:
             self.hydralora_losses.unwatch(self.model)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and whatever followed the forward passes for it; errors as of PEFT's."""
+        super().delete_adapter(adapter_name)
+        self.attach_losses()
+        units = {unit for layer in hydralora_layers(self.model).values() for unit in layer.routing.values()}
+        if RoutingUnit.SEQUENCE not in units:
+            self.hydralora_passes.unwatch(self.model)
 
     def _warn_of_absent_layers(self, model: nn.Module, config: HydraLoraConfig, adapter_name: str) -> None:
         """Name numbers in `layers_to_transform` by which no layer was adapted."""

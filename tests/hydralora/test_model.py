@@ -199,3 +199,14 @@ class TestStatistics:
         assert shares == pytest.approx([0.75, 0.25, 0.0])
         assert values["entropy"] == pytest.approx(math.log(3) / 2, rel=1e-5)
         assert statistics.pop() == {}
+
+    def test_layers_with_different_numbers_of_experts_are_counted_apart(self) -> None:
+        statistics = RoutingStatistics()
+        routings = [routing_of([[0, 1, 1, 1]], 2), routing_of([[0, 0, 4, 4]], 5), routing_of([[0, 0, 0, 0]], 1)]
+        statistics.add(routings, None)
+        values = statistics.pop()
+        assert [values[f"share_{expert}_of_2"] for expert in range(2)] == pytest.approx([0.25, 0.75])
+        assert [values[f"share_{expert}_of_5"] for expert in range(5)] == pytest.approx([0.5, 0, 0, 0, 0.5])
+        assert len(values) == 9
+        statistics.add(routings[-1:], None)
+        assert statistics.pop() == {"share_0": 1.0, "entropy": 0.0}

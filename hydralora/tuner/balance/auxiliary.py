@@ -169,6 +169,14 @@ class AuxiliaryLosses:
             self._handles.pop().remove()
         release_checkpoints(model, self)
 
+    def forget(self, adapter: str) -> None:
+        """Drop the losses of an adapter that was deleted, and their values that nobody has asked for."""
+        self.adapters.pop(adapter, None)
+        for name in ("balance_loss", "information_loss"):
+            self._values.pop(_key(adapter, name), None)
+        while self._handles and not any(terms.at_all for terms in self.adapters.values()):
+            self._handles.pop().remove()
+
     @torch.compiler.disable
     def attach(self, layer: AdaptedLayer, adapter: str, weights: Tensor, probabilities: Tensor) -> Tensor:
         """`weights` of the experts, with the gradient of the losses on `probabilities` attached.
@@ -198,7 +206,7 @@ class AuxiliaryLosses:
 
     def note(self, adapter: str, name: str, value: Tensor, share: float = 1.0) -> None:
         """Count the value of a loss, of which this is a `share` of one forward pass."""
-        key = name if adapter == "default" else f"{name}/{adapter}"
+        key = _key(adapter, name)
         before = self._values.get(key)
         total = value if before is None else before[0] + value.to(before[0].device)
         self._values[key] = total, share + (0.0 if before is None else before[1])
@@ -242,6 +250,11 @@ class AuxiliaryLosses:
             for (adapter, _), (term, pool) in within.pools.items():
                 share = pool.layers / within.layers[adapter]
                 self.note(adapter, term.name, pool.value() * (term.weight * share), share)
+
+
+def _key(adapter: str, name: str) -> str:
+    """The name of an adapter's loss in the log."""
+    return name if adapter == "default" else f"{name}/{adapter}"
 
 
 def losses_of(model: nn.Module) -> list[AuxiliaryLosses]:

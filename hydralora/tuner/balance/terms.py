@@ -57,7 +57,20 @@ class AdapterTerms:
     @property
     def at_all(self) -> bool:
         """Whether a loss acts at some time."""
-        return self.config.lora_nums > 1 and bool(self.config.balance_weight or self.config.information_weight)
+        has_router = self.config.most_experts > 1 and self.config.routing != RoutingUnit.TASK
+        return has_router and bool(self.config.balance_weight or self.config.information_weight)
+
+    @property
+    def idle(self) -> str | None:
+        """Losses that the configuration asks for and that routing by task does not have, for a warning."""
+        wanted = {name: getattr(self.config, name) for name in ("balance_weight", "information_weight")}
+        wanted = {name: weight for name, weight in wanted.items() if weight}
+        if not wanted or self.config.routing != RoutingUnit.TASK:
+            return None
+        return (
+            f"{wanted} has no effect with routing='task': the losses on the routing act on routers, and the weights of "
+            "a task come from a table; leave it out"
+        )
 
     @property
     def of_prompts(self) -> bool:

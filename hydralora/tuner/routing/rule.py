@@ -63,9 +63,8 @@ def rule_problems(config: Any) -> list[str]:
     found = []
     if config.top_k is not None and config.top_p is not None:
         found.append(f"top_k {config.top_k} and top_p {config.top_p} are two choices of the experts that act: give one")
-    most = max([config.lora_nums, *config.experts_pattern.values()])
-    if config.top_k is not None and config.top_k > most:
-        found.append(f"top_k is {config.top_k}, but there are {most} experts")
+    if config.top_k is not None and config.top_k > config.most_experts:
+        found.append(f"top_k is {config.top_k}, but there are {config.most_experts} experts")
     if (config.routing == "task") != bool(config.tasks):
         found.append(
             f"routing is '{config.routing}' and tasks is {config.tasks}: routing='task' needs tasks, and only it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import delete_adapter
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -330,3 +332,65 @@ def test_micro_batches_of_an_update(length: int | None, full: int, step: int, ex
 def test_the_scale_of_deepspeed() -> None:
     assert GradientScale(2, None, lambda: 16.0).of(torch.ones(1)).item() == 8
     assert math.isclose(GradientScale().of(torch.ones(1)).item(), 1)
+
+
+PATTERN = {"q_proj": 5, r"layers\.1\.mlp\.down_proj": 1}
+
+
+def test_layers_with_other_numbers_of_experts() -> None:
+    """Each is balanced among those with as many; one expert has nothing to balance."""
+    expected, value = by_hand(build(weight=0.0, experts_pattern=PATTERN), BATCH)
+    plain, _ = by_hand(build(weight=0.0, experts_pattern=PATTERN), BATCH, weight=0.0)
+    model = build(experts_pattern=PATTERN)
+    model(**BATCH).loss.backward()
+    assert_same(trained_gradients(model), expected, rtol=1e-4, atol=1e-6)
+    assert losses_of(model)[0].pop() == pytest.approx({"balance_loss": value.item()}, rel=1e-5)
+    for part in ("q_proj", "v_proj"):
+        names = [name for name in plain if part in name and "router" in name]
+        assert names
+        assert all((expected[name] - plain[name]).abs().max() > 1e-4 for name in names)
+
+
+def test_a_pattern_alone_may_give_several_experts() -> None:
+    model = build(lora_nums=1, experts_pattern={"q_proj": 4})
+    model(**BATCH).loss.backward()
+    assert losses_of(model)[0].pop().keys() == {"balance_loss"}
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("way", ["model", "layers"])
+@pytest.mark.parametrize("routing", ["token", "sequence"])
+def test_a_deleted_adapter_leaves_no_loss_behind(routing: str, way: str) -> None:
+    """Its hooks and its values are gone, by PEFT's model and by PEFT's function that transformers calls."""
+    model = build(routing=routing)
+    model.add_adapter("other", HydraLoraConfig(r=4, lora_nums=3, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model(**BATCH).loss.backward()
+    before = hooks_of(model)
+    assert before > 0
+    if way == "model":
+        model.delete_adapter("default")
+        assert hooks_of(model) == 0
+    else:
+        delete_adapter(model.base_model.model, "default", model.base_model.prefix)
+        assert hooks_of(model) < before
+    losses = losses_of(model)[0]
+    assert losses.adapters.keys() == {"other"}
+    assert losses.pop() == {}
+    model.set_adapter("other")
+    model(**BATCH).loss.backward()
+    assert losses.pop() == {}
+
+
+@pytest.mark.parametrize("name", ["balance_weight", "information_weight"])
+def test_routing_by_task_says_that_it_has_no_such_loss(name: str) -> None:
+    changes: dict[str, Any] = {"routing": "task", "tasks": ["law"]}
+    with pytest.warns(UserWarning, match=rf"'{name}': 0.3.* has no effect with routing='task'"):
+        adapted(**changes, **{name: 0.3})
+    with warnings.catch_warnings(record=True) as said:
+        adapted(**changes)
+        adapted(**{name: 0.3})
+        adapted(**changes, **{name: 0.3}, inference_mode=True)
+    assert not [str(each.message) for each in said if "no effect" in str(each.message)]

@@ -81,7 +81,7 @@ def test_a_row_does_not_depend_on_its_neighbors(kind: str, opt: bool, side: str)
     torch.testing.assert_close(swapped, torch.cat([expected[row] for row in order]), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].get("routing") != "sequence"])
+@ALL
 def test_packed_rows(kind: str) -> None:
     """Texts one after another in one row; what a row asks for is then given token by token."""
     model = model_of(kind)
