@@ -24,6 +24,7 @@ from hydralora.text.arguments import build_parser, inputs_of, parse_args
 from hydralora.text.dataset import InstructionCollator
 from hydralora.text.loading import answer_ends, check_vocabulary, load_data
 from hydralora.text.options import RunArguments
+from hydralora.text.tasks import names_of
 from hydralora.text.training import (
     ADAPTER_FOLDER,
     HydraLoraTrainer,
@@ -94,7 +95,7 @@ def build_run(args: RunArguments, resumed: Resumption | None = None) -> TextRun:
         print(unended)
     base = load_base(args)
     check_vocabulary(base, tokenizer, examples, args.tokenizer_name)
-    model = add_adapter(base, args)
+    model = add_adapter(base, args, names_of(examples))
     if training.deepspeed:
         set_precision(model, training)
     if checkpointing.is_checkpointed(training):
@@ -180,6 +181,9 @@ def _print_summary(run: TextRun, adapter: Path | None, metrics: dict[str, float]
     Console().print(Panel("\n".join(lines), title=title, title_align="left", expand=False))
     if adapter is not None:
         print(f'import hydralora; PeftModel.from_pretrained(base, "{adapter}")')
+        if run.trainer.by_task:
+            print("and is evaluated task by task: hydralora.save_tasks_as_lora writes a LoRA for each")
+            return
         print("and is evaluated (extra harness) by")
         models = f"pretrained={run.args.model.model_name_or_path},peft={adapter}"
         chat = " --apply_chat_template" if run.args.data.chat_template is not None else ""

@@ -12,20 +12,18 @@ from pathlib import Path
 
 import transformers
 
+from hydralora.text.adapter_flags import adapter_config, contradictions, routing_problems
 from hydralora.text.counts import row_problems
 from hydralora.text.messages import OWN
 from hydralora.text.option_table import TEXT_OPTIONS
 from hydralora.text.options import (
-    FIXED,
     DataArguments,
     ModelArguments,
     RunArguments,
     TrainingArguments,
-    module_names,
     number_of_experts,
     stored_config,
 )
-from hydralora.tuner.config import HydraLoraConfig
 from llava.errors import FlagError
 from llava.runtime.config_files.words import add_config, with_config
 from llava.runtime.fsdp.checks import fsdp_problems
@@ -132,37 +130,13 @@ def _problems(args: RunArguments) -> list[str]:
     if splits and data.validation_split_percentage == 0:
         problems.append("--validation_split_percentage 0: must be more than 0 to evaluate without --validation_file")
     try:
-        number_of_experts(training.lora_nums)
-        if training.router_learning_rate is not None and args.experts == 1:
-            problems.append(
-                f"--router_learning_rate {training.router_learning_rate}: one expert has no router; leave the flag out"
-            )
+        experts = number_of_experts(training.lora_nums)
         if training.peft_path:
-            problems += _contradictions(training, stored_config(training.peft_path))
+            config = stored_config(training.peft_path)
+            problems += contradictions(training, experts, config)
+        else:
+            config = adapter_config(training, experts, tasks=["those of the data"])
+        problems += routing_problems(training, config)
     except FlagError as error:
         problems.append(str(error))
     return problems or row_problems(args)
-
-
-def _contradictions(training: TrainingArguments, stored: HydraLoraConfig) -> list[str]:
-    """The flags that were given with other values than the adapter to start from has."""
-    targets = stored.target_modules
-    pairs = {
-        "lora_rank": (training.lora_rank, stored.r),
-        "lora_alpha": (training.lora_alpha, stored.lora_alpha),
-        "lora_nums": (number_of_experts(training.lora_nums), stored.lora_nums),
-        "lora_dropout": (training.lora_dropout, stored.lora_dropout),
-        "routing": (training.routing, stored.routing),
-        **{name: (getattr(training, name), getattr(stored, name)) for name in FIXED},
-        "trainable": (
-            sorted(module_names(training.trainable)),
-            [targets] if isinstance(targets, str) else sorted(targets or ()),
-        ),
-        "modules_to_save": (sorted(module_names(training.modules_to_save)), sorted(stored.modules_to_save or ())),
-    }
-    return [
-        f"--{name} {getattr(training, name)} contradicts the adapter of --peft_path, which has {theirs} and stays as "
-        "it is; leave the flag out"
-        for name, (ours, theirs) in pairs.items()
-        if ours != theirs and getattr(training, name) != type(training).__dataclass_fields__[name].default
-    ]

@@ -12,6 +12,7 @@ from hydralora.text.dataset import InstructionDataset, held_out_files, load_exam
 from hydralora.text.messages import OWN, turn_end
 from hydralora.text.options import DataArguments, RunArguments
 from hydralora.text.samples import Example
+from hydralora.text.tasks import asked_tasks, check_tasks, names_of
 from llava.errors import FlagError
 from llava.runtime.values import refuse, too_few_rows
 
@@ -23,20 +24,21 @@ def load_data(args: RunArguments, tokenizer: Any) -> tuple[InstructionDataset | 
     """The records to train and to evaluate on; None where nothing is asked for.
 
     Raises:
-        BadSampleError: a record is malformed.
+        BadSampleError: a record is malformed, or has no task although the run routes by task.
         FlagError: there is nothing to evaluate on, or no file holds a record with something to train on.
     """
     data, training = args.data, args.training
     announce = training.should_log
-    train = None
+    train, tasks = None, asked_tasks(args)
     if training.do_train:
         if announce and data.dataset_dir and not data.train_file and not data.include_held_out:
             _say_held_out(data)
         files = training_files(data.dataset_dir, data.train_file, data.validation_file, data.include_held_out)
-        train = InstructionDataset(_read(files, data, tokenizer, announce))
+        train = InstructionDataset(_read(files, data, tokenizer, announce, tasks))
+        tasks = names_of(train.examples) if tasks == [] else tasks
     evaluation = None
     if training.do_eval and data.validation_file:
-        evaluation = InstructionDataset(_read([Path(data.validation_file)], data, tokenizer, announce))
+        evaluation = InstructionDataset(_read([Path(data.validation_file)], data, tokenizer, announce, tasks))
     elif training.do_eval:
         if train is None:
             raise FlagError("--do_eval without --do_train needs --validation_file")
@@ -55,13 +57,17 @@ def _say_held_out(data: DataArguments) -> None:
         )
 
 
-def _read(files: Sequence[Path], data: DataArguments, tokenizer: Any, announce: bool) -> list[Example]:
-    """The examples of files that have a target."""
+def _read(
+    files: Sequence[Path], data: DataArguments, tokenizer: Any, announce: bool, tasks: Sequence[str] | None
+) -> list[Example]:
+    """The examples of files that have a target; with `tasks`, every record must have one of them, or any if []."""
     kept: list[Example] = []
     without: list[str] = []
     cache, overwrite, chat = data.data_cache_dir, data.overwrite_cache, data.chat_template is not None
     for path in files:
         examples = load_examples(path, tokenizer, data.max_seq_length, cache, overwrite, chat)
+        if tasks is not None:
+            check_tasks(path, examples, tasks)
         kept += [example for example in examples if example.has_target]
         without += [f"{path}, row {row}" for row, example in enumerate(examples) if not example.has_target]
     names = ", ".join(map(str, files))

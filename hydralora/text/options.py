@@ -12,16 +12,15 @@ from enum import StrEnum
 from pathlib import Path
 from typing import ClassVar
 
+from hydralora.text.adapter_flags import ADAPTER_RANGES, AdapterArguments
 from hydralora.text.option_table import TEXT_OPTIONS
-from hydralora.tuner.balance.losses import BalanceForm
-from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
-from hydralora.tuner.initialization import Initialization
+from hydralora.tuner.config import HydraLoraConfig
 from hydralora.tuner.loading import read_config
 from llava.errors import FlagError
 from llava.runtime.files import refuse_pointer
 from llava.runtime.monitoring.stopping import PATIENCE_HELP, THRESHOLD_HELP, choose_metric
 from llava.runtime.options import option
-from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, Range
+from llava.runtime.ranges import COUNT, NOT_NEGATIVE, Range
 from llava.runtime.trainer_options.base import CheckedTrainingArguments
 from llava.runtime.trainer_options.row import Table
 
@@ -84,23 +83,8 @@ class DataArguments:
     )
 
 
-FIXED = (
-    *("balance", "balance_ema", "balance_warmup", "information_weight"),
-    *("init", "head_dropout", "expert_dropout", "head_dropout_start"),
-)
-"""Flags that are fields of an adapter's configuration under the same name, and stay as they are with `--peft_path`."""
-
 OWN_RANGES = {
-    "lora_rank": COUNT,
-    "lora_alpha": POSITIVE,
-    "lora_dropout": PROBABILITY,
-    "balance_weight": NOT_NEGATIVE,
-    "balance_ema": PROBABILITY,
-    "balance_warmup": NOT_NEGATIVE,
-    "information_weight": NOT_NEGATIVE,
-    "head_dropout": PROBABILITY,
-    "expert_dropout": PROBABILITY,
-    "head_dropout_start": NOT_NEGATIVE,
+    **ADAPTER_RANGES,
     "router_learning_rate": NOT_NEGATIVE,
     "early_stopping_patience": COUNT,
     "early_stopping_threshold": NOT_NEGATIVE,
@@ -109,43 +93,17 @@ OWN_RANGES = {
 
 
 @dataclass
-class TrainingArguments(CheckedTrainingArguments):
-    """How it is trained; everything else is transformers' `TrainingArguments`."""
+class TrainingArguments(AdapterArguments, CheckedTrainingArguments):
+    """The adapter and how it is trained; everything else is transformers' `TrainingArguments`."""
 
     _argument_group_name: ClassVar[str] = "training"
     table: ClassVar[Table] = TEXT_OPTIONS
     ranges: ClassVar[Mapping[str, Range]] = OWN_RANGES
 
-    trainable: str = option("linear layers to adapt, by comma, or all-linear", "q_proj,v_proj")
-    lora_rank: int = option("rank of A and of every B", 8)
-    lora_dropout: float = option("dropout before A", 0.1)
-    lora_alpha: float = option("the update is scaled by alpha / rank", 32.0)
-    lora_nums: str = option("number of experts, or auto:FILE (see python -m hydralora.components)", "2")
-    routing: str = option("what the router decides for: token (the paper) or sequence", RoutingUnit.TOKEN.value)
-    balance_weight: float | None = option(
-        "weight of an expert-balance loss; 0: none, as the original; none given: that of --peft_path's adapter, or 0"
-    )
-    balance: str | None = option(
-        "what that loss balances: sample, the experts over all layers in each sample, as the original; batch, those of "
-        "each layer over the batch; none given: sample, or that of --peft_path's adapter",
-        choices=list(BalanceForm),
-    )
-    balance_ema: float | None = option("--balance batch: weight of the past in a running mean of the shares")
-    balance_warmup: int | None = option("updates during which the weight of the balance loss grows from 0")
-    information_weight: float | None = option("weight of a loss that makes routers decide, and tokens differ")
-    init: str = option(
-        "how the experts start: zero, B = 0 (the paper); centered, random B that cancel, and a router of 0",
-        Initialization.ZERO.value,
-        choices=list(Initialization),
-    )
-    head_dropout: float = option("dropout between A and each B, by expert", 0.0)
-    expert_dropout: float = option("probability of leaving out a whole expert for a token in training", 0.0)
-    head_dropout_start: int = option("updates before --head_dropout and --expert_dropout begin", 0)
     router_learning_rate: float | None = option("learning rate of the routers; none given: --learning_rate")
-    modules_to_save: str | None = option("other modules to train in full, by comma")
     peft_path: str | None = option(
-        "adapter to start from: ours, or one of the original; it stays as it is, so flags that contradict its rank, "
-        "alpha, dropout, experts, routing or modules are refused"
+        "adapter to start from: ours, or one of the original; it stays as it is, so that flags which contradict it "
+        "are refused"
     )
     loss_reduction: str = option(
         "target: mean over the trained tokens of an update; micro_batch: mean of the means of its micro batches, as "
@@ -227,8 +185,3 @@ def stored_config(folder: str) -> HydraLoraConfig:
     if not isinstance(config, HydraLoraConfig):
         raise FlagError(f"--peft_path {folder}: is an adapter of another method than HydraLoRA")
     return config
-
-
-def module_names(value: str | None) -> list[str]:
-    """The names in the value of `--trainable` or `--modules_to_save`, without blanks."""
-    return [name.strip() for name in (value or "").split(",") if name.strip()]

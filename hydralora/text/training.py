@@ -20,9 +20,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from hydralora.model import RoutingRecorder, of_text
 from hydralora.statistics import TaskStatistics
+from hydralora.text.adapter_flags import adapter_config
 from hydralora.text.messages import OWN
-from hydralora.text.options import FIXED, LossReduction, RunArguments, module_names
-from hydralora.tuner import HydraLoraConfig, hydralora_layers, parameter_groups
+from hydralora.text.options import LossReduction, RunArguments
+from hydralora.tuner import RoutingUnit, hydralora_layers, parameter_groups
 from hydralora.tuner.loading import load_adapter
 from hydralora.tuner.original import CONFIG_FILE, OUR_WEIGHTS
 from llava.errors import CheckpointError, FlagError
@@ -107,10 +108,15 @@ def load_base(args: RunArguments) -> nn.Module:
     return base
 
 
-def add_adapter(base: nn.Module, args: RunArguments) -> PeftModel:
+def add_adapter(base: nn.Module, args: RunArguments, tasks: Sequence[str] = ()) -> PeftModel:
     """The base with a new adapter, or with the one that `--peft_path` names, ours or the original's.
 
     `balance_weight` of its configuration is the one that holds for this run.
+
+    Args:
+        base: of the run.
+        args: of the run.
+        tasks: those of the data, for `--routing task`.
 
     Raises:
         CheckpointError: the file of the adapter that `--peft_path` names is damaged or could run code.
@@ -134,23 +140,11 @@ def add_adapter(base: nn.Module, args: RunArguments) -> PeftModel:
                 f"routing by {config.routing}"
             )
         return model
-    modules = module_names(training.trainable)
+    config = adapter_config(training, args.experts, tasks)
     try:
-        config = HydraLoraConfig(
-            r=training.lora_rank,
-            lora_alpha=training.lora_alpha,
-            lora_nums=args.experts,
-            lora_dropout=training.lora_dropout,
-            target_modules="all-linear" if modules == ["all-linear"] else modules,
-            modules_to_save=module_names(training.modules_to_save) or None,
-            routing=training.routing,
-            balance_weight=training.balance_weight or 0.0,
-            task_type="CAUSAL_LM",
-            **{name: getattr(training, name) for name in FIXED if getattr(training, name) is not None},
-        )
-    except ValueError as error:
-        raise FlagError(f"--lora_rank, --lora_dropout, --routing, --balance or --init: {error}") from error
-    return get_peft_model(base, config)
+        return get_peft_model(base, config)
+    except ValueError as error:  # a layer that is not there, or that cannot be adapted
+        raise FlagError(f"the adapter of the flags does not fit --model_name_or_path: {error}") from error
 
 
 def record_end(
@@ -219,6 +213,8 @@ class HydraLoraTrainer(MonitoredTrainer):
         self.statistics = TaskStatistics()
         by_target = self.args.loss_reduction == LossReduction.TARGET
         self.loss_reduction = over_targets if by_target else over_batches
+        config: Any = self.model.active_peft_config
+        self.by_task = config.routing == RoutingUnit.TASK
         self.label_smoother = None  # the model is given the labels, which are no part of what the router decides by
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -270,8 +266,7 @@ class HydraLoraTrainer(MonitoredTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The language-model loss; in training the routing is counted."""
-        inputs = dict(inputs)
-        tasks = inputs.pop("task_types", None)
+        inputs, tasks = self._routed(inputs)
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         recorder = RoutingRecorder(hydralora_layers(self.accelerator.unwrap_model(model)))
@@ -287,9 +282,16 @@ class HydraLoraTrainer(MonitoredTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def row_losses(self, model: nn.Module, batch: dict[str, Any]) -> RowLosses:
-        """The losses of a batch's rows; their tasks are no input of the model."""
-        batch.pop("task_types", None)
-        return super().row_losses(model, batch)
+        """The losses of a batch's rows; their tasks are an input of a model that routes by task alone."""
+        return super().row_losses(model, self._routed(batch)[0])
+
+    def _routed(self, batch: dict[str, Any]) -> tuple[dict[str, Any], Sequence[int | str] | None]:
+        """The inputs of the model, the tasks of the rows among them if these route; and the tasks."""
+        inputs = dict(batch)
+        tasks = inputs.pop("task_types", None)
+        if self.by_task:
+            inputs["tasks"] = [str(task) for task in tasks or ()]
+        return inputs, tasks
 
     def row_groups(self, row: int) -> Sequence[str]:
         """The task of a record, if it has one."""
