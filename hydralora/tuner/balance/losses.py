@@ -9,6 +9,7 @@ Shape letters: B batch, T tokens, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 import torch
@@ -107,7 +108,8 @@ def of_prompts(probabilities: Tensor, prompt: Tensor | None = None) -> Tensor:
 class MovingShares:
     """Running means of the shares of the experts, by layer, where one micro batch is too small to balance.
 
-    It belongs to one run of one model and starts with the first batch that it sees, after a resumption too.
+    It belongs to one run of one model and starts with the first batch that it sees; a run that resumes hands over the
+    means of its checkpoint.
 
     Args:
         decay: weight of the past, from 0 (this batch alone) to below 1.
@@ -116,6 +118,15 @@ class MovingShares:
     def __init__(self, decay: float) -> None:
         self.decay = decay
         self._shares: dict[str, Tensor] = {}
+
+    @property
+    def state(self) -> dict[str, list[float]]:
+        """The running mean of each layer, as numbers that a JSON file keeps exactly; waits for the device."""
+        return {layer: shares.tolist() for layer, shares in self._shares.items()} if self.decay else {}
+
+    @state.setter
+    def state(self, state: Mapping[str, Sequence[float]]) -> None:
+        self._shares = {layer: torch.tensor(shares) for layer, shares in state.items()}
 
     def update(self, layer: str, shares: Tensor) -> Tensor:
         """The running mean of a layer, (E,), with these shares (E,) of a batch in it."""

@@ -48,11 +48,14 @@ class AdapterTerms:
 
     Args:
         config: of the adapter; what is set in it later counts.
+
+    Attributes:
+        shares: the running means of `balance_ema`, which belong to the run.
     """
 
     def __init__(self, config: HydraLoraConfig) -> None:
         self.config = config
-        self._shares = MovingShares(config.balance_ema)
+        self.shares = MovingShares(config.balance_ema)
 
     @property
     def at_all(self) -> bool:
@@ -100,7 +103,7 @@ class AdapterTerms:
     def _balance(self, probabilities: Tensor, valid: Tensor, layer: str) -> Tensor:
         """`balance='batch'`; the running shares belong to the backward pass that counts them."""
         decided = self._decided(probabilities, valid)
-        shares = self._shares.update(layer, expert_shares(*decided))
+        shares = self.shares.update(layer, expert_shares(*decided))
         return batch_balance(*decided, shares)
 
     def _information(self, probabilities: Tensor, valid: Tensor, layer: str) -> Tensor:

@@ -10,13 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from hydralora.log import add_values, remove_values
 from hydralora.tuner.balance.auxiliary import AuxiliaryLosses, losses_of
 from hydralora.tuner.balance.gradient_scale import GradientScale
 from hydralora.tuner.progress import set_step
+
+STORED = "balance_means"
+"""Name of the running means in the Trainer's state."""
 
 
 def set_gradient_scale(model: nn.Module, micro_batches: int = 1, scaler: Any = None) -> None:
@@ -41,17 +46,52 @@ def set_gradient_scale(model: nn.Module, micro_batches: int = 1, scaler: Any = N
         losses.scale = GradientScale(micro_batches, scaler)
 
 
-class AdapterCallback(TrainerCallback):
-    """Hands the scale of the loss to the losses on the routing, and their values to the log."""
+class AdapterCallback(TrainerCallback, ExportableState):
+    """Hands the scale of the loss to the losses on the routing, and their values to the log.
+
+    The running means of `balance_ema` are part of the Trainer's state (`trainer_state.json`), one for each process.
+    """
 
     def __init__(self) -> None:
         self._losses: list[AuxiliaryLosses] = []
+        self._gathered: list[dict[str, Any]] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; called by the process that writes it alone, after all were asked."""
+        found = [self._means()] if self._gathered is None else self._gathered
+        self._gathered = None
+        return {"args": {}, "attributes": {STORED: found if any(found) else []}}
+
+    def _means(self) -> dict[str, Any]:
+        """The running means of this process, by adapter and layer."""
+        found = {name: terms.shares.state for losses in self._losses for name, terms in losses.adapters.items()}
+        return {name: means for name, means in found.items() if means}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        """Find the adapters."""
+        """Find the adapters, and take up the running means of the checkpoint from which the run resumes."""
         self._losses = losses_of(model)
         for losses in self._losses:
             add_values(model, losses.pop)
+        # The Trainer saves the state of a callback only where there was one, and a checkpoint may be older than this.
+        stored = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        stored = stored if state.global_step else None
+        means = stored["attributes"].get(STORED) if isinstance(stored, dict) else None
+        # Of another number of processes, each takes one of those that there were.
+        own = means[args.process_index % len(means)] if means else {}
+        for losses in self._losses:
+            for name, terms in losses.adapters.items():
+                terms.shares.state = own.get(name, {})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before a checkpoint: the means of all processes, of which one writes them all."""
+        self._gathered = None
+        moving = any(terms.shares.decay for losses in self._losses for terms in losses.adapters.values())
+        if control.should_save and moving and args.world_size > 1:
+            self._gathered = gather_object([self._means()])
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As after an update."""
+        self.on_step_end(args, state, control)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         """Before the first micro batch of an update."""

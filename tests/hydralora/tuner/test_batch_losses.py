@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,39 @@ def test_the_trainer_says_the_number_of_updates_after_a_resumption_too(tmp_path:
         logged = [row["balance_loss"] for row in trainer.state.log_history if "balance_loss" in row]
     assert logged[0] < logged[-1], "it grows, and is logged"
     assert_same(ends[1], ends[0])
+
+
+def trained(folder: Path, stops: list[int], resumes: bool = False) -> dict[str, Tensor]:
+    """Weights after runs in one folder, of which each but the first continues up to one more of `stops` updates."""
+    for stop in stops:
+        model = build(balance_weight=30.0, balance_ema=0.9)
+        args = TrainingArguments(
+            str(folder),
+            max_steps=stop,
+            save_steps=2,
+            lr_scheduler_type="constant",
+            learning_rate=1e-2,
+            report_to=[],
+            use_cpu=True,
+            per_device_train_batch_size=1,
+        )
+        Trainer(model, args, train_dataset=Rows()).train(resume_from_checkpoint=resumes)
+        resumes = True
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_the_running_mean_continues_with_the_run(tmp_path: Path) -> None:
+    """A run that resumes ends with exactly the weights of one in one go; without the stored means it would not."""
+    whole = trained(tmp_path / "whole", [4])
+    parts = trained(tmp_path / "parts", [2, 4])
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=0, atol=0)
+    trained(tmp_path / "lost", [2])
+    path = tmp_path / "lost" / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    assert len(state["stateful_callbacks"].pop("AdapterCallback")["attributes"]["balance_means"][0]["default"]) == 8
+    path.write_text(json.dumps(state))
+    assert differs(trained(tmp_path / "lost", [4], resumes=True), whole), "the negative control"
 
 
 def test_a_second_adapter_has_losses_and_routing_of_its_own() -> None:
