@@ -25,7 +25,7 @@ from hydralora.tuner.head_dropout import HeadDropout
 from hydralora.tuner.initialization import Initialization
 from hydralora.tuner.parts import Experts, Router, SharedA
 from hydralora.tuner.passes import Passes
-from hydralora.tuner.routing.acting import acting_weights
+from hydralora.tuner.routing.acting import acting_weights, leaves_out
 from hydralora.tuner.routing.rule import Rule, rule_of
 from hydralora.tuner.routing.tasks import TaskTable
 from hydralora.tuner.scaling import ScaledLayer
@@ -176,7 +176,8 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
         weights = self.expert_weights(adapter_name, x, rows) if several or self.observers else None
         module = self.lora_dropout[adapter_name]
         code = shared_a(x, module.p if module.training else 0.0)  # (..., r)
-        return experts_b(code, weights if several else None, self.scaling[adapter_name], onto)
+        chosen = several and leaves_out(self, adapter_name)
+        return experts_b(code, weights if several else None, self.scaling[adapter_name], onto, chosen)
 
 
 class Linear(nn.Module, HydraLoraLayer):

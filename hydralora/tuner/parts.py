@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hydralora.layer import shared_code, weighted_experts
+from hydralora.tuner import sparse
 from hydralora.tuner.head_dropout import HeadDropout
 from hydralora.tuner.initialization import Initialization, draw_centered
 
@@ -83,15 +84,25 @@ class Experts(nn.Linear):
         """(E, out_features, r), as a view of the weight."""
         return self.weight.unflatten(1, (self.experts, self.rank)).transpose(0, 1)
 
-    def forward(self, code: Tensor, weights: Tensor | None, scaling: float = 1.0, onto: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        code: Tensor,
+        weights: Tensor | None,
+        scaling: float = 1.0,
+        onto: Tensor | None = None,
+        chosen: bool = False,
+    ) -> Tensor:
         """`onto + scaling * sum_e weights_e B_e code`, (..., out_features) of code (..., r) and weights (..., E).
 
-        Without weights, for one expert, these are LoRA's own products.
+        Without weights, for one expert, these are LoRA's own products. `chosen`: weights of zero are those of experts
+        that a rule left out, so that nothing is lost where these are not computed.
         """
         if weights is None:
             update = super().forward(code) * scaling
         elif self.training and self.head_dropout.drops:
             update = F.linear(self.head_dropout.weighted_code(code, weights * scaling), self.weight.to(code.dtype))
+        elif chosen and sparse.pays(code, weights):
+            return sparse.grouped_experts(code, self.weight, weights, scaling, onto)
         else:
             return weighted_experts(code, self.weight, weights, scaling, onto)
         return update if onto is None else onto + update.to(onto.dtype)

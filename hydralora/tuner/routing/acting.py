@@ -67,6 +67,14 @@ def acting_weights(layer: RoutedLayer, adapter_name: str, x: Tensor, rows: Tenso
     return layer.with_losses(adapter_name, weights, probabilities)
 
 
+def leaves_out(layer: RoutedLayer, adapter_name: str) -> bool:
+    """Whether the adapter's rule leaves experts out here: weights of zero are its choice, and not the call's."""
+    if not layer.rules[adapter_name].chooses:
+        return False
+    given = layer.passes.given_now()
+    return given is None or not given.forces
+
+
 def _decided(
     layer: RoutedLayer, adapter_name: str, probabilities: Tensor, rows: Tensor | None, given: Given | None
 ) -> Tensor:

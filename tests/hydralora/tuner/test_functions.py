@@ -58,6 +58,7 @@ def by_autograd(model: nn.Module, x: Tensor, y: Tensor) -> Parameters:
 
 CASES = {
     "three experts": {},
+    "one of 64 experts": {"lora_nums": 64, "top_k": 1},
     "one expert": {"lora_nums": 1},
     "by sequence": {"routing": "sequence"},
     "half an adapter": {"target_modules": ["second"]},

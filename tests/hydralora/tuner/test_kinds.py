@@ -27,6 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "top-1": {"top_k": 1},
     "top-2": {"top_k": 2},
     "top-p": {"top_p": 0.5},
+    "top-2 of 64": {"lora_nums": 64, "top_k": 2},
     "sequence": {"routing": "sequence"},
     "sequence top-2": {"routing": "sequence", "top_k": 2},
     "task": {"routing": "task", "tasks": TASKS},
