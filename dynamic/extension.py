@@ -31,7 +31,7 @@ from dynamic.training import MaskedPass, TemperatureSchedule
 from llava.details import AnsweredRow, KeptPatches, KeptWords, Observation, Said
 from llava.errors import CheckpointError, FlagError
 from llava.extension import Config, Extension, ImportedState, ParameterGroup, RunOptions
-from llava.model.language_model.decoder import layer_kinds
+from llava.model.language_model.masks import layer_kinds
 from llava.runtime import checkpointing
 from llava.runtime.ranges import check_ranges
 from llava.segments import DecoderState, MultimodalInputs

@@ -43,7 +43,7 @@ OURS = (
     r"[│┏┃┡└╭╰├─━].*",  # tables, boxes and rules
     r"\{'[\w/]+': .*\}",  # metrics of an update
     r"What is trained *",
-    r"(base|settings|tower|answer end|extensions|data|evaluation|training|best|saving) {2,}.*",  # steps of a run
+    r"(base|settings|tower|answer end|extensions|loss|data|evaluation|training|best|saving) {2,}.*",  # steps of a run
     r"attention: \w+",
     r"python -m (llava|hydralora|mma)\..*",
     r".*\.jsonl: \d+ (of \d+ questions are answered|answers; .*)",

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.data.targets import find_targets
 from llava.data.tiling import ImageLength
 from llava.segments import Segments, Span, SpliceOptions, SplicePlan, row_segments, shifted
-
-TARGET_BUCKET = 64
-"""The list of target positions is padded to a multiple of this, so that few different lengths occur."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ def _assembled(
         moved.append(shifted(parts, length, offset))
     found = torch.cat(slots) if slots else torch.zeros(0, dtype=torch.long)
     which = torch.cat(sources) if sources else torch.zeros(0, dtype=torch.long)
-    targets, target_positions, target_labels = _targets(labels)
+    found_targets = find_targets(labels)
     return SplicePlan(
         input_ids=ids,
         labels=labels,
@@ -198,23 +196,10 @@ def _assembled(
         # Every feature is placed in its turn unless a row is cut or has no image.
         feature_rows=None if len(which) == (features or 0) else which,
         features=features,
-        target_positions=target_positions,
-        target_labels=target_labels,
-        targets=targets,
+        target_positions=found_targets.positions,
+        target_labels=found_targets.labels,
+        targets=int((found_targets.labels != IGNORE_INDEX).sum()),
         padding="none" if len(set(limits)) <= 1 else options.padding_side,
         options=options,
         segments=moved,
     )
-
-
-def _targets(labels: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Number of trained predictions of `labels` (B, L), their places in the flattened (B L), and what they predict."""
-    following = torch.full_like(labels, IGNORE_INDEX)
-    following[:, :-1] = labels[:, 1:]
-    places = (following.flatten() != IGNORE_INDEX).nonzero().flatten()
-    padded = max(1, -(-len(places) // TARGET_BUCKET)) * TARGET_BUCKET
-    positions = torch.zeros(padded, dtype=torch.long)
-    wanted = torch.full((padded,), IGNORE_INDEX)
-    positions[: len(places)] = places
-    wanted[: len(places)] = following.flatten()[places]
-    return len(places), positions, wanted

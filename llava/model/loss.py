@@ -1,4 +1,4 @@
-"""The language-model loss and its reductions.
+"""The language-model loss and its reductions, of all logits or of the trained tokens' hidden states alone.
 
 `target` averages over the positions that are trained on, over the whole global batch when its count is given.
 `micro_batch` averages over those of each micro batch, whatever their number, as upstream does. `all` divides by every
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava.constants import IGNORE_INDEX
+from llava.data.targets import Targets, find_targets
+from llava.model.head import summed_loss
 from llava.runtime.trainer_options.smoothing import cross_entropy_sum
 
 
@@ -43,8 +45,50 @@ def language_model_loss(
     Returns:
         fp32 scalar; 0 for a batch without any target.
     """
+    return _reduced(cross_entropy_sum(logits, labels, smoothing), labels, reduction, num_items_in_batch)
+
+
+def target_loss(
+    head: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    targets: Targets | None,
+    reduction: LossReduction,
+    num_items_in_batch: Tensor | int | None = None,
+    smoothing: float = 0.0,
+) -> Tensor:
+    """`language_model_loss` of the logits that `head` would give, which are computed for trained tokens alone.
+
+    A batch without targets has entries that count nothing: the head runs in every process, whatever its batch holds.
+
+    Args:
+        head: of the language model.
+        hidden: (B, L, D) last hidden states.
+        labels: (B, L), -100 where ignored.
+        targets: as of `find_targets`; None: found here, which waits for the device.
+        reduction: as above, like the other arguments.
+        num_items_in_batch: as above.
+        smoothing: as above.
+
+    Raises:
+        ValueError: there are more or fewer hidden states than labels.
+    """
+    if hidden.shape[:2] != labels.shape:
+        raise ValueError(
+            f"there are hidden states of {tuple(hidden.shape[:2])} positions and labels of {tuple(labels.shape)}; what "
+            "drops tokens from a pass with a loss must drop their labels too"
+        )
+    positions, wanted = find_targets(labels) if targets is None else targets
+    selected = hidden.flatten(0, 1).index_select(0, positions.to(hidden.device))  # (n, D)
+    total = summed_loss(head, selected, wanted.to(hidden.device), smoothing)
+    return _reduced(total, labels, reduction, num_items_in_batch)
+
+
+def _reduced(
+    total: Tensor, labels: Tensor, reduction: LossReduction, num_items_in_batch: Tensor | int | None
+) -> Tensor:
+    """The summed cross entropy divided as `reduction` says; arguments as of `language_model_loss`."""
     shifted = labels[:, 1:]  # (B, L - 1)
-    total = cross_entropy_sum(logits, labels, smoothing)
     if reduction is LossReduction.ALL:
         return total / max(1, shifted.numel())
     if num_items_in_batch is None:

@@ -35,6 +35,7 @@ from llava.model.formats import (
     read_projector,
 )
 from llava.model.generation_defaults import mend_generation_config
+from llava.model.head import LanguageHead, liger_loss
 from llava.model.image_tokens import (
     BORDER_TOKENS,
     add_image_tokens,
@@ -257,6 +258,15 @@ def add_vocabulary(model: LlavaForCausalLM, args: RunArguments, tokenizer: Any) 
         train_image_tokens(model)
 
 
+def use_fused_loss(llava: LlavaForCausalLM, args: RunArguments) -> None:
+    """Let liger-kernel compute the loss on a GPU, where it is installed; its kernels run nowhere else."""
+    head = llava.get_output_embeddings()
+    fused = liger_loss() if args.training.device.type == "cuda" else None
+    if isinstance(head, LanguageHead) and fused is not None:
+        head.fused = fused
+        say(args, "loss", "of trained tokens, fused by liger-kernel")
+
+
 def declare_parameters(llava: LlavaForCausalLM, training: TrainingArguments) -> None:
     """Tell ZeRO-3 of parameters that are used outside of the module that owns them, so that they are whole in time."""
     if zero_stage(training) != 3:
@@ -298,6 +308,7 @@ def build_model(args: RunArguments, tokenizer: Any, attn_implementation: str | N
         llava.extensions.attach(llava, available[name], config)
     train_on(llava, recorded, announce=args.training.should_log)
     say(args, "extensions", ", ".join(llava.extensions.configs) or "none")
+    use_fused_loss(llava, args)
     model: nn.Module = llava
     if args.training.peft_config is not None:
         model = add_adapter(llava, args.training.peft_config)

@@ -140,7 +140,9 @@ class LLaVATrainer(MonitoredTrainer):
         the micro batches of an update.
         """
         over_targets = bare_model(self.accelerator.unwrap_model(model)).loss_reduction is LossReduction.TARGET
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch if over_targets else None)
+        items = num_items_in_batch if over_targets else None
+        # Who asks for the outputs may want the logits, whose size is that of all positions times the vocabulary.
+        outputs = model(**inputs, num_items_in_batch=items, skip_logits=not return_outputs)
         losses: dict[str, Tensor] = outputs.losses
         if num_items_in_batch is None:
             loss = outputs.loss

@@ -18,7 +18,7 @@ from dynamic.inspection import record_decisions
 from llava.errors import CheckpointError
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.backbones import backbone_class, load_config
-from llava.model.language_model.decoder import layer_kinds
+from llava.model.language_model.masks import layer_kinds
 from tests.dynamic.sparse_models import (
     BASE,
     SHAPES,

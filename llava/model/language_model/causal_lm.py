@@ -16,11 +16,13 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from llava.data.targets import Targets
 from llava.extension import ExtensionSet
 from llava.model import decoding
+from llava.model.head import LanguageHead
 from llava.model.language_model.decoder import LlavaDecoder
 from llava.model.llava_arch import Images, LlavaMetaForCausalLM
-from llava.model.loss import LossReduction, language_model_loss
+from llava.model.loss import LossReduction, language_model_loss, target_loss
 from llava.runtime.cache_name import cache_argument, cache_keyword, cache_of, takes_cache
 from llava.runtime.finite_logits import WatchedGeneration
 from llava.runtime.offloading import execution_device
@@ -65,7 +67,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         PreTrainedModel.__init__(self, config)  # not the backbone's own, which would build its decoder without vision
         self.model = self.decoder_class(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LanguageHead(config.hidden_size, config.vocab_size, bias=False)
         self.extensions = ExtensionSet()
         self.model.extensions = self.extensions
         self.model.host = [self]
@@ -73,6 +75,12 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         self.label_smoothing = 0.0
         self.noise_alpha: float | None = None
         self.post_init()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Take another head; transformers makes a plain layer where it resizes the vocabulary."""
+        if type(new_embeddings) is nn.Linear:
+            new_embeddings.__class__ = LanguageHead
+        self.lm_head = new_embeddings
 
     def get_model(self) -> LlavaDecoder:
         """The decoder, with tower and projector."""
@@ -100,6 +108,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         segments: list[Segments] | None = None,
         num_items_in_batch: Tensor | int | None = None,
         plan: SplicePlan | None = None,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> LlavaOutput:
         """Logits, and the loss if `labels` are given.
@@ -118,6 +127,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             segments: beside `inputs_embeds`: what `build_inputs` returned.
             num_items_in_batch: target positions of the whole global batch, to divide the LM loss by.
             plan: of `input_ids`, made by the collator; without one it is made here, for which the ids are waited for.
+            skip_logits: with labels, compute the loss of trained tokens alone; `logits` is None then.
             kwargs: handed to every layer.
 
         Returns:
@@ -127,6 +137,8 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             ValueError: images and image tokens do not match in number.
         """
         inputs: MultimodalInputs | None = None
+        targets: Targets | None = None
+        right_padded: bool | None = None
         starts_sequence = cache is None or cache.get_seq_length() == 0
         if inputs_embeds is None and starts_sequence:
             planned = plan is not None or labels is not None
@@ -135,6 +147,12 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             if self.training and self.noise_alpha:
                 inputs.inputs_embeds = with_noise(inputs.inputs_embeds, text_positions(inputs), self.noise_alpha)
             inputs = self.extensions.on_inputs(self, inputs)
+            # What the plan knows holds as long as no extension puts other tensors in place.
+            plan = inputs.plan
+            if plan is not None and inputs.labels is plan.labels:
+                targets = Targets(plan.target_positions, plan.target_labels)
+            if plan is not None and inputs.attention_mask is plan.attention_mask:
+                right_padded = plan.padding != "left"
             input_ids, inputs_embeds, segments = None, inputs.inputs_embeds, inputs.segments
             position_ids, labels = inputs.position_ids, inputs.labels
             attention_mask = inputs.attention_mask
@@ -146,14 +164,21 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             segments=segments,
+            right_padded=right_padded,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])  # (B, L, V)
-        losses = None
+        hidden, losses = outputs.last_hidden_state, None  # (B, L, D)
+        logits = None
+        if labels is None or not skip_logits:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, keep])  # (B, L, V)
         if labels is not None:
             smoothing = self.label_smoothing if self.training else 0.0  # an evaluation's loss is a perplexity's
-            lm = language_model_loss(logits, labels, self.loss_reduction, num_items_in_batch, smoothing)
+            divided = (self.loss_reduction, num_items_in_batch, smoothing)
+            if logits is None:
+                lm = target_loss(self.lm_head, hidden, labels, targets, *divided)
+            else:
+                lm = language_model_loss(logits, labels, *divided)
             losses = {"lm": lm}
             if inputs is not None:
                 losses |= self.extensions.losses(self, inputs)

@@ -11,29 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llava.errors import FlagError
 from llava.extension import ExtensionSet
+from llava.model.language_model.masks import layer_kinds, layer_masks
 from llava.model.llava_arch import LlavaMetaModel
 from llava.runtime.cache_name import cache_keyword, layer_cache_keyword, takes_cache
 from llava.segments import DecoderState, Segments
 
-MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-"""How the mask of a kind of layer is made, by transformers' name of the kind."""
-
-_MASK_CACHE = {kind: cache_keyword(make_mask) for kind, make_mask in MASKS.items()}
 _OUTPUT_CACHE = cache_keyword(BaseModelOutputWithPast)
-
-
-def layer_kinds(config: Any) -> list[str]:
-    """Kind of attention of each layer: by `layer_types` (Qwen), or the same for all by `sliding_window` (Mistral)."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return list(kinds)
-    everywhere = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
-    return [everywhere] * config.num_hidden_layers
 
 
 class LlavaDecoder(LlavaMetaModel):
@@ -64,6 +51,7 @@ class LlavaDecoder(LlavaMetaModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         segments: list[Segments] | None = None,
+        right_padded: bool | None = None,
         **layer_kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
@@ -77,6 +65,7 @@ class LlavaDecoder(LlavaMetaModel):
             use_cache: make a cache if none is given, an extension's own if there is one; never while gradients are
                 checkpointed.
             segments: see `DecoderState`.
+            right_padded: True: `attention_mask` is known to be padded on the right alone; see `layer_masks`.
             layer_kwargs: handed to every layer and its attention function.
 
         Raises:
@@ -102,16 +91,7 @@ class LlavaDecoder(LlavaMetaModel):
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen)[None]
         # One mask for each kind of layer (full, sliding window), made once and shared by all layers of that kind.
         kinds = layer_kinds(self.config)
-        masks = {
-            kind: MASKS[kind](
-                config=self.config,
-                inputs_embeds=hidden,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                **{_MASK_CACHE[kind]: cache},
-            )
-            for kind in dict.fromkeys(kinds)
-        }
+        masks = layer_masks(self.config, hidden, attention_mask, position_ids, cache, right_padded)
         # The state is what travels from layer to layer. An extension may shorten it, together with positions and masks.
         positions = self.rotary_emb(hidden, position_ids=position_ids)
         state = DecoderState(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.collator import DataCollatorForSupervisedDataset
-from llava.data.splice_plan import TARGET_BUCKET, plan_splice
+from llava.data.splice_plan import plan_splice
+from llava.data.targets import BUCKET
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.segments import Span, SpliceOptions, SplicePlan
@@ -118,7 +119,7 @@ def test_every_position_is_where_the_reference_has_it(name: str, side: str, toke
     ]
     assert plan.targets == len(targets)
     padded = len(plan.target_positions)
-    assert padded % TARGET_BUCKET == 0
+    assert padded % BUCKET == 0
     assert padded >= max(1, len(targets))
     filler = [(0, IGNORE_INDEX)] * (padded - len(targets))
     assert list(zip(plan.target_positions.tolist(), plan.target_labels.tolist(), strict=True)) == targets + filler

@@ -96,6 +96,7 @@ def two_processes(folder: Path, data: Path) -> Path:
             copied = [str(path / "checkpoint-2") for path in (whole, cut)]
             runs.append({"arguments": zero_line(stage, cut, data, 2, **options), "copy": copied})
         runs.append({"arguments": zero_line(stage, folder / f"{stage} half", data, 2, **HALF)})
+    runs.append({"arguments": zero_line("zero3", folder / "untargeted", data, 2, **SGD), "untargeted": 1})
     launch_runs(2, runs, folder)
     return folder
 
@@ -151,6 +152,16 @@ def test_equals_one_plain_process(name: str, two_processes: Path, data: Path) ->
     main(plain_line(unclipped, data, **(EQUAL[name] | {"max_grad_norm": 0})))
     with pytest.raises(AssertionError):
         assert_same(unclipped, reference, 1e-4)
+
+
+@pytest.mark.slow
+def test_a_process_without_targets_takes_part(two_processes: Path, data: Path, tmp_path: Path) -> None:
+    """Every process gathers the head once in a pass, whatever it has to predict; the others' numbers are the same."""
+    (tmp_path / "theirs.json").write_text(json.dumps(json.loads(data.read_text())[::2]))
+    options = {"per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"}
+    main(command_line(tmp_path / "plain", data_path=tmp_path / "theirs.json", **(SGD | options)))
+    assert losses(two_processes / "untargeted") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
+    assert_same(two_processes / "untargeted", tmp_path / "plain", 1e-5)
 
 
 @pytest.mark.slow
