@@ -141,6 +141,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         right_padded: bool | None = None
         starts_sequence = cache is None or cache.get_seq_length() == 0
         if inputs_embeds is None and starts_sequence:
+            # A prompt that was padded on the left stays so: the last position is the one to continue from.
             planned = plan is not None or labels is not None
             padding_side = None if planned else self._input_padding_side(attention_mask)
             inputs = self.build_inputs(input_ids, attention_mask, labels, images, image_sizes, padding_side, plan)
@@ -168,6 +169,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             **kwargs,
         )
         hidden, losses = outputs.last_hidden_state, None  # (B, L, D)
+        # Of all positions times the vocabulary: the largest tensor of a training step, if it is made.
         logits = None
         if labels is None or not skip_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -180,6 +182,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             else:
                 lm = language_model_loss(logits, labels, *divided)
             losses = {"lm": lm}
+            # Whoever gives embeddings has called the hooks of the extensions, and asks for their losses too.
             if inputs is not None:
                 losses |= self.extensions.losses(self, inputs)
         return LlavaOutput(
