@@ -5,18 +5,22 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from hydralora import set_step
 from hydralora.model import RoutingRecorder
 from hydralora.tuner import hydralora_layers
+from hydralora.tuner.balance import trainer
+from hydralora.tuner.balance.auxiliary import losses_of
 from hydralora.tuner.balance.losses import batch_balance, information, of_prompts
+from hydralora.tuner.balance.trainer import AdapterCallback
 from hydralora.tuner.batch import prompt_tokens
 from tests.hydralora.tuner.models import IDS, MASK, adapted
 
@@ -171,6 +175,31 @@ def test_the_running_mean_continues_with_the_run(tmp_path: Path) -> None:
     assert len(state["stateful_callbacks"].pop("AdapterCallback")["attributes"]["balance_means"][0]["default"]) == 8
     path.write_text(json.dumps(state))
     assert differs(trained(tmp_path / "lost", [4], resumes=True), whole), "the negative control"
+
+
+def test_each_process_continues_its_own_running_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that writes the checkpoint asks all; of another number of processes each takes one of theirs."""
+    model = build(balance_weight=WEIGHT, balance_ema=0.5)
+    shares = losses_of(model)[0].adapters["default"].shares
+    state, start = TrainerState(), TrainerState(global_step=2)
+    arguments = [SimpleNamespace(world_size=2, process_index=index) for index in range(3)]
+    callback = AdapterCallback()
+    callback.on_train_begin(arguments[0], state, TrainerControl(), model=model)
+    shares.state = {"layer": [0.25, 0.75]}
+    other = {"default": {"layer": [1.0, 0.0]}}
+    monkeypatch.setattr(trainer, "gather_object", lambda found: [*found, other])
+    callback.on_step_end(arguments[0], state, TrainerControl(should_save=True))
+    stored = json.loads(json.dumps(callback.state()))
+    callback.on_train_end(arguments[0], state, TrainerControl(), model=model)
+    for index, expected in enumerate(([0.25, 0.75], [1.0, 0.0], [0.25, 0.75])):
+        start.stateful_callbacks = {"AdapterCallback": stored}
+        resumed = AdapterCallback()
+        resumed.on_train_begin(arguments[index], start, TrainerControl(), model=model)
+        assert shares.state == {"layer": expected}
+        resumed.on_train_end(arguments[index], start, TrainerControl(), model=model)
+    callback.on_train_begin(arguments[0], TrainerState(), TrainerControl(), model=model)
+    assert shares.state == {}, "a new run begins without"
+    callback.on_train_end(arguments[0], start, TrainerControl(), model=model)
 
 
 def test_a_second_adapter_has_losses_and_routing_of_its_own() -> None:
