@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class HotswapError(ValueError, RuntimeError):
 
 
 def register_hotswap() -> None:
-    """Let PEFT's hot-swapping serve HydraLoRA; where its module is made differently, PEFT goes on to refuse it."""
+    """Let PEFT's hot-swapping serve HydraLoRA; a PEFT whose module is made differently keeps refusing it."""
     known: dict[Any, list[str]] = of_peft.CONFIG_KEYS_TO_CHECK
     if peft_type() in known or not all(callable(getattr(of_peft, name, None)) for name in EXTENDED):
         return
@@ -132,7 +132,9 @@ def _check_kind(
     """Refuse states of the model, and adapters that are more than A, B and routers."""
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise HotswapError(f"adapter '{adapter_name}' is merged; call unmerge_adapter() before it is replaced")
-    offloaded = [name for name, layer in layers.items() if any(weight.is_meta for _, weight in _weights(layer))]
+    offloaded = [
+        name for name, layer in layers.items() if any(weight.is_meta for _, weight in layer.added_parameters())
+    ]
     if offloaded:
         raise HotswapError(f"weights of {len(offloaded)} layers are offloaded {offloaded[:2]}; load the model whole")
     for which, config in (("loaded", old), ("new", new)):
@@ -145,10 +147,6 @@ def _check_kind(
                 f"the {which} adapter trained {more} too, and hot-swapping replaces A, B and routers alone; load the "
                 "new one under a name of its own by load_adapter"
             )
-
-
-def _weights(layer: HydraLoraLayer) -> Iterator[tuple[str, nn.Parameter]]:
-    return layer.added_parameters()
 
 
 def _by_layer(tensors: Mapping[str, Tensor], adapter_name: str, prefix: str) -> dict[str, dict[str, Tensor]]:
@@ -264,7 +262,7 @@ def scalings_as_tensors(model: nn.Module) -> bool:
     """
     layers = [module for module in model.modules() if isinstance(module, HydraLoraLayer)]
     for layer in layers:
-        device = next(weight.device for _, weight in _weights(layer))
+        device = next(weight.device for _, weight in layer.added_parameters())
         layer.scaling = {name: torch.as_tensor(value, device=device) for name, value in layer.scaling.items()}
     return bool(layers)
 

@@ -30,6 +30,7 @@ RECORD = HERE / "found.json"
 CUSTOM = "tests/test_custom_models.py"
 BATTERY = f"{CUSTOM}::TestPeftCustomModel"
 PARTS: dict[str, list[str]] = {
+    "dtypes": [BATTERY, "-k", "dtype_autocast"],
     "saving": [BATTERY, "-k", "save or load"],
     "merging": [BATTERY, "-k", "merge or forward"],
     "others": [BATTERY, "-k", "not (dtype_autocast or save or load or merge or forward)"],

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import hotswap as of_peft
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from torch._dynamo.testing import CompileCounter
 from hydralora import HydraLoraConfig, rescale, save_as_lora
 from hydralora.tuner import hydralora_layers
 from hydralora.tuner.export.folder import TENSORS
+from hydralora.tuner.hotswap import EXTENDED, register_hotswap
+from hydralora.tuner.registration import peft_type
 from tests.hydralora.tuner.models import IDS, TARGETS, adapted, as_earlier, logits, tiny_llama
 
 pytestmark = pytest.mark.versions
@@ -181,6 +184,19 @@ def test_states_that_are_refused(tmp_path: Path) -> None:
     next(iter(hydralora_layers(model).values())).lora_B.to("meta")
     with pytest.raises(ValueError, match="are offloaded"):
         swap(model, second)
+
+
+def test_registering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once; and a PEFT without the functions that are extended keeps refusing."""
+    present = [getattr(of_peft, name) for name in EXTENDED]
+    register_hotswap()
+    assert [getattr(of_peft, name) for name in EXTENDED] == present
+    monkeypatch.delitem(of_peft.CONFIG_KEYS_TO_CHECK, peft_type())
+    monkeypatch.delattr(of_peft, EXTENDED[1])
+    register_hotswap()
+    assert peft_type() not in of_peft.CONFIG_KEYS_TO_CHECK
+    with pytest.raises(ValueError, match="only supports LORA"):
+        of_peft.check_hotswap_configs_compatible(HydraLoraConfig(), HydraLoraConfig())
 
 
 def test_lora_is_swapped_by_peft(tmp_path: Path) -> None:
