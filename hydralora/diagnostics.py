@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hydralora.layer import RoutedModule
+from hydralora.split import is_split
 
 ROUTING = ("balance", "sharpness", "effective", "dead")
 DEAD = 0.1
@@ -65,8 +66,7 @@ def whole(modules: Sequence[RoutedModule]) -> Iterator[None]:
 def matrices(module: RoutedModule) -> tuple[list[Tensor], list[Tensor]] | None:
     """Routers and experts of a layer, see `RoutedModule.trained_matrices`; None where they are split over processes."""
     weights = [weight for _, weight in module.added_parameters() if weight.requires_grad]
-    # FSDP2 makes them DTensors, FSDP1 flat shares of which some are empty.
-    if any(hasattr(weight, "full_tensor") or weight.numel() == 0 for weight in weights):
+    if any(is_split(weight) for weight in weights):
         return None
     if all(weight.ndim == 1 for weight in weights):
         return None

@@ -89,13 +89,19 @@ def side_by_side(experts_b: Tensor) -> Tensor:
     return experts_b if experts_b.dim() == 2 else experts_b.transpose(0, 1).flatten(1)
 
 
+def in_forward_mode() -> bool:
+    """Whether derivatives are taken in forward mode here, as by `torch.func.jvp`."""
+    level: int = torch.autograd.forward_ad._current_level
+    return level >= 0
+
+
 class _WeightedExperts(torch.autograd.Function):
     """`onto + scaling * sum_e weights_e * B_e code`, with nothing but code, weights and B kept for backward.
 
     Autograd by itself would also keep the scaled weights, the weighted code and the stacked copy of B, which for a
     wide layer is larger than all that depends on the tokens. Backward builds them again from the inputs. Made of
-    operations that `torch.vmap` knows, so `torch.func` transforms it, but for derivatives in forward mode: their rule
-    (`jvp`) would keep `torch.compile` from tracing the layer.
+    operations that `torch.vmap` knows, so `torch.func` transforms it. A rule for forward mode (`jvp`) would keep
+    `torch.compile` from tracing the layer; in that mode autograd differentiates the operations themselves.
     """
 
     generate_vmap_rule = True
@@ -175,7 +181,8 @@ def shared_code(x: Tensor, shared_a: Tensor, dropout: float = 0.0) -> Tensor:
     if not dropout:
         return F.linear(x, shared_a)
     mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
-    return _DroppedLinear.apply(x, shared_a, mask, 1 / (1 - dropout))
+    function = _DroppedLinear.forward if in_forward_mode() else _DroppedLinear.apply
+    return function(x, shared_a, mask, 1 / (1 - dropout))
 
 
 def weighted_experts(
@@ -203,7 +210,8 @@ def weighted_experts(
         # For one token, an autograd function costs more than its products, and `addmm` more than product and sum.
         update = F.linear(_weighted_code(code, weights * scaling), side_by_side(experts_b))
         return update if onto is None else update.add_(onto)
-    return _WeightedExperts.apply(code, weights, experts_b, scaling, onto)
+    function = _WeightedExperts.forward if in_forward_mode() else _WeightedExperts.apply
+    return function(code, weights, experts_b, scaling, onto)
 
 
 def routed_low_rank(

@@ -14,6 +14,8 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hydralora.split import is_split
+
 _UNCALLED = (
     "it reads the weights of its projections and never calls them, so an adapter on them would have no effect. "
     "Use PEFT's LoRA there, or leave it out by exclude_modules"
@@ -111,8 +113,8 @@ def refuse_merging(model: nn.Module, layers: Mapping[str, BaseTunerLayer]) -> No
         layers: adapted layers, by name.
 
     Raises:
-        ValueError: a weight is packed, or it is that of another module too, as of an output layer that is tied to the
-            embedding.
+        ValueError: a weight is packed, split over processes, or that of another module too, as of an output layer
+            that is tied to the embedding.
     """
     names: dict[int, list[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
@@ -120,6 +122,8 @@ def refuse_merging(model: nn.Module, layers: Mapping[str, BaseTunerLayer]) -> No
     for name, layer in layers.items():
         base = layer.get_base_layer()
         reason = merge_refusal(base)
+        if any(is_split(weight) for weight in layer.parameters()):
+            reason = "weights are split over processes. Save the adapter whole, and merge it into a base in one process"
         shared = names.get(id(getattr(base, "weight", None)), [])
         if reason is None and len(shared) > 1:
             reason = f"its weight is shared ({', '.join(shared)}), and the adapter changes this layer alone. Untie them"

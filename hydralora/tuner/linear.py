@@ -17,7 +17,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from hydralora.layer import RoutedModule
+from hydralora.layer import RoutedModule, in_forward_mode
 from hydralora.tuner.balance.auxiliary import AuxiliaryLosses
 from hydralora.tuner.bases import features, in_stored_form, quantization
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
@@ -156,7 +156,8 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
         """
         if self.auxiliary is None or not self.training or adapter_name not in self.lora_router:
             return weights
-        if not self.lora_router[adapter_name].weight.requires_grad:  # another adapter trains
+        trains = self.lora_router[adapter_name].weight.requires_grad or in_forward_mode()
+        if not trains:  # another adapter does
             return weights
         of_prompts = self.auxiliary.adapters[adapter_name].of_prompts
         return self.auxiliary.attach(self, adapter_name, weights, weights if of_prompts else probabilities)

@@ -14,6 +14,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _free
 from torch import Tensor, nn
 
 from hydralora.log import give_to_trainers
+from hydralora.split import refuse_split
 from hydralora.tuner import combining, merging
 from hydralora.tuner.balance.auxiliary import AuxiliaryLosses
 from hydralora.tuner.balance.terms import AdapterTerms
@@ -56,6 +57,11 @@ class HydraLoraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         warn_of_untested()
         config.check()  # its values may have been set after it was made
+        refuse_split(
+            (weight for weight in model.parameters() if hasattr(weight, "full_tensor")),  # not those of ZeRO-3
+            f"adapter '{adapter_name}' cannot be added",
+            "Its own weights would be whole, and train apart in each process. Add adapters first, then split the model",
+        )
         check_patterns(config, model)
         if "hydralora_passes" not in self.__dict__:
             self.hydralora_passes = passes_of(model)
@@ -63,6 +69,7 @@ class HydraLoraModel(BaseTuner):
             self.hydralora_losses = next((layer.auxiliary for layer in layers if layer.auxiliary), AuxiliaryLosses())
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self.hydralora_losses.forget(adapter_name)  # of an adapter of this name that is replaced
+        self.hydralora_passes.guard(model)
         self.hydralora_losses.adapters[adapter_name] = AdapterTerms(config)
         self._warn_of_absent_layers(model, config, adapter_name)
         if RoutingUnit(config.routing) is RoutingUnit.SEQUENCE:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from hydralora.tuner.batch import BatchNote
 from hydralora.tuner.caches import cache_of, carry
+from hydralora.tuner.calls.batching import BATCHING
 from hydralora.tuner.calls.checkpoints import bind_checkpoints, release_checkpoints
 from hydralora.tuner.calls.generation import GENERATE, PREPARE, AroundMethod, Generation
 from hydralora.tuner.calls.inputs import PROMPT_MASK, PassInputs, parameter_names, read_inputs
@@ -79,6 +80,18 @@ class Passes:
         self._generates = False
         self.watched = False
 
+    def guard(self, model: nn.Module) -> None:
+        """Refuse what would run the layers of `model` where the routing of a call does not reach them."""
+        for entry in model.modules():
+            guarded = isinstance(vars(entry).get(BATCHING), AroundMethod)
+            if not guarded and isinstance(entry, PreTrainedModel) and callable(getattr(entry, BATCHING, None)):
+                self._put_around(entry, BATCHING)
+
+    def _put_around(self, entry: nn.Module, name: str) -> None:
+        around = AroundMethod(entry, name, self)
+        setattr(entry, name, around)
+        self._methods.append(around)
+
     def watch(self, model: nn.Module) -> None:
         """Make a note of every forward pass of `model` from now on; what was watched already is not touched again."""
         self.watched, self._root = True, model
@@ -92,9 +105,7 @@ class Passes:
             self._handles.append(entry.register_forward_hook(self._end, always_call=True))
             for name in (GENERATE, PREPARE) if callable(getattr(entry, GENERATE, None)) else ():
                 if callable(getattr(entry, name, None)):
-                    around = AroundMethod(entry, name, self)
-                    setattr(entry, name, around)
-                    self._methods.append(around)
+                    self._put_around(entry, name)
         # Where there are two texts, a layer is told by its input which of them it sees.
         if any("encoder_hidden_states" in parameter_names(entry) for entry in entries):
             for layer in model.modules():

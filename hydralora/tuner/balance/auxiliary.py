@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hydralora.layer import in_forward_mode
 from hydralora.tokens import RealTokens, entries, real_tokens
 from hydralora.tuner.balance.gradient_scale import GradientScale
 from hydralora.tuner.balance.pooled import PooledBalance
@@ -29,6 +30,10 @@ from hydralora.tuner.calls.thread_value import OfThread
 OUTSIDE = (
     "balance_weight: this layer runs outside of a forward pass of its model, which would say which tokens are padding. "
     "Call the model, or its decoder"
+)
+FUNCTIONAL = (
+    "balance_weight, information_weight: the gradient of a loss on the routing is added in autograd's backward pass, "
+    "which transforms of torch.func and forward mode do not run. Call model.eval(), or train with these weights 0"
 )
 UNCARRIED = (
     "balance_weight: a backward pass recomputed this layer by a reentrant checkpoint that does not say which forward "
@@ -189,12 +194,15 @@ class AuxiliaryLosses:
 
         Raises:
             ValueError: the layer runs outside of a forward pass of the model, or sees other tokens than its text.
-            RuntimeError: the loss is computed in float16, and how it is scaled is not known.
+            RuntimeError: the loss is computed in float16, and how it is scaled is not known; or a transform of
+                `torch.func` or forward mode takes the derivatives.
         """
         terms, within = self.adapters[adapter].at(self.step), self._running.get()
         recomputed = in_backward()
         if not terms or (within is None and not recomputed and not torch.is_grad_enabled()):
             return weights
+        if in_forward_mode() or torch._C._functorch.maybe_current_level() is not None:
+            raise RuntimeError(FUNCTIONAL)
         if within is None and not recomputed:
             raise ValueError(OUTSIDE)
         self.scale.check(probabilities.device)

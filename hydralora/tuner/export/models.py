@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hydralora.block import KINDS
 from hydralora.linears import CHILD, routed_updates
 from hydralora.model import routed_blocks
+from hydralora.split import refuse_split
 from hydralora.tuner.bases import is_transposed
 from hydralora.tuner.export import folder as files
 from hydralora.tuner.export.constant import MEAN, PlainLora, RoutedPart, Weights, plain_lora, vectors
@@ -195,6 +196,11 @@ class _Source:
         if not self.parts:
             raise ValueError(f"this {type(self.bare).__name__} has no HydraLoRA layers, so there is nothing to write")
         self.parts += _of_lora(self.bare)
+        refuse_split(
+            (weight for part in self.parts for weight in (part.shared_a, part.experts_b)),
+            "the adapter cannot be written as LoRA",
+            "Save it whole, load it in one process, and write it there",
+        )
         offloaded = [part.name for part in self.parts if part.shared_a.is_meta or part.experts_b.is_meta]
         if offloaded:
             raise ValueError(f"weights of {len(offloaded)} layers are offloaded {offloaded[:2]}; load the model whole")

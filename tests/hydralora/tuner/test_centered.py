@@ -204,3 +204,17 @@ def test_experts_separate_clusters(seed: int) -> None:
     assert error < 0.6 * error_before
     assert shared > 1.8 * shared_before
     assert shared > 0.3
+
+
+def test_the_start_on_a_base_of_four_bits(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=bits, dtype=torch.float32)
+    before = logits(base)
+    assert (before - logits(tiny_llama(hidden_size=64, intermediate_size=128))).abs().max() > 1e-3, "quantised"
+    model = centered(base)
+    assert (logits(model) - before).abs().max() < TOLERANCE
+    assert all(gradient.abs().max() > 1e-6 for gradient in first_gradients(model.train()).values())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, vmap
+from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.nn import functional as F
 
 from hydralora import HydraLoraConfig
@@ -179,3 +179,44 @@ def test_a_language_model() -> None:
         expected = model.get_parameter(name).grad
         assert expected.abs().max() > 0
         torch.testing.assert_close(ours[name][index], expected, rtol=1e-4, atol=1e-6)
+
+
+@each_case
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # torch's own, when it first derives in forward mode
+def test_forward_mode(changes: dict[str, Any], dropout: float) -> None:
+    """A derivative along one direction is the product with the gradient; mapped over several directions too."""
+    model = network(lora_dropout=dropout, **changes).train()
+    parameters = trained(model)
+    directions = {name: torch.randn(2, *value.shape) for name, value in parameters.items()}
+
+    def along(direction: Parameters) -> Tensor:
+        torch.manual_seed(5)
+        return jvp(lambda given: loss_of(model)(given, X, Y), (parameters,), (direction,))[1]
+
+    torch.manual_seed(5)
+    gradient = grad(loss_of(model))(parameters, X, Y)
+    for number in range(2):
+        direction = {name: value[number] for name, value in directions.items()}
+        expected = sum((gradient[name] * direction[name]).sum() for name in gradient)
+        assert expected.abs() > 1e-4
+        torch.testing.assert_close(along(direction), expected, rtol=1e-4, atol=1e-6)
+    if not dropout:
+        both = vmap(along)(directions)
+        torch.testing.assert_close(both[1], along({name: value[1] for name, value in directions.items()}))
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")
+def test_a_loss_on_the_routing_is_refused(transform: str) -> None:
+    """Its gradient is added by autograd's backward pass, which is not run."""
+    model = network(balance_weight=0.5).train()
+    parameters, loss = trained(model), loss_of(model)
+
+    def along(given: Parameters) -> Any:
+        return jvp(lambda parameters: loss(parameters, X, Y), (given,), (given,))
+
+    transformed = grad(lambda given: loss(given, X, Y)) if transform == "grad" else along
+    with pytest.raises(RuntimeError, match=r"balance_weight, information_weight: .* torch\.func"):
+        transformed(parameters)
+    assert grad(loss_of(model.eval()))(parameters, X, Y)

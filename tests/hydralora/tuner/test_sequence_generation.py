@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, StaticCache
 
+from hydralora import forced_routing
 from hydralora.tuner.sequence import RoutingBySequenceError
 from tests.hydralora.tuner.hosts import HOSTS, tiny_rwkv
 from tests.hydralora.tuner.models import adapted, tiny_llama
@@ -228,3 +229,29 @@ def test_states_that_carry_no_weights() -> None:
         state = model(input_ids=IDS[:1], use_cache=True).state
         with pytest.raises(RoutingBySequenceError, match="continues from 'state'"):
             model(input_ids=IDS[:1, :1], state=state)
+
+
+def test_continuous_batching_is_refused_where_it_would_lose_the_routing() -> None:
+    """Before it starts: what fails in its thread is only logged, and no answer comes."""
+    refused = {"sequence": adapted(routing="sequence"), "task": adapted(routing="task", tasks=["law", "maths"])}
+    for unit, model in refused.items():
+        with pytest.raises(ValueError, match=f"generate_batch: adapter 'default' routes by {unit}"):
+            model.generate_batch([[5, 9, 31], [8, 3]])
+        with model.disable_adapter():
+            assert model.init_continuous_batching()
+    token = adapted()
+    with forced_routing(token, expert=1), pytest.raises(ValueError, match="another one, where it would not hold"):
+        token.generate_batch([[5, 9, 31], [8, 3]])
+    assert "init_continuous_batching" not in vars(token.unload())
+
+
+def test_continuous_batching_by_token() -> None:
+    model, prompts = adapted(), [[5, 9, 31, 7, 60], [8, 3, 44]]
+    options = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=79, pad_token_id=0)
+    small = ContinuousBatchingConfig(num_blocks=8, page_size=32, max_batch_tokens=32, use_cuda_graph=False)
+    answers = model.generate_batch(prompts, generation_config=options, continuous_batching_config=small)
+    for prompt, answer in zip(prompts, answers.values(), strict=True):
+        alone = model.generate(
+            input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), generation_config=options
+        )
+        assert answer.generated_tokens == alone[0, len(prompt) :].tolist()
