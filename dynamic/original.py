@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dynamic.config import SparseConfig
 from dynamic.model import IMAGE, INSTRUCT, OUTPUT_TEXT
-from llava.runtime.files import READ_ERRORS, read_json, refuse_pointer
+from llava.runtime.files import read_errors, read_json, refuse_pointer
 from llava.runtime.weights.torch_files import load_plain
 from llava.runtime.weights.weight_files import weights_of
 
@@ -128,7 +128,7 @@ def _read(path: Path, wanted: list[str]) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if name.startswith(tuple(wanted))}  # noqa: SIM118
-    except READ_ERRORS as error:
+    except read_errors() as error:
         raise ValueError(f"{path}: is damaged or holds more than tensors ({error})") from error
     content = load_plain(path, mapped=True)
     if not isinstance(content, dict):

@@ -12,25 +12,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from dynamic.figures import KeptImage, draw_sheet, page
-from dynamic.inspection import DecisionLog, patch_indices, record_decisions
-from dynamic.kept_text import answer_segment, instruction_segment
-from llava.data.images import ProcessedImage
-from llava.data.pixels import pixels_to_image
 from llava.errors import CheckpointError, FlagError
 from llava.eval import run_llava
 from llava.eval.answering.answers import Task
-from llava.eval.answering.conv_mode import choose_conv_mode
-from llava.eval.answering.generation import GenerationOptions, ending_arguments
-from llava.eval.answering.loading import LoadedModel, load_model
-from llava.eval.answering.runner import image_arguments, load_images, make_prompt
 from llava.runtime.output import replace_text, replacing
 from llava.runtime.places import Input, folder_problem, refuse_file
 from llava.runtime.program import run_program
 from llava.runtime.recognize import refuse_foreign, refuse_foreign_bytes
+
+if TYPE_CHECKING:
+    from dynamic.figures import KeptImage
+    from dynamic.inspection import DecisionLog
+    from llava.data.images import ProcessedImage
+    from llava.eval.answering.loading import LoadedModel
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,6 +43,10 @@ def kept_images(log: DecisionLog, images: Sequence[ProcessedImage], loaded: Load
     Raises:
         CheckpointError: the model sees no patches, but class tokens of the tower alone.
     """
+    from dynamic.figures import KeptImage
+    from dynamic.inspection import patch_indices
+    from llava.data.pixels import pixels_to_image
+
     tower = loaded.model.get_vision_tower()
     if tower.interval is not None:
         raise CheckpointError(
@@ -69,6 +69,8 @@ def refuse_outputs(args: argparse.Namespace, images: Sequence[str]) -> None:
     Raises:
         FlagError: one of the two output files is such a file.
     """
+    from dynamic.figures import page
+
     folder = Path(args.output_dir)
     problem = folder_problem(folder) if not str(args.output_dir).strip() else None
     if problem is not None:
@@ -89,6 +91,16 @@ def main(argv: Sequence[str] | None = None) -> Path:
         LlavaError: a flag, an image or the checkpoint is wrong; the message says what to do.
     """
     args = build_parser().parse_args(argv)
+    import torch
+
+    from dynamic.figures import draw_sheet, page
+    from dynamic.inspection import record_decisions
+    from dynamic.kept_text import answer_segment, instruction_segment
+    from llava.eval.answering.conv_mode import choose_conv_mode
+    from llava.eval.answering.generation import GenerationOptions, ending_arguments
+    from llava.eval.answering.loading import load_model
+    from llava.eval.answering.runner import image_arguments, load_images, make_prompt
+
     if args.num_beams != 1:
         raise FlagError(f"--num_beams {args.num_beams}: beams are dropped and copied on the way; use --num_beams 1")
     conv_mode = choose_conv_mode(args.conv_mode, args.model_path)

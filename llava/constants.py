@@ -15,3 +15,6 @@ DEFAULT_IMAGE_PATCH_TOKEN = "<im_patch>"
 DEFAULT_IM_START_TOKEN = "<im_start>"
 DEFAULT_IM_END_TOKEN = "<im_end>"
 IMAGE_PLACEHOLDER = "<image-placeholder>"
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Names of the dtypes that weights are stored and loaded in; torch's attributes of the same names."""

@@ -169,6 +169,39 @@ def test_help_says_what_a_user_types(program: str) -> None:
     assert module.build_parser().prog == f"python -m {program}"
 
 
+SLOW_TO_START = (
+    *("llava.train.train_mem", "llava.train.train", "llava.train.train_sparse", "llava.train.train_xformers"),
+    *("llava.train.publish", "llava.data.check", "llava.convert"),
+    *("llava.model.consolidate", "llava.model.make_delta", "llava.model.apply_delta"),
+    *("hydralora.finetune", "hydralora.evaluate", "hydralora.convert", "hydralora.components", "hydralora.analysis"),
+    *("mma.train", "mma.eval", "mma.eval_mme", "mma.demo", "mma.merge", "mma.weights", "mma.convert"),
+    "dynamic.flops",
+)
+"""Programs whose options cannot be listed without torch or transformers."""
+
+
+def test_options_are_listed_without_the_model_stack() -> None:
+    """`--help` and a mistyped option are answered at once by every program that asks, serves or scores."""
+    programs = [name for name in LISTED if name not in SLOW_TO_START and not name.endswith(".py")]
+    assert len(programs) > 30
+    code = (
+        "import importlib, sys\n"
+        "for program in sys.argv[1:]:\n"
+        "    found = importlib.import_module(program)\n"
+        "    module = importlib.import_module(f'{program}.__main__') if hasattr(found, '__path__') else found\n"
+        "    module.build_parser().format_help()\n"
+        "    loaded = {'torch', 'torchvision', 'transformers', 'peft', 'pandas', 'matplotlib'} & set(sys.modules)\n"
+        "    if loaded: sys.exit(f'{program} imports {loaded}')\n"
+    )
+
+    def said(*names: str) -> str:
+        command = [sys.executable, "-c", code, *names]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stderr
+
+    assert said(*programs) == ""
+    assert "dynamic.flops imports {'torch'}" in said("dynamic.flops")
+
+
 def test_the_list_is_printed_at_once_without_torch(tmp_path: Path) -> None:
     """In a process of its own, in another folder; the time is that of the processor, whatever else is running."""
     code = (

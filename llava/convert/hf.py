@@ -31,7 +31,8 @@ from llava.data.answer_end import answer_end, turn_end
 from llava.data.templates import template_of_mode
 from llava.data.trained_template import TEMPLATE_KEY, record_template, same_template
 from llava.errors import CheckpointError, FlagError
-from llava.eval.answering.conv_mode import Fallback, conv_mode_of_turns
+from llava.eval.answering.conv_mode import conv_mode_of_turns
+from llava.eval.answering.options import Fallback
 from llava.eval.answering.prompts import check_conv_mode, infer_conv_mode
 from llava.model.builder import base_folder, load_pretrained_model, refuse_adapted
 from llava.model.formats import TOWER_FOLDER, inspect_checkpoint, weight_file_names

@@ -12,19 +12,22 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.eval import long_answers
+from llava.eval.answering import long_options
 from llava.runtime.program import run_program
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The original options with their defaults, and ours."""
     name = "python -m llava.dynamic_eval.model_lvis_for_ppl"
-    return long_answers.build_parser(name, str(__doc__), generates=False)
+    return long_options.build_parser(name, str(__doc__), generates=False)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run the program; see `long_answers.main`."""
-    return long_answers.main(build_parser().parse_args(argv), "ppl", multi_round=False)
+    args = build_parser().parse_args(argv)
+    from llava.eval import long_answers
+
+    return long_answers.main(args, "ppl", multi_round=False)
 
 
 if __name__ == "__main__":

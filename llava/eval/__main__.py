@@ -16,21 +16,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.eval.answering.conv_mode import HELP, Fallback
 from llava.eval.answering.options import (
+    TEMPLATE_HELP,
+    Fallback,
     add_chunk_options,
     add_model_options,
     add_run_options,
     add_sampling_options,
-    answer_and_measure,
     chosen,
     refuse_input_as_answers,
     sampling_options,
 )
-from llava.eval.answering.processes import answer_share, joined
 from llava.eval.benchmarks import BENCHMARKS, Benchmark, find
 from llava.eval.outcomes import BenchmarkRun
-from llava.eval.reporting.results import report, summary_line, write_samples
 from llava.runtime.hub import get_model_name_from_path
 from llava.runtime.program import run_program
 
@@ -49,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--question-file", type=Path, default=None, help="questions that lie elsewhere")
     parser.add_argument("--image-folder", type=Path, default=None, help="images that lie elsewhere")
     parser.add_argument("--answers-file", type=Path, default=None, help="answers that are to lie elsewhere")
-    parser.add_argument("--conv-mode", type=str, default=None, help=f"{HELP}, the benchmark's")
+    parser.add_argument("--conv-mode", type=str, default=None, help=f"{TEMPLATE_HELP}, the benchmark's")
     add_chunk_options(parser)
     add_run_options(parser, default_batch_size="auto")
     add_sampling_options(parser)
@@ -86,6 +84,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         LlavaError: a flag, a row, an image or the checkpoint is wrong; the message says what to do.
     """
     args = build_parser().parse_args(argv)
+    from llava.eval.answering.processes import answer_share, joined
+    from llava.eval.answering.question_run import answer_and_measure
+    from llava.eval.reporting.results import report, summary_line, write_samples
+
     benchmark = find(args.benchmark)
     args = fill_in(args, benchmark)
     sampling_options(args)  # refuses what is out of range before the questions are read

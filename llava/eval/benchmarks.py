@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llava.data.images import load_image
 from llava.errors import FlagError
 from llava.eval import eval_captions, eval_chartqa, model_vqa_qbench, model_vqa_science, outcomes
 from llava.eval.answering.answers import Task, ToRow, answer_row
 from llava.eval.answering.questions import read_questions
-from llava.eval.answering.runner import OpenImage
 from llava.eval.model_vqa_loader import make_task
 from llava.eval.outcomes import BenchmarkRun, Outcome
 from llava.eval.scoring import mmbench
+
+if TYPE_CHECKING:
+    from llava.eval.answering.runner import OpenImage
 
 SHORT, LONG = 128, 1024
 """Upstream's limits on the tokens of an answer, in `model_vqa_loader` and in the other programs."""
@@ -31,6 +33,8 @@ def read_jsonl_tasks(path: Path) -> list[Task]:
 
 def images_in(folder: Path) -> OpenImage:
     """A function that opens images by their names below `folder`."""
+    from llava.data.images import load_image
+
     return lambda name, where: load_image(folder, name, row=where)
 
 

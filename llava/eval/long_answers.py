@@ -19,9 +19,10 @@ from llava.conversation import Conversation, SeparatorStyle
 from llava.data.images import load_image
 from llava.data.templates import template_of_mode
 from llava.eval.answering.answers import AnswersFile, Row, Task
-from llava.eval.answering.conv_mode import HELP, Fallback, conv_mode_of_turns
+from llava.eval.answering.conv_mode import conv_mode_of_turns
 from llava.eval.answering.loading import LoadedModel, choose_device, choose_dtype, load_model
-from llava.eval.answering.options import add_model_options, refuse_input_as_answers
+from llava.eval.answering.long_options import SINGLE_PREDICTION
+from llava.eval.answering.options import refuse_input_as_answers
 from llava.eval.answering.questions import get_chunk
 from llava.eval.answering.runner import load_images, make_prompt
 from llava.eval.answering.stepwise import Stepper
@@ -31,7 +32,6 @@ from llava.runtime.hub import get_model_name_from_path
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, check_ranges
 from llava.runtime.weights.fingerprint import weights_fingerprint
 
-SINGLE_PREDICTION = "Answer with the option's letter from the given choices directly."
 RANGES = {"temperature": NOT_NEGATIVE, "max_new_tokens": COUNT, "num_chunks": COUNT}
 """What the numbers of these programs may be."""
 
@@ -40,33 +40,6 @@ FIRST, ANSWERED = "What?", "(an answer)"
 
 Measure = Callable[[Stepper, str], dict[str, Any]]
 """From a conversation whose prompt was fed, and the reference of the turn, to the values of the turn."""
-
-
-def build_parser(prog: str, description: str, *, generates: bool) -> argparse.ArgumentParser:
-    """The original options with their defaults, and ours.
-
-    Args:
-        prog: what a user types to start it.
-        description: what the program says of itself.
-        generates: add `--max-new-tokens`.
-    """
-    parser = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_model_options(parser)
-    parser.add_argument("--image-folder", type=str, default="", help="folder that image names are relative to")
-    parser.add_argument("--question-file", type=str, default="tables/question.json", help="conversations, a JSON list")
-    parser.add_argument("--answers-file", type=str, default="answer.jsonl", help="JSON lines, one conversation each")
-    parser.add_argument("--conv-mode", type=str, default=Fallback("llava_v0"), help=f"{HELP}, llava_v0")
-    parser.add_argument("--num-chunks", type=int, default=1, help="cut the conversations into this many chunks ...")
-    parser.add_argument("--chunk-idx", type=int, default=0, help="... and measure only this one, counted from 0")
-    parser.add_argument("--temperature", type=float, default=0.2, help="without effect, as upstream: always greedy")
-    if generates:
-        parser.add_argument("--max-new-tokens", type=int, default=1024, help="limit on the tokens of one answer")
-    parser.add_argument("--answer-prompter", action="store_true", help="without effect, as upstream")
-    parser.add_argument("--single-pred-prompt", action="store_true", help=f'add "{SINGLE_PREDICTION}" to each question')
-    parser.add_argument("--restart", action="store_true", help="replace existing results instead of continuing them")
-    return parser
 
 
 def measure_perplexity(stepper: Stepper, reference: str) -> dict[str, Any]:
@@ -134,7 +107,7 @@ def main(
     """Measure the chunk of `--question-file` that is asked for.
 
     Args:
-        args: of `build_parser`.
+        args: of `long_options.build_parser`.
         metric: `ppl` or `meteor`.
         multi_round: all turns of a conversation instead of the first.
         load: loads the model.

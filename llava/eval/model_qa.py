@@ -15,12 +15,7 @@ from pathlib import Path
 
 from llava.errors import BadSampleError
 from llava.eval.answering.answers import Task
-from llava.eval.answering.options import (
-    add_model_options,
-    add_question_options,
-    add_sampling_options,
-    answer_question_file,
-)
+from llava.eval.answering.options import add_model_options, add_question_options, add_sampling_options
 from llava.eval.answering.questions import Question
 from llava.runtime.program import run_program
 
@@ -60,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """
     args = build_parser().parse_args(argv)
     args.model_path = args.model_path or args.model_name
+    from llava.eval.answering.question_run import answer_question_file
+
     return answer_question_file(args, make_task)
 
 

@@ -12,12 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.eval.answering.options import (
-    add_model_options,
-    add_question_options,
-    add_sampling_options,
-    answer_question_file,
-)
+from llava.eval.answering.options import add_model_options, add_question_options, add_sampling_options
 from llava.eval.model_vqa_loader import make_task
 from llava.runtime.program import run_program
 
@@ -42,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         LlavaError: a flag, a row, an image or the checkpoint is wrong; the message says what to do.
     """
-    return answer_question_file(build_parser().parse_args(argv), make_task)
+    args = build_parser().parse_args(argv)
+    from llava.eval.answering.question_run import answer_question_file
+
+    return answer_question_file(args, make_task)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.eval.answering.answers import Task
-from llava.eval.answering.options import (
-    add_model_options,
-    add_question_options,
-    add_sampling_options,
-    answer_question_file,
-)
+from llava.eval.answering.options import add_model_options, add_question_options, add_sampling_options
 from llava.eval.answering.questions import Question
 from llava.runtime.program import run_program
 
@@ -51,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         LlavaError: a flag, a row, an image or the checkpoint is wrong; the message says what to do.
     """
-    return answer_question_file(build_parser().parse_args(argv), make_task)
+    args = build_parser().parse_args(argv)
+    from llava.eval.answering.question_run import answer_question_file
+
+    return answer_question_file(args, make_task)
 
 
 if __name__ == "__main__":

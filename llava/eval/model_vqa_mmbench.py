@@ -13,8 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.eval.answering.options import add_model_options, add_question_options, add_sampling_options, answer_questions
-from llava.eval.scoring.mmbench import open_image, read_tasks, to_row
+from llava.eval.answering.options import add_model_options, add_question_options, add_sampling_options
 from llava.runtime.program import run_program
 
 
@@ -44,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         LlavaError: a flag, a row, an image or the checkpoint is wrong; the message says what to do.
     """
     args = build_parser().parse_args(argv)
+    from llava.eval.answering.question_run import answer_questions
+    from llava.eval.scoring.mmbench import open_image, read_tasks, to_row
+
     tasks = read_tasks(
         args.question_file, all_rounds=args.all_rounds, single_pred_prompt=args.single_pred_prompt, lang=args.lang
     )

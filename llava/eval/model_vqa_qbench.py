@@ -14,10 +14,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.data.images import load_image
 from llava.errors import FlagError
 from llava.eval.answering.answers import Row, Task
-from llava.eval.answering.options import add_model_options, add_question_options, add_sampling_options, answer_questions
+from llava.eval.answering.options import add_model_options, add_question_options, add_sampling_options
 from llava.eval.answering.questions import field, read_json
 from llava.runtime.program import run_program
 
@@ -86,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         LlavaError: a flag, a row, an image or the checkpoint is wrong; the message says what to do.
     """
     args = build_parser().parse_args(argv)
+    from llava.data.images import load_image
+    from llava.eval.answering.question_run import answer_questions
+
     return answer_questions(
         args,
         read_tasks(args.question_file, lang=args.lang),

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.data.images import load_image
 from llava.errors import BadSampleError
 from llava.eval.answering.answers import Task
-from llava.eval.answering.options import add_model_options, add_question_options, add_sampling_options, answer_questions
+from llava.eval.answering.options import add_model_options, add_question_options, add_sampling_options
 from llava.eval.answering.questions import field, images_of, read_json
 from llava.eval.scoring.mmbench import INSTRUCTIONS
 from llava.runtime.program import run_program
@@ -74,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         LlavaError: a flag, a row, an image or the checkpoint is wrong; the message says what to do.
     """
     args = build_parser().parse_args(argv)
+    from llava.data.images import load_image
+    from llava.eval.answering.question_run import answer_questions
+
     tasks = read_tasks(args.question_file, single_pred_prompt=args.single_pred_prompt)
     return answer_questions(args, tasks, lambda name, where: load_image(args.image_folder, name, row=where))
 

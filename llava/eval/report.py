@@ -12,13 +12,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava.errors import FlagError
-from llava.eval.reporting.comparison import Group, difference, group_runs, mean_scores, read_run
-from llava.eval.reporting.report_page import page
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file
 from llava.runtime.program import run_program
+
+if TYPE_CHECKING:
+    from llava.eval.reporting.comparison import Group
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,6 +60,8 @@ def _group_lines(group: Group, seed: int) -> list[str]:
 
 def table(group: Group, seed: int = 0) -> list[list[str]]:
     """Head and rows: every metric with its distance to the first run, then the mean of the single scores."""
+    from llava.eval.reporting.comparison import difference, mean_scores
+
     first, others = group.runs[0], group.runs[1:]
     rows = [["", *(run.name for run in group.runs)]]
     for metric, value in first.result["metrics"].items():
@@ -79,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         FlagError: a file is no result, is given twice, or its questions are not where they were.
     """
     args = build_parser().parse_args(argv)
+    from llava.eval.reporting.comparison import group_runs, read_run
+    from llava.eval.reporting.report_page import page
+
     inputs = [Input("RESULT", path) for path in args.results]
     for name in ("report.md", "report.html"):
         refuse_file("--output", args.output / name, inputs)

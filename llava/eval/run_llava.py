@@ -13,19 +13,15 @@ import io
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
-from llava.data.images import load_image, read_rgb
 from llava.errors import BadImageError
 from llava.eval.answering.answers import Task
-from llava.eval.answering.conv_mode import HELP, choose_conv_mode
-from llava.eval.answering.generation import GenerationOptions
-from llava.eval.answering.loading import load_model
-from llava.eval.answering.options import add_model_options, add_sampling_options
-from llava.eval.answering.runner import answer_batch, load_images, make_prompt
+from llava.eval.answering.options import TEMPLATE_HELP, add_model_options, add_sampling_options
 from llava.runtime.program import run_program
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 DOWNLOAD_SECONDS = 60
 
@@ -40,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--image-file", type=str, required=True, help="file or http address, or several with --sep between"
     )
     parser.add_argument("--query", type=str, required=True, help="the question")
-    parser.add_argument("--conv-mode", type=str, default=None, help=f"{HELP}, by the model's name")
+    parser.add_argument("--conv-mode", type=str, default=None, help=f"{TEMPLATE_HELP}, by the model's name")
     parser.add_argument("--sep", type=str, default=",", help="what separates several images")
     add_sampling_options(parser, max_new_tokens=512)
     return parser
@@ -52,6 +48,8 @@ def open_image(name: str, where: str) -> Image.Image:
     Raises:
         BadImageError: it cannot be had or read.
     """
+    from llava.data.images import load_image, read_rgb
+
     if not name.startswith(("http://", "https://")):
         path = Path(name).resolve()  # the user may name a link; data sets may not
         return load_image(path.parent, path.name, row=where)
@@ -74,6 +72,11 @@ def eval_model(args: Any) -> str:
     Raises:
         LlavaError: a flag, an image or the checkpoint is wrong; the message says what to do.
     """
+    from llava.eval.answering.conv_mode import choose_conv_mode
+    from llava.eval.answering.generation import GenerationOptions
+    from llava.eval.answering.loading import load_model
+    from llava.eval.answering.runner import answer_batch, load_images, make_prompt
+
     conv_mode = choose_conv_mode(args.conv_mode, args.model_path)
     options = GenerationOptions(
         args.temperature, args.top_p, args.num_beams, args.max_new_tokens, seed=getattr(args, "seed", 0)

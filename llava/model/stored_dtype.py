@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from llava import constants
 from llava.errors import CheckpointError
 from llava.runtime.files import read_json
 from llava.runtime.weights.weight_files import weights_of
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in constants.DTYPES}
 
 
 def stored_dtype(folder: str | Path, advice: str = "") -> torch.dtype:

@@ -1,7 +1,9 @@
 """Files before anything is made of them: is this the file itself, whole, and of the kind that its place says?
 
 Everything that reads a checkpoint, a tokenizer, an image, data or a JSON file asks here first. A clone without git-lfs
-leaves small text files ("pointers") in the place of large ones; other readers would call such a file damaged.
+leaves small text files ("pointers") in the place of large ones; other readers would call such a file damaged. The
+libraries of weights are imported only where an error of theirs is told from another, so that scoring a file of answers
+needs none of them.
 """
 
 from __future__ import annotations
@@ -15,22 +17,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-
 from llava.errors import BadSampleError, CheckpointError, FlagError, LlavaError
 from llava.runtime.recognize import POINTER
 
 CHECKED_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".bin", ".safetensors", ".pt", ".pth"})
 """Files of a checkpoint folder that some reader opens."""
 
-READ_ERRORS = (
-    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError),
-    *(OSError, RuntimeError, SafetensorError, StrictDataclassError, TypeError, ValueError, pickle.UnpicklingError),
-    zipfile.BadZipFile,
-)
-"""What readers of other libraries raise for a damaged file. Bugs of ours look the same, so blocks stay short."""
+
+def read_errors() -> tuple[type[Exception], ...]:
+    """What readers of other libraries raise for a damaged file. Bugs of ours look the same, so blocks stay short."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    return (
+        *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError),
+        *(OSError, RuntimeError, SafetensorError, StrictDataclassError, TypeError, ValueError),
+        *(pickle.UnpicklingError, zipfile.BadZipFile),
+    )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """True for torch's error of a full memory, which is no fault of a file."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
 
 
 def is_pointer(path: str | os.PathLike[str]) -> bool:
@@ -120,7 +130,7 @@ def check_torch_file(path: Path) -> None:
                     archive.read(name)  # compares its checksum
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except READ_ERRORS as error:
+    except read_errors() as error:
         raise CheckpointError(f"{path}: is damaged or was cut off ({error})") from error
 
 
@@ -133,15 +143,15 @@ def reading(path: str | os.PathLike[str], problem: str = "cannot be read") -> It
         problem: what to say about it.
 
     Raises:
-        CheckpointError: the block raised one of `READ_ERRORS`, or a bare `Exception`, as `tokenizers` does. Errors of
+        CheckpointError: the block raised one of `read_errors`, or a bare `Exception`, as `tokenizers` does. Errors of
             ours and a full memory pass unchanged.
     """
     try:
         yield
-    except (LlavaError, torch.OutOfMemoryError):
+    except LlavaError:
         raise
     except Exception as error:
-        if not isinstance(error, READ_ERRORS) and type(error) is not Exception:
+        if is_out_of_memory(error) or (not isinstance(error, read_errors()) and type(error) is not Exception):
             raise
         text = next((line for line in str(error).splitlines() if line.strip()), "no further message")
         if isinstance(error, ValueError) and str(path) in text:  # by a module of ours that needs nothing of llava

@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from llava.errors import LlavaError
-from llava.serve.engine import DETAILS_FAILED, End, EngineError, Job, Row
-from llava.serve.problems import RequestError, problem
+from llava.serve.engine import DETAILS_FAILED, End, Job, Row
+from llava.serve.problems import EngineError, RequestError, problem
 from llava.serve.schema import (
     AnswerMessage,
     ChatCompletion,

@@ -15,20 +15,19 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava.errors import FlagError
-from llava.eval.answering.conv_mode import HELP, choose_conv_mode
-from llava.eval.answering.loading import load_model
-from llava.eval.answering.options import add_model_options
+from llava.eval.answering.options import TEMPLATE_HELP, add_model_options
 from llava.runtime.program import run_program
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range, check_ranges
-from llava.serve.app import Settings, create_app
 from llava.serve.body import BodyLimits
-from llava.serve.chat_request import Defaults
 from llava.serve.connection import listen, make_server
-from llava.serve.engine import Engine
+from llava.serve.defaults import Defaults
 from llava.serve.guard import access_of, is_this_machine
-from llava.serve.image_urls import ImagePolicy
+
+if TYPE_CHECKING:
+    from llava.serve.app import Settings
 
 KEY = "LLAVA_API_KEY"
 RANGES = {
@@ -61,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_model_options(parser, required=True)
     add = parser.add_argument
-    add("--conv-mode", default=None, help=f"{HELP}, by the model's name")
+    add("--conv-mode", default=None, help=f"{TEMPLATE_HELP}, by the model's name")
     add("--load-8bit", action="store_true", help="quantise the weights to 8 bits")
     add("--load-4bit", action="store_true", help="quantise the weights to 4 bits")
     add("--temperature", type=float, default=0.2, help="where a request names none; 0: greedy decoding")
@@ -121,6 +120,10 @@ def settings_of(args: argparse.Namespace) -> Settings:
     Raises:
         FlagError: a flag is out of its range, or the server would be open to everybody.
     """
+    from llava.eval.answering.conv_mode import choose_conv_mode
+    from llava.serve.app import Settings
+    from llava.serve.image_urls import ImagePolicy
+
     check_ranges(args, RANGES, dashes=True)
     if args.token_limit < args.max_new_tokens:
         raise FlagError(f"--token-limit {args.token_limit} is below --max-new-tokens {args.max_new_tokens}")
@@ -178,6 +181,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         CheckpointError: the model cannot be loaded.
     """
     args = build_parser().parse_args(argv)
+    from llava.eval.answering.loading import load_model
+    from llava.serve.app import create_app
+    from llava.serve.engine import Engine
+
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
         raise FlagError("the server needs FastAPI and uvicorn: pip install 'llava-extensions[serve]'")
     settings = settings_of(args)

@@ -22,13 +22,14 @@ from llava.eval.answering.prompts import prompt_ids
 from llava.eval.answering.runner import load_images
 from llava.serve.answer import Answer, events, sent, whole
 from llava.serve.body import HELD_BODIES, BodyLimits, Held, read_json
-from llava.serve.chat_request import ChatRequest, Defaults, conversation_of, read_request
-from llava.serve.engine import BusyError, Engine, Job
+from llava.serve.chat_request import ChatRequest, conversation_of, read_request
+from llava.serve.defaults import Defaults
+from llava.serve.engine import Engine, Job
 from llava.serve.guard import Access, Guard
 from llava.serve.image_fetch import fetch_images
 from llava.serve.image_urls import LARGE, ONE_LARGE, ImagePolicy, RequestImages
 from llava.serve.openapi import document
-from llava.serve.problems import RequestError, problem, problem_of, short, status_of
+from llava.serve.problems import BusyError, RequestError, problem, problem_of, short, status_of
 from llava.serve.schema import Health, Model, ModelList
 
 if TYPE_CHECKING:

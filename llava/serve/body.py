@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json
 
-from llava.serve.engine import BusyError
-from llava.serve.problems import RequestError
+from llava.serve.problems import BusyError, RequestError
 
 if TYPE_CHECKING:
     from starlette.requests import Request

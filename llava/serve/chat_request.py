@@ -16,30 +16,9 @@ from llava.constants import IMAGE_PLACEHOLDER
 from llava.conversation import Conversation
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.prompts import add_image_markers, new_conversation
+from llava.serve.defaults import Defaults
 from llava.serve.problems import RequestError, short
 from llava.serve.schema import TAGS, ChatCompletionRequest, ChatMessage, TextPart
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What holds where a request says nothing, and the limits of the server.
-
-    Attributes:
-        temperature: of sampling; 0 is greedy.
-        max_new_tokens: tokens of an answer.
-        token_limit: the most that a request may ask for.
-        max_images: images of one request.
-        max_prompt_chars: characters of all texts of a request, counted before they are tokenized.
-        images_first: put the images of a message before its text, as transformers' template of LLaVA-1.5 does, in
-            place of keeping the order of the parts.
-    """
-
-    temperature: float = 0.2
-    max_new_tokens: int = 512
-    token_limit: int = 4096
-    max_images: int = 16
-    max_prompt_chars: int = 200_000
-    images_first: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,16 @@ import contextlib
 import random
 import shlex
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from llava.conversation import Conversation, SeparatorStyle
 from llava.errors import FlagError, LlavaError
-from llava.eval.answering.conv_mode import HELP as TEMPLATE_HELP
-from llava.eval.answering.conv_mode import choose_conv_mode
-from llava.eval.answering.generation import GenerationOptions
-from llava.eval.answering.loading import load_model
-from llava.eval.answering.options import add_model_options
-from llava.eval.run_llava import open_image
+from llava.eval.answering.options import TEMPLATE_HELP, add_model_options
 from llava.runtime.program import run_program
 from llava.runtime.ranges import COUNT, check_ranges
-from llava.serve.chat import Chat
+
+if TYPE_CHECKING:
+    from llava.serve.chat import Chat
 
 HELP = "/image PATH ... shows images with your next message; /reset starts again; /exit ends"
 
@@ -54,6 +52,12 @@ def start_chat(args: argparse.Namespace) -> Chat:
     Raises:
         LlavaError: a flag, an image or the checkpoint is wrong; the message says what to do.
     """
+    from llava.eval.answering.conv_mode import choose_conv_mode
+    from llava.eval.answering.generation import GenerationOptions
+    from llava.eval.answering.loading import load_model
+    from llava.eval.run_llava import open_image
+    from llava.serve.chat import Chat
+
     check_ranges(args, {"max_new_tokens": COUNT}, dashes=True)
     if args.load_8bit and args.load_4bit:
         raise FlagError("--load-8bit and --load-4bit exclude each other")

@@ -30,6 +30,7 @@ from llava.eval.answering.runner import image_arguments, pad_left
 from llava.runtime.chat.token_text import TokenDecoder
 from llava.runtime.finite_logits import LogitsWatch
 from llava.serve.details import row_details
+from llava.serve.problems import BusyError, EngineError, StoppedError
 from llava.serve.schema import Details
 from llava.serve.streaming import StopFilter
 
@@ -40,18 +41,6 @@ Observed = Callable[[AnsweredRow], Mapping[str, Sequence[Said]]]
 Formatting = Callable[[], Details]
 
 DETAILS_FAILED = "the details of the answer failed; ask without them, or see the server's log"
-
-
-class BusyError(LlavaError):
-    """As many requests wait as are allowed to."""
-
-
-class EngineError(LlavaError):
-    """The model failed on a batch."""
-
-
-class StoppedError(EngineError):
-    """The engine has stopped, and answers nothing more."""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from llava.errors import BadImageError
-from llava.serve.engine import BusyError
 from llava.serve.image_urls import ImagePolicy
-from llava.serve.problems import RequestError, short
+from llava.serve.problems import BusyError, RequestError, short
 
 if TYPE_CHECKING:
     import httpx

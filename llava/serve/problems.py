@@ -9,7 +9,19 @@ import json
 from typing import Any
 
 from llava.errors import LlavaError
-from llava.serve.engine import BusyError, EngineError, StoppedError
+
+
+class BusyError(LlavaError):
+    """As many requests wait as are allowed to."""
+
+
+class EngineError(LlavaError):
+    """The model failed on a batch."""
+
+
+class StoppedError(EngineError):
+    """The engine has stopped, and answers nothing more."""
+
 
 SHOWN = 100
 """Characters of a client's value that an error repeats."""

@@ -11,7 +11,7 @@ import pytest
 from llava.errors import LlavaError
 from llava.eval import __main__ as engine
 from llava.eval import long_answers, model_vqa, model_vqa_loader, model_vqa_science
-from llava.eval.answering import options as program
+from llava.eval.answering import question_run as program
 from llava.eval.benchmarks import BENCHMARKS
 from mma.lavin import answering, eval_mme
 from mma.lavin import eval as mma_eval

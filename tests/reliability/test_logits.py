@@ -18,7 +18,7 @@ from torch import Tensor
 from llava.dynamic_eval import model_lvis_for_meteor, model_lvis_for_ppl
 from llava.errors import NotFiniteError
 from llava.eval import long_answers, model_vqa_loader, run_llava
-from llava.eval.answering import options as program
+from llava.eval.answering import question_run as program
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import LoadedModel, load_model
 from llava.eval.answering.questions import read_questions
@@ -30,7 +30,8 @@ from llava.eval.model_vqa_loader import make_task
 from llava.runtime.finite_logits import LogitsWatch, are_sound, no_answer
 from llava.serve import cli
 from llava.serve.chat import Chat
-from llava.serve.engine import Engine, EngineError, Job, Row
+from llava.serve.engine import Engine, Job, Row
+from llava.serve.problems import EngineError
 from mma.lavin import answering, demo
 from mma.lavin import eval as mma_eval
 from mma.lavin.chat import LavinChat

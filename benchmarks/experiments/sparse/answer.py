@@ -22,7 +22,8 @@ from llava.errors import FlagError
 from llava.eval import model_vqa_loader
 from llava.eval.answering.answers import AnswersFile, answer_row
 from llava.eval.answering.loading import load_model
-from llava.eval.answering.options import answer_settings, json_values, sampling_options
+from llava.eval.answering.options import json_values, sampling_options
+from llava.eval.answering.question_run import answer_settings
 from llava.eval.answering.questions import read_questions
 from llava.eval.answering.runner import answer_tasks
 from llava.runtime.hub import get_model_name_from_path

@@ -8,22 +8,11 @@ from __future__ import annotations
 
 from llava.conversation import conv_templates
 from llava.data.trained_template import same_template, trained_template
+from llava.eval.answering.options import Fallback
 from llava.eval.answering.prompts import check_conv_mode, infer_conv_mode, plain_conv_mode
 from llava.runtime.hub import get_model_name_from_path
 
 OPTION = "--conv-mode"
-HELP = "conversation template; default: that of the model's training, or where its folder does not say"
-
-
-class Fallback(str):
-    """The default of `--conv-mode` in a program: the template of models that do not say how they were trained.
-
-    It is the name of the template; its class tells it from one that was asked for.
-    """
-
-    def __str__(self) -> Fallback:
-        """Itself: argparse calls an option's `type`, here `str`, on its default as well."""
-        return self
 
 
 def choose_conv_mode(wanted: str | None, model_path: str, option: str = OPTION) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from llava import constants
 from llava.data.answer_end import AnswerEnd, TurnEnd, answer_end, turn_end
 from llava.errors import FlagError
 from llava.eval.answering.prompts import new_conversation
@@ -14,7 +15,7 @@ from llava.model.builder import load_pretrained_model
 from llava.runtime.finite_logits import no_answer
 from llava.runtime.hub import get_model_name_from_path
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in constants.DTYPES}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from llava.errors import FlagError
 from llava.eval.answering.answers import Task, ToRow, refuse_foreign_answers, settings_path
-from llava.eval.answering.options import answer_and_measure
+from llava.eval.answering.question_run import answer_and_measure
 from llava.eval.answering.questions import read_jsonl
 from llava.eval.answering.recognition import ANSWER_SHAPES
 from llava.eval.answering.runner import OpenImage

@@ -21,9 +21,10 @@ from llava.data.images import ProcessedImage
 from llava.errors import FlagError
 from llava.eval.answering.answers import Task
 from llava.eval.answering.batches import Batches, first_batch_size
-from llava.eval.answering.conv_mode import Fallback, conv_mode_of_questions
+from llava.eval.answering.conv_mode import conv_mode_of_questions
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import LoadedModel, load_model
+from llava.eval.answering.options import Fallback
 from llava.eval.answering.prefetch import Prefetcher
 from llava.eval.answering.runner import answer_batch, make_prompt, most_together
 from llava.eval.lmms.likelihood import Likelihood, likelihoods, make_candidate

@@ -13,11 +13,8 @@ from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
-from llava.data.images import read_rgb
 from llava.errors import BadImageError, BadSampleError, FlagError
 from llava.eval.answering.answers import Row, Task, answer_row
 from llava.eval.answering.questions import field, read_jsonl
@@ -26,6 +23,9 @@ from llava.runtime.files import refuse_pointer
 from llava.runtime.output import replacing
 from llava.runtime.places import Input, refuse_file
 from llava.runtime.recognize import refuse_foreign_bytes
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 LETTERS = "ABCD"
 SPREADSHEET = b"PK\x03\x04"
@@ -131,6 +131,8 @@ def open_image(content: str, where: str) -> Image.Image:
     Raises:
         BadImageError: it cannot be decoded.
     """
+    from llava.data.images import read_rgb
+
     try:
         data = base64.b64decode(content, validate=True)
     except (binascii.Error, TypeError) as error:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, safe_open
 from torch import Tensor
 
 from llava.errors import CheckpointError
-from llava.runtime.files import READ_ERRORS, refuse_pointer
+from llava.runtime.files import read_errors, refuse_pointer
 from llava.runtime.weights.torch_files import load_plain
 
 SAFETENSORS_DTYPES = {
@@ -104,7 +104,7 @@ def read_entries(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
             try:
                 with safe_open(path, "pt") as file:
                     tensors |= {name: file.get_tensor(name) for name in names}
-            except READ_ERRORS as error:
+            except read_errors() as error:
                 raise CheckpointError(f"{path}: is damaged or was cut off ({error})") from error
         else:
             content = _load(path, mapped=True)
@@ -139,7 +139,7 @@ def _safetensors_entries(path: Path) -> dict[str, Entry]:
             for name, each in table.items()
             if name != "__metadata__"
         }
-    except READ_ERRORS as error:
+    except read_errors() as error:
         raise CheckpointError(f"{path}: is damaged or was cut off ({error})") from error
 
 

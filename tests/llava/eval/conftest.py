@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llava.eval.answering import options as program
+from llava.eval.answering import question_run as program
 from llava.eval.answering import runner
 from llava.eval.answering.loading import LoadedModel, load_model
 from tests.dynamic.sparse_checkpoint import write_sparse_checkpoint

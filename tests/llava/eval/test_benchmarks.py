@@ -17,7 +17,7 @@ from llava.errors import FlagError
 from llava.eval import __main__ as engine
 from llava.eval import eval_chartqa
 from llava.eval.answering import batches
-from llava.eval.answering import options as program
+from llava.eval.answering import question_run as program
 from llava.eval.answering.loading import LoadedModel
 from llava.eval.answering.processes import Processes
 from llava.eval.benchmarks import BENCHMARKS, find

@@ -17,9 +17,11 @@ from llava.data.trained_template import same_template, trained_template
 from llava.errors import CheckpointError, FlagError
 from llava.eval import __main__ as benchmark_program
 from llava.eval import long_answers, run_llava
-from llava.eval.answering import options as question_program
-from llava.eval.answering.conv_mode import Fallback, choose_conv_mode, conv_mode_of_questions, conv_mode_of_turns
+from llava.eval.answering import loading, long_options, runner
+from llava.eval.answering import question_run as question_program
+from llava.eval.answering.conv_mode import choose_conv_mode, conv_mode_of_questions, conv_mode_of_turns
 from llava.eval.answering.loading import LoadedModel
+from llava.eval.answering.options import Fallback
 from llava.eval.benchmarks import find
 from llava.eval.lmms import model as lmms
 from llava.serve import api, cli
@@ -151,7 +153,7 @@ def trained(tmp_path: Path, checkpoint: Path, loaded: LoadedModel, monkeypatch: 
     shutil.copytree(checkpoint, folder, copy_function=shutil.copyfile)
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | {"conversation_template": "mpt"}))
-    for module in (question_program, run_llava, cli, lmms):
+    for module in (question_program, loading, lmms):
         monkeypatch.setattr(module, "load_model", lambda *_, **__: loaded)
     return folder
 
@@ -222,13 +224,13 @@ def test_one_question_is_asked_as_in_the_training(
     trained: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    make_prompt = run_llava.make_prompt
+    make_prompt = runner.make_prompt
 
     def noted(key: str, task: Any, loaded: LoadedModel, conv_mode: str) -> Any:
         asked.append(conv_mode)
         return make_prompt(key, task, loaded, conv_mode)
 
-    monkeypatch.setattr(run_llava, "make_prompt", noted)
+    monkeypatch.setattr(runner, "make_prompt", noted)
     words = ["--model-path", str(trained), "--image-file", str(image_folder / "im0.png"), "--query", "What?"]
     run_llava.main([*words, "--temperature", "0", "--max_new_tokens", "1", "--device", "cpu"])
     assert asked == ["mpt"]
@@ -249,7 +251,7 @@ def test_long_answers_are_asked_for_as_in_the_training(
     (tmp_path / "rows.json").write_text(json.dumps([row]))
     words = ["--model-path", str(trained), "--question-file", str(tmp_path / "rows.json"), "--device", "cpu"]
     words += ["--image-folder", str(image_folder), "--answers-file", str(tmp_path / "out.jsonl")]
-    args = long_answers.build_parser("x", "y", generates=False).parse_args(words)
+    args = long_options.build_parser("x", "y", generates=False).parse_args(words)
     path = long_answers.main(args, "ppl", multi_round=rounds == 2, load=lambda *_, **__: loaded)
     settings = json.loads(path.with_name("out.jsonl.run.json").read_text())["settings"]
     assert settings["conv_mode"] == "mpt"

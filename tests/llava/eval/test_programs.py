@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from llava.conversation import conv_templates
 from llava.errors import BadSampleError, FlagError
 from llava.eval import model_qa, model_vqa, model_vqa_loader, run_llava
-from llava.eval.answering import options as program
+from llava.eval.answering import loading
+from llava.eval.answering import question_run as program
 from llava.eval.answering.loading import LoadedModel, choose_device, choose_dtype
 from llava.eval.model_vqa_loader import main
 from llava.runtime.tokenizer import load_tokenizer
@@ -29,7 +30,7 @@ QUERY = "How many dogs are there?"
 @pytest.fixture(autouse=True)
 def _load_once(monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel) -> None:
     """The model is loaded once for all tests; the fixture `loaded` calls the same `load_model`."""
-    for module in (program, run_llava):
+    for module in (program, loading):
         monkeypatch.setattr(module, "load_model", lambda *_, **__: loaded)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.answering import options as program
+from llava.eval.answering import question_run as program
 from llava.eval.answering.loading import LoadedModel
 from llava.eval.benchmarks import BENCHMARKS
 from tests.command_lines import ROOT

@@ -7,7 +7,7 @@ from pathlib import Path
 from llava.eval.answering.loading import LoadedModel, load_model
 from llava.serve.app import Settings
 from llava.serve.body import BodyLimits
-from llava.serve.chat_request import Defaults
+from llava.serve.defaults import Defaults
 from llava.serve.image_urls import ImagePolicy
 from tests.golden import golden_dir
 

@@ -10,7 +10,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from llava.runtime.program import run_program
-from llava.serve import api
+from llava.serve import api, app
 
 FAULTS = ("none", "keeps-requests", "answers-another", "formless-errors")
 COPIES = 40
@@ -64,8 +64,8 @@ class Faulty:
 
 def main() -> None:
     """The server with faults; its options are those of the real one."""
-    create_app = api.create_app
-    api.create_app = lambda *given: Faulty(create_app(*given))  # type: ignore[assignment, return-value]
+    create_app = app.create_app
+    app.create_app = lambda *given: Faulty(create_app(*given))  # type: ignore[assignment, return-value]
     api.main()
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from llava.eval.answering.loading import load_model
 from llava.serve.app import Settings
-from llava.serve.chat_request import Defaults
+from llava.serve.defaults import Defaults
 from llava.serve.engine import Engine
 from llava.serve.page.client import Server
 from tests.dynamic.sparse_checkpoint import write_sparse_checkpoint

@@ -28,8 +28,8 @@ from llava.eval.run_llava import open_image
 from llava.serve import api
 from llava.serve.app import Settings, create_app
 from llava.serve.body import BodyLimits
-from llava.serve.chat_request import Defaults
 from llava.serve.connection import Patience, make_server
+from llava.serve.defaults import Defaults
 from llava.serve.engine import Engine
 from llava.serve.guard import Access
 from llava.serve.image_urls import ImagePolicy

@@ -21,7 +21,8 @@ from PIL import Image
 
 from llava.eval.answering.loading import LoadedModel
 from llava.serve import app, chat_request, image_urls, schema
-from llava.serve.chat_request import Defaults, conversation_of, read_request
+from llava.serve.chat_request import conversation_of, read_request
+from llava.serve.defaults import Defaults
 from llava.serve.image_urls import ImagePolicy
 from tests.llava.serve.test_api import HELLO, IMAGE, MODEL, SETTINGS, until
 from tests.llava.serve.test_http import BODY, CHAT, connect, loaded, refused  # noqa: F401

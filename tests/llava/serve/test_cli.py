@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from llava.errors import BadSampleError, FlagError
+from llava.eval.answering import loading
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.loading import LoadedModel, load_model
 from llava.eval.run_llava import eval_model, open_image
@@ -48,7 +49,7 @@ def talk(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     """Run the program with lines of input; gives the conversation at the end and what was printed."""
 
     def run(*lines: str, options: tuple[str, ...] = ()) -> tuple[Chat, str]:
-        monkeypatch.setattr(cli, "load_model", lambda *_, **__: loaded)
+        monkeypatch.setattr(loading, "load_model", lambda *_, **__: loaded)
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         base = ("--model-path", str(CHECKPOINT), "--temperature", "0", "--max-new-tokens", "8", "--device", "cpu")
         result = cli.main([*base, "--conv-mode", "vicuna_v1", *options])
@@ -283,7 +284,7 @@ def test_contradicting_options() -> None:
 
 def test_quantised_loading_is_passed_on(monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(cli, "load_model", lambda *_, **options: seen.update(options) or loaded)
+    monkeypatch.setattr(loading, "load_model", lambda *_, **options: seen.update(options) or loaded)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     cli.main(["--model-path", "x-v1", "--load-4bit"])
     assert (seen["load_4bit"], seen["load_8bit"]) == (True, False)

@@ -21,10 +21,10 @@ from llava.serve.app import create_app
 from llava.serve.body import BodyLimits, Held
 from llava.serve.chat_request import ChatRequest
 from llava.serve.connection import Patience, make_server
-from llava.serve.engine import BusyError, Engine, EngineError, StoppedError
+from llava.serve.engine import Engine
 from llava.serve.image_fetch import fetch_images
 from llava.serve.image_urls import ImagePolicy
-from llava.serve.problems import problem, status_of
+from llava.serve.problems import BusyError, EngineError, StoppedError, problem, status_of
 from tests.llava.serve.asgi_calls import Call
 from tests.llava.serve.test_api import (  # noqa: F401
     HELLO,

@@ -16,8 +16,9 @@ from llava.eval.answering.loading import LoadedModel, load_model
 from llava.serve import api, app, schema
 from llava.serve.app import Settings, create_app
 from llava.serve.body import BodyLimits, Held
-from llava.serve.engine import BusyError, Engine
+from llava.serve.engine import Engine
 from llava.serve.guard import Access, access_of
+from llava.serve.problems import BusyError
 from tests.llava.serve.test_api import ANYWHERE, CHECKPOINT, HELLO, MODEL, SETTINGS
 
 pytestmark = pytest.mark.versions
