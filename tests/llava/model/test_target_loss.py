@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llava.constants import IGNORE_INDEX
 from llava.data.targets import BUCKET, bucket, find_targets
 from llava.model import head as heads
+from llava.model import loss as losses
 from llava.model.checkpoint import bare_model
 from llava.model.head import LanguageHead, chunk_rows, liger_loss, selected_cross_entropy
 from llava.model.loss import LossReduction, language_model_loss, target_loss
@@ -264,3 +265,50 @@ def test_whoever_does_not_ask_finds_logits(tmp_path: Path) -> None:
     assert skipped.logits is None
     assert skipped.labels.shape == plain.logits.shape[:2]
     torch.testing.assert_close(skipped.loss, plain.loss, **EQUAL)
+
+
+class Waits(TorchDispatchMode):
+    """Operations that a GPU would have to be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_targets_of_the_collator_are_not_waited_for(head: LanguageHead) -> None:
+    """Neither eagerly nor by a break of the compiled graph, whether there are chunks or not."""
+    hidden, labels = batch()
+    targets = find_targets(labels)
+    with Waits() as known:
+        target_loss(head, hidden, labels, targets, LossReduction.TARGET).backward()
+    with Waits() as unknown:
+        target_loss(head, hidden, labels, None, LossReduction.TARGET)
+    assert not known.found
+    assert unknown.found
+    compiled = torch.compile(target_loss, backend="eager", fullgraph=True)
+    expected = target_loss(head, hidden, labels, targets, LossReduction.TARGET)
+    torch.testing.assert_close(compiled(head, hidden, labels, targets, LossReduction.TARGET), expected)
+
+
+def test_the_model_takes_the_targets_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And looks for them itself where an extension has put other labels in place."""
+    run = build_run(parse_args(command_line(tmp_path / "out")))
+    rows = run.trainer.data_collator([run.dataset[0], run.dataset[1]])
+    searched: list[int] = []
+    monkeypatch.setattr(losses, "find_targets", lambda labels: searched.append(1) or find_targets(labels))
+    with torch.no_grad():
+        planned = run.model(**rows, skip_logits=True).loss
+        assert not searched
+
+        def on_inputs(model: nn.Module, inputs: Any) -> Any:
+            inputs.labels = inputs.labels.clone()
+            return inputs
+
+        monkeypatch.setattr(run.model.extensions, "on_inputs", on_inputs)
+        torch.testing.assert_close(run.model(**rows, skip_logits=True).loss, planned)
+    assert searched == [1]
