@@ -53,10 +53,10 @@ class Case:
 
 
 CASES = (
-    Case(2, 640, 128, 32000, 0.1),
-    Case(2, 640, 128, 32000, 0.25),
-    Case(4, 640, 128, 32000, 1.0),
-    Case(1, 640, 128, 152064, 0.25),
+    Case(1, 640, 64, 32000, 0.1),
+    Case(1, 640, 64, 32000, 0.25),
+    Case(1, 640, 64, 152064, 0.25),
+    Case(1, 640, 64, 152064, 1.0),
 )
 """Vocabularies of Llama and Qwen; about a quarter of a LLaVA's positions is trained on in long answers."""
 
