@@ -37,7 +37,7 @@ from llava.runtime.output import replace_text
 from llava.runtime.program import package_versions, run_program
 
 PROGRAM = "benchmarks.policy_attention"
-METHODS = {"cpu": ("eager", "blockwise", "dense"), "cuda": ("eager", "blockwise", "triton", "dense")}
+METHODS = {"cpu": ("eager", "blockwise", "dense"), "cuda": ("eager", "blockwise", "triton", "flex", "dense")}
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 KEPT = 0.3  # share of kept tokens; no implementation gains from it
 WARM_UP = 64  # tokens of the pass that loads what is loaded once

@@ -122,7 +122,7 @@ class DynamicExtension(Extension):
         """Let the predictors judge what enters the sparse layer; without a loss, drop what they do not keep."""
         if index != config.get("sparse_layer", SparseConfig.sparse_layer):
             return state
-        settings = SparseConfig.from_dict(config)
+        settings = sparse_model.settings(model)
         if model in self._passes and state.segments is not None:
             policy = self._passes[model].decide(
                 settings, sparse_model.predictors(model), state.hidden_states, state.segments

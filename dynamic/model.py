@@ -18,6 +18,8 @@ from dynamic.config import SparseConfig
 from dynamic.layer import TextPredictor, VisionPredictor, reset_predictor
 
 IMAGE, OUTPUT_TEXT, INSTRUCT = "image_score_predictor", "output_text_score_predictor", "instruct_score_predictor"
+SETTINGS = "predictor_settings"
+"""Attribute of the decoder: the `SparseConfig` of its predictors."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,15 @@ def attach(model: nn.Module, config: SparseConfig, dtype: torch.dtype = torch.fl
     for name, predictor in wanted.items():
         reset_predictor(predictor, getattr(host.config, "initializer_range", 0.02))
         decoder.add_module(name, predictor.to(dtype).train(decoder.training))
+    # Read in every pass: parsed once, and an attribute is something that `torch.compile` can trace.
+    setattr(decoder, SETTINGS, config)
     return predictors(model)
+
+
+def settings(model: nn.Module) -> SparseConfig:
+    """The configuration of the predictors of `model`."""
+    found: SparseConfig = getattr(model.get_decoder(), SETTINGS)  # type: ignore[operator]
+    return found
 
 
 def predictors(model: nn.Module) -> Predictors:

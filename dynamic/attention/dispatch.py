@@ -12,7 +12,7 @@ from dynamic.attention.function import PolicyAttention
 from dynamic.attention.problem import Kernels
 from dynamic.attention.reference import reference_attention
 
-IMPLEMENTATIONS = ("auto", "eager", "blockwise", "triton")
+IMPLEMENTATIONS = ("auto", "eager", "blockwise", "triton", "flex")
 
 WIDEST_HEAD = 128
 """Of the Triton kernels, which hold the whole width of a head at once."""
@@ -50,7 +50,8 @@ def policy_attention(
             is quadratic in the length itself: give `causal` and `key_mask` instead where they say the same.
         scale: factor on q k^T; None is 1 / sqrt(C).
         implementation: "eager" builds the matrix as the original does; "blockwise" is plain torch; "triton" needs CUDA
-            and takes no `mask`; "auto" is triton where that can run and blockwise elsewhere.
+            and takes no `mask`; "flex" is torch's FlexAttention, with CUDA, without `mask` and `eps`; "auto" is triton
+            where that can run and blockwise elsewhere.
         eps: 0 is the formula above. 1e-6 gives the numbers of the original, where dropped, masked and future keys all
             keep a weight of eps / L (see `policy_softmax`).
 
@@ -65,6 +66,13 @@ def policy_attention(
     key_mask = None if key_mask is None else key_mask.to(device=q.device, dtype=torch.bool)
     if implementation == "eager":
         return reference_attention(q, k, v, policy, causal=causal, key_mask=key_mask, mask=mask, scale=scale, eps=eps)
+    if implementation == "flex":
+        obstacle = _obstacle_for_flex(q, mask, eps)
+        if obstacle:
+            raise ValueError(f"policy attention cannot run with FlexAttention: {obstacle}; use implementation='auto'")
+        from dynamic.attention import flex
+
+        return flex.attend(q, k, v, policy, causal=causal, key_mask=key_mask, scale=scale)
     kernels = _kernels(implementation, q, mask)
     output = PolicyAttention.apply(q, k, v, policy, (causal, key_mask, mask), scale, eps, kernels)
     assert isinstance(output, Tensor)  # noqa: S101  `apply` has no type of its own
@@ -94,6 +102,18 @@ def _obstacle_for_triton(q: Tensor, mask: Tensor | None) -> str | None:
         return "its kernels take `causal` and `key_mask`, no 4-D mask"
     if q.shape[-1] > WIDEST_HEAD:
         return f"heads are {q.shape[-1]} wide, the kernels allow {WIDEST_HEAD}"
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"queries are {q.dtype}"
+    return None
+
+
+def _obstacle_for_flex(q: Tensor, mask: Tensor | None, eps: float) -> str | None:
+    if not q.is_cuda:
+        return f"the queries are on the device '{q.device}', where torch has no backward pass of it"
+    if mask is not None:
+        return "it is given `causal` and `key_mask`, no 4-D mask"
+    if eps > 0:
+        return f"eps is {eps}, and with the original's eps it is not a term of the scores"
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"queries are {q.dtype}"
     return None

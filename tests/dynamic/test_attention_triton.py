@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -11,8 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynamic.attention.problem import Problem
+from dynamic.attention import blockwise
+from dynamic.attention.problem import Forward, Gradients, Problem
 from tests.dynamic.attention_cases import CASES, draw, each_case, relative_errors, run
 
 pytest.importorskip("triton", reason="triton comes with torch on Linux only")
@@ -21,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dynamic.attention import triton_kernels
+from dynamic.attention import triton_kernels, triton_launch
 from dynamic.attention.triton_launch import constants
 
 KERNELS = ["forward_kernel", "query_gradient_kernel", "key_gradient_kernel"]
@@ -98,3 +102,54 @@ def test_kernels_on_a_gpu_are_as_exact_as_eager(name: str, dtype: torch.dtype, e
     allowed = relative_errors(run(tensors, implementation="eager", eps=eps, **arguments), exact)
     for key, error in relative_errors({key: value.cpu() for key, value in found.items()}, exact).items():
         assert error <= 2 * allowed[key] + OWN_ROUNDING, f"{key}: {error:.1e}, eager {allowed[key]:.1e}"
+
+
+class Tf32(TorchDispatchMode):
+    """Products of float32 matrices get factors of 10 bits, as on a GPU with `--tf32 True`."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm"):
+            args = [self.shortened(each) for each in args]
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def shortened(factor: Tensor) -> Tensor:
+        if factor.dtype != torch.float32:
+            return factor
+        return (factor.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def exact_forward(problem: Problem, want_top: bool) -> Forward:
+    """What flawless kernels give: computed in float64, rounded to float32."""
+    wide = problem._replace(**{name: getattr(problem, name).double() for name in ("q", "k", "v", "policy")})
+    output, log_sum, top, top_key = blockwise.blockwise().forward(wide, want_top)
+    return Forward(output.float(), log_sum.float(), top, top_key)
+
+
+def exact_backward(problem: Problem, grad: Tensor, log_denominator: Tensor, inner: Tensor) -> Gradients:
+    """As `exact_forward`."""
+    wide = problem._replace(**{name: getattr(problem, name).double() for name in ("q", "k", "v", "policy")})
+    found = blockwise.blockwise().backward(wide, grad.double(), log_denominator.double(), inner.double())
+    return Gradients(*(each.float() for each in found))
+
+
+def test_the_check_at_the_start_does_not_depend_on_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flawless kernels pass with TF32 and without; wrong ones are found with both."""
+    monkeypatch.setattr(triton_launch, "forward", exact_forward)
+    monkeypatch.setattr(triton_launch, "backward", exact_backward)
+    check = triton_launch._check_once.__wrapped__
+    arguments = (torch.device("cpu"), torch.float32, 64)
+    product = torch.ones(4, 4) * 1.0001
+    check(*arguments)
+    with Tf32():
+        assert float((product @ product)[0, 0]) == 4.0, "the mode must do something"
+        check(*arguments)
+
+    def wrong(problem: Problem, want_top: bool) -> Forward:
+        found = exact_forward(problem, want_top)
+        return found._replace(output=found.output * 1.001)
+
+    monkeypatch.setattr(triton_launch, "forward", wrong)
+    for mode in (contextlib.nullcontext(), Tf32()):
+        with mode, pytest.raises(RuntimeError, match="output differs by"):
+            check(*arguments)
