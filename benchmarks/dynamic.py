@@ -53,7 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--keep-rate", type=float, default=0.2, help="share of image tokens that is kept (default %(default)s)")
     add("--sparse-layer", type=int, default=2, help="first sparse layer (default %(default)s)")
     add("--batches", type=int, nargs="+", default=None, help="batch sizes of prefill; default 1 2 4, on a GPU 1 8 32")
+    add("--decode-batches", type=int, nargs="*", default=[8], help="further batch sizes of decoding (default 8)")
     add("--tokens", type=int, default=256, help="tokens fed with cache (default %(default)s)")
+    add("--tokens-in-batch", type=int, default=32, help="tokens for each of --decode-batches (default %(default)s)")
     add("--tokens-without-cache", type=int, default=4, help="steps without cache, after --tokens (default %(default)s)")
     add("--train-text", type=int, default=128, help="answer tokens of the training step (default %(default)s)")
     add("--repeats", type=int, default=7, help="timed rounds (default %(default)s)")
@@ -202,6 +204,21 @@ def measure_answer(dense: Any, sparse: Any, args: argparse.Namespace, clock: Clo
     }
 
 
+def measure_batches(dense: Any, sparse: Any, args: argparse.Namespace, clock: Clock) -> list[dict[str, Any]]:
+    """Given tokens behind several prompts, one entry for each batch size; the models take turns token by token."""
+    entries = []
+    for batch in args.decode_batches:
+        ids = models.random_ids(dense, batch, args.tokens_in_batch)
+        passes = {}
+        for name, model in _named(dense, sparse):
+            cache, columns = models.prefill(model, models.make_prompt(model, args.size, batch)), iter(ids.split(1, 1))
+            passes[name] = lambda model=model, cache=cache, columns=columns: models.feed(model, cache, next(columns))
+        entry = compare(passes, "dense", "sparse", clock, args.tokens_in_batch - 1, float("nan"))
+        del entry["ideal"]
+        entries.append({"batch": batch, "tokens": args.tokens_in_batch, **entry})
+    return entries
+
+
 def _without_cache(dense: Any, sparse: Any, args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """The last steps of an answer of `--tokens`, each over the whole sequence."""
     decoder, settings, size = _decoder(args.size), settings_of(args), args.size
@@ -276,13 +293,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     clock = clock_for(device, args.threads)
     record = {**provenance(PROGRAM, given, device), "size": vars(args.size), "predictors": settings.to_dict()}
     record["settings"] = {"threads": args.threads, "dtype": args.dtype, "clock": clock.name, "repeats": args.repeats}
-    with tqdm(total=5, unit="part") as progress:
+    with tqdm(total=6, unit="part") as progress:
         dense = models.build(args.size, None, device, dtype)
         sparse = models.build(args.size, settings, device, dtype)
         progress.update()
         for name, part in (
             ("prefill", lambda: measure_prefill(dense, sparse, args, clock)),
             ("answer", lambda: measure_answer(dense, sparse, args, clock)),
+            ("decoding", lambda: measure_batches(dense, sparse, args, clock)),
             ("training", lambda: measure_training(sparse, args, clock)),
         ):
             progress.set_postfix_str(name)

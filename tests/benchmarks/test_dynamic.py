@@ -19,7 +19,10 @@ SETTINGS = SparseConfig(
     use_instruct_predictor=False, d_model=8, nhead=2, dim_feedforward=16, num_layers=1, vision_keep_rate=0.25
 )
 CPU = torch.device("cpu")
-TINY = "--layers 4 --width 32 --patches 16 --keep-rate 0.25 --tokens 8 --tokens-without-cache 2 --train-text 64"
+TINY = (
+    "--layers 4 --width 32 --patches 16 --keep-rate 0.25 --tokens 8 --tokens-without-cache 2 --train-text 64 "
+    "--decode-batches 3 --tokens-in-batch 4"
+)
 
 
 def test_dense_and_sparse_have_the_same_weights() -> None:
@@ -69,6 +72,8 @@ def test_the_program_writes_record_table_and_plot(tmp_path: Path, capsys: pytest
     assert kept["blockwise"] < kept["eager"]
     table = path.with_suffix(".md").read_text(encoding="utf-8")
     assert "| prefill, batch 2 (ms) |" in table
+    assert [(entry["batch"], entry["tokens"]) for entry in record["decoding"]] == [(3, 4)]
+    assert "| decoding with cache, batch 3, 4 tokens (ms per token of all) |" in table
     assert table.strip() in capsys.readouterr().out
     assert path.with_suffix(".png").stat().st_size > 5_000
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
+from dynamic.cache import SparseCache
 from dynamic.slots import STEP
 from llava.model.builder import load_pretrained_model
 from tests.dynamic.sparse_models import BASE, Shape, embedded, new_cache, sparse_llava
@@ -122,3 +124,30 @@ def test_reserved_slots_do_not_move(models: dict[str, Any]) -> None:
             cache.reserve(2 * STEP)
         places.add(tuple(buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers))
     assert len(places) == 1
+
+
+@torch.no_grad()
+def test_a_compiled_step_gives_the_same_tokens(models: dict[str, Any]) -> None:
+    """One graph without a break. The second token makes it one for any number of stored tokens; then it serves all."""
+    model, batch, graphs = models["sparse"], embedded(LONG), CompileCounterWithBackend("eager")
+
+    def step(token: Tensor, mask: Tensor, cache: SparseCache) -> Tensor:
+        positions = (mask.cumsum(1) - 1)[:, -1:]
+        output = model(input_ids=token, attention_mask=mask, position_ids=positions, cache=cache)
+        return output.logits[:, -1:].argmax(-1)
+
+    def answer(step: Any) -> tuple[Tensor, list[int]]:
+        cache, mask = new_cache(model), batch.attention_mask
+        tokens, seen = [model(**batch._asdict(), cache=cache).logits[:, -1:].argmax(-1)], []
+        cache.reserve(12)
+        for _ in range(12):
+            mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.bool)], dim=1)
+            tokens.append(step(tokens[-1], mask, cache))
+            seen.append(graphs.frame_count)
+        return torch.cat(tokens, dim=1), seen
+
+    expected, none = answer(step)
+    found, seen = answer(torch.compile(step, backend=graphs, fullgraph=True))
+    assert torch.equal(found, expected)
+    assert none[-1] == 0
+    assert seen[1:] == [2] * 11
