@@ -2,9 +2,9 @@
 
     python -m benchmarks.hydralora --output benchmarks/results/hydralora-cpu.json
 
-times forward and backward of one adapted linear layer, and of one adapted MLP block: without adapter, with PEFT LoRA of
-the same rank, with PEFT LoRA of the same number of trained parameters, with HydraLoRA, and with HydraLoRA as a loop
-over experts. `benchmarks/README.md` explains the columns of the table.
+times forward and backward of one adapted linear layer, and of one adapted MLP block, and decoding one token with such a
+layer: without adapter, with PEFT LoRA of the same rank, with PEFT LoRA of the same number of trained parameters, with
+HydraLoRA, and with HydraLoRA as a loop over experts. `benchmarks/README.md` explains the columns of the table.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.measuring import Clock, clock_for, interleaved_times, peak_bytes, saved_bytes, spread
 from benchmarks.methods import Case, build_methods, trained_parameters
-from benchmarks.record import RATIOS, aim_lines, check_run, provenance, show, table, write_result
+from benchmarks.record import RATIOS, check_run, provenance, results, show, write_result
 from llava.errors import FlagError
 from llava.runtime.program import run_program
 
@@ -31,6 +31,7 @@ PROGRAM = "benchmarks.hydralora"
 SEED = 0
 LAYERS = {"cpu": ("512", "1024", "2048"), "cuda": ("4096x11008", "11008x4096")}
 BLOCKS = {"cpu": ("512x1376",), "cuda": ("4096x11008",)}
+DECODED = {"cpu": ("512", "2048", "4096"), "cuda": ("2048", "4096")}
 """Sizes by device; a block of 4096x11008 is that of LLaMA-7B, the smaller one has its proportions."""
 TOKENS = {"cpu": 512, "cuda": 4096}
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
@@ -59,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=positive, default=1, help="threads of torch on the CPU (default %(default)s)")
     add("--widths", type=sizes, nargs="*", default=None, metavar="N|INxOUT", help="linear layers; none given: no layer")
     add("--blocks", type=sizes, nargs="*", default=None, metavar="DxM", help="MLP blocks, width x inner width")
+    add("--decode", type=sizes, nargs="*", default=None, metavar="N|INxOUT", help="linear layers that decode a token")
     add("--experts", type=positive, nargs="+", default=[1, 3, 8], help="numbers of experts (default 1 3 8)")
     add("--rank", type=positive, default=8, help="rank of HydraLoRA and of LoRA (default %(default)s)")
     add("--dropout", type=float, nargs="+", default=[0.0, 0.05], help="before A (default 0 and the authors' 0.05)")
@@ -85,7 +87,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     check_run(args.device, args.output)
     if not all(0 <= value < 1 for value in args.dropout):
         raise FlagError(f"--dropout {args.dropout}: expected probabilities below 1")
-    for name, defaults in (("widths", LAYERS), ("blocks", BLOCKS)):
+    if args.decode is None and (args.widths is not None or args.blocks is not None):
+        args.decode = []  # somebody wants something else measured
+    for name, defaults in (("widths", LAYERS), ("blocks", BLOCKS), ("decode", DECODED)):
         if getattr(args, name) is None:
             setattr(args, name, [sizes(text) for text in defaults[args.device]])
     args.tokens = args.tokens or TOKENS[args.device]
@@ -96,10 +100,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def all_cases(args: argparse.Namespace) -> list[Case]:
     """Every comparison of one pass."""
     shapes = [("layer", *size) for size in args.widths] + [("block", *size) for size in args.blocks]
+    shapes += [("token", *size) for size in args.decode]
     return [
         Case(kind, width, inner, experts, args.rank, dropout)
         for kind, width, inner in shapes
-        for dropout in args.dropout
+        for dropout in (args.dropout if kind != "token" else [0.0])
         for experts in args.experts
     ]
 
@@ -111,6 +116,13 @@ def measure(
     torch.manual_seed(SEED)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     methods = build_methods(case, device, dtype)
+    named = {name: getattr(case, name) for name in ("kind", "width", "inner", "experts", "rank", "dropout")}
+    if case.kind == "token":
+        x = torch.randn(1, 1, case.width, device=device, dtype=dtype)
+        timed = {name: torch.compile(module) for name, module in methods.items()} if compiled else methods
+        times = interleaved_times(timed, x, None, clock, args.repeats, args.warmup, after_round)
+        spent = {name: {"milliseconds": spread(values)} for name, values in times.items()}
+        return {**named, "compiled": compiled, "methods": spent, "ratios": ratios(times)}
     x = torch.randn(1, args.tokens, case.width, device=device, dtype=dtype, requires_grad=True)
     cotangent = torch.randn(1, args.tokens, case.outputs, device=device, dtype=dtype)
     facts: dict[str, dict[str, Any]] = {
@@ -127,7 +139,7 @@ def measure(
         facts[name]["milliseconds"] = spread(values)
     allowed = facts["lora"]["saved_bytes"] + case.routed_bytes(args.tokens, dtype)
     return {
-        **{name: getattr(case, name) for name in ("kind", "width", "inner", "experts", "rank", "dropout")},
+        **named,
         "compiled": compiled,
         "methods": facts,
         "ratios": ratios(times),
@@ -183,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     write_result(record, args.output)
     finally:
         torch.set_num_threads(threads)
-    show("\n".join([table(record["cases"]), "", *aim_lines(record["cases"])]))
+    show("\n".join(results(record["cases"])))
     if args.output is None:
         show("Nothing was written; --output benchmarks/results/NAME.json keeps the numbers and this table.")
     else:

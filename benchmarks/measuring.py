@@ -1,4 +1,4 @@
-"""How time and memory of forward and backward are measured.
+"""How time and memory of forward and backward are measured, and the time of decoding.
 
 Time: the methods take turns, each round beginning with another one, so that whatever else the machine does meets all of
 them; ratios are taken within a round. On the CPU with one thread the clock counts the time that this process computed,
@@ -18,6 +18,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+STEPS = 50
+"""Forward passes between two readings of the clock, of something as short as a layer on one token."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,17 @@ def run_once(module: nn.Module, x: Tensor, cotangent: Tensor) -> None:
     module(x).backward(cotangent)
 
 
+def run_tokens(module: nn.Module, x: Tensor) -> None:
+    """`STEPS` forward passes without gradients, as decoding makes one for every token."""
+    with torch.inference_mode():
+        for _ in range(STEPS):
+            module(x)
+
+
 def interleaved_times(
     methods: Mapping[str, nn.Module],
     x: Tensor,
-    cotangent: Tensor,
+    cotangent: Tensor | None,
     clock: Clock,
     rounds: int,
     warmup: int,
@@ -69,6 +79,7 @@ def interleaved_times(
 ) -> dict[str, list[float]]:
     """Milliseconds of each method in each of `rounds` rounds, which follow `warmup` others that do not count.
 
+    Timed are forward and backward, or, without a cotangent, one forward pass without gradients (the mean of `STEPS`).
     `after_round` is called after every one (a progress bar).
     """
     names = list(methods)
@@ -81,8 +92,12 @@ def interleaved_times(
             first = number % len(names)
             for name in names[first:] + names[:first]:
                 start = clock.read()
-                run_once(methods[name], x, cotangent)
-                times[name].append(1e3 * (clock.read() - start))
+                if cotangent is None:
+                    run_tokens(methods[name], x)
+                else:
+                    run_once(methods[name], x, cotangent)
+                passes = STEPS if cotangent is None else 1
+                times[name].append(1e3 * (clock.read() - start) / passes)
             after_round()
     finally:
         if collecting:

@@ -27,8 +27,8 @@ class Case:
     """One comparison.
 
     Attributes:
-        kind: `layer`, one linear layer width -> inner with a router of its own; or `block`, a gated MLP of inner width
-            `inner` with one router.
+        kind: `layer`, one linear layer width -> inner with a router of its own; `token`, the same in evaluation, for
+            one token; or `block`, a gated MLP of inner width `inner` with one router.
         width: D, features of the input.
         inner: features of the output of a layer, inner width M of a block.
         experts: E.
@@ -46,11 +46,11 @@ class Case:
     @property
     def outputs(self) -> int:
         """Features of the output."""
-        return self.inner if self.kind == "layer" else self.width
+        return self.width if self.kind == "block" else self.inner
 
     def routed_bytes(self, tokens: int, dtype: torch.dtype) -> int:
         """Bytes of the routed activations: the router's probabilities, and E * r weighted codes per projection."""
-        projections = 1 if self.kind == "layer" else 3
+        projections = 3 if self.kind == "block" else 1
         return tokens * self.experts * (torch.float32.itemsize + projections * self.rank * dtype.itemsize)
 
 
@@ -163,14 +163,14 @@ def _routed_block(frozen: nn.Module, case: Case, dense: bool) -> RoutedMLP:
 
 
 def build_methods(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The methods of a case by name, in training mode, every parameter of them in `dtype` on `device`.
+    """The methods of a case by name, every parameter of them in `dtype` on `device`; for tokens in evaluation mode.
 
     `frozen` has no adapter; `lora` has the rank of the case, `lora_matched` the rank at which its trained parameters
     come nearest to those of `hydralora`. Blocks have `hydralora_sparse` as well. No adapter starts as the identity.
     """
-    frozen = FrozenLayer(case) if case.kind == "layer" else FrozenBlock(case)
+    frozen = FrozenBlock(case) if case.kind == "block" else FrozenLayer(case)
     methods: dict[str, nn.Module] = {"frozen": frozen, "lora": _lora(frozen, case.rank, case.dropout)}
-    if case.kind == "layer":
+    if case.kind != "block":
         options = {"lora_alpha": ALPHA, "lora_dropout": case.dropout, "init_weights": False}
         ours = _injected(frozen, HydraLoraConfig(r=case.rank, lora_nums=case.experts, **options))
         routed = {"loop": LoopLayer(ours.projection, case.dropout), "hydralora": ours}
@@ -180,4 +180,4 @@ def build_methods(case: Case, device: torch.device, dtype: torch.dtype) -> dict[
     per_rank = trained_parameters(methods["lora"]) / case.rank
     matched = max(1, round(trained_parameters(ours) / per_rank))
     methods |= {"lora_matched": _lora(frozen, matched, case.dropout)} | routed
-    return {name: module.to(device=device, dtype=dtype).train() for name, module in methods.items()}
+    return {name: module.to(device, dtype).train(case.kind != "token") for name, module in methods.items()}

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hydralora.layer import RoutedModule, Routing, one_hot_argmax, routed_low_rank, routing_of
+from hydralora.layer import RoutedModule, Routing, one_hot_argmax, routing_of, shared_code, weighted_experts
 
 KINDS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 """The linear layers of a gated MLP by their name in it, and what stands for each in the names of A and B."""
@@ -216,8 +216,8 @@ class RoutedMLP(RoutedModule, nn.Module):
         shared_a, experts_b = getattr(self, f"shared_A_{kind}"), getattr(self, f"experts_B_{kind}")
         wide = handed.wide if x is handed.x else x.to(shared_a.dtype)
         dropout = self.dropout if self.training else 0.0
-        update = routed_low_rank(wide, shared_a, experts_b, handed.weights, self.alpha / self.rank, dropout)
-        return output + update.to(output.dtype)
+        code = shared_code(wide, shared_a, dropout)  # (..., r)
+        return weighted_experts(code, experts_b, handed.weights, self.alpha / self.rank, onto=output)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows beside the children."""

@@ -132,12 +132,7 @@ class RoutingCallback(TrainerCallback):
 
     def _measure(self, step: int) -> None:
         """Compute the values of all layers and fetch them at once."""
-        numbers: dict[str, dict[str, Tensor]] = {}
-        for name, passes in self._seen.items():
-            if passes:
-                flat = [(p.flatten(0, -2), tokens.of(p.shape[:-1], p.device).flatten()) for p, tokens in passes]
-                of_layer = routing_numbers(torch.cat([p for p, _ in flat]), torch.cat([valid for _, valid in flat]))
-                numbers[name] = dict(zip(ROUTING, of_layer.unbind(), strict=True))
+        numbers = self._of_routing()
         limits: dict[str, Tensor] = {}
         with whole(list(self._modules.values())):
             for name in numbers.keys() & self._start.keys():
@@ -161,6 +156,22 @@ class RoutingCallback(TrainerCallback):
             self._values |= {f"{PREFIX}{_short(name)}/{number}": value for (name, number), value in values.items()}
         if step >= self.warn_after:
             self._warn(values, dict(zip(limits, fetched[len(keys) :], strict=True)))
+
+    def _of_routing(self) -> dict[str, dict[str, Tensor]]:
+        """The numbers of `ROUTING` by layer, of all layers with the same tokens and experts in the same operations."""
+        alike: dict[tuple[Any, ...], list[str]] = {}
+        for name, passes in self._seen.items():
+            alike.setdefault(tuple((p.shape, p.device, id(tokens)) for p, tokens in passes), []).append(name)
+        numbers: dict[str, dict[str, Tensor]] = {}
+        for of_passes, names in alike.items():
+            routed, valid = [], []
+            for number, (shape, device, _) in enumerate(of_passes):
+                routed.append(torch.stack([self._seen[name][number][0] for name in names]).flatten(1, -2))
+                valid.append(self._seen[names[0]][number][1].of(shape[:-1], device).flatten())
+            if routed:
+                found = iter(routing_numbers(torch.cat(routed, dim=1), torch.cat(valid)).flatten().unbind())
+                numbers |= {name: {number: next(found) for number in ROUTING} for name in names}
+        return {name: numbers[name] for name in self._seen if name in numbers}
 
     def _warn(self, values: Mapping[tuple[str, str], float], limits: Mapping[str, float]) -> None:
         """One line for each kind of trouble, with the layers that have it for the first time."""

@@ -28,18 +28,18 @@ DEAD = 0.1
 
 @torch.no_grad()
 def routing_numbers(probabilities: Tensor, valid: Tensor) -> Tensor:
-    """The numbers of `ROUTING`, (4,) float32.
+    """The numbers of `ROUTING`, (..., 4) float32, for any number of layers at once.
 
     Args:
-        probabilities: (tokens, E) float32.
+        probabilities: (..., tokens, E) float32.
         valid: (tokens,) float32, 1 at real tokens.
     """
     tokens = valid.sum().clamp(min=1)
-    mean = valid @ probabilities / tokens  # (E,)
-    sharpness = (torch.special.entr(probabilities).sum(dim=-1) * valid).sum() / tokens
-    effective = 1 / mean.square().sum().clamp(min=torch.finfo(mean.dtype).tiny)
-    dead = (mean < DEAD / len(mean)).float().mean()
-    return torch.stack([torch.special.entr(mean).sum(), sharpness, effective, dead])
+    mean = valid @ probabilities / tokens  # (..., E)
+    sharpness = torch.special.entr(probabilities).sum(dim=-1) @ valid / tokens
+    effective = 1 / mean.square().sum(dim=-1).clamp(min=torch.finfo(mean.dtype).tiny)
+    dead = (mean < DEAD / mean.shape[-1]).float().mean(dim=-1)
+    return torch.stack([torch.special.entr(mean).sum(dim=-1), sharpness, effective, dead], dim=-1)
 
 
 @torch.no_grad()

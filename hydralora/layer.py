@@ -16,27 +16,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Routing(NamedTuple):
+class Routing:
     """How one block distributed its tokens.
 
-    Attributes:
+    Args:
         probabilities: (..., E) float32, the weights that act: the softmax of the router, if nothing else decides.
-        choice: (..., E) float32, one-hot of the expert of the largest weight in value, the gradient of `probabilities`
-            in backward (straight-through estimator).
+        choice: as the attribute; None: it is computed whenever somebody reads it.
         router: (..., E) float32, softmax of the router where something else decides (the best k of it, a whole
             sequence, the caller); None: it is `probabilities`.
+
+    Attributes:
+        given_choice: the argument `choice`.
     """
 
-    probabilities: Tensor
-    choice: Tensor
-    router: Tensor | None = None
+    __slots__ = ("given_choice", "probabilities", "router")
+
+    def __init__(self, probabilities: Tensor, choice: Tensor | None = None, router: Tensor | None = None) -> None:
+        self.probabilities, self.given_choice, self.router = probabilities, choice, router
+
+    @property
+    def choice(self) -> Tensor:
+        """(..., E) float32, one-hot of the expert of the largest weight in value.
+
+        In backward its gradient is that of `probabilities` (straight-through estimator).
+        """
+        if self.given_choice is not None:
+            return self.given_choice
+        return one_hot_argmax(self.probabilities) - self.probabilities.detach() + self.probabilities
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Routing:
+        """The routing whose tensors are those of this one after `function`."""
+        others = (None if values is None else function(values) for values in (self.given_choice, self.router))
+        return Routing(function(self.probabilities), *others)
 
     @property
     def learned(self) -> Tensor:
@@ -69,19 +87,35 @@ def one_hot_argmax(probabilities: Tensor) -> Tensor:
 
 
 def routing_of(probabilities: Tensor, router: Tensor | None = None) -> Routing:
-    """The routing of `probabilities` (..., E), its choice by the straight-through estimator.
+    """The routing of `probabilities` (..., E), by which the experts act, with what the router says if it differs."""
+    return Routing(probabilities, None, router)
+
+
+@torch.no_grad()
+def stacked_choices(routings: Sequence[Routing], probabilities: Tensor | None = None) -> Tensor:
+    """The choices of layers with equally many tokens and experts, (layers, ..., E) without gradient.
 
     Args:
-        probabilities: the weights that act.
-        router: what the router says, where that is something else.
+        routings: of each layer, on any device; the result is on that of the first one.
+        probabilities: theirs, stacked, if somebody has stacked them.
     """
-    choice = one_hot_argmax(probabilities) - probabilities.detach() + probabilities
-    return Routing(probabilities, choice, router)
+    if any(routing.given_choice is not None for routing in routings):
+        return stacked([routing.choice for routing in routings])
+    if probabilities is None:
+        probabilities = stacked([routing.probabilities for routing in routings])
+    return one_hot_argmax(probabilities)
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape in one, on the device of the first one, where a model that is spread over devices meets."""
+    device = tensors[0].device
+    return torch.stack([tensor if tensor.device == device else tensor.to(device) for tensor in tensors])
 
 
 def _weighted_code(code: Tensor, weights: Tensor) -> Tensor:
     """Code (..., r) scaled by the weights (..., E) of all experts: (..., E * r) in the dtype of `code`."""
-    return (weights.unsqueeze(-1) * code.unsqueeze(-2)).flatten(-2).to(code.dtype)
+    rows = (weights.unsqueeze(-1) * code.unsqueeze(-2)).flatten(-2)
+    return rows if rows.dtype == code.dtype else rows.to(code.dtype)
 
 
 def side_by_side(experts_b: Tensor) -> Tensor:
@@ -185,6 +219,17 @@ def shared_code(x: Tensor, shared_a: Tensor, dropout: float = 0.0) -> Tensor:
     return function(x, shared_a, mask, 1 / (1 - dropout))
 
 
+def _without_gradient(code: Tensor, experts_b: Tensor, weights: Tensor) -> Tensor:
+    """`sum_e weights_e * B_e code`, (..., out_features), where no gradient is wanted; faster for a single token."""
+    if code.numel() > code.shape[-1] or code.shape[:-1] != weights.shape[:-1] or code.dtype != weights.dtype:
+        return F.linear(_weighted_code(code, weights), side_by_side(experts_b))
+    if experts_b.dim() == 2:
+        return F.linear(torch.kron(weights, code), experts_b)  # the same numbers as of `_weighted_code`
+    # One B for this token costs less than a copy of all of them, side by side.
+    mixed = weights.reshape(1, -1) @ experts_b.flatten(1)  # (1, out_features * r)
+    return F.linear(code, mixed.view(experts_b.shape[1:]))
+
+
 def weighted_experts(
     code: Tensor, experts_b: Tensor, weights: Tensor, scaling: float = 1.0, onto: Tensor | None = None
 ) -> Tensor:
@@ -205,11 +250,12 @@ def weighted_experts(
     """
     if onto is not None and onto.dtype != code.dtype:
         return onto + weighted_experts(code, experts_b, weights, scaling).to(onto.dtype)
-    experts_b = experts_b.to(code.dtype)
+    if experts_b.dtype != code.dtype:
+        experts_b = experts_b.to(code.dtype)
     if not torch.is_grad_enabled():
         # For one token, an autograd function costs more than its products, and `addmm` more than product and sum.
-        update = F.linear(_weighted_code(code, weights * scaling), side_by_side(experts_b))
-        return update if onto is None else update.add_(onto)
+        update = _without_gradient(code, experts_b, weights)
+        return update * scaling if onto is None else torch.add(onto, update, alpha=scaling)
     function = _WeightedExperts.forward if in_forward_mode() else _WeightedExperts.apply
     return function(code, weights, experts_b, scaling, onto)
 
@@ -331,18 +377,19 @@ def by_experts(routings: Sequence[Routing]) -> list[list[Routing]]:
 
 def _balance_of_equals(routings: Sequence[Routing], attention_mask: Tensor | None) -> Tensor:
     """`expert_balance_loss` of blocks that have equally many experts."""
-    B, L, E = routings[0].probabilities.shape
+    B, L, _ = routings[0].probabilities.shape
     device = routings[0].probabilities.device
     valid = torch.ones(B, L, 1, device=device) if attention_mask is None else attention_mask.to(device)[..., None]
-    share = probability = torch.zeros(B, E, device=device)
     for routing in routings:
         if routing.probabilities.shape[:2] != valid.shape[:2]:
             raise ValueError(
                 f"attention mask {tuple(valid.shape[:2])} and routing {tuple(routing.probabilities.shape[:2])} "
                 "differ in shape: tokens were dropped between the input and a block"
             )
-        # Blocks of a model that is spread over devices meet on the device of the first one.
-        share = share + (routing.choice.detach().to(device) * valid).sum(dim=1)  # (B, E)
-        probability = probability + (routing.learned.to(device) * valid).sum(dim=1)  # (B, E)
+    # All layers at once: as many operations for any number of them.
+    learned = stacked([routing.learned for routing in routings])  # (layers, B, L, E)
+    act_by_it = all(routing.router is None for routing in routings)
+    chosen = stacked_choices(routings, learned if act_by_it else None)
+    share, probability = ((values * valid).sum(dim=(0, 2)) for values in (chosen, learned))  # (B, E)
     tokens = (len(routings) * valid.sum(dim=(1, 2))).clamp(min=1)[:, None]  # (B, 1)
     return (share / tokens * (probability / tokens)).sum(dim=-1).mean()

@@ -173,7 +173,8 @@ def in_rows(routing: Routing, batch: tuple[int, int]) -> Routing | None:
     leading = tuple(routing.probabilities.shape[:-1])
     if leading not in (batch, (batch[0] * batch[1],)):
         return None
-    return Routing(*(None if values is None else values.reshape(*batch, -1) for values in routing))
+    # A reshape to the same shape would be one more operation for every layer.
+    return routing if leading == batch else routing.map(lambda values: values.reshape(*batch, -1))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hydralora.layer import RoutedModule, Routing, one_hot_argmax
+from hydralora.statistics import PENDING
 
 Layers = Sequence[Mapping[str, RoutedModule]]
 """For each decoder layer its parts with a router, by their name in it."""
@@ -22,7 +23,8 @@ class UtilizationWatch:
     """Counts the tokens of each sample by their most probable expert, for each part with a router.
 
     A part is counted once after its layer was entered. What else runs through it between two passes is not of the
-    text, for example the modality tokens of another extension.
+    text, for example the modality tokens of another extension. What arrives is kept, and counted when somebody asks or
+    there is much of it, so that a pass costs no operations.
 
     Args:
         layers: see `Layers`.
@@ -31,6 +33,8 @@ class UtilizationWatch:
     def __init__(self, layers: Layers) -> None:
         self._names = [frozenset(parts) for parts in layers]
         self._counts: dict[tuple[int, str], Tensor] = {}  # (B, E) float32 each, on the layer's device
+        self._pending: dict[tuple[int, str], list[tuple[Tensor, Tensor]]] = {}  # probabilities and valid of passes
+        self._kept = 0  # numbers in it
         self._index, self._expected, self._valid = -1, set[str](), torch.empty(0)
 
     def enter(self, index: int, valid: Tensor) -> None:
@@ -42,13 +46,27 @@ class UtilizationWatch:
         if index != self._index or name not in self._expected:
             return
         self._expected.remove(name)
-        choice = one_hot_argmax(routing.probabilities.detach()).reshape(*self._valid.shape, -1)  # (B, L, E)
-        counts = (choice * self._valid.to(choice).unsqueeze(-1)).sum(dim=1)  # (B, E)
-        before = self._counts.get((index, name))
-        self._counts[index, name] = counts if before is None else before + counts
+        probabilities = routing.probabilities
+        kept = probabilities.detach() if probabilities.requires_grad else probabilities
+        self._pending.setdefault((index, name), []).append((kept, self._valid))
+        self._kept += kept.numel()
+        if self._kept > PENDING:
+            self._count()
+
+    @torch.no_grad()
+    def _count(self) -> None:
+        """Count what was kept, each part at once."""
+        pending, self._pending, self._kept = self._pending, {}, 0
+        for key, passes in pending.items():
+            probabilities = torch.cat([kept.reshape(*valid.shape, -1) for kept, valid in passes], dim=1)  # (B, L, E)
+            valid = torch.cat([valid for _, valid in passes], dim=1).to(probabilities)  # (B, L)
+            counts = (one_hot_argmax(probabilities) * valid.unsqueeze(-1)).sum(dim=1)  # (B, E)
+            before = self._counts.get(key)
+            self._counts[key] = counts if before is None else before + counts
 
     def shares(self, row: int) -> dict[str, dict[int, tuple[float, ...]]]:
         """For each name of a part and each layer the share of each expert in the tokens of a sample so far."""
+        self._count()
         found: dict[str, dict[int, tuple[float, ...]]] = {}
         for (index, name), counts in sorted(self._counts.items()):
             mine = counts[row].tolist()

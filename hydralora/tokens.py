@@ -107,7 +107,7 @@ def real_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
             refusal=f"{MASK} is {kind}, from which padding cannot be told for a loss on the routing; pass one of shape "
             "(batch, tokens)",
         )
-    if shape is not None:  # longer than the tokens, it begins with those of a prefix or a cache
+    if shape is not None and mask.shape[1] > shape[1]:  # it begins with the tokens of a prefix or a cache
         mask = mask[:, -shape[1] :]
     return RealTokens(mask != 0, (mask.shape[0], mask.shape[1]))
 

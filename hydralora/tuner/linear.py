@@ -141,9 +141,11 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
 
     def route(self, adapter_name: str, x: Tensor) -> Tensor:
         """Probabilities (..., E) float32 of the experts for each token of `x` (..., in_features)."""
-        if adapter_name not in self.lora_router:
+        routers = self.lora_router
+        if adapter_name not in routers:
             return torch.ones(*x.shape[:-1], 1, device=x.device)
-        return self.lora_router[adapter_name](x, self.rules[adapter_name].temperature)
+        probabilities: Tensor = routers[adapter_name](x, self.rules[adapter_name].temperature)
+        return probabilities
 
     def expert_weights(self, adapter_name: str, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """Weights of the experts for `x` (..., in_features); see `acting_weights`."""
@@ -172,9 +174,11 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
             onto: (..., out_features); None: what the adapter adds, alone.
         """
         shared_a, experts_b = self.lora_A[adapter_name], self.lora_B[adapter_name]
-        x = self._cast_input_dtype(x, shared_a.weight.dtype)
+        dtype = shared_a.weight.dtype
+        if x.dtype != dtype:
+            x = self._cast_input_dtype(x, dtype)
         several = self.experts[adapter_name] > 1
-        weights = self.expert_weights(adapter_name, x, rows) if several or self.observers else None
+        weights = acting_weights(self, adapter_name, x, rows) if several or self.observers else None
         module = self.lora_dropout[adapter_name]
         code = shared_a(x, module.p if module.training else 0.0)  # (..., r)
         chosen = several and leaves_out(self, adapter_name)
@@ -193,17 +197,18 @@ class Linear(nn.Module, HydraLoraLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Output of the layer for `x` (..., in_features), (..., out_features) in the dtype of the frozen layer's."""
         adapter_names = kwargs.pop("adapter_names", None)
-        if self.disable_adapters and self.merged:
+        if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or (self.merged and adapter_names is None):
+        if self._disable_adapters or (self.merged_adapters and adapter_names is None):
             return result
         if adapter_names is not None:
             return self._mixed_batch(result, x, adapter_names)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
+        present = self.lora_A
         for name in self.active_adapters:
-            if name in self.lora_A:
+            if name in present:
                 result = self.update(name, x, onto=result)
         return result
 

@@ -43,7 +43,7 @@ class SharedA(nn.Linear):
 
     def forward(self, x: Tensor, dropout: float = 0.0) -> Tensor:
         """`A dropout(x)`, (..., r) of (..., in_features)."""
-        return shared_code(x, self.weight, dropout)
+        return shared_code(x, self.weight, dropout) if dropout else F.linear(x, self.weight)
 
 
 class Experts(nn.Linear):
@@ -98,14 +98,16 @@ class Experts(nn.Linear):
         that a rule left out, so that nothing is lost where these are not computed.
         """
         if weights is None:
-            update = super().forward(code) * scaling
+            update = F.linear(code, self.weight) * scaling
         elif self.training and self.head_dropout.drops:
             update = F.linear(self.head_dropout.weighted_code(code, weights * scaling), self.weight.to(code.dtype))
         elif chosen and sparse.pays(code, weights):
             return sparse.grouped_experts(code, self.weight, weights, scaling, onto)
         else:
             return weighted_experts(code, self.weight, weights, scaling, onto)
-        return update if onto is None else onto + update.to(onto.dtype)
+        if onto is None:
+            return update
+        return onto + (update if update.dtype == onto.dtype else update.to(onto.dtype))
 
 
 class Router(nn.Linear):
@@ -130,5 +132,5 @@ class Router(nn.Linear):
 
     def forward(self, x: Tensor, temperature: float = 1.0) -> Tensor:
         """Probabilities (..., E) float32 of the experts, of (..., in_features); a temperature above 1 evens them."""
-        logits = super().forward(x)
-        return torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1, dtype=torch.float32)
+        logits = F.linear(x, self.weight)
+        return torch.softmax(logits if temperature == 1 else logits / temperature, -1, torch.float32)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import hydralora
-from benchmarks.measuring import interleaved_times, saved_bytes, spread
+from benchmarks.measuring import STEPS, interleaved_times, saved_bytes, spread
 from benchmarks.methods import Case, build_methods, trained_parameters
 from benchmarks.record import aim_lines
 from llava.errors import FlagError
@@ -185,7 +185,7 @@ def test_ratios_are_taken_within_a_round() -> None:
 def test_aims_name_the_cases_that_miss_them() -> None:
     case = {"kind": "layer", "width": 8, "inner": 8, "experts": 3, "dropout": 0.0, "compiled": False}
     case |= {"memory": {"gap_bytes": -4}}
-    good = case | {"ratios": {"to_lora": {"median": 1.2}, "loop_to_hydralora": {"median": 1.9}}}
+    good = case | {"ratios": {"to_lora": {"median": 1.1}, "loop_to_hydralora": {"median": 1.9}}}
     bad = case | {"ratios": {"to_lora": {"median": 1.3}, "loop_to_hydralora": {"median": 1.9}}}
     assert [line.partition(": ")[2] for line in aim_lines([good, good])] == ["reached in 1 of 1 cases."] * 3
     lines = aim_lines([good, bad])  # one of the passes misses it
@@ -193,9 +193,33 @@ def test_aims_name_the_cases_that_miss_them() -> None:
     assert "reached in 1 of 1" in lines[1]
 
 
+def test_aims_of_decoding() -> None:
+    """For any number of experts; nothing is kept for backward."""
+    token = {"kind": "token", "width": 8, "inner": 8, "dropout": 0.0, "compiled": False}
+    cases = [token | {"experts": e, "ratios": {"to_lora": {"median": ratio}}} for e, ratio in ((3, 1.1), (8, 1.11))]
+    (line,) = aim_lines(cases)
+    assert line.startswith("- One token, at most 1.10 times LoRA of the same rank: reached in 1 of 2 cases; ")
+    assert line.endswith("missed by token 8 x 8, E 8, dropout 0.")
+
+
+def test_decoding_is_timed_without_gradients_and_for_one_pass() -> None:
+    calls: list[bool] = []
+
+    class Noted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(torch.is_grad_enabled())
+            return x
+
+    ticks = iter(range(1000))
+    clock = hydralora.Clock("counted", lambda: next(ticks))
+    times = interleaved_times({"a": Noted()}, torch.ones(1, 1, 3), None, clock, 2, 1, lambda: None)
+    assert calls == [False] * 3 * STEPS
+    assert times == {"a": [1000.0 / STEPS] * 2}
+
+
 def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "tiny.json"
-    sizes = ["--widths", "16x24", "--blocks", "16x24", "--experts", "1", "3", "--dropout", "0.05"]
+    sizes = ["--widths", "16x24", "--blocks", "16x24", "--decode", "16", "--experts", "1", "3", "--dropout", "0.05"]
     few = ["--tokens", "8", "--rank", "2", "--repeats", "3", "--warmup", "1", "--passes", "2"]
     arguments = ["--device", "cpu", *sizes, *few, "--output", str(output)]
     hydralora.main(arguments)
@@ -207,8 +231,13 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert record["machine"]["cpu"]
     assert {"python", "torch", "peft"} <= set(record["versions"])
     assert record["settings"]["clock"] == "process"
-    assert [case["pass"] for case in record["cases"]] == [1] * 4 + [2] * 4
+    assert [case["pass"] for case in record["cases"]] == [1] * 6 + [2] * 6
+    decoded = [case for case in record["cases"] if case["kind"] == "token"]
+    assert [(case["experts"], case["dropout"]) for case in decoded] == [(1, 0.0), (3, 0.0)] * 2
+    assert all(case["ratios"]["to_lora"]["median"] > 0 for case in decoded)
     for case in record["cases"]:
+        if case["kind"] == "token":
+            continue
         names = {"frozen", "lora", "lora_matched", "loop", "hydralora"}
         names |= {"hydralora_sparse"} if case["kind"] == "block" else set()
         assert set(case["methods"]) == names
@@ -218,8 +247,8 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert case["memory"]["gap_bytes"] <= 0
         assert {"to_lora", "to_lora_matched", "loop_to_hydralora", "loop_to_lora"} <= set(case["ratios"])
     page = output.with_suffix(".md").read_text()
-    rows = [line for line in page.splitlines() if line.startswith(("| layer", "| block"))]
-    assert len(rows) == 4
+    rows = [line for line in page.splitlines() if line.startswith(("| layer", "| block", "| token"))]
+    assert len(rows) == 6
     assert rows[0] in capsys.readouterr().out
     assert sorted(path.name for path in output.parent.iterdir()) == ["tiny.json", "tiny.md"]
 

@@ -25,8 +25,8 @@ from tests.hydralora.tuner.models import IDS, MASK, adapted, tiny_llama
 NUMBERS = {"balance", "sharpness", "effective", "dead", "cosine", "moved"}
 
 
-def blocks() -> nn.Module:
-    model = tiny_llama()
+def blocks(depth: int = 2) -> nn.Module:
+    model = tiny_llama(num_hidden_layers=depth)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for block in attach(model, RoutedMLPConfig(experts=3, rank=2, alpha=4, dropout=0.0)).values():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hydralora.block import RoutedMLP
-from hydralora.layer import expert_balance_loss, one_hot_argmax, routed_low_rank
+from hydralora.layer import expert_balance_loss, one_hot_argmax, routed_low_rank, side_by_side, weighted_experts
 from hydralora.original import to_original
 from tests.golden import load_case
 from tests.hydralora.blocks import make_block, original_gradients, set_original_weights
@@ -94,6 +94,21 @@ def test_stacked_product_equals_loop(experts: int, leading: tuple[int, ...]) -> 
     x, a = torch.randn(*leading, 6, generator=generator), torch.randn(4, 6, generator=generator)
     b, w = torch.randn(experts, 7, 4, generator=generator), torch.randn(*leading, experts, generator=generator)
     torch.testing.assert_close(routed_low_rank(x, a, b, w), naive_low_rank(x, a, b, w), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stored", ["side by side", "stacked"])
+@pytest.mark.parametrize("leading", [(), (1,), (1, 1), (3, 1)], ids=str)
+def test_decoding_equals_the_loop(leading: tuple[int, ...], stored: str) -> None:
+    """Without gradients a single token takes another way; whatever the experts are stored as, and with a base."""
+    generator = torch.Generator().manual_seed(3)
+    x, a = torch.randn(*leading, 6, generator=generator), torch.randn(4, 6, generator=generator)
+    b, w = torch.randn(5, 7, 4, generator=generator), torch.randn(*leading, 5, generator=generator)
+    onto = torch.randn(*leading, 7, generator=generator)
+    base = onto.clone()
+    with torch.no_grad():
+        found = weighted_experts(x @ a.T, b if stored == "stacked" else side_by_side(b), w, 0.5, onto)
+    torch.testing.assert_close(found, base + 0.5 * naive_low_rank(x, a, b, w), rtol=1e-5, atol=1e-5)
+    assert onto.equal(base), "what is added to stays as it was"
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hydralora.config import RoutedMLPConfig
 from hydralora.layer import Routing, expert_balance_loss
 from hydralora.model import RoutingRecorder, added_parameters, attach, record_routing, routed_blocks
-from hydralora.statistics import RoutingStatistics
+from hydralora.statistics import RoutingStatistics, TaskStatistics
 
 CONFIG = RoutedMLPConfig(experts=3, rank=2, alpha=4, dropout=0.0)
 
@@ -210,3 +210,22 @@ class TestStatistics:
         assert len(values) == 9
         statistics.add(routings[-1:], None)
         assert statistics.pop() == {"share_0": 1.0, "entropy": 0.0}
+
+    @pytest.mark.parametrize("pending", [0, 1 << 22], ids=["at once", "together"])
+    def test_by_task_when_counted_at_once_or_together(self, pending: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Two layers and three passes; what the caller does not say to be an expert's is its most probable one's."""
+        monkeypatch.setattr("hydralora.statistics.PENDING", pending)
+        statistics = TaskStatistics()
+        sharp = torch.tensor([[[0.7, 0.2, 0.1]] * 2, [[0.1, 0.2, 0.7]] * 2])  # (2, 2, 3)
+        for _ in range(3):
+            statistics.add([Routing(sharp), Routing(sharp.flip(0))], torch.tensor([[1, 1], [1, 0]]), ["sums", -1])
+        statistics.add([Routing(sharp[:1])], None, ["other"])
+        values = statistics.pop()
+        entropy = -sum(p * math.log(p) for p in (0.7, 0.2, 0.1))
+        assert [values[f"routing/share_{expert}"] for expert in range(3)] == pytest.approx([0.55, 0.0, 0.45])
+        assert values["routing/task_other/share_0"] == 1
+        assert [values[f"routing/task_sums/share_{expert}"] for expert in range(3)] == pytest.approx([0.5, 0.0, 0.5])
+        assert values["routing/entropy"] == pytest.approx(entropy, rel=1e-5)
+        assert values["routing/task_sums/entropy"] == pytest.approx(entropy, rel=1e-5)
+        assert len(values) == 12
+        assert statistics.pop() == {}

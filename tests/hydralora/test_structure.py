@@ -13,28 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydralora.config import RoutedLinearConfig
 from hydralora.linears import add_updates
 from hydralora.tuner import HydraLoraConfig, Linear
 from hydralora.tuner.passes import Passes
 from tests.hydralora.blocks import make_block
+from tests.hydralora.operations import Operations
 
 WIDTH = 8
 X = (2, 5, WIDTH)
-
-
-class Operations(TorchDispatchMode):
-    """Counts the operations that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[str(func.overloadpacket)] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def tuner_layer(experts: int, **changes: Any) -> nn.Module:

@@ -11,6 +11,7 @@ Shape letters: B batch, T tokens, E experts.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -66,12 +67,21 @@ class ForwardPass:
         owner: the module whose call it is (its `id`).
         pools: the pooled balance and its weight, by adapter and number of experts.
         layers: how many layers of an adapter took part.
+        masks: which tokens of a layer are real, float32, by what it sees.
     """
 
     tokens: RealTokens
     owner: int
     pools: dict[tuple[str, int], tuple[Term, PooledBalance]] = field(default_factory=dict)
     layers: dict[str, int] = field(default_factory=dict)
+    masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    def valid(self, tokens: torch.Size, device: torch.device) -> Tensor:
+        """`RealTokens.valid`, made once for all layers that see the same tokens."""
+        key = (id(self.tokens), tokens, device)
+        if key not in self.masks:
+            self.masks[key] = self.tokens.valid(tokens, device)
+        return self.masks[key]
 
 
 @dataclass(frozen=True)
@@ -96,35 +106,34 @@ class Part:
         """Take part in the pass, with the router's probabilities (B, T, E) or (B * T, E) and the weights that act."""
         if self.within is None:
             return
-        valid = self.within.tokens.valid(probabilities.shape[:-1], probabilities.device)
+        valid = self.within.valid(probabilities.shape[:-1], probabilities.device)
         self.within.layers[self.adapter] = self.within.layers.get(self.adapter, 0) + 1
         experts = probabilities.shape[-1]
         for term in self.terms:
             if term.of_layer is None:
                 pool = self.within.pools.setdefault((self.adapter, experts), (term, PooledBalance()))[1]
-                shape = (*valid.shape, experts)
-                acting = weights.detach().expand(probabilities.shape).to(probabilities).reshape(shape)
-                pool.add(probabilities.detach().reshape(shape), acting, valid)
+                pool.add(probabilities, weights, valid)
 
     def gradient(self, probabilities: Tensor) -> Tensor:
         """Gradient of the weighted losses for the router's probabilities, in their shape, scaled as the loss is."""
         if self.within is None:
             raise RuntimeError(UNCARRIED)
-        valid = self.within.tokens.valid(probabilities.shape[:-1], probabilities.device)
+        valid = self.within.valid(probabilities.shape[:-1], probabilities.device)
         experts, layers = probabilities.shape[-1], self.within.layers[self.adapter]
-        shaped = probabilities.detach().reshape(*valid.shape, experts)
-        total = torch.zeros_like(shaped)
+        scale, parts = self.losses.scale, []
         for term in self.terms:
             if term.of_layer is None:
                 pool = self.within.pools[self.adapter, experts][1]
-                total = total + pool.gradient(valid) * (term.weight * pool.layers / layers)
+                factor = term.weight * pool.layers / layers * scale.number()
+                parts.append(scale.with_scaler(pool.gradient(valid, probabilities.shape, factor)))
                 continue
             with torch.enable_grad():
-                leaf = shaped.requires_grad_()
+                leaf = probabilities.detach().reshape(*valid.shape, experts).requires_grad_()
                 loss = term.of_layer(leaf, valid, self.layer)
-                total = total + torch.autograd.grad(loss, leaf)[0] * (term.weight / layers)
+                (found,) = torch.autograd.grad(loss, leaf)
+            parts.append(scale.of(found.view(probabilities.shape) * (term.weight / layers)))
             self.losses.note(self.adapter, term.name, loss.detach() * term.weight / layers, 1 / layers)
-        return self.losses.scale.of(total).view(probabilities.shape)
+        return functools.reduce(torch.add, parts)
 
 
 class _Attach(torch.autograd.Function):
@@ -242,6 +251,8 @@ class AuxiliaryLosses:
             return
         within = self._running.get()
         if within is None or within.owner == id(module):  # its own: one that was interrupted
+            if within is not None:
+                within.pools.clear()
             self._running.put(ForwardPass(real_tokens(module, args, kwargs), id(module)))
             bind_checkpoints(module, self)
         elif not within.tokens.known:  # the outer module was called with other arguments
@@ -254,8 +265,10 @@ class AuxiliaryLosses:
         if within is None or within.owner != id(module):
             return
         self._running.put(None)
-        if output is not None:
-            for (adapter, _), (term, pool) in within.pools.items():
+        if output is None:
+            within.pools.clear()  # the layers in them hold the graph, and the graph holds this pass
+        else:
+            for (adapter, _), (term, pool) in within.pools.items():  # counted here, which lets go of the graph
                 share = pool.layers / within.layers[adapter]
                 self.note(adapter, term.name, pool.value() * (term.weight * share), share)
 

@@ -29,11 +29,18 @@ class GradientScale:
     scaler: Any = None
     factor: Callable[[], float] | None = None
 
+    def number(self) -> float:
+        """By what the gradient of an auxiliary loss is multiplied, apart from the scaler."""
+        return (1.0 if self.factor is None else float(self.factor())) / self.micro_batches
+
     def of(self, gradient: Tensor) -> Tensor:
         """The gradient of an auxiliary loss, scaled; does not wait for the device."""
-        number = (1.0 if self.factor is None else float(self.factor())) / self.micro_batches
-        scaled = gradient * number if number != 1 else gradient
-        return self.scaler.scale(scaled) if self._scales else scaled
+        number = self.number()
+        return self.with_scaler(gradient * number if number != 1 else gradient)
+
+    def with_scaler(self, gradient: Tensor) -> Tensor:
+        """A gradient, multiplied as the scaler multiplies the loss; does not wait for the device."""
+        return self.scaler.scale(gradient) if self._scales else gradient
 
     @property
     def _scales(self) -> bool:

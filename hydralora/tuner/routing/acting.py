@@ -26,6 +26,7 @@ class RoutedLayer(Protocol):
     lora_tasks: Mapping[str, Any]
     observers: list[Callable[[Routing], None]]
     passes: Any
+    training: bool
 
     def route(self, adapter_name: str, x: Tensor) -> Tensor:
         """Probabilities (..., E) of the router."""
@@ -49,22 +50,27 @@ def acting_weights(layer: RoutedLayer, adapter_name: str, x: Tensor, rows: Tenso
             prompt which this adapter has not seen.
     """
     given = layer.passes.given_now() if layer.experts[adapter_name] > 1 else None
-    by_task = adapter_name in layer.lora_tasks
+    rule = layer.rules[adapter_name]
     # Broadcasts to (..., E).
+    by_task = rule.tasks and adapter_name in layer.lora_tasks
     probabilities = task_weights(layer, adapter_name, x, given, rows) if by_task else layer.route(adapter_name, x)
-    weights = _decided(layer, adapter_name, probabilities, rows, given)
+    weights = probabilities if rule.plain else _decided(layer, adapter_name, probabilities, rows, given)
     if given is not None and given.forces:
         asked = for_tokens(forced_weights(given, layer.experts[adapter_name], adapter_name), x, given.shape, rows)
         # Every process uses every weight, whatever its rows ask for: the router has a gradient of zero here.
         used = torch.is_grad_enabled() and probabilities.requires_grad
         weights = asked + 0 * probabilities if used else asked
     if layer.observers:
-        full = (*x.shape[:-1], weights.shape[-1])
-        acts = weights.expand(full)
-        routing = routing_of(acts, None if weights is probabilities else probabilities.expand(full))
+        full = torch.Size((*x.shape[:-1], weights.shape[-1]))
+        routing = routing_of(_in(full, weights), None if weights is probabilities else _in(full, probabilities))
         for observe in layer.observers:
             observe(routing)
-    return layer.with_losses(adapter_name, weights, probabilities)
+    return layer.with_losses(adapter_name, weights, probabilities) if layer.training else weights
+
+
+def _in(shape: torch.Size, weights: Tensor) -> Tensor:
+    """Weights that broadcast to a shape, in it; without an operation if they have it."""
+    return weights if weights.shape == shape else weights.expand(shape)
 
 
 def leaves_out(layer: RoutedLayer, adapter_name: str) -> bool:

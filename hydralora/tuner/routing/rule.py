@@ -5,7 +5,7 @@ Shape letters: E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class Rule:
         top_k: the most probable experts that act; None: all.
         top_p: the most probable experts act until their probabilities add up to it; None: all.
         tasks: names of the tasks, of routing by task.
+        plain: whether the probabilities of the router or of the tasks are the weights, as they are.
     """
 
     unit: str
@@ -30,6 +31,10 @@ class Rule:
     top_k: int | None = None
     top_p: float | None = None
     tasks: tuple[str, ...] = ()
+    plain: bool = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plain", self.unit != "sequence" and not self.chooses)
 
     @property
     def chooses(self) -> bool:
