@@ -147,10 +147,6 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
         probabilities: Tensor = routers[adapter_name](x, self.rules[adapter_name].temperature)
         return probabilities
 
-    def expert_weights(self, adapter_name: str, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Weights of the experts for `x` (..., in_features); see `acting_weights`."""
-        return acting_weights(self, adapter_name, x, rows)
-
     def with_losses(self, adapter_name: str, weights: Tensor, probabilities: Tensor) -> Tensor:
         """`weights` of the experts, in training with the losses on the routing attached.
 
@@ -170,7 +166,7 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
         Args:
             adapter_name: the adapter.
             x: (..., in_features), input of the layer.
-            rows: see `expert_weights`.
+            rows: see `acting_weights`.
             onto: (..., out_features); None: what the adapter adds, alone.
         """
         shared_a, experts_b = self.lora_A[adapter_name], self.lora_B[adapter_name]
