@@ -172,7 +172,7 @@ def gumbel_keep(logits: Tensor, noise: Tensor, tau: float) -> Tensor:
         (...), float32.
     """
     soft = torch.softmax((F.log_softmax(logits.float(), dim=-1) + noise) / tau, dim=-1)
-    hard = F.one_hot(soft.argmax(dim=-1), num_classes=2).to(soft.dtype)
+    hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(dim=-1, keepdim=True), 1.0)  # `one_hot` looks at the values
     return (hard - soft.detach() + soft)[..., KEEP]
 
 

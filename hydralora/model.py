@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -129,14 +128,14 @@ class RoutingRecorder:
 
     def __init__(self, blocks: Mapping[str, RoutedModule]) -> None:
         self._blocks = dict(blocks)
-        self._observers: dict[str, partial[None]] = {}
+        self._observers: dict[str, _Note] = {}
         self._recorded: dict[str, list[Routing]] = {}
 
     def start(self) -> None:
         """Begin an empty record; a record that was never stopped (an error in the forward pass) is dropped."""
         self.stop()
         self._recorded = {name: [] for name in self._blocks}
-        self._observers = {name: partial(self._note, name) for name in self._blocks}
+        self._observers = {name: _Note(self._recorded[name]) for name in self._blocks}
         for name, block in self._blocks.items():
             block.observers.append(self._observers[name])
 
@@ -147,8 +146,15 @@ class RoutingRecorder:
         recorded, self._recorded, self._observers = self._recorded, {}, {}
         return recorded
 
-    def _note(self, name: str, routing: Routing) -> None:
-        self._recorded[name].append(routing)
+
+class _Note:
+    """Puts routings on a list; an object and no function of a method, as the compiler tells objects apart."""
+
+    def __init__(self, record: list[Routing]) -> None:
+        self.record = record
+
+    def __call__(self, routing: Routing) -> None:
+        self.record.append(routing)
 
 
 def of_text(recorded: Mapping[str, Sequence[Routing]], batch: tuple[int, int]) -> dict[str, Routing]:

@@ -25,6 +25,11 @@ SMALLEST_LOSS_SCALE = 1.0
 class FiniteTrainer(Trainer):
     """Trainer whose updates, evaluations and files hold numbers only."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # transformers would look at each loss twice more, and wait for the device each time.
+        self.args.logging_nan_inf_filter = False
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro batch.
 

@@ -34,11 +34,14 @@ class LlavaDecoder(LlavaMetaModel):
     norm: nn.Module
     rotary_emb: nn.Module
     gradient_checkpointing: bool
+    layer_cache_name: str
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         self.extensions = ExtensionSet()
         self.host: list[nn.Module] = []  # the causal LM, in a list so that it is not registered as a child
+        # A layer that an extension adapts passes the cache on to the class of this one, under the same name.
+        self.layer_cache_name = layer_cache_keyword(self.layers[0])
         self.init_vision_parts()
 
     @takes_cache
@@ -100,7 +103,6 @@ class LlavaDecoder(LlavaMetaModel):
         # Collected here, before each layer: between two layers an extension may have dropped tokens.
         record_all = bool(state.layer_kwargs.pop("output_hidden_states", False))
         recorded: list[Tensor] = []
-        keyword = layer_cache_keyword(self.layers[0])
         for index, (layer, kind) in enumerate(zip(self.layers, kinds, strict=True)):
             # Set again before each layer: the layer before may have been of another kind.
             if len(masks) > 1:
@@ -121,7 +123,7 @@ class LlavaDecoder(LlavaMetaModel):
                 position_embeddings=state.position_embeddings,
                 position_ids=state.position_ids,
                 use_cache=use_cache,
-                **{keyword: state.cache},
+                **{self.layer_cache_name: state.cache},
                 **state.layer_kwargs,
             )
         hidden = self.norm(state.hidden_states)
