@@ -16,7 +16,7 @@ import torch
 from llava.errors import FlagError
 from llava.eval import __main__ as engine
 from llava.eval import eval_chartqa
-from llava.eval.answering import batches
+from llava.eval.answering import batches, processes
 from llava.eval.answering import question_run as program
 from llava.eval.answering.loading import LoadedModel
 from llava.eval.answering.processes import Processes
@@ -246,6 +246,6 @@ def test_several_processes(checkpoint: Path, folder: Path) -> None:
 def test_processes_and_chunks_exclude_each_other(
     checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "joined", lambda: contextlib.nullcontext(Processes(rank=1, count=2)))
+    monkeypatch.setattr(processes, "joined", lambda: contextlib.nullcontext(Processes(rank=1, count=2)))
     with pytest.raises(FlagError, match="--num-chunks 3: torchrun has 2 processes"):
         run("textvqa", checkpoint, folder, "--num-chunks", "3")
