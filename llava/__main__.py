@@ -19,7 +19,7 @@ from llava.scripts.files import source
 PROGRAMS = {
     "train": (
         *("llava.train.train_mem", "llava.train.train", "llava.train.train_sparse", "llava.train.train_xformers"),
-        "llava.train.publish",
+        *("llava.train.plan", "llava.train.publish"),
     ),
     "data": ("llava.data.check",),
     "eval": (

@@ -20,7 +20,10 @@ each_snippet = pytest.mark.parametrize("snippet", SCRIPTS + BLOCKS, ids=lambda s
 # The published lines are for GPUs with TF32; these two options let the same line pass on a machine without one.
 WITHOUT_GPU = ("--use_cpu", "True", "--tf32", "False")
 
-WITH_OWN_PARSER = ("llava.train.publish",)
+PLAN = "llava.train.plan"
+"""Takes the whole command of another program."""
+
+WITH_OWN_PARSER = ("llava.train.publish", PLAN)
 """Programs in `llava/train/` that do not train."""
 
 PASSING_ON = ("benchmarks.experiments.sparse.train",)
@@ -40,6 +43,8 @@ def parse(call: Call) -> None:
     if call.module.startswith("llava.train.") and call.module not in WITH_OWN_PARSER:
         arguments, defaults = [*call.arguments, *WITHOUT_GPU], getattr(module, "DEFAULTS", None)
         importlib.import_module("llava.train.arguments").parse_args(arguments, defaults=defaults)
+    elif call.module == PLAN:
+        importlib.import_module(f"{PLAN}.command").read_command(call.arguments)
     elif call.module in PASSING_ON:
         others = module.build_parser().parse_known_args(call.arguments)[1]
         parse(Call("llava.train.train", tuple(others)))

@@ -42,3 +42,9 @@ def keep_the_graph(training: TrainingArguments) -> None:
     for name in SPELLINGS:
         if hasattr(training, f"{name}_kwargs"):
             setattr(training, f"{name}_kwargs", options)
+
+
+def switch_on(model: Any, training: TrainingArguments) -> None:
+    """Let a model compute its layers again in the backward pass, with the options of a run, as the Trainer does."""
+    enable = getattr(model, f"{SWITCH}_enable", None) or model.gradient_checkpointing_enable
+    enable(getattr(training, OPTIONS))

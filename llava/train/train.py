@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -60,12 +61,16 @@ class Parts:
         trainer: makes the Trainer from what `LLaVATrainer` takes.
         next_command: the command that the summary of a finished run ends with.
         evaluation_rows: makes the rows whose loss is measured in evaluations, as `dataset` makes its own.
+        model: makes the model from options and tokenizer.
+        records: whether a new run writes its `run.json`; not where nothing is trained.
     """
 
     dataset: Callable[[RunArguments, Any, LlavaForCausalLM], LazySupervisedDataset | StreamedDataset] = training_data
     trainer: Callable[..., LLaVATrainer] = LLaVATrainer
     next_command: Callable[[RunArguments], str] = next_command
     evaluation_rows: Callable[[RunArguments, Any, LlavaForCausalLM], EvaluationRows | NoRows] = evaluation_rows
+    model: Callable[[RunArguments, Any, str | None], nn.Module] = build_model
+    records: bool = True
 
 
 USUAL_PARTS = Parts()
@@ -80,13 +85,13 @@ def build_run(
     """Everything up to the first step; writes `run.json` of a new run."""
     training = args.training
     questions = examination(args)  # before anything is loaded or written
-    if training.should_save and resumed is None:
+    if training.should_save and resumed is None and parts.records:
         write_run_record(args)
     set_seed(training.seed)
     tokenizer = load_tokenizer(args.model.model_name_or_path, model_max_length=training.model_max_length)
     check_answer_end(args, tokenizer)
     checkpointing.keep_the_graph(training)
-    model = build_model(args, tokenizer, attn_implementation)
+    model = parts.model(args, tokenizer, attn_implementation)
     llava = model.get_base_model() if training.has_adapter else model
     dataset = parts.dataset(args, tokenizer, llava)
     say_data(args, dataset)

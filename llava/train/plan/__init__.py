@@ -1,0 +1,1 @@
+"""A plan before the launch: memory, largest batch, operations and waits of a training command, without its weights."""
