@@ -154,6 +154,8 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
         """
         if self.auxiliary is None or not self.training or adapter_name not in self.lora_router:
             return weights
+        if not self.auxiliary.adapters[adapter_name].at_all:  # `attach` would break a compiled graph
+            return weights
         trains = self.lora_router[adapter_name].weight.requires_grad or in_forward_mode()
         if not trains:  # another adapter does
             return weights
