@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynamic.attention import blockwise
 from dynamic.attention.problem import Forward, Gradients, Problem
-from tests.dynamic.attention_cases import CASES, draw, each_case, relative_errors, run
+from tests.dynamic.attention.attention_cases import CASES, draw, each_case, relative_errors, run
 
 pytest.importorskip("triton", reason="triton comes with torch on Linux only")
 
@@ -37,7 +37,7 @@ SMALLEST_SHARED_MEMORY = 99 * 1024  # bytes a block of threads may use on sm_86 
 def interpreted(repository: Path) -> dict[str, dict[str, list[float]]]:
     """Errors of the interpreted kernels, from a process of its own."""
     finished = subprocess.run(
-        [sys.executable, "-m", "tests.dynamic.triton_interpreted"],
+        [sys.executable, "-m", "tests.dynamic.attention.triton_interpreted"],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(repository)},
         cwd=repository,
         capture_output=True,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from dynamic.attention import flex, policy_attention
-from tests.dynamic.attention_cases import CASES, INPUTS, draw, each_case, relative_errors, run
+from tests.dynamic.attention.attention_cases import CASES, INPUTS, draw, each_case, relative_errors, run
 
 OWN_ROUNDING = 2e-6  # largest seen: 4e-7
 

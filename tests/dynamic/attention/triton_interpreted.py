@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from triton.runtime import interpreter
 
-from tests.dynamic.attention_cases import CASES, draw, relative_errors, run
+from tests.dynamic.attention.attention_cases import CASES, draw, relative_errors, run
 
 RUNS = {
     "hard": (torch.float32, 0.0),

@@ -10,7 +10,7 @@ from torch import Tensor
 from dynamic.attention import policy_attention, policy_softmax
 from dynamic.attention.blockwise import blockwise
 from dynamic.attention.function import PolicyAttention
-from tests.dynamic.attention_cases import CASES, INPUTS, draw, each_case, relative_errors, run
+from tests.dynamic.attention.attention_cases import CASES, INPUTS, draw, each_case, relative_errors, run
 from tests.golden import load_case
 
 # The golden data's own tolerances. Measured: "eager" equals it bit by bit; "blockwise" differs by up to 1e-6 in the
