@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         LlavaError: a flag, an image or the checkpoint is wrong; the message says what to do.
     """
     args = build_parser().parse_args(argv)
+    # Not before the options are known, so that a mistyped one is answered at once.
     import torch
 
     from dynamic.figures import draw_sheet, page
@@ -101,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from llava.eval.answering.loading import load_model
     from llava.eval.answering.runner import image_arguments, load_images, make_prompt
 
+    # What can be wrong without the model is said before it is loaded.
     if args.num_beams != 1:
         raise FlagError(f"--num_beams {args.num_beams}: beams are dropped and copied on the way; use --num_beams 1")
     conv_mode = choose_conv_mode(args.conv_mode, args.model_path)
@@ -112,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if "dynamic" not in loaded.model.extensions.configs:
         raise CheckpointError(f"{args.model_path}: a dense model, which keeps everything; name a sparse one")
     prompt, images = make_prompt("0", task, loaded, conv_mode), load_images(task, loaded, run_llava.open_image)
+    # The decisions of the whole prompt and of each token of the answer are noted while the model answers.
     with record_decisions(loaded.model) as log, torch.no_grad():
         output_ids = loaded.model.generate(
             prompt.input_ids[None].to(loaded.model.device),
@@ -128,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         instruction_segment(log, prompt.input_ids, loaded.tokenizer),
         answer_segment(log, output_ids, loaded.tokenizer),
     ]
+    # Each file is written whole or not at all.
     with replacing(args.output_dir / "kept.png") as partial:
         draw_sheet(shown, segments).save(partial)
     replace_text(args.output_dir / "kept.html", page(args.query, shown, segments), check=False)
