@@ -135,7 +135,8 @@ class _WeightedExperts(torch.autograd.Function):
     Autograd by itself would also keep the scaled weights, the weighted code and the stacked copy of B, which for a
     wide layer is larger than all that depends on the tokens. Backward builds them again from the inputs. Made of
     operations that `torch.vmap` knows, so `torch.func` transforms it. A rule for forward mode (`jvp`) would keep
-    `torch.compile` from tracing the layer; in that mode autograd differentiates the operations themselves.
+    `torch.compile` from tracing the layer; in that mode autograd differentiates the operations themselves. `onto` is
+    (B * T, out_features).
     """
 
     generate_vmap_rule = True
@@ -145,7 +146,7 @@ class _WeightedExperts(torch.autograd.Function):
         rows, matrix = _weighted_code(code, weights * scaling), side_by_side(experts_b)
         if onto is None:
             return F.linear(rows, matrix)
-        return torch.addmm(onto.reshape(-1, len(matrix)), rows.reshape(-1, matrix.shape[1]), matrix.T).view(onto.shape)
+        return torch.addmm(onto, rows.reshape(-1, matrix.shape[1]), matrix.T)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -154,7 +155,7 @@ class _WeightedExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradients[0]  # (..., out_features)
+        gradient = gradients[0]  # (..., out_features), flat if `onto` is
         code, weights, experts_b = ctx.saved_tensors
         scaled = weights * ctx.scaling
         experts, rank = weights.shape[-1], code.shape[-1]
@@ -257,7 +258,11 @@ def weighted_experts(
         update = _without_gradient(code, experts_b, weights)
         return update * scaling if onto is None else torch.add(onto, update, alpha=scaling)
     function = _WeightedExperts.forward if in_forward_mode() else _WeightedExperts.apply
-    return function(code, weights, experts_b, scaling, onto)
+    if onto is None:
+        return function(code, weights, experts_b, scaling, None)
+    # Flat outside of the function: its output must be no view, since some models add to it in place.
+    flat = onto.reshape(-1, onto.shape[-1])  # (B * T, out_features)
+    return function(code, weights, experts_b, scaling, flat).view(onto.shape)
 
 
 def routed_low_rank(

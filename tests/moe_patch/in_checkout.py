@@ -41,15 +41,16 @@ def start_alike() -> None:
 
     from llava import extensions_moe
 
-    def seeded(attach: Callable[..., None]) -> Callable[..., None]:
-        def from_one_seed(*args: Any) -> None:
+    def seeded(step: Callable[..., Any]) -> Callable[..., Any]:
+        def from_one_seed(*args: Any) -> Any:
             torch.manual_seed(0)
-            attach(*args)
+            return step(*args)
 
         return from_one_seed
 
-    extensions_moe.attach = seeded(extensions_moe.attach)
-    extensions_moe.attach_beside_tower = seeded(extensions_moe.attach_beside_tower)
+    # The first is called in front of PEFT, which then draws the LoRA of the other linear layers.
+    for name in ("choose_lora_modules", "attach", "attach_beside_tower"):
+        setattr(extensions_moe, name, seeded(getattr(extensions_moe, name)))
 
 
 def write_logits(args: argparse.Namespace) -> None:

@@ -41,7 +41,7 @@ class Method:
 
 
 METHODS = {
-    "hydralora": Method(TRAIN, (".lora_B.", ".lora_route.", "mm_projector.")),
+    "hydralora": Method(TRAIN, (".lora_B.", ".moe_gate.", ".router.", "mm_projector.")),
     "mma": Method(
         MODALITIES.replace("--save_strategy no", "--save_strategy steps --save_steps 2"),
         (".conv_", ".expert_weights.", "mm_projector."),
