@@ -112,13 +112,13 @@ def reference(mlp: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def check(block: RoutedMLP, x: Tensor, expected: Tensor) -> None:
-    """Compare a block whose B are zero with what the MLP made of `x` before; see `reference`.
+    """Compare a block, its experts set to zero for that, with what the MLP made of `x` before; see `reference`.
 
     Raises:
         ValueError: the MLP does not call one of its three linear layers, or the block computes something else.
     """
     kind, calls = block.base_class.__name__, Counter[str]()
-    with _quiet(block):
+    with _quiet(block), _zero_experts(block):
         try:
             handed = block.begin(x.clone())
             call = block.call_class(block, handed)
@@ -137,7 +137,7 @@ def check(block: RoutedMLP, x: Tensor, expected: Tensor) -> None:
     if not torch.allclose(output, expected, rtol=1e-4, atol=1e-4 * float(scale), equal_nan=True):
         difference = float((output - expected).abs().max())
         raise ValueError(
-            f"{kind} with adapted linear layers, all B zero, differs from {kind} by {difference:.3g} on random hidden "
+            f"{kind} with adapted linear layers, all experts zero, differs from {kind} by {difference:.3g} on random hidden "
             f"states, its largest output is {float(scale):.3g}: it does not compute the same twice"
         )
 
@@ -145,6 +145,24 @@ def check(block: RoutedMLP, x: Tensor, expected: Tensor) -> None:
 def _counted(calls: Counter[str], name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     calls[name] += 1
     return function(x)
+
+
+@contextmanager
+def _zero_experts(block: RoutedMLP) -> Iterator[None]:
+    """Set what a block has added to zero while a block of code runs.
+
+    A program that reads weights afterwards may have switched drawing off; then they are memory that holds anything.
+    """
+    added = [parameter for _, parameter in block.added_parameters()]
+    with torch.no_grad():
+        values = [parameter.clone() for parameter in added]
+        try:
+            for parameter in added:
+                parameter.zero_()
+            yield
+        finally:
+            for parameter, value in zip(added, values, strict=True):
+                parameter.copy_(value)
 
 
 @contextmanager

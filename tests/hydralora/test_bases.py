@@ -392,7 +392,7 @@ WRONG: dict[type[LlamaMLP], str] = {
     CallsBehind: "CallsBehind does not call gate_proj, up_proj, down_proj",
     TakesMore: "TakesMore cannot be run on hidden states alone: .*'step'",
     ReturnsMore: r"ReturnsMore returns tuple for hidden states \(2, 3, 16\)",
-    Counts: "Counts with adapted linear layers, all B zero, differs from Counts by",
+    Counts: "Counts with adapted linear layers, all experts zero, differs from Counts by",
     HasRouter: r"a HasRouter has \['router'\] of its own",
 }
 
@@ -425,6 +425,15 @@ class TestComparison:
         with pytest.raises(ValueError, match=r"'forward' of this LlamaMLP was replaced in the object"):
             attach(model, CONFIG)
         assert not routed_blocks(model)
+
+    def test_memory_that_no_weights_were_read_into_may_hold_anything(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Programs that read weights afterwards, as upstream's do, switch the drawing of linear layers off."""
+        monkeypatch.setattr(nn.Linear, "reset_parameters", lambda self: nn.init.constant_(self.weight, torch.nan))
+        monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda tensor, **_: tensor.data.fill_(torch.inf))
+        model = tiny("llama")
+        block = next(iter(attach(model, CONFIG).values()))
+        assert block.router.weight.isnan().all(), "what was there is there again"
+        assert block.shared_A_gate.isinf().all()
 
     def test_methods_and_super_reach_the_adapted_layers(self) -> None:
         class Steps(LlamaMLP):

@@ -10,6 +10,7 @@ import pytest
 
 from llava.errors import BadSampleError, FlagError
 from llava.eval import model_vqa_loader, run_llava
+from llava.eval.answering.conv_mode import choose_conv_mode
 from llava.eval.answering.prompts import add_image_markers, build_prompt, infer_conv_mode, plain_conv_mode
 from tests.golden import golden_dir
 
@@ -108,12 +109,12 @@ def test_an_unknown_template_lists_the_known_ones() -> None:
 
 
 def test_a_template_named_against_the_model_is_pointed_out(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_llava.choose_conv_mode("vicuna_v1", "llava-v1.5-7b") == "vicuna_v1"
+    assert choose_conv_mode("vicuna_v1", "llava-v1.5-7b") == "vicuna_v1"
     warning = capsys.readouterr().out
     for part in ("WARNING", "llava-v1.5-7b", "'llava_v1'", "'vicuna_v1'"):
         assert part in warning
-    assert run_llava.choose_conv_mode(None, "llava-v1.5-7b") == "llava_v1"
-    assert run_llava.choose_conv_mode("llava_v1", "llava-v1.5-7b") == "llava_v1"
+    assert choose_conv_mode(None, "llava-v1.5-7b") == "llava_v1"
+    assert choose_conv_mode("llava_v1", "llava-v1.5-7b") == "llava_v1"
     assert capsys.readouterr().out == ""
     with pytest.raises(FlagError, match="--conv-mode v9"):
-        run_llava.choose_conv_mode("v9", "llava-v1.5-7b")
+        choose_conv_mode("v9", "llava-v1.5-7b")
