@@ -137,8 +137,8 @@ def check(block: RoutedMLP, x: Tensor, expected: Tensor) -> None:
     if not torch.allclose(output, expected, rtol=1e-4, atol=1e-4 * float(scale), equal_nan=True):
         difference = float((output - expected).abs().max())
         raise ValueError(
-            f"{kind} with adapted linear layers, all experts zero, differs from {kind} by {difference:.3g} on random hidden "
-            f"states, its largest output is {float(scale):.3g}: it does not compute the same twice"
+            f"{kind} with adapted linear layers, all experts zero, differs from {kind} by {difference:.3g} on random "
+            f"hidden states, its largest output is {float(scale):.3g}: it does not compute the same twice"
         )
 
 
