@@ -86,7 +86,8 @@ MODEL = (
     renamed(_OPTIONS, "gradient_checkpointing_kwargs"),
     refused(
         "torch_compile",
-        "the lengths of batches change with every update, and saving, evaluating and resuming a compiled model is not tested",
+        "the lengths of batches change with every update, and saving, evaluating and resuming a compiled model is not "
+        "tested",
         "leave it out; --attn_implementation flash_attention_2 saves time on a GPU",
     ),
     refused("torch_compile_backend", "it switches --torch_compile on, which is not supported", "leave it out"),
