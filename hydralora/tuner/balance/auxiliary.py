@@ -25,6 +25,7 @@ from hydralora.tokens import RealTokens, entries, real_tokens
 from hydralora.tuner.balance.gradient_scale import GradientScale
 from hydralora.tuner.balance.pooled import PooledBalance
 from hydralora.tuner.balance.terms import AdapterTerms, Term
+from hydralora.tuner.balance.unpacking import Unpacking, unpacking
 from hydralora.tuner.calls.checkpoints import bind_checkpoints, release_checkpoints
 from hydralora.tuner.calls.thread_value import OfThread
 
@@ -65,6 +66,7 @@ class ForwardPass:
     Attributes:
         tokens: which of its tokens are real.
         owner: the module whose call it is (its `id`).
+        texts: where the texts of packed rows are; None: every row is one.
         pools: the pooled balance and its weight, by adapter and number of experts.
         layers: how many layers of an adapter took part.
         masks: which tokens of a layer are real, float32, by what it sees.
@@ -72,6 +74,7 @@ class ForwardPass:
 
     tokens: RealTokens
     owner: int
+    texts: Unpacking | None = None
     pools: dict[tuple[str, int], tuple[Term, PooledBalance]] = field(default_factory=dict)
     layers: dict[str, int] = field(default_factory=dict)
     masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
@@ -81,6 +84,20 @@ class ForwardPass:
         key = (id(self.tokens), tokens, device)
         if key not in self.masks:
             self.masks[key] = self.tokens.valid(tokens, device)
+        return self.masks[key]
+
+    def texts_of(self, valid: Tensor) -> Unpacking | None:
+        """Where the texts of packed rows are in a layer that sees `valid` (B, T); None: every row is one."""
+        return self.texts if self.texts is not None and self.texts.shape == tuple(valid.shape) else None
+
+    def valid_texts(self, valid: Tensor) -> Tensor:
+        """`valid` where every text of a packed row has a row of its own; made once, too."""
+        texts = self.texts_of(valid)
+        if texts is None:
+            return valid
+        key = (id(valid), "texts")
+        if key not in self.masks:
+            self.masks[key] = texts.valid(valid)
         return self.masks[key]
 
 
@@ -108,11 +125,17 @@ class Part:
             return
         valid = self.within.valid(probabilities.shape[:-1], probabilities.device)
         self.within.layers[self.adapter] = self.within.layers.get(self.adapter, 0) + 1
-        experts = probabilities.shape[-1]
+        experts, packed = probabilities.shape[-1], self.within.texts_of(valid) is not None
         for term in self.terms:
             if term.of_layer is None:
                 pool = self.within.pools.setdefault((self.adapter, experts), (term, PooledBalance()))[1]
-                pool.add(probabilities, weights, valid)
+                acting = weights.detach().expand(probabilities.shape) if packed else weights
+                pool.add(self._apart(probabilities, valid), self._apart(acting, valid), self.within.valid_texts(valid))
+
+    def _apart(self, values: Tensor, valid: Tensor) -> Tensor:
+        """Values (B, T, E) or (B * T, E) of a layer that sees `valid`; of packed rows (texts, places, E)."""
+        texts = None if self.within is None else self.within.texts_of(valid)
+        return values if texts is None else texts.apart(values.detach().reshape(*valid.shape, values.shape[-1]))
 
     def gradient(self, probabilities: Tensor) -> Tensor:
         """Gradient of the weighted losses for the router's probabilities, in their shape, scaled as the loss is."""
@@ -120,18 +143,24 @@ class Part:
             raise RuntimeError(UNCARRIED)
         valid = self.within.valid(probabilities.shape[:-1], probabilities.device)
         experts, layers = probabilities.shape[-1], self.within.layers[self.adapter]
-        scale, parts = self.losses.scale, []
+        scale, parts = self.losses.scale, list[Tensor]()
+        texts, mask = self.within.texts_of(valid), self.within.valid_texts(valid)
+        shape = probabilities.shape if texts is None else torch.Size((*mask.shape, experts))
+
+        def placed(gradient: Tensor) -> Tensor:
+            return gradient if texts is None else texts.together(gradient).view(probabilities.shape)
+
         for term in self.terms:
             if term.of_layer is None:
                 pool = self.within.pools[self.adapter, experts][1]
                 factor = term.weight * pool.layers / layers * scale.number()
-                parts.append(scale.with_scaler(pool.gradient(valid, probabilities.shape, factor)))
+                parts.append(scale.with_scaler(placed(pool.gradient(mask, shape, factor))))
                 continue
             with torch.enable_grad():
-                leaf = probabilities.detach().reshape(*valid.shape, experts).requires_grad_()
-                loss = term.of_layer(leaf, valid, self.layer)
+                leaf = self._apart(probabilities.detach(), valid).reshape(*mask.shape, experts).requires_grad_()
+                loss = term.of_layer(leaf, mask, self.layer)
                 (found,) = torch.autograd.grad(loss, leaf)
-            parts.append(scale.of(found.view(probabilities.shape) * (term.weight / layers)))
+            parts.append(scale.of(placed(found.view(shape)) * (term.weight / layers)))
             self.losses.note(self.adapter, term.name, loss.detach() * term.weight / layers, 1 / layers)
         return functools.reduce(torch.add, parts)
 
@@ -253,10 +282,12 @@ class AuxiliaryLosses:
         if within is None or within.owner == id(module):  # its own: one that was interrupted
             if within is not None:
                 within.pools.clear()
-            self._running.put(ForwardPass(real_tokens(module, args, kwargs), id(module)))
+            tokens = real_tokens(module, args, kwargs)
+            self._running.put(ForwardPass(tokens, id(module), unpacking(tokens.shape, tokens.mask, kwargs)))
             bind_checkpoints(module, self)
         elif not within.tokens.known:  # the outer module was called with other arguments
             within.tokens = real_tokens(module, args, kwargs)
+            within.texts = unpacking(within.tokens.shape, within.tokens.mask, kwargs)
 
     @torch.compiler.disable
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

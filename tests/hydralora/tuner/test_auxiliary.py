@@ -394,3 +394,27 @@ def test_routing_by_task_says_that_it_has_no_such_loss(name: str) -> None:
         adapted(**{name: 0.3})
         adapted(**changes, **{name: 0.3}, inference_mode=True)
     assert not [str(each.message) for each in said if "no effect" in str(each.message)]
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "samples": {},
+    "batch": {"balance": "batch"},
+    "by sequence": {"routing": "sequence"},
+    "batch by sequence": {"routing": "sequence", "balance": "batch", "information_weight": 0.3},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_texts_are_samples(form: str) -> None:
+    """As packing of TRL makes them: gradients and value are those of a row for each text, padded."""
+    changes = {"base": tiny_llama(attn_implementation="eager"), "balance_weight": WEIGHT} | FORMS[form]
+    labels = BATCH["labels"].clone()
+    labels[:, :2] = -100
+    loose, packed = adapted(**changes).train(), adapted(**changes | {"base": tiny_llama()}).train()
+    loose(**BATCH | {"labels": labels}).loss.backward()
+    real = MASK.bool()
+    joined = {"input_ids": IDS[real][None], "labels": labels[real][None], "use_cache": False}
+    joined["position_ids"] = torch.arange(IDS.shape[1]).expand_as(IDS)[real][None]
+    packed(**joined).loss.backward()
+    assert_same(trained_gradients(packed), trained_gradients(loose), rtol=1e-4, atol=1e-6)
+    assert losses_of(packed)[0].pop() == pytest.approx(losses_of(loose)[0].pop(), rel=1e-5)
