@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -157,6 +158,7 @@ def test_stop_ends_the_generation(visit: Visit) -> None:
     engine = visit.servers[0].engine
     real = engine.loaded.model.forward
 
+    @functools.wraps(real)  # `generate` reads its signature
     def slow(*args: Any, **kwargs: Any) -> Any:
         tab_pause.wait(0.25)
         return real(*args, **kwargs)
