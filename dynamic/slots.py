@@ -28,10 +28,11 @@ def slots_for(tokens: int) -> int:
 
 
 def writable(tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy where it must not be written: autograd may still need it, or it is of inference mode."""
+    """`tensor`, or a copy where it must not be written: autograd may have saved a view, or it is of inference mode."""
     if torch.compiler.is_compiling():
         return tensor
-    needed = tensor.requires_grad or (tensor.is_inference() and not torch.is_inference_mode_enabled())
+    of_inference = tensor.is_inference() and not torch.is_inference_mode_enabled()
+    needed = torch.is_grad_enabled() or tensor.requires_grad or of_inference
     return tensor.clone() if needed else tensor
 
 

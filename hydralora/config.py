@@ -70,7 +70,7 @@ class _Checked:
         Raises:
             ValueError: a name is unknown, or a value is refused.
         """
-        known = set(cls.__dataclass_fields__)  # type: ignore[attr-defined]  # not by `fields`: the compiler reads this
+        known = set(cls.__match_args__)  # type: ignore[attr-defined]  # not by `fields`: the compiler reads this
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"configuration of {cls.subject}: unknown {unknown}; known: {sorted(known)}")

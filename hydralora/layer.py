@@ -222,7 +222,7 @@ def shared_code(x: Tensor, shared_a: Tensor, dropout: float = 0.0) -> Tensor:
 
 def _without_gradient(code: Tensor, experts_b: Tensor, weights: Tensor) -> Tensor:
     """`sum_e weights_e * B_e code`, (..., out_features), where no gradient is wanted; faster for a single token."""
-    if code.numel() > code.shape[-1] or code.shape[:-1] != weights.shape[:-1] or code.dtype != weights.dtype:
+    if code.numel() != code.shape[-1] or code.shape[:-1] != weights.shape[:-1] or code.dtype != weights.dtype:
         return F.linear(_weighted_code(code, weights), side_by_side(experts_b))
     if experts_b.dim() == 2:
         return F.linear(torch.kron(weights, code), experts_b)  # the same numbers as of `_weighted_code`
@@ -256,7 +256,9 @@ def weighted_experts(
     if not torch.is_grad_enabled():
         # For one token, an autograd function costs more than its products, and `addmm` more than product and sum.
         update = _without_gradient(code, experts_b, weights)
-        return update * scaling if onto is None else torch.add(onto, update, alpha=scaling)
+        if onto is None or isinstance(scaling, Tensor):  # a prepared hot swap keeps it on the device
+            return update * scaling if onto is None else onto + update * scaling
+        return torch.add(onto, update, alpha=scaling)
     function = _WeightedExperts.forward if in_forward_mode() else _WeightedExperts.apply
     if onto is None:
         return function(code, weights, experts_b, scaling, None)

@@ -94,4 +94,6 @@ def _causal(length: int, device: torch.device) -> BlockMask:
     def not_after(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return key <= query
 
-    return create_block_mask(not_after, None, None, length, length, device=str(device))
+    # It is kept for later passes, in training too, which could not save tensors of inference mode.
+    with torch.inference_mode(False):
+        return create_block_mask(not_after, None, None, length, length, device=str(device))

@@ -215,15 +215,15 @@ def contradictions(flags: AdapterArguments, experts: int, stored: HydraLoraConfi
         f"--{flag} {getattr(flags, flag)} contradicts the adapter of --peft_path, which has {_plain(theirs)} and stays "
         "as it is; leave the flag out"
         for flag, (ours, theirs) in pairs.items()
-        if ours != _plain(theirs) and getattr(flags, flag) != defaults[flag]
+        if _plain(ours) != _plain(theirs) and getattr(flags, flag) != defaults[flag]
     ]
 
 
 def _plain(value: Any) -> Any:
-    """A stored value as the flags give it."""
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    return value if value != [] else None
+    """A value of either side, lists in order: names in another order are the same."""
+    if isinstance(value, set | frozenset | list | tuple):
+        return sorted(value) or None
+    return value
 
 
 def routing_problems(flags: Any, config: HydraLoraConfig) -> list[str]:

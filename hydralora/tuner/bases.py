@@ -122,7 +122,8 @@ def refuse_merging(model: nn.Module, layers: Mapping[str, BaseTunerLayer]) -> No
     for name, layer in layers.items():
         base = layer.get_base_layer()
         reason = merge_refusal(base)
-        if any(is_split(weight) for weight in layer.parameters()):
+        flat = any(weight.ndim < 2 for _, weight in layer.added_parameters())  # a share of FSDP1
+        if flat or any(is_split(weight) for weight in layer.parameters()):
             reason = "weights are split over processes. Save the adapter whole, and merge it into a base in one process"
         shared = names.get(id(getattr(base, "weight", None)), [])
         if reason is None and len(shared) > 1:

@@ -22,6 +22,7 @@ from peft.utils import hotswap as of_peft
 from torch import Tensor, nn
 
 from hydralora.layer import side_by_side
+from hydralora.split import is_split
 from hydralora.tuner.config import HydraLoraConfig
 from hydralora.tuner.linear import HydraLoraLayer
 from hydralora.tuner.registration import peft_type
@@ -132,6 +133,9 @@ def _check_kind(
     """Refuse states of the model, and adapters that are more than A, B and routers."""
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise HotswapError(f"adapter '{adapter_name}' is merged; call unmerge_adapter() before it is replaced")
+    split = [name for name, layer in layers.items() if any(is_split(weight) for _, weight in layer.added_parameters())]
+    if split:
+        raise HotswapError(f"weights of {len(split)} layers are split over processes {split[:2]}; swap before that")
     offloaded = [
         name for name, layer in layers.items() if any(weight.is_meta for _, weight in layer.added_parameters())
     ]

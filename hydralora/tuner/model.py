@@ -99,6 +99,8 @@ class HydraLoraModel(BaseTuner):
         units = {unit for layer in hydralora_layers(self.model).values() for unit in layer.routing.values()}
         if RoutingUnit.SEQUENCE not in units:
             self.hydralora_passes.unwatch(self.model)
+            if units:
+                self.hydralora_passes.guard(self.model)
 
     def _warn_of_absent_layers(self, model: nn.Module, config: HydraLoraConfig, adapter_name: str) -> None:
         """Name numbers in `layers_to_transform` by which no layer was adapted."""

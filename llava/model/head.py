@@ -60,7 +60,7 @@ class LanguageHead(nn.Linear):
     """The usual head, which can give the loss of hidden states in place of their logits.
 
     Attributes:
-        fused: what computes the loss instead, if anything does; see `liger_loss`.
+        fused: what computes the loss of a head without bias instead, if anything does; see `liger_loss`.
     """
 
     fused: FusedLoss | None = None
@@ -69,7 +69,7 @@ class LanguageHead(nn.Linear):
         """Logits (..., V) of `hidden` (..., D); with `targets` what `summed_loss` says."""
         if targets is None:
             return super().forward(hidden)
-        if self.fused is not None and torch.is_grad_enabled():
+        if self.fused is not None and self.bias is None and torch.is_grad_enabled():
             return self.fused(hidden, self.weight, targets, smoothing)
         return _in_chunks(super().forward, chunk_rows(self.out_features), hidden, targets, smoothing)
 

@@ -81,7 +81,7 @@ class CheckedConfig:
         Raises:
             ValueError: a name is unknown, or a value is refused.
         """
-        known = set(cls.__dataclass_fields__)  # not by `dataclasses.fields`: the compiler follows this
+        known = set(cls.__match_args__)  # type: ignore[attr-defined]  # not by `dataclasses.fields`: the compiler follows this
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"configuration of {cls.subject}: unknown {unknown}; known: {sorted(known)}")

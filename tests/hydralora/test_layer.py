@@ -97,7 +97,7 @@ def test_stacked_product_equals_loop(experts: int, leading: tuple[int, ...]) -> 
 
 
 @pytest.mark.parametrize("stored", ["side by side", "stacked"])
-@pytest.mark.parametrize("leading", [(), (1,), (1, 1), (3, 1)], ids=str)
+@pytest.mark.parametrize("leading", [(), (1,), (1, 1), (3, 1), (0,), (0, 2)], ids=str)
 def test_decoding_equals_the_loop(leading: tuple[int, ...], stored: str) -> None:
     """Without gradients a single token takes another way; whatever the experts are stored as, and with a base."""
     generator = torch.Generator().manual_seed(3)
@@ -109,6 +109,8 @@ def test_decoding_equals_the_loop(leading: tuple[int, ...], stored: str) -> None
         found = weighted_experts(x @ a.T, b if stored == "stacked" else side_by_side(b), w, 0.5, onto)
     torch.testing.assert_close(found, base + 0.5 * naive_low_rank(x, a, b, w), rtol=1e-5, atol=1e-5)
     assert onto.equal(base), "what is added to stays as it was"
+    with torch.no_grad():  # a prepared hot swap keeps the scaling in a tensor
+        assert weighted_experts(x @ a.T, b, w, torch.tensor(0.5), onto).allclose(found, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

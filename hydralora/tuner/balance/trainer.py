@@ -73,7 +73,8 @@ class AdapterCallback(TrainerCallback, ExportableState):
         for losses in self._losses:
             add_values(model, losses.pop)
         # The Trainer saves the state of a callback only where there was one, and a checkpoint may be older than this.
-        stored = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        empty = {"args": {}, "attributes": {STORED: []}}
+        stored = state.stateful_callbacks.setdefault(type(self).__name__, empty)
         stored = stored if state.global_step else None
         means = stored["attributes"].get(STORED) if isinstance(stored, dict) else None
         # Of another number of processes, each takes one of those that there were.

@@ -29,6 +29,10 @@ from hydralora.tuner.routing.given import Given
 Batches = Sequence[Mapping[str, Any]]
 
 
+SPLIT = ("the adapter cannot be written as LoRA", "Save it whole, load it in one process, and write it there")
+"""What `refuse_split` says where a process holds only a part of the weights."""
+
+
 @dataclass(frozen=True)
 class LoraExport:
     """One folder that was written.
@@ -196,11 +200,7 @@ class _Source:
         if not self.parts:
             raise ValueError(f"this {type(self.bare).__name__} has no HydraLoRA layers, so there is nothing to write")
         self.parts += _of_lora(self.bare)
-        refuse_split(
-            (weight for part in self.parts for weight in (part.shared_a, part.experts_b)),
-            "the adapter cannot be written as LoRA",
-            "Save it whole, load it in one process, and write it there",
-        )
+        refuse_split((weight for part in self.parts for weight in (part.shared_a, part.experts_b)), *SPLIT)
         offloaded = [part.name for part in self.parts if part.shared_a.is_meta or part.experts_b.is_meta]
         if offloaded:
             raise ValueError(f"weights of {len(offloaded)} layers are offloaded {offloaded[:2]}; load the model whole")
@@ -292,6 +292,7 @@ def _of_tuner(bare: nn.Module, adapter: str | None) -> Iterator[RoutedPart]:
     for name, layer in bare.named_modules():
         if isinstance(layer, HydraLoraLayer) and adapter is not None and adapter in layer.lora_A:
             matrix: Any = layer.lora_A[adapter].weight
+            refuse_split([matrix, layer.lora_B[adapter].weight], *SPLIT)
             yield RoutedPart(name, name, matrix, layer.expert_matrices(adapter).detach(), float(layer.scaling[adapter]))
 
 

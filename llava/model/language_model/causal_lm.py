@@ -140,6 +140,8 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         targets: Targets | None = None
         right_padded: bool | None = None
         starts_sequence = cache is None or cache.get_seq_length() == 0
+        if plan is not None and (inputs_embeds is not None or not starts_sequence):
+            raise ValueError("`plan` goes with the `input_ids` of a first pass, not with embeddings or a filled cache")
         if inputs_embeds is None and starts_sequence:
             # A prompt that was padded on the left stays so: the last position is the one to continue from.
             planned = plan is not None or labels is not None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.hf_argparser import string_to_bool
 
 from llava.errors import FlagError
 from llava.train.arguments import parse_args
@@ -25,6 +26,18 @@ INSTEAD = ("--use_cpu", "True", "--tf32", "False", "--report_to", "none", "--pus
 """What the parser is told, so that the command of a GPU is accepted where there is none."""
 
 _PROCESSES = ("--nproc_per_node", "--nproc-per-node", "--num_gpus", "--num_processes")
+_NODES = {
+    "--nproc_per_node": ("--nnodes",),
+    "--nproc-per-node": ("--nnodes",),
+    "--num_gpus": ("--num_nodes",),
+}
+"""How launchers give the processes of one machine, or of all, and the machines that the former are multiplied by."""
+
+_ALONE = ("--module", "--standalone", "--multi_gpu", "--use_fsdp", "--no_local_rank")
+"""Options of launchers without a value, which a program may follow."""
+
+_SETTINGS = ("--use_deepspeed", "--deepspeed_config_file", "--config_file", "--zero_stage")
+"""Options of `accelerate launch` that decide how the run is split."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,7 @@ def read_command(argv: Sequence[str]) -> Command:
     own, words = build_parser().parse_known_args(list(argv))
     module, words, launched = _split(words)
     words, zero = _without_deepspeed(words)
-    on_cpu = _value(words, "--use_cpu") in ("True", "true", "1")
+    on_cpu = _is_on(words, "--use_cpu") or _is_on(words, "--no_cuda")
     args = parse_args([*_in_bfloat16(words), *INSTEAD], defaults=_defaults(module))
     gpus = own.gpus if own.gpus is not None else launched
     _check(own, args, gpus, zero, on_cpu)
@@ -103,8 +116,14 @@ def _split(words: list[str]) -> tuple[str, list[str], int]:
     for position, word in enumerate(words):
         name = word.removesuffix(".py").replace("/", ".").lstrip(".")
         found = re.search(r"(?:^|\.)llava\.train\.(\w+)$", name)
-        if found is None or (position and words[position - 1].startswith("--") and words[position - 1] != "--module"):
+        before = words[position - 1] if position else ""
+        if found is None or (before.startswith("--") and "=" not in before and before not in _ALONE):
             continue
+        elsewhere = [each for each in words[:position] if each.partition("=")[0] in _SETTINGS]
+        if elsewhere:
+            raise FlagError(
+                f"{elsewhere[0]}: settings of a launcher are not read by the plan; pass --deepspeed FILE behind {word}"
+            )
         if found[1] not in PROGRAMS:
             raise FlagError(f"{word}: the plan supports the programs {', '.join(PROGRAMS)} of llava.train")
         return f"llava.train.{found[1]}", words[position + 1 :], _processes(words[:position])
@@ -114,12 +133,19 @@ def _split(words: list[str]) -> tuple[str, list[str], int]:
 def _processes(launcher: Sequence[str]) -> int:
     """Processes that the words in front of a program ask for; 1 if they do not say."""
     for option in _PROCESSES:
-        value = _value(launcher, option)
-        if value is not None and not value.isdigit():
-            raise FlagError(f"{option} {value}: the plan needs a number; pass --gpus N")
-        if value is not None:
-            return int(value)
+        count = _number(launcher, option)
+        if count is not None:
+            nodes = next((_number(launcher, name) for name in _NODES.get(option, ()) if _value(launcher, name)), None)
+            return count * (nodes or 1)
     return 1
+
+
+def _number(launcher: Sequence[str], option: str) -> int | None:
+    """The value of an option of the launcher; None without it."""
+    value = _value(launcher, option)
+    if value is not None and not value.isdigit():
+        raise FlagError(f"{option} {value}: the plan needs a number; pass --gpus N")
+    return None if value is None else int(value)
 
 
 def _value(words: Sequence[str], option: str) -> str | None:
@@ -156,15 +182,44 @@ def _without_deepspeed(words: Sequence[str]) -> tuple[list[str], dict[str, Any] 
         raise FlagError(f"--deepspeed {given}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise FlagError(f"--deepspeed {given}: not valid JSON ({error})") from error
-    stage = settings.get("zero_optimization", {}).get("stage", 0) if isinstance(settings, dict) else None
+    stage = _stage(settings)
     if stage not in (0, 1, 2, 3):
         raise FlagError(f"--deepspeed {given}: the stage of zero_optimization is {stage}; expected 0, 1, 2 or 3")
     return kept, settings
 
 
+def _stage(settings: Any) -> Any:
+    """Stage of ZeRO in the settings of DeepSpeed, whatever they are; 0 without one."""
+    zero = settings.get("zero_optimization", {}) if isinstance(settings, dict) else None
+    return zero.get("stage", 0) if isinstance(zero, dict) else None
+
+
 def _in_bfloat16(words: Sequence[str]) -> list[str]:
-    """float16 takes the same bytes, and is refused where there is no GPU."""
-    return ["--bf16" if word == "--fp16" else re.sub(r"^--fp16=", "--bf16=", word) for word in words]
+    """The words with `--bf16` in place of `--fp16`, which takes the same bytes and is refused where there is no GPU.
+
+    Raises:
+        FlagError: both are switched on.
+    """
+    half = _is_on(words, "--fp16")
+    if half and _is_on(words, "--bf16"):
+        raise FlagError("--fp16 True with --bf16 True: train in one of them")
+    kept, skip = list[str](), False
+    for word in words:
+        if skip and not word.startswith("--"):
+            skip = False
+            continue
+        skip = word == "--fp16"
+        if not skip and not word.startswith("--fp16="):
+            kept.append(word)
+    return [*kept, "--bf16", "True"] if half else kept
+
+
+def _is_on(words: Sequence[str], option: str) -> bool:
+    """Whether an option with a truth value is given and not switched off; alone it switches on."""
+    value = _value(words, option)
+    if value is None:
+        return words[-1:] == [option]
+    return value.startswith("--") or string_to_bool(value)
 
 
 def _defaults(module: str) -> Mapping[str, Any] | None:

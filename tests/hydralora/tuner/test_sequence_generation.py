@@ -242,6 +242,10 @@ def test_continuous_batching_is_refused_where_it_would_lose_the_routing() -> Non
     token = adapted()
     with forced_routing(token, expert=1), pytest.raises(ValueError, match="another one, where it would not hold"):
         token.generate_batch([[5, 9, 31], [8, 3]])
+    token.add_adapter("other", token.peft_config["default"])
+    token.delete_adapter("other")
+    with forced_routing(token, expert=1), pytest.raises(ValueError, match="another one, where it would not hold"):
+        token.generate_batch([[5, 9, 31], [8, 3]])
     assert "init_continuous_batching" not in vars(token.unload())
 
 

@@ -212,6 +212,8 @@ def test_a_plan_of_another_batch_or_model_is_refused(model: LlavaLlamaForCausalL
     plan = batch["plan"]
     with pytest.raises(ValueError, match="the plan is of 3 rows, the batch has 2"):
         model(**(batch | {"input_ids": batch["input_ids"][:2]}))
+    with pytest.raises(ValueError, match="`plan` goes with the `input_ids` of a first pass"):
+        model(inputs_embeds=torch.zeros(3, 2, model.config.hidden_size), plan=plan)
     with pytest.raises(ValueError, match=r"max_length=3.*configuration of the model says.*max_length"):
         model(**(batch | {"plan": dataclasses.replace(plan, options=SpliceOptions(3, "right"))}))
     with pytest.raises(ValueError, match=r"for 16 rows of image features, but .* give 12"):

@@ -149,6 +149,8 @@ def test_the_largest_batch_is_found_whatever_the_start(start: int, room: int) ->
         ("--bits 8 --lora_enable True", "--bits 8: the plan supports 16 and 4"),
         ("--deepspeed absent.json", "--deepspeed absent.json: cannot be read"),
         ("--no_such_option 1", "unknown options"),
+        ("--fp16 True --bf16 True", "--fp16 True with --bf16 True"),
+        ("""--deepspeed {"zero_optimization":null}""", "the stage of zero_optimization is None"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(extra: str, message: str, folder: Path) -> None:
@@ -171,6 +173,41 @@ def test_a_whole_launch_is_taken_apart(folder: Path) -> None:
     assert command.zero == {"zero_optimization": {"stage": 2}}
     assert command.device.type == "cuda"
     assert "dynamic" in command.args.extensions
+
+
+@pytest.mark.parametrize(
+    ("launch", "gpus"),
+    [
+        ("torchrun --nnodes 2 --nproc_per_node 8 -m llava.train.train_mem", 16),
+        ("torchrun --nproc_per_node=8 llava/train/train_mem.py", 8),
+        ("torchrun --standalone llava/train/train.py", 1),
+        ("deepspeed --num_nodes 2 --num_gpus 4 llava/train/train_mem.py", 8),
+        ("accelerate launch --num_processes 16 --num_machines 2 -m llava.train.train_mem", 16),
+    ],
+)
+def test_launchers_say_how_many_processes_there_are(launch: str, gpus: int, folder: Path) -> None:
+    assert read_command([*launch.split(), *words(folder)]).gpus == gpus
+
+
+def test_settings_of_a_launcher_are_refused(folder: Path) -> None:
+    launch = "accelerate launch --use_deepspeed --num_processes 8 -m llava.train.train_mem"
+    with pytest.raises(FlagError, match="--use_deepspeed: settings of a launcher are not read"):
+        read_command([*launch.split(), *words(folder)])
+
+
+@pytest.mark.parametrize(
+    ("options", "half", "device"),
+    [
+        ("--bf16 True --fp16 False", True, "cuda"),
+        ("--fp16 True --bf16 False", True, "cuda"),
+        ("--fp16 False", False, "cuda"),
+        ("--no_cuda True", False, "cpu"),
+        ("--use_cpu yes", False, "cpu"),
+    ],
+)
+def test_values_of_switches_are_read(options: str, half: bool, device: str, folder: Path) -> None:
+    command = read_command([*words(folder), *options.split()])
+    assert (command.args.training.bf16, command.device.type) == (half, device)
 
 
 def test_the_program_shows_and_writes_a_plan_for_a_gpu(
