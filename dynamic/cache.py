@@ -100,7 +100,7 @@ class CacheReport:
         lengths: tokens of each sample, by layer: `lengths[layer][sample]`. Padding does not count.
         bytes_held: memory behind the keys and values, free slots included.
         bytes_of_tokens: what the tokens in `lengths` need.
-        bytes_of_free_slots: less than `STEP` slots a row; what else `bytes_held` has beyond the tokens is padding.
+        bytes_of_free_slots: less than `STEP` slots a row, unless more were reserved; what else `bytes_held` has beyond the tokens is padding.
     """
 
     lengths: list[list[int]]
@@ -186,8 +186,8 @@ class SparseCache(Cache):
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more in every layer at once, behind a prompt.
 
-        Until they are there no shape of a sparse layer changes and no memory moves, as a captured CUDA graph or a model
-        that was compiled for fixed shapes requires. The memory is that of `tokens` more for each row.
+        Until they are there no shape of a sparse layer changes and no memory moves, as a model that was compiled for
+        fixed shapes requires. The memory is that of `tokens` more for each row.
 
         Raises:
             ValueError: the cache is empty.

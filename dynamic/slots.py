@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 STEP = 64
-"""A row of a cache has fewer free slots than this."""
+"""A row of a cache has fewer free slots than this, unless more were reserved."""
 
 
 def slots_for(tokens: int) -> int:

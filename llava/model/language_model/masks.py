@@ -63,7 +63,7 @@ def layer_masks(
             like transformers' own search for padding.
 
     Returns:
-        In the form that the attention implementation wants: None, (1, 1, L, L) for rows padded on the right where it
+        In the form that the attention implementation wants: None, (1, 1, L, L_total) for rows padded on the right where it
         wants a matrix, (B, 1, L, L_total) for others.
     """
     kinds = dict.fromkeys(layer_kinds(config))
