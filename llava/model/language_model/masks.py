@@ -63,8 +63,8 @@ def layer_masks(
             like transformers' own search for padding.
 
     Returns:
-        In the form that the attention implementation wants: None, (1, 1, L, L_total) for rows padded on the right where it
-        wants a matrix, (B, 1, L, L_total) for others.
+        In the form that the attention implementation wants: None, (1, 1, L, L_total) for rows padded on the right where
+        it wants a matrix, (B, 1, L, L_total) for others.
     """
     kinds = dict.fromkeys(layer_kinds(config))
     if _needs_no_padding_mask(config, hidden, attention_mask, cache, right_padded):
