@@ -100,8 +100,8 @@ class CacheReport:
         lengths: tokens of each sample, by layer: `lengths[layer][sample]`. Padding does not count.
         bytes_held: memory behind the keys and values, free slots included.
         bytes_of_tokens: what the tokens in `lengths` need.
-        bytes_of_free_slots: less than `STEP` slots a row, unless more were reserved; what else `bytes_held` has beyond the
-            tokens is padding.
+        bytes_of_free_slots: less than `STEP` slots a row, unless more were reserved; what else `bytes_held` has
+            beyond the tokens is padding.
     """
 
     lengths: list[list[int]]
