@@ -430,8 +430,7 @@ class TestComparison:
         """Programs that read weights afterwards, as upstream's do, switch the drawing of linear layers off."""
         monkeypatch.setattr(nn.Linear, "reset_parameters", lambda self: nn.init.constant_(self.weight, torch.nan))
         monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda tensor, **_: tensor.data.fill_(torch.inf))
-        model = tiny("llama")
-        block = next(iter(attach(model, CONFIG).values()))
+        block = next(iter(attach(tiny("llama"), CONFIG).values()))
         assert block.router.weight.isnan().all(), "what was there is there again"
         assert block.shared_A_gate.isinf().all()
 
