@@ -8,6 +8,8 @@ EXTRAS ?= dev,$(subst $(SPACE),$(COMMA),$(RUN_EXTRAS))
 LOWEST_RUN_EXTRAS := $(filter-out trl,$(RUN_EXTRAS))
 LOWEST_EXTRAS = $(subst $(SPACE),$(COMMA),$(filter-out trl,$(subst $(COMMA),$(SPACE),$(EXTRAS))))
 WORKERS ?= 2
+# Each process begins with a half and takes over from the other at the end, where the slow tests would keep one alone.
+PARALLEL = -n $(WORKERS) --dist worksteal
 ARGS ?=
 
 VENV := .venv
@@ -46,14 +48,14 @@ demo: install ## Train, evaluate and reload a tiny model on the CPU; writes play
 	$(OFFLINE) $(BIN)/python -m playground.demo $(ARGS)
 
 test: install test-core $(LMMS)/.installed ## Run all tests on constraints.txt (ARGS="tests/data -x" selects)
-	PYTHONPATH=$(CURDIR)/$(LMMS) $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not network" $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(LMMS) $(TEST_ENV) $(BIN)/python -m pytest $(PARALLEL) -m "not network" $(ARGS)
 
 test-core: install $(CORE)/.installed $(ALONE)/.installed ## Import every module with the core dependencies only, and use hydralora with torch, transformers and peft
 	$(OFFLINE) $(CORE)/bin/python -P tests/import_everything.py
 	$(OFFLINE) $(ALONE)/bin/python -P tests/hydralora/alone.py
 
 test-lowest: install $(LOWEST)/.installed ## Run the tests marked `versions` on the lowest versions admitted
-	$(TEST_ENV) $(LOWEST)/bin/python -m pytest -n $(WORKERS) -m "versions and not network" $(ARGS)
+	$(TEST_ENV) $(LOWEST)/bin/python -m pytest $(PARALLEL) -m "versions and not network" $(ARGS)
 
 # Versions of transformers that serving engines ask for; everything else as in the lowest set.
 SERVING_VERSIONS := 5.19 5.20
@@ -62,13 +64,13 @@ SERVING_TESTS := tests/llava/model/test_decoding.py tests/llava/model/test_gener
 
 test-serving-versions: install $(SERVING_VERSIONS:%=$(SERVING)-%/.installed) ## Test generation and conversion on transformers 5.19 and 5.20
 	for version in $(SERVING_VERSIONS); do \
-		$(TEST_ENV) $(SERVING)-$$version/bin/python -m pytest -n $(WORKERS) -m "not network" $(ARGS) $(SERVING_TESTS) || exit 1; \
+		$(TEST_ENV) $(SERVING)-$$version/bin/python -m pytest $(PARALLEL) -m "not network" $(ARGS) $(SERVING_TESTS) || exit 1; \
 	done
 
 test-latest: install ## Run all tests on what pip resolves today; never part of .ci/run
 	$(UV) venv --quiet --clear --python $(BIN)/python $(LATEST)
 	$(UV) pip install --quiet --python $(LATEST) --editable ".[$(EXTRAS)]"
-	$(TEST_ENV) $(LATEST)/bin/python -m pytest -n $(WORKERS) -m "not network" $(ARGS)
+	$(TEST_ENV) $(LATEST)/bin/python -m pytest $(PARALLEL) -m "not network" $(ARGS)
 
 test-lmms: install $(LMMS)/.installed ## Test our model in lmms-eval itself
 	PYTHONPATH=$(CURDIR)/$(LMMS) $(TEST_ENV) $(BIN)/python -m pytest -q tests/llava/eval/test_lmms.py $(ARGS)
