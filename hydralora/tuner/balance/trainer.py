@@ -84,10 +84,11 @@ class AdapterCallback(TrainerCallback, ExportableState):
                 terms.shares.state = own.get(name, {})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before a checkpoint: the means of all processes, of which one writes them all."""
+        """Before what may be a checkpoint: the means of all processes, of which one writes them all."""
         self._gathered = None
         moving = any(terms.shares.decay for losses in self._losses for terms in losses.adapters.values())
-        if control.should_save and moving and args.world_size > 1:
+        # With `save_strategy="best"` it is the evaluation that decides whether to save.
+        if (control.should_save or control.should_evaluate) and moving and args.world_size > 1:
             self._gathered = gather_object([self._means()])
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
