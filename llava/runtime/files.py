@@ -37,7 +37,7 @@ def read_errors() -> tuple[type[Exception], ...]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """True for torch's error of a full memory, which is no fault of a file."""
+    """True for torch's error of a full memory, which is not the fault of a file."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError)

@@ -22,6 +22,7 @@ from llava.errors import CheckpointError
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import save_checkpoint
 from llava.model.components import Component, components
+from llava.model.stored_dtype import DTYPES
 from llava.model.tower_record import is_own
 from llava.runtime.output import check_new, new_path
 from llava.runtime.program import run_program
@@ -29,8 +30,6 @@ from mma import folding
 from mma.config import MmaConfig
 from mma.extension import MmaExtension
 from mma.model import MODALITIES
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def build_parser() -> argparse.ArgumentParser:

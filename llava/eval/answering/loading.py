@@ -7,15 +7,13 @@ from typing import Any
 
 import torch
 
-from llava import constants
 from llava.data.answer_end import AnswerEnd, TurnEnd, answer_end, turn_end
 from llava.errors import FlagError
 from llava.eval.answering.prompts import new_conversation
 from llava.model.builder import load_pretrained_model
+from llava.model.stored_dtype import DTYPES
 from llava.runtime.finite_logits import no_answer
 from llava.runtime.hub import get_model_name_from_path
-
-DTYPES = {name: getattr(torch, name) for name in constants.DTYPES}
 
 
 @dataclass(frozen=True)

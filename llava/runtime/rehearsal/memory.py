@@ -6,9 +6,8 @@ ones alike. The size of a process, and what an allocator reserves or a kernel us
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any
 
@@ -49,7 +48,6 @@ class MemoryMeter(TorchDispatchMode):
         self.peak = dict(self.now)
         self.peak_work = self._work()
         self.flops = 0
-        self.default: Part | None = None
         self._live: dict[int, tuple[int, Part, Any]] = {}
         self._hooks: list[Any] = []
 
@@ -80,7 +78,7 @@ class MemoryMeter(TorchDispatchMode):
                 self.now[part] += known[0]
                 self._live[key] = (known[0], part, known[2])
             return
-        part = part or self.default or (Part.LOGITS if self._is_logits(tensor) else Part.ACTIVATIONS)
+        part = part or (Part.LOGITS if self._is_logits(tensor) else Part.ACTIVATIONS)
         size = int(storage.nbytes())
         self._live[key] = (size, part, weakref.ref(storage, lambda _: self._free(key)))
         self.now[part] += size
@@ -126,15 +124,6 @@ class MemoryMeter(TorchDispatchMode):
     def forget_peak(self) -> None:
         """Begin again: the peak is what lives now, no operations have been made."""
         self.peak, self.peak_work, self.flops = dict(self.now), self._work(), 0
-
-    @contextlib.contextmanager
-    def counting_as(self, part: Part) -> Iterator[None]:
-        """Count what is made within the block, and is not known yet, as one part."""
-        before, self.default = self.default, part
-        try:
-            yield
-        finally:
-            self.default = before
 
     def close(self) -> None:
         """Remove the hooks from the model."""
