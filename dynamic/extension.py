@@ -91,6 +91,10 @@ class DynamicExtension(Extension):
             *(() if instruct else ("instruct_keep_rate", "instruct_len_for_training")),
         }
 
+    def packing_problem(self, config: Config) -> str | None:
+        """Predictors and policy attention take a row as one sample."""
+        return "its predictors judge the image and the answer of one sample a row, and its attention masks their tokens"
+
     def attach(self, model: nn.Module, config: Config) -> None:
         """Add the predictors; their parameters are float32 whatever the base is.
 

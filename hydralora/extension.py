@@ -73,6 +73,10 @@ class HydraLoraExtension(Extension):
         linear = [name for name in options if name.startswith("hydralora_") and not options["hydralora_modules"]]
         return {*blocks, *linear, "vit_trainable"}
 
+    def packing_problem(self, config: Config) -> str | None:
+        """None: routing is by token, and the balance losses are by sample."""
+        return None
+
     def attach(self, model: nn.Module, config: Config) -> None:
         """Put blocks and updates in place; the added parameters are float32 whatever the base is.
 
@@ -113,7 +117,9 @@ class HydraLoraExtension(Extension):
                 if model.training:
                     watched.statistics.add(routings, inputs.attention_mask)
                 if watched.balance_weight > 0:
-                    loss = expert_balance_loss(routings, inputs.attention_mask)
+                    packed = inputs.packed
+                    texts = None if packed is None else (packed.samples, len(packed.rows))
+                    loss = expert_balance_loss(routings, inputs.attention_mask, texts)
                     found[f"{watched.prefix}balance"] = watched.balance_weight * loss
         return found
 

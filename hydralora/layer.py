@@ -345,7 +345,9 @@ class RoutedUpdate(RoutedModule, nn.Module):
         return f"experts={self.experts}, rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
 
 
-def expert_balance_loss(routings: Sequence[Routing], attention_mask: Tensor | None) -> Tensor:
+def expert_balance_loss(
+    routings: Sequence[Routing], attention_mask: Tensor | None, texts: tuple[Tensor, int] | None = None
+) -> Tensor:
     """Loss that is smallest when every expert gets the same share of tokens.
 
     With f_e the share of tokens whose most probable expert is e (no gradient) and P_e the mean probability of e, both
@@ -357,6 +359,8 @@ def expert_balance_loss(routings: Sequence[Routing], attention_mask: Tensor | No
         routings: of each block, (B, L, E).
         attention_mask: (B, L), true at valid tokens (images included, padding not); None: all are valid. A sample
             without any valid token contributes 0.
+        texts: of rows with several samples the number of the sample at each position, (B, L) int64, and how many
+            samples there are; other positions, of padding, have that as their number. None: every row is a sample.
 
     Returns:
         Scalar float32, not yet weighted. Blocks with different numbers of experts are balanced among those with as
@@ -367,7 +371,7 @@ def expert_balance_loss(routings: Sequence[Routing], attention_mask: Tensor | No
     """
     groups = by_experts(routings)
     blocks = sum(len(group) for group in groups)
-    losses = [_balance_of_equals(group, attention_mask) * (len(group) / blocks) for group in groups]
+    losses = [_balance_of_equals(group, attention_mask, texts) * (len(group) / blocks) for group in groups]
     total = losses[0]
     for loss in losses[1:]:
         total = total + loss.to(total.device)
@@ -382,7 +386,9 @@ def by_experts(routings: Sequence[Routing]) -> list[list[Routing]]:
     return [groups[experts] for experts in sorted(groups) if experts > 1 or len(groups) == 1]
 
 
-def _balance_of_equals(routings: Sequence[Routing], attention_mask: Tensor | None) -> Tensor:
+def _balance_of_equals(
+    routings: Sequence[Routing], attention_mask: Tensor | None, texts: tuple[Tensor, int] | None
+) -> Tensor:
     """`expert_balance_loss` of blocks that have equally many experts."""
     B, L, _ = routings[0].probabilities.shape
     device = routings[0].probabilities.device
@@ -397,6 +403,18 @@ def _balance_of_equals(routings: Sequence[Routing], attention_mask: Tensor | Non
     learned = stacked([routing.learned for routing in routings])  # (layers, B, L, E)
     act_by_it = all(routing.router is None for routing in routings)
     chosen = stacked_choices(routings, learned if act_by_it else None)
-    share, probability = ((values * valid).sum(dim=(0, 2)) for values in (chosen, learned))  # (B, E)
-    tokens = (len(routings) * valid.sum(dim=(1, 2))).clamp(min=1)[:, None]  # (B, 1)
+    if texts is None:
+        share, probability = ((values * valid).sum(dim=(0, 2)) for values in (chosen, learned))  # (B, E)
+        counted = valid.sum(dim=(1, 2))  # (B,)
+    else:
+        share, probability = (_by_text((values * valid).sum(dim=0), texts) for values in (chosen, learned))
+        counted = _by_text(valid.long(), texts)[:, 0]
+    tokens = (len(routings) * counted).clamp(min=1)[:, None]  # (B, 1); of samples, where rows have several
     return (share / tokens * (probability / tokens)).sum(dim=-1).mean()
+
+
+def _by_text(values: Tensor, texts: tuple[Tensor, int]) -> Tensor:
+    """The sum (samples, E) of `values` (B, L, E) over each sample; `texts` as of `expert_balance_loss`."""
+    numbers, count = texts
+    sums = torch.zeros(count + 1, values.shape[-1], dtype=values.dtype, device=values.device)
+    return sums.index_add(0, numbers.to(values.device).flatten(), values.flatten(0, 1))[:count]

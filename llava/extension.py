@@ -117,6 +117,14 @@ class Extension:
         """Names of those of its options that have no effect under the others; they are not recorded."""
         return ()
 
+    def packing_problem(self, config: Config) -> str | None:
+        """Why it cannot be trained on packed rows, or None if it can; asked before anything is loaded.
+
+        In packed rows `inputs.segments` has an entry for each sample, and `inputs.packed` says where the samples are.
+        An extension that looks at tokens one by one, or at samples by `packed`, returns None.
+        """
+        return "it does not say that it keeps the samples of a row apart"
+
     # 2. Inputs
     def on_inputs(self, model: nn.Module, config: Config, inputs: MultimodalInputs) -> MultimodalInputs:
         """See and change a spliced batch; called once per sequence, not for each decoded token."""

@@ -115,6 +115,46 @@ class SpliceOptions:
 
 
 @dataclass(frozen=True)
+class PackedRows:
+    """Where the samples of rows with several of them are (`--packing`); n samples, in the order of the batch.
+
+    Attributes:
+        samples: (B, L) int64, the number of the sample at each position; n at padding.
+        bounds: (sequences + 1,) int32, where each sample begins in the flattened (B L), and what pads a row as a
+            sequence of its own; the last one is B L.
+        longest: of the sequences between two bounds.
+        rows: the row of each sample.
+        positions: predicted positions that the batch would have with one sample a row, ignored ones included.
+    """
+
+    samples: Tensor
+    bounds: Tensor
+    longest: int
+    rows: tuple[int, ...]
+    positions: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedRows:
+        """The same with its tensors on `device`; nothing is waited for."""
+        samples, bounds = (each.to(device, non_blocking=non_blocking) for each in (self.samples, self.bounds))
+        return replace(self, samples=samples, bounds=bounds)
+
+    def pin_memory(self) -> PackedRows:
+        """The same in memory that copies to a GPU do not wait for."""
+        return replace(self, samples=self.samples.pin_memory(), bounds=self.bounds.pin_memory())
+
+    def sums(self, values: Tensor) -> Tensor:
+        """(n, ...): the sum of values (B, L, ...) over the positions of each sample."""
+        count = len(self.rows)
+        found = values.new_zeros(count + 1, *values.shape[2:])
+        return found.index_add(0, self.samples.to(values.device).flatten(), values.flatten(0, 1))[:count]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(B, L, ...): at each position the entry of its sample in `values` (n, ...); zero at padding."""
+        padded = torch.cat([values, values.new_zeros(1, *values.shape[1:])])
+        return padded[self.samples.to(values.device)]
+
+
+@dataclass(frozen=True)
 class SplicePlan:
     """A batch as it is after splicing, but for the embeddings.
 
@@ -125,7 +165,7 @@ class SplicePlan:
         input_ids: (B, L) int64, 0 at padding and images.
         labels: (B, L) int64, -100 where ignored.
         attention_mask: (B, L) bool, False at padding.
-        position_ids: (B, L) int64, counting the tokens of a row from 0; 0 at padding.
+        position_ids: (B, L) int64, counting the tokens of a sample from 0; 0 at padding.
         slots: (features,) int64, the places in the flattened (B L) that features take, in their order.
         feature_rows: (features,) int64, which features they are; None: all of them.
         features: number of features of the batch; None for a batch without images.
@@ -134,7 +174,8 @@ class SplicePlan:
         targets: how many of them count.
         padding: `left` or `right`, or `none` if all rows are equally long.
         options: what the plan was made with.
-        segments: one per row.
+        segments: one per sample, in the positions of its row.
+        packed: where the samples are, if rows may have several of them; None: every row is one.
     """
 
     input_ids: Tensor
@@ -150,18 +191,19 @@ class SplicePlan:
     padding: str
     options: SpliceOptions
     segments: list[Segments]
+    packed: PackedRows | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> SplicePlan:
         """The plan with its tensors on `device`; nothing is waited for."""
         if self.input_ids.device == torch.device(device):
             return self
-        return replace(
-            self, **{name: value.to(device, non_blocking=non_blocking) for name, value in self._tensors().items()}
-        )
+        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self._tensors().items()}
+        return replace(self, **moved, packed=self.packed and self.packed.to(device, non_blocking))
 
     def pin_memory(self) -> SplicePlan:
         """The plan in memory that copies to a GPU do not wait for; called by `DataLoader`."""
-        return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})
+        pinned = {name: value.pin_memory() for name, value in self._tensors().items()}
+        return replace(self, **pinned, packed=self.packed and self.packed.pin_memory())
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -179,6 +221,7 @@ class MultimodalInputs:
         segments: one `Segments` per sample.
         plan: what the batch was made by, if by a plan; knows where padding and
             targets are. Whoever changes lengths or labels sets it to None.
+        packed: see `SplicePlan`; `segments` has one entry per sample, not per row.
     """
 
     inputs_embeds: Tensor
@@ -187,6 +230,7 @@ class MultimodalInputs:
     position_ids: Tensor | None
     segments: list[Segments]
     plan: SplicePlan | None = None
+    packed: PackedRows | None = None
 
 
 @dataclass
@@ -203,6 +247,7 @@ class DecoderState:
         segments: one per sample during prefill and training, None while single tokens are decoded.
         layer_kwargs: extra keyword arguments for every following layer; they reach the attention function.
         carried: what an extension takes along from layer to layer, by the extension's name; it reaches no layer.
+        packed: where the samples are, if rows may have several of them; None: every row is one.
     """
 
     hidden_states: Tensor
@@ -214,3 +259,4 @@ class DecoderState:
     segments: list[Segments] | None
     layer_kwargs: dict[str, Any] = field(default_factory=dict)
     carried: dict[str, Any] = field(default_factory=dict)
+    packed: PackedRows | None = None

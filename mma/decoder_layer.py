@@ -58,8 +58,9 @@ class AdaptedLayer(nn.Module):
         Args:
             hidden_states: (B, L, D).
             args: further positional arguments of the plain layer.
-            modality_routing: weights (B, A, 2) of the two up-projections of each adapter; or a tuple with the mixed
-                up-projection of each adapter, (D, h + 1) or (B, D, h + 1); or `FIRST_POSITION`.
+            modality_routing: weights (B, A, 2) of the two up-projections of each adapter, or (B, L, A, 2) token by
+                token; or a tuple with the mixed up-projection of each adapter, (D, h + 1) or (B, D, h + 1); or
+                `FIRST_POSITION`.
             kwargs: passed to the attention, like `args`.
 
         Returns:
@@ -111,7 +112,7 @@ def _adapted(norm: nn.Module, x: Tensor, routing: LayerRouting, number: int) -> 
     if adapter is None:
         return x, None
     if isinstance(routing, Tensor):
-        return adapter(x, routing[:, number].to(x.device)), None
+        return adapter(x, routing[..., number, :].to(x.device)), None
     if routing:
         return adapter.through(x, routing[number].to(x.device)), None
     weights = adapter.route(x[:, 0])

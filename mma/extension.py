@@ -86,6 +86,12 @@ class MmaExtension(Extension):
             *(() if language or vision else ("adapter_dim", "adapter_dropout")),
         }
 
+    def packing_problem(self, config: Config) -> str | None:
+        """Adapters are mixed for each token by its sample; a skipped layer is skipped for a whole row."""
+        if config.get("drop_path", MmaConfig.drop_path):
+            return f"--drop_path {config['drop_path']:g} skips layers for a sample, and a row has several"
+        return None
+
     def attach(self, model: nn.Module, config: Config) -> None:
         """Put the adapters in place; their parameters are float32 whatever the base is.
 
@@ -135,6 +141,8 @@ class MmaExtension(Extension):
                 state.position_embeddings = decoder.rotary_emb(hidden, position_ids=state.position_ids)
             return routing
         routing = modality.routing_of([sample.has_image for sample in state.segments], hidden.device)
+        if state.packed is not None:
+            routing = replace(routing, modalities=state.packed.spread(routing.modalities))
         table = self._table(model, hidden, state.cache is not None)
         if table is None:
             return replace(routing, tokens=modality.start(decoder, hidden.dtype))

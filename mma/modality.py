@@ -42,7 +42,7 @@ class Routing:
     """What goes with a batch from layer to layer; never changed in place.
 
     Attributes:
-        modalities: (B,) int64, row of the modality embedding for each sample.
+        modalities: (B,) int64, row of the modality embedding for each sample; (B, L) where rows have several samples.
         alike: the row of all samples, or None if they differ.
         table: if it is known for all layers.
         tokens: (modalities, 1, D), the modality tokens as they enter the next layer, where there is no table.
@@ -59,7 +59,8 @@ class Routing:
         Without a table the modality tokens go through the layer.
         """
         table, tokens = self.table, self.tokens
-        if table is not None and table.ups:
+        by_token = self.modalities.ndim == 2 and self.alike is None  # a matrix for each token would be large
+        if table is not None and table.ups and not by_token:
             rows = self.modalities if self.alike is None else self.alike
             return self, tuple(up[rows] for up in table.ups[index])
         if table is not None:
@@ -67,7 +68,7 @@ class Routing:
         else:
             assert tokens is not None  # noqa: S101  # one of the two is there
             tokens, own = advance(decoder, index, tokens)
-        return replace(self, tokens=tokens), own[self.modalities.to(own.device)]
+        return replace(self, tokens=tokens), own[self.modalities.to(own.device)]  # (B, A, 2) or (B, L, A, 2)
 
 
 def start(decoder: Any, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -295,6 +296,16 @@ class HydraLoraConfig(PeftConfig):
         matching = {pattern: get_pattern_key(values, name) for pattern, values in given.items()}
         changes = {PATTERNS[pattern]: given[pattern][key] for pattern, key in matching.items() if key in given[pattern]}
         return dataclasses.replace(self, **changes) if changes else self
+
+    @classmethod
+    def packing_problem(cls, settings: Mapping[str, Any]) -> str | None:
+        """Why an adapter with these settings cannot be trained on the packed rows of a LLaVA, or None."""
+        if settings.get("routing", cls.routing) == RoutingUnit.SEQUENCE:
+            return "routing 'sequence' is decided once for each row; use 'token'"
+        weights = [name for name in ("balance_weight", "information_weight") if settings.get(name)]
+        if weights:
+            return f"{weights[0]} {settings[weights[0]]}: the loss is over the tokens of a row; leave it out"
+        return None
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.data.packing import Place, arrange
 from llava.data.targets import find_targets
 from llava.data.tiling import ImageLength
-from llava.segments import Segments, Span, SpliceOptions, SplicePlan, row_segments, shifted
+from llava.segments import PackedRows, Segments, Span, SpliceOptions, SplicePlan, row_segments, shifted
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,12 @@ class SplicePlanner:
     Attributes:
         config: of the model; settings that change later hold for later plans.
         image_length: says how many positions an image takes; None for a model without tower, which sees no images.
+        packing: put several samples into a row (`--packing`).
     """
 
     config: Any
     image_length: ImageLength | None
+    packing: bool = False
 
     def __call__(self, batch: Mapping[str, Any]) -> SplicePlan:
         """Plan a collated batch with `input_ids`, `labels`, `attention_mask`, and `images` if it has any.
@@ -43,7 +46,7 @@ class SplicePlanner:
         if images is not None and self.image_length is not None:
             pairs = zip(images, [(1, 1)] * len(images) if sizes is None else sizes, strict=True)
             lengths = [self.image_length(image, tuple(size)) for image, size in pairs]
-        return plan_splice(batch["input_ids"], batch["labels"], batch["attention_mask"], lengths, options)
+        return plan_splice(batch["input_ids"], batch["labels"], batch["attention_mask"], lengths, options, self.packing)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def plan_splice(
     attention_mask: Tensor | None,
     image_lengths: Sequence[int] | None,
     options: SpliceOptions,
+    packing: bool = False,
 ) -> SplicePlan:
     """Plan the splicing of a batch, on the CPU; ids on another device are waited for, once.
 
@@ -88,6 +92,7 @@ def plan_splice(
         image_lengths: P of each image in row order, one per image token; a row without image token has one that adds
             nothing. None for a batch that never had images: it is not cut, as upstream cuts where it splices.
         options: lengths, sides and marker.
+        packing: put several samples into a row of at most `max_length`; rows are padded on the right then.
 
     Raises:
         ValueError: more or fewer images than the rows need, or image tokens without any image.
@@ -109,9 +114,16 @@ def plan_splice(
         features += sum(mine)
         rows.append(row)
         segments.append(parts)
+    capacity = options.max_length
     if image_lengths is None:
         options = replace(options, max_length=None)
-    return _assembled(rows, segments, None if image_lengths is None else features, options)
+    limits = [row.length if options.max_length is None else min(row.length, options.max_length) for row in rows]
+    if packing:
+        layout = _Layout(limits, arrange(limits, capacity), "right")
+    else:
+        layout = _Layout.of_rows(limits, options.padding_side)
+    plan = _assembled(rows, segments, None if image_lengths is None else features, options, layout)
+    return replace(plan, packed=_packed_rows(layout)) if packing else plan
 
 
 def _on_host(input_ids: Tensor, labels: Tensor | None, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,23 +172,51 @@ def answer_start(labels: Tensor) -> int:
     return int(ignored[-1]) + 1 if len(ignored) else 0
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Where the samples of a batch are.
+
+    Attributes:
+        lengths: of each sample, after it was cut.
+        places: of each sample.
+        side: that padding is on.
+    """
+
+    lengths: Sequence[int]
+    places: Sequence[Place]
+    side: str
+
+    @classmethod
+    def of_rows(cls, lengths: Sequence[int], side: str) -> _Layout:
+        """A row for each sample."""
+        longest = max(lengths, default=0)
+        starts = [longest - length if side == "left" else 0 for length in lengths]
+        return cls(lengths, [Place(row, start) for row, start in enumerate(starts)], side)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, L)."""
+        ends = [place.start + length for place, length in zip(self.places, self.lengths, strict=True)]
+        return max((place.row + 1 for place in self.places), default=0), max(ends, default=0)
+
+
 def _assembled(
-    rows: Sequence[_Row], segments: Sequence[Segments], features: int | None, options: SpliceOptions
+    rows: Sequence[_Row], segments: Sequence[Segments], features: int | None, options: SpliceOptions, layout: _Layout
 ) -> SplicePlan:
-    """Cut the rows, pad them to the longest one, and put them together."""
-    limits = [row.length if options.max_length is None else min(row.length, options.max_length) for row in rows]
-    longest, batch = max(limits, default=0), len(rows)
+    """Cut the samples and put them in their places."""
+    batch, longest = layout.shape
     ids = torch.zeros(batch, longest, dtype=torch.long)
     labels = torch.full((batch, longest), IGNORE_INDEX)
     mask = torch.zeros(batch, longest, dtype=torch.bool)
     positions = torch.zeros(batch, longest, dtype=torch.long)
     slots, sources, moved = [], [], []
-    for index, (row, length, parts) in enumerate(zip(rows, limits, segments, strict=True)):
-        offset = longest - length if options.padding_side == "left" else 0
+    for row, length, (index, offset), parts in zip(rows, layout.lengths, layout.places, segments, strict=True):
         kept = row.places < length
         places = row.places[kept] + offset
         ids[index, places] = row.ids[kept].long()
         labels[index, places] = row.labels[kept].long()
+        if offset and length and layout.side == "right":
+            labels[index, offset] = IGNORE_INDEX  # the sample in front of it must not predict how it begins
         mask[index, offset : offset + length] = True
         positions[index, offset : offset + length] = torch.arange(length)
         for span, first in zip(row.images, row.first, strict=True):
@@ -199,7 +239,25 @@ def _assembled(
         target_positions=found_targets.positions,
         target_labels=found_targets.labels,
         targets=int((found_targets.labels != IGNORE_INDEX).sum()),
-        padding="none" if len(set(limits)) <= 1 else options.padding_side,
+        padding="none" if bool(mask.all()) else layout.side,
         options=options,
         segments=moved,
+    )
+
+
+def _packed_rows(layout: _Layout) -> PackedRows:
+    """What keeps the samples of packed rows apart."""
+    batch, longest = layout.shape
+    samples = torch.full((batch, longest), len(layout.lengths))
+    starts = {0, batch * longest}
+    for number, (length, (row, start)) in enumerate(zip(layout.lengths, layout.places, strict=True)):
+        samples[row, start : start + length] = number
+        starts |= {row * longest, row * longest + start, row * longest + start + length}
+    bounds = torch.tensor(sorted(starts), dtype=torch.int32)
+    return PackedRows(
+        samples=samples,
+        bounds=bounds,
+        longest=int(bounds.diff().max()) if len(bounds) > 1 else 0,
+        rows=tuple(place.row for place in layout.places),
+        positions=len(layout.lengths) * (max(layout.lengths, default=0) - 1),
     )

@@ -207,9 +207,14 @@ class LlavaMetaForCausalLM:
         """Lengths and sides as the configuration has them."""
         return SpliceOptions.of_config(self.config)
 
-    def splice_planner(self) -> SplicePlanner:
-        """What plans the batches of this model where they are collated; see `DataCollatorForSupervisedDataset`."""
-        return SplicePlanner(self.config, None if self.get_vision_tower() is None else self.image_length())
+    def splice_planner(self, packing: bool = False) -> SplicePlanner:
+        """What plans the batches of this model where they are collated; see `DataCollatorForSupervisedDataset`.
+
+        Args:
+            packing: put several samples into a row; without a loss nothing reads such rows.
+        """
+        length = None if self.get_vision_tower() is None else self.image_length()
+        return SplicePlanner(self.config, length, packing)
 
     def build_inputs(
         self,

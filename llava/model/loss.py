@@ -31,6 +31,7 @@ def language_model_loss(
     reduction: LossReduction,
     num_items_in_batch: Tensor | int | None = None,
     smoothing: float = 0.0,
+    positions: int | None = None,
 ) -> Tensor:
     """Cross entropy of every position's prediction of the next label, in fp32.
 
@@ -41,11 +42,12 @@ def language_model_loss(
         num_items_in_batch: `target` only: targets of all micro batches and ranks that make up one update; None
             averages over this micro batch.
         smoothing: of the labels, see `cross_entropy_sum`.
+        positions: `all` only: what is divided by, where samples share rows; None: the positions of `labels`.
 
     Returns:
         fp32 scalar; 0 for a batch without any target.
     """
-    return _reduced(cross_entropy_sum(logits, labels, smoothing), labels, reduction, num_items_in_batch)
+    return _reduced(cross_entropy_sum(logits, labels, smoothing), labels, reduction, num_items_in_batch, positions)
 
 
 def target_loss(
@@ -56,6 +58,7 @@ def target_loss(
     reduction: LossReduction,
     num_items_in_batch: Tensor | int | None = None,
     smoothing: float = 0.0,
+    positions: int | None = None,
 ) -> Tensor:
     """`language_model_loss` of the logits that `head` would give, which are computed for trained tokens alone.
 
@@ -69,6 +72,7 @@ def target_loss(
         reduction: as above, like the other arguments.
         num_items_in_batch: as above.
         smoothing: as above.
+        positions: as above.
 
     Raises:
         ValueError: there are more or fewer hidden states than labels.
@@ -78,19 +82,23 @@ def target_loss(
             f"there are hidden states of {tuple(hidden.shape[:2])} positions and labels of {tuple(labels.shape)}; what "
             "drops tokens from a pass with a loss must drop their labels too"
         )
-    positions, wanted = find_targets(labels) if targets is None else targets
-    selected = hidden.flatten(0, 1).index_select(0, positions.to(hidden.device))  # (n, D)
+    places, wanted = find_targets(labels) if targets is None else targets
+    selected = hidden.flatten(0, 1).index_select(0, places.to(hidden.device))  # (n, D)
     total = summed_loss(head, selected, wanted.to(hidden.device), smoothing)
-    return _reduced(total, labels, reduction, num_items_in_batch)
+    return _reduced(total, labels, reduction, num_items_in_batch, positions)
 
 
 def _reduced(
-    total: Tensor, labels: Tensor, reduction: LossReduction, num_items_in_batch: Tensor | int | None
+    total: Tensor,
+    labels: Tensor,
+    reduction: LossReduction,
+    num_items_in_batch: Tensor | int | None,
+    positions: int | None,
 ) -> Tensor:
     """The summed cross entropy divided as `reduction` says; arguments as of `language_model_loss`."""
     shifted = labels[:, 1:]  # (B, L - 1)
     if reduction is LossReduction.ALL:
-        return total / max(1, shifted.numel())
+        return total / max(1, shifted.numel() if positions is None else positions)
     if num_items_in_batch is None:
         return total / (shifted != IGNORE_INDEX).sum().clamp(min=1)
     return total / num_items_in_batch

@@ -76,7 +76,9 @@ def carry_out(plan: SplicePlan, images: Sequence[Tensor] | None, embed_tokens: n
         if plan.feature_rows is not None:
             features = features.index_select(0, plan.feature_rows)
         embeds = embeds.flatten(0, 1).index_put((plan.slots,), features).view_as(embeds)
-    return MultimodalInputs(embeds, plan.labels, plan.attention_mask, plan.position_ids, plan.segments, plan)
+    return MultimodalInputs(
+        embeds, plan.labels, plan.attention_mask, plan.position_ids, plan.segments, plan, plan.packed
+    )
 
 
 def check_plan(plan: SplicePlan, input_ids: Tensor, options: SpliceOptions) -> None:
@@ -85,9 +87,9 @@ def check_plan(plan: SplicePlan, input_ids: Tensor, options: SpliceOptions) -> N
     Raises:
         ValueError: it has another number of rows, or was made with other lengths and sides; names both.
     """
-    if len(plan.input_ids) != len(input_ids):
+    if len(plan.segments) != len(input_ids):
         raise ValueError(
-            f"the plan is of {len(plan.input_ids)} rows, the batch has {len(input_ids)}; plan each batch by itself, or "
+            f"the plan is of {len(plan.segments)} rows, the batch has {len(input_ids)}; plan each batch by itself, or "
             "leave `plan` out"
         )
     wanted = replace(options, max_length=None) if plan.features is None else options

@@ -22,6 +22,7 @@ from llava.train.evaluation.options import evaluation_problems
 from llava.train.freeze import trained_components
 from llava.train.inputs import output_problems
 from llava.train.options import RunArguments
+from llava.train.packing import packing_problems
 from llava.train.peft_file import file_problems
 from llava.train.streaming import stream_problems
 
@@ -190,7 +191,7 @@ def check_arguments(args: RunArguments) -> None:
     """
     problems = _values(args) + _rates(args) + _tiles(args) + _files(args)
     problems += _contradictions(args) + _switched_off(args) + output_problems(args)
-    problems += stream_problems(args)
+    problems += stream_problems(args) + packing_problems(args)
     problems += evaluation_problems(args.evaluation, args.training)
     problems += fsdp_problems(args.training, args.training.bits, "--bits") + hub_problems(args.training)
     problems += file_problems(args.training.peft_config, args.given, args.training.lora_enable)

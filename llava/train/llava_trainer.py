@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,14 @@ class LLaVATrainer(MonitoredTrainer):
         return super()._get_learning_rate()
 
     # Evaluation
+
+    @property
+    def eval_collator(self) -> Any:
+        """Rows of one sample each, whose losses are told apart."""
+        planner = getattr(self.data_collator, "planner", None)
+        if planner is None or not planner.packing:
+            return self.data_collator
+        return replace(self.data_collator, planner=replace(planner, packing=False))
 
     def row_losses(self, model: nn.Module, batch: dict[str, Any]) -> RowLosses:
         """The language-model losses of a batch's rows, and the losses of the extensions."""

@@ -74,6 +74,11 @@ class DataArguments:
     shuffle_buffer: int = option(
         "--streaming: rows among which the next one is drawn; 0 keeps the order of each source", 1000
     )
+    packing: bool = option(
+        "put several samples of a micro batch into one row of up to --model_max_length positions; they do not see each "
+        "other, and losses are those of a row each",
+        False,
+    )
     lazy_preprocess: bool = option("accepted for compatibility: samples are always prepared when needed", False)
     is_multimodal: bool = option("accepted for compatibility: set whenever there is a vision tower", False)
     image_folder: str | None = option("folder that the image names in the data are relative to")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from llava.data.dataset import LazySupervisedDataset
 from llava.data.streams.dataset import StreamedDataset
+from llava.model.language_model.causal_lm import LlavaForCausalLM
+from llava.model.language_model.packed_attention import BOUNDED, NAME, packed_kernel
 from llava.runtime.run_record import Resumption
 from llava.train.base_settings import changed_settings, kept_settings
 from llava.train.base_template import template_line
@@ -62,6 +65,18 @@ def say_data(args: RunArguments, dataset: LazySupervisedDataset | StreamedDatase
         say(args, "data", f"a stream of {names}, {order}")
     else:
         say(args, "data", f"{len(dataset):,} rows of {names}")
+
+
+def say_packing(args: RunArguments, llava: LlavaForCausalLM) -> None:
+    """How the samples of a row are kept apart, if rows may have several."""
+    if not args.data.packing:
+        return
+    chosen, training = llava.config._attn_implementation, args.training
+    half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else llava.dtype
+    kernel = packed_kernel(llava.config, training.device, half) if chosen == NAME else None
+    means = "a block-diagonal mask" if kernel is None else kernel.__name__.replace("_", " ")
+    way = chosen if chosen in BOUNDED else means
+    say(args, "packing", f"rows of up to {training.model_max_length:,} positions, samples kept apart by {way}")
 
 
 def say_evaluation(args: RunArguments, rows: int, questions: Examination | None) -> None:

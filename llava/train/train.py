@@ -24,6 +24,7 @@ from llava.data.skipped import remove_skipped
 from llava.data.streams.dataset import StreamedDataset
 from llava.model.formats import has_results
 from llava.model.language_model.causal_lm import LlavaForCausalLM
+from llava.model.language_model.packed_attention import use_packed_attention
 from llava.runtime import checkpointing
 from llava.runtime.monitoring.stopping import early_stopping
 from llava.runtime.program import run_program
@@ -44,7 +45,7 @@ from llava.train.opened_data import check_data
 from llava.train.options import DataArguments, ModelArguments, RunArguments, TrainingArguments
 from llava.train.publication import publish_llava
 from llava.train.run import Run
-from llava.train.steps import say, say_data, say_evaluation, say_training
+from llava.train.steps import say, say_data, say_evaluation, say_packing, say_training
 from llava.train.summary import next_command, print_summary
 
 __all__ = ["DataArguments", "ModelArguments", "Run", "TrainingArguments", "build_run", "main", "parse_args"]
@@ -93,8 +94,11 @@ def build_run(
     checkpointing.keep_the_graph(training)
     model = parts.model(args, tokenizer, attn_implementation)
     llava = model.get_base_model() if training.has_adapter else model
+    if args.data.packing:
+        use_packed_attention(llava)
     dataset = parts.dataset(args, tokenizer, llava)
     say_data(args, dataset)
+    say_packing(args, llava)
     rows = parts.evaluation_rows(args, tokenizer, llava)
     say_evaluation(args, len(rows), questions)
     stops = args.evaluation
@@ -107,7 +111,7 @@ def build_run(
         examination=questions,
         train_dataset=dataset,
         eval_dataset=rows,
-        data_collator=DataCollatorForSupervisedDataset(tokenizer, llava.splice_planner()),
+        data_collator=DataCollatorForSupervisedDataset(tokenizer, llava.splice_planner(args.data.packing)),
         processing_class=tokenizer,
         callbacks=callbacks + early_stopping(stops.early_stopping_patience, stops.early_stopping_threshold),
     )

@@ -28,7 +28,7 @@ from llava.runtime.finite_logits import WatchedGeneration
 from llava.runtime.offloading import execution_device
 from llava.runtime.trainer_options.noise import text_positions, with_noise
 from llava.runtime.versions import warn_once
-from llava.segments import MultimodalInputs, Segments, SplicePlan
+from llava.segments import MultimodalInputs, PackedRows, Segments, SplicePlan
 
 
 @dataclass
@@ -139,6 +139,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         inputs: MultimodalInputs | None = None
         targets: Targets | None = None
         right_padded: bool | None = None
+        packed: PackedRows | None = None
         starts_sequence = cache is None or cache.get_seq_length() == 0
         if plan is not None and (inputs_embeds is not None or not starts_sequence):
             raise ValueError("`plan` goes with the `input_ids` of a first pass, not with embeddings or a filled cache")
@@ -148,7 +149,8 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             padding_side = None if planned else self._input_padding_side(attention_mask)
             inputs = self.build_inputs(input_ids, attention_mask, labels, images, image_sizes, padding_side, plan)
             if self.training and self.noise_alpha:
-                inputs.inputs_embeds = with_noise(inputs.inputs_embeds, text_positions(inputs), self.noise_alpha)
+                noised = text_positions(inputs)
+                inputs.inputs_embeds = with_noise(inputs.inputs_embeds, noised, self.noise_alpha, inputs.packed)
             inputs = self.extensions.on_inputs(self, inputs)
             # What the plan knows holds as long as no extension puts other tensors in place.
             plan = inputs.plan
@@ -158,7 +160,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
                 right_padded = plan.padding != "left"
             input_ids, inputs_embeds, segments = None, inputs.inputs_embeds, inputs.segments
             position_ids, labels = inputs.position_ids, inputs.labels
-            attention_mask = inputs.attention_mask
+            attention_mask, packed = inputs.attention_mask, inputs.packed
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -168,6 +170,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             use_cache=use_cache,
             segments=segments,
             right_padded=right_padded,
+            packed=packed,
             **kwargs,
         )
         hidden, losses = outputs.last_hidden_state, None  # (B, L, D)
@@ -178,7 +181,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             logits = self.lm_head(hidden[:, keep])  # (B, L, V)
         if labels is not None:
             smoothing = self.label_smoothing if self.training else 0.0  # an evaluation's loss is a perplexity's
-            divided = (self.loss_reduction, num_items_in_batch, smoothing)
+            divided = (self.loss_reduction, num_items_in_batch, smoothing, None if packed is None else packed.positions)
             if logits is None:
                 lm = target_loss(self.lm_head, hidden, labels, targets, *divided)
             else:

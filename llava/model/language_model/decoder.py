@@ -16,9 +16,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from llava.errors import FlagError
 from llava.extension import ExtensionSet
 from llava.model.language_model.masks import layer_kinds, layer_masks
+from llava.model.language_model.packed_attention import packed_masks
 from llava.model.llava_arch import LlavaMetaModel
 from llava.runtime.cache_name import cache_keyword, layer_cache_keyword, takes_cache
-from llava.segments import DecoderState, Segments
+from llava.segments import DecoderState, PackedRows, Segments
 
 _OUTPUT_CACHE = cache_keyword(BaseModelOutputWithPast)
 
@@ -55,6 +56,7 @@ class LlavaDecoder(LlavaMetaModel):
         use_cache: bool | None = None,
         segments: list[Segments] | None = None,
         right_padded: bool | None = None,
+        packed: PackedRows | None = None,
         **layer_kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
@@ -69,16 +71,18 @@ class LlavaDecoder(LlavaMetaModel):
                 checkpointed.
             segments: see `DecoderState`.
             right_padded: True: `attention_mask` is known to be padded on the right alone; see `layer_masks`.
+            packed: where the samples of rows with several of them are; such rows leave no cache.
             layer_kwargs: handed to every layer and its attention function.
 
         Raises:
+            FlagError: the attention of this model does not keep packed samples apart.
             ValueError: both or neither of `input_ids` and `inputs_embeds` are given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         use_cache = self.config.use_cache if use_cache is None else use_cache
         # A checkpointed layer runs again in the backward pass and would store its keys twice.
-        if self.gradient_checkpointing and self.training:
+        if (self.gradient_checkpointing and self.training) or packed is not None:
             use_cache = False
         # Extensions are attached to the causal model where there is one, and find their parts from there.
         host = self.host[0] if self.host else self
@@ -94,11 +98,23 @@ class LlavaDecoder(LlavaMetaModel):
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen)[None]
         # One mask for each kind of layer (full, sliding window), made once and shared by all layers of that kind.
         kinds = layer_kinds(self.config)
-        masks = layer_masks(self.config, hidden, attention_mask, position_ids, cache, right_padded)
+        if packed is None:
+            masks = layer_masks(self.config, hidden, attention_mask, position_ids, cache, right_padded)
+        else:
+            masks, bounds = packed_masks(self.config, hidden, packed)
+            layer_kwargs |= bounds
         # The state is what travels from layer to layer. An extension may shorten it, together with positions and masks.
         positions = self.rotary_emb(hidden, position_ids=position_ids)
         state = DecoderState(
-            hidden, attention_mask, position_ids, positions, masks[kinds[0]], cache, segments, layer_kwargs
+            hidden,
+            attention_mask,
+            position_ids,
+            positions,
+            masks[kinds[0]],
+            cache,
+            segments,
+            layer_kwargs,
+            packed=packed,
         )
         # Collected here, before each layer: between two layers an extension may have dropped tokens.
         record_all = bool(state.layer_kwargs.pop("output_hidden_states", False))

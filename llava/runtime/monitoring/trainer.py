@@ -80,6 +80,11 @@ class MonitoredTrainer(ResumableTrainer):
         labels = batch.pop("labels")
         return row_losses(model(**batch).logits, labels)
 
+    @property
+    def eval_collator(self) -> Any:
+        """Makes the batches of an evaluation, a row for each item."""
+        return self.data_collator
+
     def row_groups(self, row: int) -> Sequence[str]:
         """The groups of a row of the evaluation data; each has a loss of its own, `eval_<group>_loss`."""
         return ()
@@ -114,7 +119,7 @@ class MonitoredTrainer(ResumableTrainer):
         sampler = ShareSampler(len(dataset), args.eval_batch_size, args.process_index, args.world_size)
         return share_loader(
             dataset,
-            self.data_collator,
+            self.eval_collator,
             sampler,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",

@@ -7,12 +7,15 @@ which follows its own tokens, is computed for real.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.attention import varlen
 
 from llava.model.checkpoint import bare_model
+from llava.model.language_model import packed_attention
 from llava.runtime.rehearsal.fake_device import FakeDevice, UnknownValueError, on_device
 from llava.runtime.tokenizer import load_tokenizer
 from llava.train.plan.command import read_command
@@ -58,6 +61,38 @@ def test_a_training_step_stays_on_one_device(name: str, folder: Path) -> None:
     update = measure(read_command([*words(folder, name), "--bf16", "True", "--gradient_checkpointing", "True"]), 2)
     assert update.flops > 0
     assert sum(update.waits.values()) <= WAITS_OF_A_STEP, update.waits
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_packed_rows_take_the_bounds_of_their_samples(
+    precision: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every layer calls torch's kernel, and no mask is made; in float32, which it does not take, it is the mask."""
+    called: list[tuple[str, torch.dtype, int, tuple[int, int]]] = []
+    masks: list[torch.Size] = []
+    kernel, make = varlen.varlen_attn, packed_attention._block_mask
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        called.append((q.device.type, q.dtype, args[2], kwargs["window_size"]))
+        return kernel(q, k, v, *args, **kwargs)
+
+    def noted(*args: Any) -> torch.Tensor:
+        mask = make(*args)
+        masks.append(mask.shape)
+        return mask
+
+    monkeypatch.setattr(varlen, "varlen_attn", spy)
+    monkeypatch.setattr(packed_attention, "_block_mask", noted)
+    half = ["--bf16", "True"] if precision == "bf16" else []
+    update = measure(read_command([*words(folder, "none"), *half, "--packing", "True"]), 2)
+    assert sum(update.waits.values()) <= WAITS_OF_A_STEP, update.waits
+    if half:
+        assert set(called) == {("cuda", torch.bfloat16, 96, (-1, 0))}
+        assert len(called) % 3 == 0  # layers
+        assert not masks
+    else:
+        assert not called
+        assert set(masks) == {(2, 1, 96, 96)}
 
 
 @pytest.mark.parametrize("name", ["none"])
