@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from llava.data.pixels import expand2square, process_image, process_images
+from llava.data.pixels import expand2square, process_anyres_image, process_image, process_images
 from llava.data.tiling import (
     divide_to_patches,
     get_anyres_image_grid_shape,
-    process_anyres_image,
     resize_and_pad_image,
     select_best_resolution,
 )

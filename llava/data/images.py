@@ -228,7 +228,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image.load()
         image.info.pop("transparency")  # Pillow warns that it is lost, which is meant
-    return image.convert("RGB")
+    rgb = image.convert("RGB")
+    rgb.info.pop("transparency", None)  # newer processors would make this colour white
+    return rgb
 
 
 class ProcessedImage(NamedTuple):

@@ -240,7 +240,7 @@ class RowReports(Dataset[RowReport]):
             report.problems.append(Problem(Kind.TOO_LONG, message))
             return
         try:
-            refuse_cut_images(image_starts(prompt.input_ids.tolist(), lengths), settings.max_length)
+            refuse_cut_images(image_starts(prompt.input_ids, lengths), settings.max_length)
         except ImageCutError as error:
             report.problems.append(Problem(Kind.IMAGE_CUT, str(error)))
         if report.cut:

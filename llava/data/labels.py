@@ -7,10 +7,11 @@ tokenizes parts again and compares lengths, and drops a conversation without err
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ from llava.conversation import Conversation, Piece, SeparatorStyle
 from llava.data.image_names import is_mark
 from llava.data.turns import SPEAKERS, Turn, excerpt, place_image, training_pieces, turn_text
 from llava.errors import ImageCountError, ImageCutError, NoTargetError, TokenBorderError
-from llava.runtime.tokenizer import encode_with_spans, starts_with_bos
+from llava.runtime.tokenizer import encode_covered, starts_with_bos
 from llava.segments import Span
 
 
@@ -32,13 +33,18 @@ class TokenizedPrompt:
         input_ids: int64 (T,); each image is one `IMAGE_TOKEN_INDEX`.
         labels: int64 (T,); the id where it is a target, else `IGNORE_INDEX`, also at images.
         prompt: the text that was tokenized.
-        spans: the characters of `prompt` that each token covers.
+        covered: int64 (T, 2), the characters of `prompt` that each token covers, `[start, end)`.
     """
 
     input_ids: Tensor
     labels: Tensor
     prompt: str
-    spans: list[Span]
+    covered: Tensor
+
+    @property
+    def spans(self) -> list[Span]:
+        """The characters of `prompt` that each token covers."""
+        return [Span(*bounds) for bounds in self.covered.tolist()]
 
 
 def tokenize_conversation(
@@ -83,13 +89,14 @@ def tokenize_conversation(
             f"{found} {DEFAULT_IMAGE_TOKEN} in the text but {image_count} image(s) in the sample; write one "
             f"{DEFAULT_IMAGE_TOKEN} for each image. The prompt is: {excerpt(prompt, prompt.find(DEFAULT_IMAGE_TOKEN))}"
         )
-    ids, spans = _encode(prompt, tokenizer, has_images, not template.writes_bos)
-    labels = _labels(ids, spans, pieces, prompt)
+    ids, covered = _encode(prompt, tokenizer, has_images, not template.writes_bos)
+    labels = _labels(ids, covered, pieces, prompt)
     _check_target(ids, labels, prompt, max_length, patches_per_image)
     if max_length is not None:
         refuse_cut_images(image_starts(ids, patches_per_image), max_length)
     end = None if has_images else max_length
-    return TokenizedPrompt(torch.tensor(ids[:end]), torch.tensor(labels[:end]), prompt, spans[:end])
+    cut_ids, cut_labels, cut_covered = (torch.from_numpy(each[:end]) for each in (ids, labels, covered))
+    return TokenizedPrompt(cut_ids, cut_labels, prompt, cut_covered)
 
 
 def refuse_blind_marks(turns: Sequence[Turn], texts: Sequence[str]) -> None:
@@ -106,14 +113,14 @@ def refuse_blind_marks(turns: Sequence[Turn], texts: Sequence[str]) -> None:
             )
 
 
-def image_starts(ids: Sequence[int], patches_per_image: int | Sequence[int]) -> list[int]:
+def image_starts(ids: Sequence[int] | np.ndarray | Tensor, patches_per_image: int | Sequence[int]) -> list[int]:
     """Position at which each image of a prompt begins, once every image has its full length.
 
     Args:
         ids: T token ids; each image is one `IMAGE_TOKEN_INDEX`.
         patches_per_image: embeddings per image, or those of each image.
     """
-    marks = [position for position, index in enumerate(ids) if index == IMAGE_TOKEN_INDEX]
+    marks = np.flatnonzero(np.asarray(ids) == IMAGE_TOKEN_INDEX).tolist()
     lengths = [patches_per_image] * len(marks) if isinstance(patches_per_image, int) else list(patches_per_image)
     return [mark - number + sum(lengths[:number]) for number, mark in enumerate(marks)]
 
@@ -134,49 +141,57 @@ def refuse_cut_images(starts: Sequence[int], max_length: int) -> None:
 
 def _encode(
     prompt: str, tokenizer: PreTrainedTokenizerBase, has_images: bool, add_bos: bool
-) -> tuple[list[int], list[Span]]:
-    """Ids of the prompt and the characters that each one covers; see `tokenizer_image_token` for those of an image."""
-    ids, spans = ([tokenizer.bos_token_id], [Span(0, 0)]) if add_bos and starts_with_bos(tokenizer) else ([], [])
-    parts = re.split(f"({DEFAULT_IMAGE_TOKEN})", prompt) if has_images else [prompt]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of the prompt, int64 (T,), and the characters that each one covers, int64 (T, 2).
+
+    See `tokenizer_image_token` for the ids of a prompt with images.
+    """
+    texts = prompt.split(DEFAULT_IMAGE_TOKEN) if has_images else [prompt]
+    begins = [tokenizer.bos_token_id] if add_bos and starts_with_bos(tokenizer) else []
+    ids, covered = [np.array(begins, np.int64)], [np.zeros((len(begins), 2), np.int64)]
     start = 0
-    for part in parts:
-        if has_images and part == DEFAULT_IMAGE_TOKEN:
-            part_ids, part_spans = [IMAGE_TOKEN_INDEX], [Span(0, len(part))]
-        else:
-            part_ids, part_spans = encode_with_spans(tokenizer, part)
-        ids += part_ids
-        spans += [Span(start + span.start, start + span.end) for span in part_spans]
-        start += len(part)
-    return ids, spans
+    for number, (text, part) in enumerate(zip(texts, encode_covered(tokenizer, texts), strict=True)):
+        if number > 0:
+            ids.append(np.array([IMAGE_TOKEN_INDEX]))
+            covered.append(np.array([[start, start + len(DEFAULT_IMAGE_TOKEN)]]))
+            start += len(DEFAULT_IMAGE_TOKEN)
+        ids.append(np.array(part.ids, np.int64))
+        bounds = np.fromiter(chain.from_iterable(part.spans), np.int64, 2 * len(part.spans))
+        covered.append(bounds.reshape(-1, 2) + start)
+        start += len(text)
+    return np.concatenate(ids), np.concatenate(covered)
 
 
-def _labels(ids: list[int], spans: list[Span], pieces: list[Piece], prompt: str) -> list[int]:
-    """Label of each token: its id if its characters are trained on.
+def _labels(ids: np.ndarray, covered: np.ndarray, pieces: list[Piece], prompt: str) -> np.ndarray:
+    """Label of each token, int64 (T,): its id if its characters are trained on.
 
     A token without characters (a dummy prefix, the first bytes of a character) goes with the character that follows.
     """
-    trained = [piece.trained for piece in pieces for _ in piece.text]
-    labels = []
-    for index, span in zip(ids, spans, strict=True):
-        kinds = set(trained[span.start : max(span.end, span.start + 1)])
-        if len(kinds) == 2:
-            raise TokenBorderError(
-                f"the token {prompt[span.start : span.end]!r} lies across the border of an answer, so it can neither "
-                f"be trained on nor left out; add the markers of the template to the tokenizer as special tokens: "
-                f"{excerpt(prompt, span.start)}"
-            )
-        labels.append(index if kinds == {True} and index != IMAGE_TOKEN_INDEX else IGNORE_INDEX)
-    return labels
+    trained = np.repeat([piece.trained for piece in pieces], [len(piece.text) for piece in pieces])
+    trained_before = np.concatenate([[0], np.cumsum(trained)])
+    starts = np.minimum(covered[:, 0], len(prompt))
+    ends = np.minimum(np.maximum(covered[:, 1], starts + 1), len(prompt))
+    inside = trained_before[ends] - trained_before[starts]
+    mixed = np.flatnonzero((inside > 0) & (inside < ends - starts))
+    if len(mixed):
+        start, end = covered[mixed[0]].tolist()
+        raise TokenBorderError(
+            f"the token {prompt[start:end]!r} lies across the border of an answer, so it can neither "
+            f"be trained on nor left out; add the markers of the template to the tokenizer as special tokens: "
+            f"{excerpt(prompt, start)}"
+        )
+    return np.where((inside > 0) & (ids != IMAGE_TOKEN_INDEX), ids, IGNORE_INDEX)
 
 
 def _check_target(
-    ids: list[int], labels: list[int], prompt: str, max_length: int | None, patches_per_image: int | Sequence[int]
+    ids: np.ndarray, labels: np.ndarray, prompt: str, max_length: int | None, patches_per_image: int | Sequence[int]
 ) -> None:
     """Refuse a sample without target, or one that is cut before its first target."""
-    first = next((position for position, label in enumerate(labels) if label != IGNORE_INDEX), None)
+    targets = np.flatnonzero(labels != IGNORE_INDEX)
+    first = int(targets[0]) if len(targets) else None
     if first is None:
         raise NoTargetError(f"there is no answer to train on; the prompt is: {excerpt(prompt, len(prompt))}")
-    images = ids[:first].count(IMAGE_TOKEN_INDEX)
+    images = int((ids[:first] == IMAGE_TOKEN_INDEX).sum())
     lengths = [patches_per_image] * images if isinstance(patches_per_image, int) else patches_per_image[:images]
     position = first - images + sum(lengths)
     if max_length is not None and position >= max_length:

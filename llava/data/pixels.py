@@ -11,12 +11,16 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from llava.data.image_bounds import check_made, resized_size
+from llava.data.pillow_pixels import PILLOW_PROCESSORS, Colour, is_known, on_canvas, pixel_values
 from llava.data.tiling import (
+    GridPinpoints,
+    divide_to_patches,
     output_size,
-    process_anyres_image,
+    parse_grid_pinpoints,
+    resize_and_pad_image,
+    select_best_resolution,
 )
 from llava.errors import FlagError
 
@@ -27,22 +31,16 @@ PLAIN_ASPECT_RATIOS = (None, "square", "resize")
 """
 
 
-PILLOW_PROCESSORS = (CLIPImageProcessorPil, SiglipImageProcessorPil)
-"""Processors that scale with Pillow, by their `size` and `resample`."""
-
-
 ASPECT_RATIOS = ("pad", "square", "resize", "stretch", "anyres")
 """Known values of `--image_aspect_ratio`."""
 
 
-def expand2square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+def expand2square(image: Image.Image, background: Colour) -> Image.Image:
     """Centre an RGB image on a square canvas whose side is the image's longer one; the image itself if square."""
     side = max(image.size)
     if image.size == (side, side):
         return image
-    canvas = Image.new(image.mode, (side, side), background)
-    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return canvas
+    return on_canvas(image, (side, side), background)
 
 
 def pixels_to_image(pixels: Tensor, image_processor: Any) -> Image.Image:
@@ -94,12 +92,40 @@ def preprocess_image(
     check_made(image.size, image_processor, aspect_ratio, grid_pinpoints, name=name)
     if aspect_ratio == "anyres":
         return process_anyres_image(image, image_processor, grid_pinpoints)
-    if aspect_ratio == "pad":
-        image = expand2square(image, tuple(int(255 * mean) for mean in image_processor.image_mean))
-    elif aspect_ratio == "stretch":
+    if aspect_ratio == "stretch":
         image = image.resize(output_size(image_processor)[::-1], Image.Resampling.BICUBIC)
-    image = scaled_image(image, image_processor)
-    return image_processor(image, return_tensors="pt")["pixel_values"][0]  # (3, height, width)
+    background = tuple(int(255 * mean) for mean in image_processor.image_mean) if aspect_ratio == "pad" else None
+    return _processed(image, image_processor, background)
+
+
+def _processed(image: Image.Image, image_processor: Any, background: Colour | None = None) -> Tensor:
+    """What the processor makes of an image, (3, height, width), after padding it to a square if there is a colour."""
+    if is_known(image, image_processor):
+        return pixel_values(image, image_processor, background)
+    if background is not None:
+        image = expand2square(image, background)
+    return image_processor(scaled_image(image, image_processor), return_tensors="pt")["pixel_values"][0]
+
+
+def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: GridPinpoints) -> Tensor:
+    """Pixel values of an image and of its tiles.
+
+    Args:
+        image: RGB image.
+        processor: image processor of the tower.
+        grid_pinpoints: possible resolutions.
+
+    Returns:
+        float32 (1 + tiles, 3, height, width); element 0 is the whole image, squeezed to a square.
+
+    Raises:
+        FlagError: the resolutions are missing or malformed.
+    """
+    best = select_best_resolution(image.size, parse_grid_pinpoints(grid_pinpoints))
+    size = processor.size
+    side = size["shortest_edge"] if "shortest_edge" in size else size["height"]
+    tiles = divide_to_patches(resize_and_pad_image(image, best), output_size(processor)[0])
+    return torch.stack([_processed(piece, processor) for piece in (image.resize((side, side)), *tiles)])
 
 
 def process_images(

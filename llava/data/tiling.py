@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -177,27 +176,3 @@ def output_size(image_processor: Any) -> Size:
     crops = getattr(image_processor, "do_center_crop", None)
     size = image_processor.crop_size if crops else image_processor.size
     return size["height"], size["width"]
-
-
-def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: GridPinpoints) -> Tensor:
-    """Pixel values of an image and of its tiles.
-
-    Args:
-        image: RGB image.
-        processor: image processor of the tower.
-        grid_pinpoints: possible resolutions.
-
-    Returns:
-        float32 (1 + tiles, 3, height, width); element 0 is the whole image, squeezed to a square.
-
-    Raises:
-        FlagError: the resolutions are missing or malformed.
-    """
-    best = select_best_resolution(image.size, parse_grid_pinpoints(grid_pinpoints))
-    size = processor.size
-    side = size["shortest_edge"] if "shortest_edge" in size else size["height"]
-    pieces = [
-        image.resize((side, side)),
-        *divide_to_patches(resize_and_pad_image(image, best), output_size(processor)[0]),
-    ]
-    return torch.stack([processor(piece, return_tensors="pt")["pixel_values"][0] for piece in pieces])

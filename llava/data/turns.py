@@ -45,8 +45,12 @@ def turn_text(turn: Turn, number: int) -> str:
     if turn.get("from") not in SPEAKERS:
         raise BadSampleError(f"turn {number} is from {turn.get('from')!r}; speakers are {' and '.join(SPEAKERS)}")
     text = turn["value"]
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise BadSampleError(f"turn {number} holds half a surrogate pair, which no tokenizer can spell: {text!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadSampleError(
+            f"turn {number} holds half a surrogate pair, which no tokenizer can spell: {text!r}"
+        ) from error
     return text
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +42,13 @@ class TokenSpan(NamedTuple):
 
     token: str
     characters: Span
+
+
+class Covered(NamedTuple):
+    """Token ids of a text, and for each one the characters that it covers, `[start, end)`."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
 
 
 class LlamaTokenizer(PreTrainedTokenizer):
@@ -109,6 +117,21 @@ class LlamaTokenizer(PreTrainedTokenizer):
         """Every piece and added token with its id."""
         return self._piece_ids | self._added_tokens_encoder
 
+    @cached_property
+    def _byte_pieces(self) -> frozenset[str]:
+        return frozenset(piece for piece, index in self._piece_ids.items() if self.sp_model.is_byte(index))
+
+    def encode_covered(self, text: str) -> Covered:
+        """Ids of `text`, without `<s>` and `</s>` around it, and the characters that each one covers.
+
+        Raises:
+            CheckpointError: see `token_spans`.
+        """
+        tokens, ends = self._cover(text)
+        added, pieces, unknown = self._added_tokens_encoder, self._piece_ids, self.sp_model.unk_id()
+        ids = [added[token] if token in added else pieces.get(token, unknown) for token in tokens]
+        return Covered(ids, list(zip([0, *ends], ends, strict=False)))
+
     def token_spans(self, text: str) -> list[TokenSpan]:
         """Tokens of `text`, without `<s>` and `</s>` around it, and the characters of `text` that each one covers.
 
@@ -117,43 +140,58 @@ class LlamaTokenizer(PreTrainedTokenizer):
         Raises:
             CheckpointError: the pieces do not spell the text, because `tokenizer.model` normalises text.
         """
+        tokens, ends = self._cover(text)
+        return [TokenSpan(token, Span(*span)) for token, *span in zip(tokens, [0, *ends], ends, strict=False)]
+
+    def _cover(self, text: str) -> tuple[list[str], list[int]]:
+        """Tokens of `text`, and the position at which each one ends; it begins where the one before it ends."""
         has_prefix = bool(text) and not self.legacy
         source = " " + text.replace(BLANK, " ") if has_prefix else text
         position = -1 if has_prefix else 0
-        spans: list[TokenSpan] = []
-        for segment in self.tokens_trie.split(source):
+        tokens: list[str] = []
+        ends: list[int] = []
+        for segment in self._segments(source):
             if segment in self._added_tokens_encoder:
-                spans.append(TokenSpan(segment, Span(position, position + len(segment))))
+                tokens.append(segment)
+                ends.append(position + len(segment))
             elif segment:
-                spans.extend(self._align(segment, position))
+                pieces, places = self._align(segment, position)
+                tokens += pieces
+                ends += places
             position += len(segment)
-        if has_prefix and len(spans) > 1 and spans[0].token == BLANK and spans[1].token in self.all_special_tokens:
-            del spans[0]
-        return spans
+        if has_prefix and len(tokens) > 1 and tokens[0] == BLANK and tokens[1] in self.all_special_tokens:
+            del tokens[0], ends[0]
+        return tokens, ends
 
-    def _align(self, segment: str, start: int) -> Iterator[TokenSpan]:
-        """Tokens of a text without added tokens whose first character has the position `start` (-1 for a prefix)."""
+    def _segments(self, text: str) -> list[str]:
+        """The text cut at its added tokens, as `tokens_trie.split` does it; some segments may be empty."""
+        pattern = added_token_pattern(tuple(self._added_tokens_encoder))
+        return self.tokens_trie.split(text) if pattern is None else pattern.split(text)
+
+    def _align(self, segment: str, start: int) -> tuple[list[str], list[int]]:
+        """As `_cover`, of a text without added tokens whose first character has the position `start` (-1: a prefix)."""
         spelt = segment.replace(" ", BLANK)
         first = max(start, 0)
         if self.legacy:  # SentencePiece itself puts a blank in front
             spelt, start = BLANK + spelt, start - 1
+        byte_pieces = self._byte_pieces
         done = 0  # characters of `spelt` that are covered
         pending_bytes = 0  # bytes of the next character that are covered
-        for piece in self.sp_model.encode(segment, out_type=str):
-            if self.sp_model.is_byte(self.sp_model.piece_to_id(piece)):
+        pieces, ends = self.sp_model.encode(segment, out_type=str), []
+        for piece in pieces:
+            if piece in byte_pieces:
                 pending_bytes += 1
-                length = int(pending_bytes == len(spelt[done : done + 1].encode()))
-                pending_bytes -= pending_bytes * length
+                if pending_bytes == len(spelt[done : done + 1].encode()):
+                    done, pending_bytes = done + 1, 0
+            elif spelt.startswith(piece, done):
+                done += len(piece)
             else:
-                length = len(piece)
-                if spelt[done : done + length] != piece:
-                    raise CheckpointError(
-                        f"{self.vocab_file}: piece {piece!r} does not spell {spelt[done : done + length]!r} in "
-                        f"{segment!r}; only models with identity normalisation can be aligned with their text"
-                    )
-            end = done + length
-            yield TokenSpan(piece, Span(max(start + done, first), max(start + end, first)))
-            done = end
+                raise CheckpointError(
+                    f"{self.vocab_file}: piece {piece!r} does not spell {spelt[done : done + len(piece)]!r} in "
+                    f"{segment!r}; only models with identity normalisation can be aligned with their text"
+                )
+            ends.append(max(start + done, first))
+        return pieces, ends
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
         """Pieces and added tokens of `text`, without `<s>` and `</s>` around it."""
@@ -268,27 +306,58 @@ def check_pieces(path: Path) -> None:
             raise ValueError("it has no pieces")
 
 
-def encode_with_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[Span]]:
-    """Ids of a text, without `<s>` and `</s>` around it, and the characters that each one covers.
+@lru_cache(maxsize=16)
+def added_token_pattern(tokens: tuple[str, ...]) -> re.Pattern[str] | None:
+    """A pattern that splits a text at these tokens as transformers' `Trie` does: at each place the longest one.
+
+    None where the two could differ: a token holds, behind its beginning, a character that a token begins with, so that
+    they may overlap in a text.
+    """
+    first = {token[0] for token in tokens if token}
+    if not first or any(character in first for token in tokens for character in token[1:]):
+        return None
+    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+
+def encode_covered(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Covered]:
+    """Ids of several texts by one call, without `<s>` and `</s>` around them, and the characters that each covers.
 
     Raises:
         CheckpointError: the tokenizer cannot tell which characters a token covers.
     """
     if isinstance(tokenizer, LlamaTokenizer):
-        spans = tokenizer.token_spans(text)
-        return tokenizer.convert_tokens_to_ids([token for token, _ in spans]), [span for _, span in spans]
+        return [tokenizer.encode_covered(text) for text in texts]
     if not tokenizer.is_fast:
         raise CheckpointError(
             f"{type(tokenizer).__name__} cannot tell which characters a token covers; use a folder with a "
             "SentencePiece tokenizer.model or a tokenizer.json"
         )
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return encoded.input_ids, [Span(*span) for span in encoded.offset_mapping]
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+    return [Covered(*found) for found in zip(encoded.input_ids, encoded.offset_mapping, strict=True)]
+
+
+def encode_with_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[Span]]:
+    """`encode_covered` of one text.
+
+    Raises:
+        CheckpointError: the tokenizer cannot tell which characters a token covers.
+    """
+    [covered] = encode_covered(tokenizer, [text])
+    return covered.ids, [Span(*span) for span in covered.spans]
 
 
 def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """True if the tokenizer puts `<s>` in front of every text."""
-    return tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+    if tokenizer.bos_token_id is None:
+        return False
+    if isinstance(tokenizer, LlamaTokenizer):
+        ids = tokenizer.build_inputs_with_special_tokens([])
+    elif tokenizer.is_fast and tokenizer.backend_tokenizer.padding is None:
+        ids = tokenizer.backend_tokenizer.encode("").ids  # what `tokenizer("")` does, in a hundredth of the time
+    else:
+        ids = tokenizer("").input_ids
+    return ids[:1] == [tokenizer.bos_token_id]
 
 
 def eos_ids(config: GenerationConfig | None) -> list[int]:
