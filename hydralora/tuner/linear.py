@@ -111,10 +111,10 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, and its losses on the routing."""
+        """Delete an adapter, and in the last layer that has it its losses on the routing."""
         super().delete_adapter(adapter_name)
         if self.auxiliary is not None:
-            self.auxiliary.forget(adapter_name)
+            self.auxiliary.left(adapter_name)
 
     def reset_parameters(self, adapter_name: str, identity: bool = True) -> None:
         """Draw A and the router in +-1/sqrt(in_features), as the original; B is 0, or drawn if not identity."""

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from hydralora.tuner.batch import BatchNote
 from hydralora.tuner.caches import cache_of, carry
-from hydralora.tuner.calls.batching import BATCHING
+from hydralora.tuner.calls.batching import BATCHED, BATCHING
 from hydralora.tuner.calls.checkpoints import bind_checkpoints, release_checkpoints
 from hydralora.tuner.calls.generation import GENERATE, PREPARE, AroundMethod, Generation
 from hydralora.tuner.calls.inputs import PROMPT_MASK, PassInputs, parameter_names, read_inputs
@@ -83,9 +83,10 @@ class Passes:
     def guard(self, model: nn.Module) -> None:
         """Refuse what would run the layers of `model` where the routing of a call does not reach them."""
         for entry in model.modules():
-            guarded = isinstance(vars(entry).get(BATCHING), AroundMethod)
-            if not guarded and isinstance(entry, PreTrainedModel) and callable(getattr(entry, BATCHING, None)):
-                self._put_around(entry, BATCHING)
+            for name in (BATCHING, BATCHED) if isinstance(entry, PreTrainedModel) else ():
+                guarded = isinstance(vars(entry).get(name), AroundMethod)
+                if not guarded and callable(getattr(entry, name, None)):
+                    self._put_around(entry, name)
 
     def _put_around(self, entry: nn.Module, name: str) -> None:
         around = AroundMethod(entry, name, self)

@@ -54,9 +54,11 @@ class AdaptedLayer(Protocol):
 
     Attributes:
         name_in_model: its name in the model that is watched.
+        lora_A: the shared A by adapter; a layer takes part in the losses of these adapters.
     """
 
     name_in_model: str
+    lora_A: nn.ModuleDict  # noqa: N815 - the name that PEFT gives it
 
 
 @dataclass
@@ -195,6 +197,7 @@ class AuxiliaryLosses:
         self.step: int | None = None
         self._running: OfThread[ForwardPass] = OfThread()
         self._handles: list[RemovableHandle] = []
+        self._layers: list[AdaptedLayer] = []
         self._values: dict[str, tuple[Tensor, float]] = {}
 
     def watch(self, model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
@@ -202,6 +205,7 @@ class AuxiliaryLosses:
         self.unwatch(model)
         for name, layer in layers.items():
             layer.name_in_model = name  # a copy of the model has it too
+        self._layers = list(layers.values())
         for module in entries(model, layers):
             self._handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._end, always_call=True))
@@ -210,7 +214,13 @@ class AuxiliaryLosses:
         """Take back what `watch` and the passes since put onto `model`."""
         while self._handles:
             self._handles.pop().remove()
+        self._layers = []
         release_checkpoints(model, self)
+
+    def left(self, adapter: str) -> None:
+        """A layer has deleted this adapter: its losses go with the last one that has it."""
+        if not any(adapter in layer.lora_A for layer in self._layers):
+            self.forget(adapter)
 
     def forget(self, adapter: str) -> None:
         """Drop the losses of an adapter that was deleted, and their values that nobody has asked for."""

@@ -6,14 +6,31 @@ call that has a prompt, a task or weights.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from hydralora.tuner.config import RoutingUnit
+from hydralora.tuner.routing.given import NAMES
 
 BATCHING = "init_continuous_batching"
 """Method of a model through which every form of it begins, `generate_batch` included."""
+
+
+BATCHED = "generate_batch"
+"""The form of it that takes further arguments, which it would not hand to the model."""
+
+
+def refuse_routing_arguments(kwargs: Mapping[str, Any]) -> None:
+    """Stop a call of `generate_batch` that asks for a routing.
+
+    Raises:
+        ValueError: names the arguments.
+    """
+    given = [name for name in NAMES if kwargs.get(name) is not None]
+    if given:
+        raise ValueError(f"generate_batch: {', '.join(given)} would not reach the layers; use generate")
 
 
 def refuse_batching(model: nn.Module, passes: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hydralora.tuner.batch import Weights
 from hydralora.tuner.caches import given_cache, is_filled
-from hydralora.tuner.calls.batching import BATCHING, refuse_batching
+from hydralora.tuner.calls.batching import BATCHED, BATCHING, refuse_batching, refuse_routing_arguments
 from hydralora.tuner.calls.inputs import DECODER, token_shape
 
 logger = logging.getLogger(__name__)
@@ -152,6 +152,9 @@ class AroundMethod:
         """Run the method."""
         if self.name == BATCHING:
             refuse_batching(self.module, self.passes)
+            return self.__wrapped__(*args, **kwargs)
+        if self.name == BATCHED:
+            refuse_routing_arguments(kwargs)
             return self.__wrapped__(*args, **kwargs)
         if not self.passes.watched:
             return self.__wrapped__(*args, **kwargs)

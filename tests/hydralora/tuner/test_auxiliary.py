@@ -368,12 +368,22 @@ def test_a_deleted_adapter_leaves_no_loss_behind(routing: str, way: str) -> None
     model = build(routing=routing)
     model.add_adapter("other", HydraLoraConfig(r=4, lora_nums=3, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     model(**BATCH).loss.backward()
+    values = losses_of(model)[0].pop().keys()
+    model(**BATCH).loss.backward()
     before = hooks_of(model)
     assert before > 0
+    assert values
     if way == "model":
         model.delete_adapter("default")
         assert hooks_of(model) == 0
     else:
+        first = next(iter(hydralora_layers(model).values()))
+        first.delete_adapter("default")  # the others keep it, and its losses
+        assert losses_of(model)[0].adapters.keys() == {"default", "other"}
+        assert hooks_of(model) == before
+        model(**BATCH).loss.backward()
+        assert losses_of(model)[0].pop().keys() == values
+        model(**BATCH).loss.backward()
         delete_adapter(model.base_model.model, "default", model.base_model.prefix)
         assert hooks_of(model) < before
     losses = losses_of(model)[0]

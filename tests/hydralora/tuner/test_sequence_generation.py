@@ -246,7 +246,10 @@ def test_continuous_batching_is_refused_where_it_would_lose_the_routing() -> Non
     token.delete_adapter("other")
     with forced_routing(token, expert=1), pytest.raises(ValueError, match="another one, where it would not hold"):
         token.generate_batch([[5, 9, 31], [8, 3]])
-    assert "init_continuous_batching" not in vars(token.unload())
+    for asked in ({"expert": 1}, {"routing_weights": [0.2, 0.5, 0.3]}, {"tasks": ["law"]}):
+        with pytest.raises(ValueError, match=f"generate_batch: {next(iter(asked))} would not reach the layers"):
+            token.generate_batch([[5, 9, 31], [8, 3]], **asked)
+    assert not {"init_continuous_batching", "generate_batch"} & vars(token.unload()).keys()
 
 
 def test_continuous_batching_by_token() -> None:
