@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import modeling_flash_attention_utils as flash
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.collator import DataCollatorForSupervisedDataset
@@ -206,10 +207,52 @@ def test_bounds_say_what_the_mask_says(model: Any, monkeypatch: pytest.MonkeyPat
     check_equal(results(model, packed, skip_logits=True), expected)
 
 
+@pytest.mark.parametrize("model", ["mistral"], indirect=True)
+def test_flash_attn_of_transformers_gets_the_bounds(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own code, with a slow function in place of the package's; nothing else of the package may be called."""
+
+    def settings(**given: Any) -> dict[str, Any]:
+        return {name: given[name] for name in ("max_seqlen_q", "softmax_scale", "sliding_window", "is_causal")}
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **given: Any) -> Tensor:
+        assert cu_seqlens_q is cu_seqlens_k
+        assert given["is_causal"]
+        return by_loops(
+            q, k, v, cu_seqlens_q, given["max_seqlen_q"], given["softmax_scale"], given["sliding_window"] - 1
+        )
+
+    # transformers 5.24 has a second function for settings, of paged attention.
+    paged = "process_paged_kwargs_fn" in inspect.getsource(flash._flash_attention_forward)
+    functions = (None, varlen, None, None, None), (settings, None) if paged else settings
+    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *args, **kwargs: functions)
+    model.set_attn_implementation("sdpa")
+    apart, packed = (batch_of(model, text_items(), packing) for packing in (False, True))
+    expected = results(model, apart, skip_logits=True)
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
+    check_equal(results(model, packed, skip_logits=True), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [-1, 5])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_the_kernel_on_a_gpu(heads: int, window: int) -> None:
+    """Output and gradients in bfloat16 against loops in float32."""
+    generator = torch.Generator().manual_seed(3)
+    bounds = torch.tensor([0, 40, 42, 65, 72, 84], dtype=torch.int32)
+    q, k, v = (torch.randn(84, count, 64, generator=generator) for count in (4, heads, heads))
+    found, expected = [], []
+    for values, device, kernel in ((found, "cuda", packed_attention.torch_kernel), (expected, "cpu", by_loops)):
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        leaves = [x.bfloat16().to(device, dtype).requires_grad_() for x in (q, k, v)]
+        output = kernel(*leaves, bounds.to(device), 40, 0.125, window)
+        output.float().square().sum().backward()
+        values += [output.detach(), *(leaf.grad for leaf in leaves)]
+    for one, other in zip(found, expected, strict=True):
+        assert (one.float().cpu() - other).norm() / other.norm() < 0.01
+
+
 @pytest.mark.parametrize("model", ["llama"], indirect=True)
-def test_an_attention_that_takes_neither_is_refused(model: Any) -> None:
-    model.config._attn_implementation_internal, before = "flex_attention", model.config._attn_implementation
-    with contextlib.ExitStack() as stack:
-        stack.callback(setattr, model.config, "_attn_implementation_internal", before)
-        with pytest.raises(FlagError, match=r"the attention 'flex_attention' does not keep the samples of a row apart"):
-            model(**batch_of(model, text_items(), packing=True))
+def test_an_attention_that_takes_neither_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", "flex_attention")
+    with pytest.raises(FlagError, match=r"the attention 'flex_attention' does not keep the samples of a row apart"):
+        model(**batch_of(model, text_items(), packing=True))
