@@ -3,7 +3,8 @@
     python -m benchmarks.mma --output benchmarks/results/mma-cpu.json
 
 One decoder of random weights, the measured passes taken in turns, ratios within a round. Training steps are forward and
-backward of a batch, half of it with images; inference is a prompt with one image and then given tokens one by one.
+backward of a batch, half of it with images. Inference is a prompt and then given tokens one by one: a prompt with an
+image, and a batch whose rows are of both modalities in turns.
 """
 
 from __future__ import annotations
@@ -35,8 +36,11 @@ SIZES = {
 }
 """By device; on a GPU those of LaVIN-7B on LLaVA's patches."""
 KINDS = ("attn", "block")
+PARTS = ("training", "inference")
 MERGED_AIM = 1.02
 """A merged model should take no more than this, as a multiple of the unadapted one."""
+ADAPTED_AIM = 1.03
+"""And one with adapters no more than this."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,6 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--width", type=int, default=None, help="width of the decoder; default 512, on a GPU 4096")
     add("--patches", type=int, default=None, help="image tokens; default 576")
     add("--batch", type=int, default=2, help="sequences of a training step (default %(default)s)")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured (default: both)")
+    add("--rows", type=int, default=8, help="rows of a batch at inference, next to one row (default %(default)s)")
     add("--tokens", type=int, default=16, help="tokens fed after the prompt (default %(default)s)")
     add("--repeats", type=int, default=7, help="timed rounds (default %(default)s)")
     add("--output", type=Path, default=None, help="JSON file; the table (.md) goes beside it")
@@ -149,26 +155,27 @@ def loss_over(step: models.Step, x: Tensor, one: Tensor) -> None:
     run_once(step, x, one)
 
 
-def measure_inference(kind: str, args: argparse.Namespace, clock: Clock, progress: Any) -> dict[str, Any]:
-    """A prompt with an image, and given tokens on top of it, of the unadapted, the adapted and the merged model."""
+def measure_inference(kind: str, rows: int, args: argparse.Namespace, clock: Clock, progress: Any) -> dict[str, Any]:
+    """Prompts, and given tokens on top of them, of the unadapted and the adapted model; of one row the merged one too.
+
+    Several rows are of both modalities, for which no merged model exists.
+    """
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     compared = {
         "unadapted": models.build(args.size, None, device, dtype),
         "adapters": models.build(args.size, kind, device, dtype),
-        "merged": models.build_merged(args.size, kind, device, dtype),
     }
-    prompts = {name: sparse_models.make_prompt(model, args.size, 1) for name, model in compared.items()}
-    ids = sparse_models.random_ids(compared["unadapted"], 1, args.tokens)
-    prefill = {
-        name: lambda model=model, name=name: sparse_models.prefill(model, prompts[name])
-        for name, model in compared.items()
-    }
-    caches = {name: sparse_models.prefill(model, prompts[name]) for name, model in compared.items()}
+    if rows == 1:
+        compared["merged"] = models.build_merged(args.size, kind, device, dtype)
+    prompt = models.mixed_prompt(compared["unadapted"], args.size, rows)
+    ids = sparse_models.random_ids(compared["unadapted"], rows, args.tokens)
+    caches = {name: sparse_models.prefill(model, prompt) for name, model in compared.items()}
 
     def decode(name: str) -> None:
         sparse_models.feed(compared[name], caches[name], ids)
         caches[name].crop(-args.tokens)
 
+    prefill = {name: lambda model=model: sparse_models.prefill(model, prompt) for name, model in compared.items()}
     decoding = {name: lambda name=name: decode(name) for name in compared}
     return {
         "prefill": entry(times(prefill, clock, args.repeats, progress.update), "unadapted"),
@@ -192,37 +199,45 @@ def document(record: Mapping[str, Any]) -> str:
         "```console",
         f"$ {record['command']}",
         "```",
-        "",
-        "| training step | time / unadapted | time / LoRA | time / token in the sequence | kept for backward (MiB) |",
-        "| --- | --: | --: | --: | --: |",
     ]
+    if record["training"]:
+        lines += [
+            "",
+            "| training step | time / unadapted | time / LoRA | time / token in the sequence | kept (MiB) |",
+            "| --- | --: | --: | --: | --: |",
+        ]
     for kind, training in record["training"].items():
         for name, kept in training["saved_bytes"].items():
             cells = [training[each].get(name) for each in ("over_unadapted", "over_LoRA", "over_in_sequence")]
             words = " | ".join("-" if cell is None else _range(cell) for cell in cells)
             number = f"{training['trained_parameters'][name]:,}"
             lines.append(f"| {kind}: {name} ({number} trained) | {words} | {kept / 2**20:,.1f} |")
-    lines += ["", "| inference, batch 1 | prefill / unadapted | decoding / unadapted |", "| --- | --: | --: |"]
-    for kind, inference in record["inference"].items():
-        for name in ("adapters", "merged"):
+    if record["inference"]:
+        lines += ["", "| inference | prefill / unadapted | decoding / unadapted |", "| --- | --: | --: |"]
+    for case, inference in record["inference"].items():
+        for name in inference["prefill"]["over_unadapted"]:
             cells = [_range(inference[each]["over_unadapted"][name]) for each in ("prefill", "decoding")]
-            lines.append(f"| {kind}: {name} | {cells[0]} | {cells[1]} |")
-    return "\n".join([*lines, "", *_aims(record)]) + "\n"
+            lines.append(f"| {case}: {name} | {cells[0]} | {cells[1]} |")
+    aims = [_aim(record, name, aim) for name, aim in (("adapters", ADAPTED_AIM), ("merged", MERGED_AIM))]
+    return "\n".join([*lines, "", *(aims if record["inference"] else [])]) + "\n"
 
 
 def _range(cell: Mapping[str, float]) -> str:
     return f"{cell['median']:.3f} ({cell['lowest']:.3f} to {cell['highest']:.3f})"
 
 
-def _aims(record: Mapping[str, Any]) -> list[str]:
+def _aim(record: Mapping[str, Any], name: str, aim: float) -> str:
+    """Where the inference of a model reached its aim."""
     reached = {
-        f"{kind}, {part}": inference[part]["over_unadapted"]["merged"]["median"] <= MERGED_AIM
-        for kind, inference in record["inference"].items()
+        f"{case}, {part}": inference[part]["over_unadapted"][name]["median"] <= aim
+        for case, inference in record["inference"].items()
         for part in ("prefill", "decoding")
+        if name in inference[part]["over_unadapted"]
     }
-    missed = [name for name, good in reached.items() if not good]
-    text = f"- Merged at most {MERGED_AIM} times the unadapted model: reached in {len(reached) - len(missed)} of "
-    return [f"{text}{len(reached)} cases" + (f"; missed by {', '.join(missed)}." if missed else ".")]
+    missed = [case for case, good in reached.items() if not good]
+    text = f"- {name.capitalize()}, at most {aim} times the unadapted model: "
+    text += f"reached in {len(reached) - len(missed)} of {len(reached)} cases"
+    return text + (f"; missed by {', '.join(missed)}." if missed else ".")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -238,10 +253,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     clock = clock_for(device, args.threads)
     record = {**provenance(PROGRAM, given, device), "size": vars(args.size), "training": {}, "inference": {}}
     record["settings"] = {"threads": args.threads, "dtype": args.dtype, "clock": clock.name, "repeats": args.repeats}
-    with tqdm(total=3 * len(KINDS) * (args.repeats + 2), unit="round") as progress:
+    passes = ("training" in args.parts) + 4 * ("inference" in args.parts)
+    with tqdm(total=passes * len(KINDS) * (args.repeats + 2), unit="round") as progress:
         for kind in KINDS:
-            record["training"][kind] = measure_training(kind, args, clock, progress)
-            record["inference"][kind] = measure_inference(kind, args, clock, progress)
+            if "training" in args.parts:
+                record["training"][kind] = measure_training(kind, args, clock, progress)
+            for rows, what in ((1, "an image"), (args.rows, f"{args.rows} mixed rows")):
+                if "inference" in args.parts:
+                    record["inference"][f"{kind}, {what}"] = measure_inference(kind, rows, args, clock, progress)
     show(document(record))
     if args.output is not None:
         write_files(record, args.output, document(record))

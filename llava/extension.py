@@ -9,6 +9,7 @@ Shapes are written with the letters of `docs/architecture.md` ("Letters of shape
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ ENTRY_POINT_GROUP = "llava.extensions"
 
 Config = dict[str, Any]
 """What an extension needs to rebuild itself: JSON values only. Stored in `config.json` under `extensions`."""
+
+LayerVisit = Callable[[int, DecoderState], DecoderState]
+"""Called before each decoder layer of one pass, with its index and what enters it."""
 
 
 class RunOptions(Protocol):
@@ -142,6 +146,16 @@ class Extension:
     def before_layer(self, model: nn.Module, config: Config, index: int, state: DecoderState) -> DecoderState:
         """Transform what enters decoder layer `index`; tokens may be dropped here and nowhere else."""
         return state
+
+    def layer_visit(self, model: nn.Module, config: Config, state: DecoderState) -> LayerVisit | None:
+        """What to call before each layer of one pass, asked in front of the first; None: nothing in this pass.
+
+        By default `before_layer`, if the extension has one. An extension that knows everything in front of the first
+        layer changes `state` here (`layer_kwargs` reaches every layer) and returns None.
+        """
+        if type(self).before_layer is Extension.before_layer:
+            return None
+        return functools.partial(self.before_layer, model, config)
 
     # 5. Attention and cache
     def attention_implementation(self, config: Config) -> str | None:
@@ -260,13 +274,11 @@ class ExtensionSet:
             inputs = item.extension.on_inputs(model, item.config, inputs)
         return inputs
 
-    def before_layer(self, model: nn.Module, index: int, state: DecoderState) -> DecoderState:
-        """Seam 4 of all extensions in turn."""
-        for item in self:
-            state = item.extension.before_layer(model, item.config, index, state)
-        for observation in self._observations:
-            observation.enter_layer(index, state)
-        return state
+    def layer_visits(self, model: nn.Module, state: DecoderState) -> tuple[LayerVisit, ...]:
+        """Seam 4: what extensions and observations want called before each layer of one pass, in turn."""
+        visits = (item.extension.layer_visit(model, item.config, state) for item in self)
+        watching = (functools.partial(_watch, observation) for observation in self._observations)
+        return (*filter(None, visits), *watching)
 
     @contextmanager
     def observe(self, model: nn.Module) -> Iterator[Callable[[AnsweredRow], dict[str, Sequence[Said]]]]:
@@ -325,6 +337,11 @@ class ExtensionSet:
         return {
             name: parameter for item in self for name, parameter in item.extension.named_parameters(model, item.config)
         }
+
+
+def _watch(observation: Observation, index: int, state: DecoderState) -> DecoderState:
+    observation.enter_layer(index, state)
+    return state
 
 
 def installed_extensions(names: Sequence[str] | None = None) -> dict[str, Extension]:

@@ -246,7 +246,6 @@ class DecoderState:
         cache: key-value cache, or None.
         segments: one per sample during prefill and training, None while single tokens are decoded.
         layer_kwargs: extra keyword arguments for every following layer; they reach the attention function.
-        carried: what an extension takes along from layer to layer, by the extension's name; it reaches no layer.
         packed: where the samples are, if rows may have several of them; None: every row is one.
     """
 
@@ -258,5 +257,4 @@ class DecoderState:
     cache: Cache | None
     segments: list[Segments] | None
     layer_kwargs: dict[str, Any] = field(default_factory=dict)
-    carried: dict[str, Any] = field(default_factory=dict)
     packed: PackedRows | None = None

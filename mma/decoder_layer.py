@@ -2,7 +2,7 @@
 
 `adapt` turns a layer into an instance of a subclass of its own class, and `release` turns it back. Modules, parameters
 and state-dict keys stay where they are. Everything that a layer needs reaches it through the arguments of `forward`, so
-gradient checkpointing, `torch.compile` and `torch.export` see it. Imports torch alone.
+gradient checkpointing, `torch.compile` and `torch.export` see it.
 
 Shape letters: B batch, L sequence length, D width, A adapters per layer, h hidden width of an adapter.
 """
@@ -12,10 +12,13 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from mma.layer import Mixed, through
 
 CHILD = "adapter"
 """Name of the adapter within the norm whose output it changes."""
@@ -23,11 +26,25 @@ CHILD = "adapter"
 ROUTING = "modality_routing"
 """Keyword argument of a decoder layer with adapters, see `AdaptedLayer.forward`."""
 
-LayerRouting = Tensor | tuple[Tensor, ...]
-"""What that argument may be."""
+LayerRouting = Tensor | tuple[Mixed, ...]
+"""What that argument may be for one layer."""
 
 FIRST_POSITION: LayerRouting = ()
 """Its value with which each sequence is routed by its own first position."""
+
+
+@dataclass(frozen=True)
+class PassRouting:
+    """The routing of all layers in one pass: the same argument for each of them, which takes its own part.
+
+    Attributes:
+        layers: the adapters of each layer, on its device.
+        chosen: (B, 1 or L, entries), see `mma.layer.through`; None if all samples are of one modality.
+    """
+
+    layers: tuple[tuple[Mixed, ...], ...]
+    chosen: Tensor | None = None
+
 
 STEPS = frozenset({"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"})
 """The children of a layer that can be adapted."""
@@ -40,18 +57,24 @@ class AdaptedLayer(nn.Module):
         plain: the class of the layer without adapters.
         arguments: names of the positional arguments of the plain layer that follow `hidden_states`.
         drop_path: probability of skipping attention or MLP for a whole sample in training.
+        layer_index: which of `PassRouting.layers` is its own.
     """
 
     plain: ClassVar[type[nn.Module]]
     arguments: ClassVar[tuple[str, ...]]
     drop_path: float
+    layer_index: int
     input_layernorm: nn.Module
     self_attn: nn.Module
     post_attention_layernorm: nn.Module
     mlp: nn.Module
 
     def forward(
-        self, hidden_states: Tensor, *args: Any, modality_routing: LayerRouting | None = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        modality_routing: LayerRouting | PassRouting | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Run the layer.
 
@@ -59,7 +82,7 @@ class AdaptedLayer(nn.Module):
             hidden_states: (B, L, D).
             args: further positional arguments of the plain layer.
             modality_routing: weights (B, A, 2) of the two up-projections of each adapter, or (B, L, A, 2) token by
-                token; or a tuple with the mixed up-projection of each adapter, (D, h + 1) or (B, D, h + 1); or
+                token; or each adapter for known weights, alike for all samples; or those of all layers; or
                 `FIRST_POSITION`.
             kwargs: passed to the attention, like `args`.
 
@@ -77,10 +100,13 @@ class AdaptedLayer(nn.Module):
             )
         if args:
             kwargs = self._by_name(args, kwargs)
-        hidden, first = _adapted(self.input_layernorm, hidden_states, modality_routing, 0)
+        chosen = None
+        if isinstance(modality_routing, PassRouting):
+            chosen, modality_routing = modality_routing.chosen, modality_routing.layers[self.layer_index]
+        hidden, first = _adapted(self.input_layernorm, hidden_states, modality_routing, 0, chosen)
         hidden, *reported = self.self_attn(hidden_states=hidden, **kwargs)
         attended = hidden_states + drop_path(hidden, self.drop_path, self.training)
-        hidden, second = _adapted(self.post_attention_layernorm, attended, modality_routing, 1)
+        hidden, second = _adapted(self.post_attention_layernorm, attended, modality_routing, 1, chosen)
         output = attended + drop_path(self.mlp(hidden), self.drop_path, self.training)
         if first is not None:
             return output, torch.stack([first] if second is None else [first, second], dim=1)
@@ -102,19 +128,22 @@ class AdaptedLayer(nn.Module):
         return _empty, (self.plain,), *tuple(super().__reduce_ex__(protocol))[2:]
 
 
-def _adapted(norm: nn.Module, x: Tensor, routing: LayerRouting, number: int) -> tuple[Tensor, Tensor | None]:
+def _adapted(
+    norm: nn.Module, x: Tensor, routing: LayerRouting, number: int, chosen: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """What follows a norm: its output (B, L, D) with the update of its adapter, if it has one.
 
     The second value is the weights (B, 2) if the first position has decided them, else None.
     """
     x = norm(x)
+    if isinstance(routing, tuple) and routing:
+        known = number < len(routing)
+        return through(x, routing[number], chosen if chosen is None else chosen.to(x.device)) if known else x, None
     adapter: Any = getattr(norm, CHILD, None)
     if adapter is None:
         return x, None
     if isinstance(routing, Tensor):
         return adapter(x, routing[..., number, :].to(x.device)), None
-    if routing:
-        return adapter.through(x, routing[number].to(x.device)), None
     weights = adapter.route(x[:, 0])
     return adapter(x, weights), weights
 
@@ -154,25 +183,32 @@ def problem(layer: nn.Module) -> str | None:
     own = [name for name, _ in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))]
     if own:
         return f"a {kind.__name__} has tensors of its own {own}, which the steps of an adapted layer do not use"
-    if "forward" in vars(layer) and not _bound(layer, kind):
+    return replaced_forward(layer)
+
+
+def replaced_forward(module: nn.Module) -> str | None:
+    """Why the class of a module cannot decide what it computes, or None."""
+    kind = type(module)
+    if "forward" in vars(module) and not _bound(module, kind):
         return f"'forward' of a {kind.__name__} was replaced in the object; attach adapters before that"
     return None
 
 
-def adapt(layer: Any, probability: float = 0.0) -> None:
+def adapt(layer: Any, probability: float = 0.0, index: int = 0) -> None:
     """Make a layer without `problem` one that takes the routing; its adapters are put into its norms separately.
 
     Args:
         layer: decoder layer.
         probability: of `drop_path`.
+        index: its number in the decoder.
     """
-    layer.drop_path = probability
+    layer.drop_path, layer.layer_index = probability, index
     become(layer, adapted_class(type(layer)))
 
 
 def release(layer: Any) -> None:
     """Give an adapted layer its own class back."""
-    del layer.drop_path
+    del layer.drop_path, layer.layer_index
     become(layer, layer.plain)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from llava.details import AnsweredRow, Detail, Observation, Shares
 from llava.errors import CheckpointError, FlagError
-from llava.extension import Config, Extension, RunOptions
+from llava.extension import Config, Extension, LayerVisit, RunOptions
 from llava.runtime import checkpointing
 from llava.runtime.ranges import check_ranges
 from llava.segments import DecoderState, MultimodalInputs
@@ -121,14 +121,16 @@ class MmaExtension(Extension):
             )
         return inputs
 
-    def before_layer(self, model: nn.Module, config: Config, index: int, state: DecoderState) -> DecoderState:
-        """Give the layer the weights of its adapters for each sample."""
+    def layer_visit(self, model: nn.Module, config: Config, state: DecoderState) -> LayerVisit | None:
+        """Give the layers the weights of their adapters for each sample: all at once where the table is kept."""
         if config.get("adapter_type", MmaConfig.adapter_type) == "none":
-            return state
-        decoder: Any = model.get_decoder()  # type: ignore[operator]
-        routing = self._begin(model, config, state) if index == 0 else state.carried[self.name]
-        state.carried[self.name], state.layer_kwargs[ROUTING] = routing.at(decoder, index)
-        return state
+            return None
+        routing = self._begin(model, config, state)
+        known = routing.known()
+        if known is None:
+            return _Walk(model.get_decoder(), routing)  # type: ignore[operator]
+        state.layer_kwargs[ROUTING] = known
+        return None
 
     def _begin(self, model: nn.Module, config: Config, state: DecoderState) -> Routing:
         """What the routing of a pass follows from: the segments of its samples, or what the cache remembers."""
@@ -194,6 +196,23 @@ class MmaExtension(Extension):
             FlagError: always.
         """
         raise FlagError(str(self.export_problem(config)))
+
+
+class _Walk:
+    """Gives each layer the weights of its adapters in a pass without a kept table; made for one pass.
+
+    Args:
+        decoder: with adapters.
+        routing: before the first layer.
+    """
+
+    def __init__(self, decoder: nn.Module, routing: Routing) -> None:
+        self.decoder, self.routing = decoder, routing
+
+    def __call__(self, index: int, state: DecoderState) -> DecoderState:
+        """Seam 4 of `llava.extension`, before decoder layer `index`."""
+        self.routing, state.layer_kwargs[ROUTING] = self.routing.at(self.decoder, index)
+        return state
 
 
 @dataclass

@@ -20,6 +20,10 @@ PATHS = 2
 """Number of up-projections that the routed adapter mixes."""
 
 
+Mixed = tuple[Tensor, Tensor, Tensor]
+"""A routed adapter for known weights: down-projection (entries, D), its bias (entries,), up-projection (entries, D)."""
+
+
 class PointwiseConv(nn.Conv1d):
     """A grouped 1x1 convolution over the last axis: slice i of the outputs sees only slice i of the inputs.
 
@@ -69,6 +73,26 @@ def grouped_linear(
     ]
     weights = torch.cat(list(columns), dim=1).chunk(groups)  # g matrices (out / g, K (in / g + 1))
     return torch.cat([F.linear(x, weight) for x, weight in zip(slices, weights, strict=True)], dim=-1)
+
+
+def through(x: Tensor, adapter: Mixed, chosen: Tensor | None = None) -> Tensor:
+    """The input with the update of an adapter that `RoutedRepAdapter.mixed` gave.
+
+    Args:
+        x: (B, L, D).
+        adapter: of one choice of weights, or of all of them.
+        chosen: (B, 1 or L, entries), 1 at the hidden entries of the choice of each sample or token and else 0; None for
+            one choice.
+
+    Returns:
+        (B, L, D) in the dtype of `x`; computed in that of the adapter.
+    """
+    down, bias, up = adapter
+    wide = x.to(up.dtype)
+    z = F.linear(wide, down, bias)  # (B, L, entries)
+    if chosen is not None:
+        z = z * chosen
+    return torch.addmm(wide.flatten(0, 1), z.flatten(0, 1), up).view(x.shape).to(x.dtype)
 
 
 def _check_groups(width: int, hidden: int, groups: int) -> None:
@@ -179,22 +203,23 @@ class RoutedRepAdapter(RepAdapter):
         factors = routing.to(paths[0].dtype) * self.scale
         return torch.einsum("...k,kdh->...dh", factors, torch.stack(paths))
 
-    def through(self, x: Tensor, up: Tensor) -> Tensor:
-        """The input with its update by an up-projection that `mixed_up` gave.
+    @torch.no_grad()
+    def mixed(self, routing: Tensor) -> Mixed:
+        """The adapter in evaluation mode for known weights, as two products; its parameters are copied.
 
         Args:
-            x: (B, L, D).
-            up: (D, h + 1) for all samples, or (B, D, h + 1).
+            routing: (..., 2) for K choices of weights altogether, for example one for each modality.
 
         Returns:
-            (B, L, D) in the dtype of `x`.
+            For all choices, one after another: K (h + 1) hidden entries.
         """
-        z = self.hidden(x)  # (B, L, h)
-        if up.ndim == 2:
-            update = F.linear(z, up[:, :-1], up[:, -1])
-        else:
-            update = torch.baddbmm(up[:, None, :, -1], z, up[..., :-1].transpose(1, 2))
-        return x + update.to(x.dtype)
+        ups = self.mixed_up(routing)  # (..., D, h + 1)
+        up = ups.reshape(-1, *ups.shape[-2:]).transpose(1, 2).flatten(0, 1)  # (K (h + 1), D)
+        down = self.conv_A()  # (h, D + 1)
+        one = down.new_zeros(1, down.shape[1])  # the hidden entry that the bias of the up-projection is multiplied by
+        one[:, -1] = 1
+        columns = torch.cat([down, one]).repeat(len(up) // (len(down) + 1), 1)
+        return columns[:, :-1].contiguous(), columns[:, -1].contiguous(), up.contiguous()
 
     def extra_repr(self) -> str:
         """What `print(model)` shows beside the children."""

@@ -19,7 +19,8 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
-from mma.decoder_layer import FIRST_POSITION, ROUTING, LayerRouting
+from mma.decoder_layer import FIRST_POSITION, ROUTING, PassRouting
+from mma.layer import Mixed
 from mma.model import EMBEDDING, MODALITIES, adapters
 
 
@@ -29,12 +30,14 @@ class Table:
 
     Attributes:
         weights: (layers, modalities, A, 2) float32.
-        ups: for each layer and adapter what the weights make of its up-projections, (modalities, D, h + 1); empty where
-            the adapters are to mix by the weights, so that gradients reach all their parameters.
+        kept: what the weights make of the adapters of all layers: for each modality alone, and last for all of them;
+            empty where the adapters are to mix by the weights, so that gradients reach all their parameters.
+        chosen: (modalities, entries), for each modality the hidden entries that are its own in the last of these.
     """
 
     weights: Tensor
-    ups: tuple[tuple[Tensor, ...], ...] = ()
+    kept: tuple[PassRouting, ...] = ()
+    chosen: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,16 +56,23 @@ class Routing:
     table: Table | None = None
     tokens: Tensor | None = None
 
-    def at(self, decoder: nn.Module, index: int) -> tuple[Routing, LayerRouting]:
-        """The routing behind decoder layer `index`, and what that layer itself is to be called with.
+    def known(self) -> PassRouting | None:
+        """The routing of all layers for these samples, in one operation at most; None without a kept table."""
+        table = self.table
+        if table is None or not table.kept:
+            return None
+        if self.alike is not None:
+            return table.kept[self.alike]
+        assert table.chosen is not None  # noqa: S101  # it comes with `kept`
+        chosen = table.chosen[self.modalities.to(table.chosen.device)]
+        return PassRouting(table.kept[-1].layers, chosen if chosen.ndim > 2 else chosen[:, None])
+
+    def at(self, decoder: nn.Module, index: int) -> tuple[Routing, Tensor]:
+        """The routing behind decoder layer `index`, and the weights (B, A, 2) that this layer is to be called with.
 
         Without a table the modality tokens go through the layer.
         """
         table, tokens = self.table, self.tokens
-        by_token = self.modalities.ndim == 2 and self.alike is None  # a matrix for each token would be large
-        if table is not None and table.ups and not by_token:
-            rows = self.modalities if self.alike is None else self.alike
-            return self, tuple(up[rows] for up in table.ups[index])
         if table is not None:
             own = table.weights[index]  # (modalities, A, 2)
         else:
@@ -134,11 +144,23 @@ def routing_table(decoder: Any, dtype: torch.dtype) -> Tensor:
 def kept_table(decoder: Any, dtype: torch.dtype) -> Table:
     """The routing of all layers with what it makes of the adapters; arguments as of `routing_table`."""
     weights = routing_table(decoder, dtype)
-    ups = tuple(
-        tuple(adapter.mixed_up(own[:, number].to(adapter.conv_B.weight.device)) for number, adapter in enumerate(found))
-        for own, found in zip(weights, map(adapters, decoder.layers), strict=True)
-    )
-    return Table(weights, ups)
+    layers = []  # (modalities and all of them together) for each adapter of each layer
+    for own, found in zip(weights, map(adapters, decoder.layers), strict=True):
+        layers.append(tuple(a.mixed(own[:, i].to(a.conv_B.weight.device)) for i, a in enumerate(found)))
+    together = layers[0][0][0].shape[0]
+    width = together // len(MODALITIES)  # h + 1
+    kept = [
+        PassRouting(tuple(tuple(_part(each, place, width) for each in layer) for layer in layers))
+        for place in range(len(MODALITIES))
+    ]
+    chosen = torch.eye(len(MODALITIES), device=weights.device).repeat_interleave(width, dim=1)
+    return Table(weights, (*kept, PassRouting(tuple(layers))), chosen.to(layers[0][0][2].dtype))
+
+
+def _part(adapter: Mixed, place: int, width: int) -> Mixed:
+    """The adapter of one modality out of that of all of them."""
+    down, bias, up = (each[place * width : (place + 1) * width] for each in adapter)
+    return down, bias, up
 
 
 class Witness:

@@ -2,21 +2,22 @@
 
 An adapter is a child of the norm before attention or MLP, so every module of the host keeps its name, and the
 state-dict keys of the base stay what they are, quantized or not. A decoder layer passes the output of its norms through
-them, see `decoder_layer.py`. In a vision tower a forward hook of the norm changes the norm's own output.
+them, see `decoder_layer.py`; in a vision tower the norm does it itself, see `tower_norm.py`.
 Corresponds to `set_MMAdapter` and `set_Clip_Adapter` in `lavin/mm_adapter.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mma.config import MmaConfig
 from mma.decoder_layer import CHILD, AdaptedLayer, adapt, problem, release
 from mma.layer import RepAdapter, RoutedRepAdapter
+from mma.tower_norm import adapt_norm, norm_problem, release_norm
 
 NORMS = (("input_layernorm", "post_attention_layernorm"), ("layer_norm1", "layer_norm2"), ("ln_1", "ln_2"))
 """Names of the norms before attention and before the MLP: decoders, CLIP and SigLIP of transformers, open_clip."""
@@ -75,20 +76,20 @@ def attach(
         )
     if hasattr(decoder, EMBEDDING) or any(adapters(layer) for layer in (*layers, *adapted_blocks)):
         raise ValueError("the model has adapters already")
-    for found in filter(None, map(problem, layers)):
+    tower_norms = [norm for block in adapted_blocks for norm in norms(block)[: config.adapters_per_block]]
+    for found in filter(None, (*map(problem, layers), *map(norm_problem, tower_norms))):
         raise ValueError(found)
-    for layer in layers:
+    for index, layer in enumerate(layers):
         for norm in norms(layer)[: config.adapters_per_layer]:
             _add(norm, _routed(width, config), dtype)
-        adapt(layer, config.drop_path)
-    for block in adapted_blocks:
-        for norm in norms(block)[: config.adapters_per_block]:
-            block_width = _width(norm)
-            if config.visual_adapter_type == "normal":
-                plain = RepAdapter(block_width, config.adapter_dim, config.adapter_groups, config.adapter_dropout)
-                _add(norm, plain, dtype, _adapt)
-            else:
-                _add(norm, _routed(block_width, config), dtype, _adapt_by_token)
+        adapt(layer, config.drop_path, index)
+    for norm in tower_norms:
+        if config.visual_adapter_type == "normal":
+            plain = RepAdapter(_width(norm), config.adapter_dim, config.adapter_groups, config.adapter_dropout)
+            _add(norm, plain, dtype)
+        else:
+            _add(norm, _routed(_width(norm), config), dtype)
+        adapt_norm(norm)
     if layers:
         table = host.get_input_embeddings().weight
         embedding = nn.Embedding(len(MODALITIES), width, device=table.device, dtype=dtype)
@@ -105,37 +106,21 @@ def _routed(width: int, config: MmaConfig) -> RoutedRepAdapter:
     return RoutedRepAdapter(width, c.adapter_dim, c.adapter_groups, c.adapter_scale, c.temperature, c.adapter_dropout)
 
 
-def _add(norm: nn.Module, adapter: Any, dtype: torch.dtype, hook: Callable[..., Tensor] | None = None) -> None:
-    """Make the adapter a child of the norm, with a hook in a vision tower; the adapter keeps the hook's handle."""
+def _add(norm: nn.Module, adapter: Any, dtype: torch.dtype) -> None:
+    """Make the adapter a child of the norm."""
     device = next(norm.parameters()).device
     adapter = adapter.to_empty(device=device) if device.type == "meta" else adapter.to(device)
     norm.add_module(CHILD, adapter.to(dtype).train(norm.training))
-    adapter.hooks = [] if hook is None else [norm.register_forward_hook(hook)]
 
 
 def detach(layer: nn.Module) -> None:
     """Take the adapters of a decoder layer or a block away, with everything that was done for them."""
     for norm in norms(layer):
-        adapter: Any = getattr(norm, CHILD, None)
-        if isinstance(adapter, RepAdapter):
-            for handle in adapter.hooks:
-                handle.remove()
+        if isinstance(getattr(norm, CHILD, None), RepAdapter):
             delattr(norm, CHILD)
+        release_norm(norm)
     if isinstance(layer, AdaptedLayer):
         release(layer)
-
-
-# Forward hooks of a tower's norms: functions of the module, so that a copy of the model has hooks of its own. They
-# change the output of that norm and leave nothing anywhere.
-
-
-def _adapt_by_token(norm: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Every token of every image is routed by itself, which is what the original does for an image alone."""
-    return norm.adapter(output, norm.adapter.route(output))
-
-
-def _adapt(norm: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return norm.adapter(output)
 
 
 def added_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -194,7 +194,7 @@ EXTENSIONS = {
             (
                 "moe_patch.payload.mma_glue",
                 "moe_patch.payload.modalities",
-                *(f"mma.{name}" for name in ("config", "decoder_layer", "layer", "modality", "model")),
+                *(f"mma.{name}" for name in ("config", "decoder_layer", "layer", "modality", "model", "tower_norm")),
                 *CONFIG_MODULES,
             ),
             (*COMMON, *BESIDE_TOWER),

@@ -56,12 +56,14 @@ def test_the_merged_model_is_the_adapted_one() -> None:
 
 def test_the_program_writes_record_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "mma.json"
-    words = "--layers 2 --width 32 --patches 8 --tokens 2 --repeats 2 --output"
+    words = "--layers 2 --width 32 --patches 8 --tokens 2 --repeats 2 --rows 2 --output"
     record = mma.main([*words.split(), str(path)])
     assert json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(record))
     table = path.with_suffix(".md").read_text(encoding="utf-8")
     assert table in capsys.readouterr().out
     assert "block: token in the sequence" in table
-    assert set(record["inference"]) == set(record["training"]) == set(mma.KINDS)
+    assert set(record["training"]) == set(mma.KINDS)
+    assert set(record["inference"]) == {f"{k}, {rows}" for k in mma.KINDS for rows in ("an image", "2 mixed rows")}
+    assert "- Adapters, at most 1.03 times the unadapted model: " in table
     with pytest.raises(FlagError, match=r"ends in \.json"):
         mma.main(["--output", str(tmp_path / "mma.txt")])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from torch import Tensor
 
-import mma.model
+import mma.tower_norm
 
 if TYPE_CHECKING:
     from tests.mma.lavin.lavin_files import LavinFiles
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def coupled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In models built from now on the first image of a batch routes all of them, as in the original."""
+    """The first image of a batch routes all of them, as in the original."""
 
-    def adapt(norm: Any, args: Any, output: Tensor) -> Tensor:
-        return norm.adapter(output, norm.adapter.route(output[:1]).expand(len(output), -1, -1))
+    def route(adapter: Any, x: Tensor) -> Tensor:
+        return adapter.route(x[:1]).expand(len(x), -1, -1)
 
-    monkeypatch.setattr(mma.model, "_adapt_by_token", adapt)
+    monkeypatch.setattr(mma.tower_norm, "route_tokens", route)
 
 
 @pytest.fixture(scope="session")

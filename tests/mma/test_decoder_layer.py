@@ -18,7 +18,7 @@ from llava.constants import IGNORE_INDEX
 from llava.model.language_model.backbones import backbone_class, load_config
 from llava.segments import Segments, Span
 from mma.config import MmaConfig
-from mma.decoder_layer import FIRST_POSITION, ROUTING, AdaptedLayer, adapt, problem
+from mma.decoder_layer import FIRST_POSITION, ROUTING, AdaptedLayer, PassRouting, adapt, problem
 from mma.layer import RoutedRepAdapter
 from mma.model import adapters, attach, detach
 from tests.checkpointed import checkpoint_layers
@@ -117,7 +117,7 @@ def test_fresh_adapters_change_nothing_and_detached_ones_leave_nothing(base: Cal
     assert [type(layer) for layer in layers] == plain
     assert set(model.state_dict()) == keys
     assert torch.equal(logits(model), expected)
-    assert not [name for layer in layers for name in vars(layer) if name == "drop_path"]
+    assert not [name for layer in layers for name in vars(layer) if name in ("drop_path", "layer_index")]
 
 
 @pytest.mark.parametrize("config", [CONFIG, PLAIN, RANDOM], ids=["block", "attn", "dropout"])
@@ -162,15 +162,18 @@ def layer_inputs(model: Any, rows: int = BATCH, seed: int = 0) -> tuple[Any, Ten
 
 def routings(layer: nn.Module) -> dict[str, Any]:
     """Every kind of routing; the first three are of the same weights, so that their outputs are equal."""
-    weights = torch.tensor([[0.3, 0.7], [0.6, 0.4]]).expand(BATCH, 2, 2)
+    weights = torch.tensor([[0.3, 0.7], [0.6, 0.4]])
     found = adapters(layer)
-    with torch.no_grad():
-        return {
-            "weights": weights.contiguous(),
-            "mixed": tuple(a.mixed_up(weights[0, number]) for number, a in enumerate(found)),
-            "mixed by sample": tuple(a.mixed_up(weights[:, number]) for number, a in enumerate(found)),
-            "first position": FIRST_POSITION,
-        }
+    mixed = tuple(a.mixed(weights[number]) for number, a in enumerate(found))
+    other = tuple(a.mixed(torch.stack([-weights[number], weights[number]])) for number, a in enumerate(found))
+    half = other[0][1].shape[0] // 2
+    chosen = torch.cat([torch.zeros(half), torch.ones(half)]).expand(BATCH, 1, -1)
+    return {
+        "weights": weights.repeat(BATCH, 1, 1),
+        "mixed": mixed,
+        "of a pass": PassRouting(((), other, ()), chosen),
+        "first position": FIRST_POSITION,
+    }
 
 
 def test_kinds_of_routing_agree(llama: Callable[[], Any]) -> None:
@@ -178,7 +181,7 @@ def test_kinds_of_routing_agree(llama: Callable[[], Any]) -> None:
     with torch.no_grad():
         known = routings(layer)
         expected = layer(hidden, **{ROUTING: known["weights"]}, **arguments)
-        for name in ("mixed", "mixed by sample"):
+        for name in ("mixed", "of a pass"):
             torch.testing.assert_close(layer(hidden, **{ROUTING: known[name]}, **arguments), expected)
         output, own = layer(hidden, **{ROUTING: FIRST_POSITION}, **arguments)
         assert own.shape == (BATCH, 2, 2)
@@ -186,7 +189,7 @@ def test_kinds_of_routing_agree(llama: Callable[[], Any]) -> None:
         assert (output - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["weights", "mixed", "mixed by sample", "first position"])
+@pytest.mark.parametrize("kind", ["weights", "mixed", "of a pass", "first position"])
 def test_a_compiled_layer(llama: Callable[[], Any], kind: str) -> None:
     layer, hidden, arguments = layer_inputs(llama())
     arguments[ROUTING] = routings(layer)[kind]
@@ -214,7 +217,7 @@ def test_a_compiled_model(llama: Callable[[], Any]) -> None:
     torch.testing.assert_close(logits(torch.compile(model, backend="eager")), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["weights", "mixed", "mixed by sample", "first position"])
+@pytest.mark.parametrize("kind", ["weights", "mixed", "first position"])
 def test_an_exported_layer_has_the_routing_as_an_input(llama: Callable[[], Any], kind: str) -> None:
     layer, hidden, arguments = layer_inputs(llama())
     known = routings(layer)
@@ -226,7 +229,7 @@ def test_an_exported_layer_has_the_routing_as_an_input(llama: Callable[[], Any],
     other = {
         "weights": known["weights"].flip(-1),
         "first position": FIRST_POSITION,
-    }.get(kind, tuple(-each for each in known[kind]))
+    }.get(kind, tuple((down, bias, -up) for down, bias, up in known["mixed"]))
     _, changed, _ = layer_inputs(llama(), seed=1)
     with torch.no_grad():
         for x, routing in ((hidden, known[kind]), (changed, other)):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mma.layer import PointwiseConv, RepAdapter, RoutedRepAdapter, grouped_linear
+from mma.layer import PointwiseConv, RepAdapter, RoutedRepAdapter, grouped_linear, through
 from tests.golden import load_case
 
 CASES = [
@@ -79,15 +79,19 @@ def test_the_first_position_routes_its_own_sample_alone() -> None:
     assert bool((ours[0, 1:] != changed[0, 1:]).any())
 
 
-def test_ways_up_for_known_weights() -> None:
+def test_an_adapter_for_known_weights() -> None:
+    """Of one choice of weights, and of all of them with a choice for each sample; 2 products of the input."""
     adapter = golden_adapter("adapter_router_s05_t5")[0]
     assert isinstance(adapter, RoutedRepAdapter)
-    x, routing = torch.randn(3, 4, 24), torch.rand(3, 2)
-    expected = adapter(x, routing)
-    ups = adapter.mixed_up(routing)
-    assert ups.shape == (3, 24, 9)
-    torch.testing.assert_close(adapter.through(x, ups), expected)
-    torch.testing.assert_close(adapter.through(x[1:2], ups[1]), expected[1:2])
+    x, routing = torch.randn(3, 4, 24), torch.rand(2, 2)
+    own = torch.tensor([1, 0, 1])
+    expected = adapter(x, routing[own])
+    together = adapter.mixed(routing)
+    assert [tuple(part.shape) for part in together] == [(18, 24), (18,), (18, 24)]
+    chosen = torch.eye(2)[own].repeat_interleave(9, dim=1)[:, None]
+    torch.testing.assert_close(through(x, together, chosen), expected)
+    torch.testing.assert_close(through(x[1:2], adapter.mixed(routing[0])), expected[1:2])
+    assert through(x.bfloat16(), together, chosen).dtype == torch.bfloat16
 
 
 def test_weights_may_be_given_token_by_token() -> None:

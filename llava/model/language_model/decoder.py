@@ -116,6 +116,7 @@ class LlavaDecoder(LlavaMetaModel):
             layer_kwargs,
             packed=packed,
         )
+        visits = self.extensions.layer_visits(host, state)
         # Collected here, before each layer: between two layers an extension may have dropped tokens.
         record_all = bool(state.layer_kwargs.pop("output_hidden_states", False))
         recorded: list[Tensor] = []
@@ -123,7 +124,8 @@ class LlavaDecoder(LlavaMetaModel):
             # Set again before each layer: the layer before may have been of another kind.
             if len(masks) > 1:
                 state.causal_mask = masks[kind]
-            state = self.extensions.before_layer(host, index, state)
+            for visit in visits:
+                state = visit(index, state)
             # The next layer would get back the mask of its kind, and what the extension hides would be seen again.
             if len(masks) > 1 and state.causal_mask is not masks[kind]:
                 raise FlagError(
