@@ -10,7 +10,9 @@ Shape letters: B batch, K key heads, S stored positions (of the longest sample),
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +41,14 @@ class Reading:
         if self.arrived is not None:
             self.arrived.synchronize()
         return int(self.longest) + bound - self.bound
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reading:
+        """A copy whose number has arrived, since an event of the device cannot be copied."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        copied = copy.copy(self)
+        copied.longest, copied.arrived = self.longest.clone(), None
+        return copied
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from dynamic.cache import SparseCache
+from dynamic.cache import Reading, SparseCache
 from dynamic.slots import STEP
 from llava.runtime.cache_name import cache_of
 from tests.dynamic.sparse_models import SHAPES, Dialogue, attach_predictors, embedded, new_cache, prefill, sparse_llava
@@ -141,6 +142,26 @@ def test_a_cache_dies_with_its_last_reference(model: Any) -> None:
         assert freed
     finally:
         gc.enable()
+
+
+def test_a_copy_waits_for_a_number_that_is_on_its_way() -> None:
+    class Event:
+        waited = 0
+
+        def synchronize(self) -> None:
+            self.waited += 1
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> None:
+            raise TypeError("an event of a device cannot be copied")
+
+    reading = Reading(torch.tensor([3, 5]), bound=9)
+    event = reading.arrived = Event()
+    copied = copy.deepcopy(reading)
+    assert event.waited == 1
+    assert copied.bound_now(11) == 5 + 2
+    assert event.waited == 1, "the copy waits for nothing"
+    assert reading.bound_now(11) == 5 + 2
+    assert event.waited == 2
 
 
 def test_what_does_not_go_together_is_refused(model: Any) -> None:
