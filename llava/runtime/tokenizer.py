@@ -11,9 +11,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,6 +121,11 @@ class LlamaTokenizer(PreTrainedTokenizer):
     def _byte_pieces(self) -> frozenset[str]:
         return frozenset(piece for piece, index in self._piece_ids.items() if self.sp_model.is_byte(index))
 
+    @cached_property
+    def _ascii_bytes(self) -> dict[str, str]:
+        """The pieces that are a character spelt in one byte."""
+        return {piece: chr(int(piece[1:-1], 16)) for piece in self._byte_pieces if int(piece[1:-1], 16) < 128}
+
     def encode_covered(self, text: str) -> Covered:
         """Ids of `text`, without `<s>` and `</s>` around it, and the characters that each one covers.
 
@@ -174,24 +179,36 @@ class LlamaTokenizer(PreTrainedTokenizer):
         first = max(start, 0)
         if self.legacy:  # SentencePiece itself puts a blank in front
             spelt, start = BLANK + spelt, start - 1
+        pieces = self.sp_model.encode(segment, out_type=str)
+        spellings = [self._ascii_bytes.get(piece, piece) for piece in pieces]
+        spells = "".join(spellings) == spelt
+        lengths = map(len, spellings) if spells else self._lengths(pieces, spelt, segment)
+        ends = list(accumulate(lengths, initial=start))[1:]
+        for place, end in enumerate(ends):
+            if end >= first:
+                break
+            ends[place] = first
+        return pieces, ends
+
+    def _lengths(self, pieces: Sequence[str], spelt: str, segment: str) -> Iterator[int]:
+        """Characters of `spelt` that each piece covers, where some characters are spelt in several bytes."""
         byte_pieces = self._byte_pieces
-        done = 0  # characters of `spelt` that are covered
+        done = 0  # characters that are covered
         pending_bytes = 0  # bytes of the next character that are covered
-        pieces, ends = self.sp_model.encode(segment, out_type=str), []
         for piece in pieces:
             if piece in byte_pieces:
                 pending_bytes += 1
-                if pending_bytes == len(spelt[done : done + 1].encode()):
-                    done, pending_bytes = done + 1, 0
-            elif spelt.startswith(piece, done):
-                done += len(piece)
+                length = int(pending_bytes == len(spelt[done : done + 1].encode()))
+                pending_bytes -= pending_bytes * length
             else:
-                raise CheckpointError(
-                    f"{self.vocab_file}: piece {piece!r} does not spell {spelt[done : done + len(piece)]!r} in "
-                    f"{segment!r}; only models with identity normalisation can be aligned with their text"
-                )
-            ends.append(max(start + done, first))
-        return pieces, ends
+                length = len(piece)
+                if not spelt.startswith(piece, done):
+                    raise CheckpointError(
+                        f"{self.vocab_file}: piece {piece!r} does not spell {spelt[done : done + length]!r} in "
+                        f"{segment!r}; only models with identity normalisation can be aligned with their text"
+                    )
+            done += length
+            yield length
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
         """Pieces and added tokens of `text`, without `<s>` and `</s>` around it."""
