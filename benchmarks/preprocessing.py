@@ -100,8 +100,10 @@ def cases(folder: Path) -> dict[str, dict[str, Run]]:
     write_tokenizer(folder, text)
     turns, template = turns_of(text), select_template("v1")
     (folder / "data.json").write_text(json.dumps([{"image": "photograph.jpg", "conversations": turns}]))
+    # Both tokenizers read the same pieces; only ours gives the ids that LLaVA was trained with.
     ours, fast = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
     fast.add_tokens(["<image>"], special_tokens=True)
+    # The same settings for all processors; transformers has one that pads, and one that cuts tiles.
     crop = {"height": SIDE, "width": SIDE}
     clip = {"size": {"shortest_edge": SIDE}, "crop_size": crop}
     pillow, torchvision = CLIPImageProcessorPil(**clip), CLIPImageProcessor(**clip)
@@ -114,16 +116,19 @@ def cases(folder: Path) -> dict[str, dict[str, Run]]:
             for kind in (LlavaNextImageProcessorPil, LlavaNextImageProcessor)
         ),
     }
+    # From the file to pixel values.
     found: dict[str, dict[str, Run]] = {}
     for aspect_ratio, processors in peers.items():
         transform = ImageTransform(pillow, aspect_ratio, PINPOINTS)
         found[f"image, {aspect_ratio}"] = {"ours": lambda do=transform: do(load_image(folder, "photograph.jpg")).pixels}
         for name, processor in zip(WAYS[1:], processors, strict=True):
             found[f"image, {aspect_ratio}"][name] = lambda do=processor: of_file(do, folder)["pixel_values"][0]
+    # From turns to ids and labels, and from the finished prompt to ids.
     found["tokens, three rounds"] = {
         "ours": lambda: tokenize_conversation(turns, ours, template, image_count=1, max_length=2048).input_ids,
         "pillow": lambda: fast(prompt, return_tensors="pt").input_ids[0],
     }
+    # Both: an item of the data set, and what a processor makes of the file and the finished prompt.
     data = LazySupervisedDataset(
         folder / "data.json",
         ours,
