@@ -18,6 +18,7 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mma.decoder_layer import FIRST_POSITION, ROUTING, PassRouting
 from mma.layer import Mixed
@@ -230,7 +231,7 @@ def _observe(roots: Iterable[nn.Module]) -> tuple[list[Any], list[Any]]:
         facts += [*held["_forward_hooks"]], [*held["_forward_pre_hooks"]]
         for tensor in _tensors(module):
             objects.append(tensor)
-            facts += tensor._version, tensor.data_ptr()
+            facts += tensor._version, 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
         waiting += [child for child in held["_modules"].values() if child is not None]
     return objects, facts
 

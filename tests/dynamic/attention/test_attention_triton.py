@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,11 @@ from triton.compiler import ASTSource
 from dynamic.attention import triton_kernels, triton_launch
 from dynamic.attention.triton_launch import constants
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TARGETS = [(generation, dtype, width) for generation in (80, 90) for dtype in DTYPES for width in (64, 96, 128)]
+QUICK = [(80, "bf16", 128)]
+SPILLED = {"bf16": 0, "fp16": 0, "fp32": 32}
+"""Bytes of registers that a thread may keep in memory; measured: 0, 0 and 16."""
 KERNELS = ["forward_kernel", "query_gradient_kernel", "key_gradient_kernel"]
 OWN_ROUNDING = 4e-6  # exp(score - log_sum) with scores up to 30 in "dominated"; the kernels reach 6e-7
 SMALLEST_SHARED_MEMORY = 99 * 1024  # bytes a block of threads may use on sm_86 and sm_89, the least since Ampere
@@ -49,7 +56,9 @@ def interpreted(repository: Path) -> dict[str, dict[str, list[float]]]:
     return json.loads(finished.stdout)
 
 
-@pytest.mark.parametrize("name", ["hard", "dominated", "bidirectional_padded", "left_padding", "grouped"])
+@pytest.mark.parametrize(
+    "name", ["hard", "dominated", "bidirectional_padded", "left_padding", "grouped", "right_padding"]
+)
 def test_interpreted_kernels_are_as_exact_as_eager(name: str, interpreted: dict[str, dict[str, list[float]]]) -> None:
     assert interpreted[name].keys() == {"y", "q", "k", "v", "policy"}
     for key, (error, eager) in interpreted[name].items():
@@ -73,18 +82,54 @@ def compile_for(generation: int, kernel: str, dtype: str, problem: Problem, want
     return triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
 
 
-@pytest.mark.parametrize(("generation", "dtype"), [(80, "bf16")])
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_kernels_compile_and_fit_into_shared_memory(
-    kernel: str, generation: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def kernel_cache(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Compiled kernels, kept from one session to the next."""
+    folder = request.config.cache.mkdir("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(folder))
+        yield folder
+
+
+def spilled_bytes(compiled: Any, generation: int, folder: Path) -> int:
+    """What a thread stores of its registers in memory, as the assembler in triton's wheel says; noted in `folder`."""
+    note = folder / f"{compiled.hash}.spilled"
+    if not note.is_file():
+        nvidia = pytest.importorskip("triton.backends.nvidia.compiler")
+        if not hasattr(nvidia, "get_ptxas"):
+            pytest.skip("this triton does not say where its assembler (ptxas) is")
+        source = folder / f"{compiled.hash}.ptx"
+        source.write_text(compiled.asm["ptx"], encoding="utf-8")
+        target = re.search(r"\.target (\w+)", compiled.asm["ptx"])
+        assert target is not None
+        words = ["-v", f"--gpu-name={target[1]}", str(source), "-o", os.devnull]
+        said = subprocess.run(
+            [nvidia.get_ptxas(generation).path, *words], capture_output=True, text=True, check=True
+        ).stderr
+        found = re.findall(r"(\d+) bytes spill stores", said)
+        assert found, said
+        partial = folder / f"{compiled.hash}.{os.getpid()}"
+        partial.write_text(str(max(map(int, found))), encoding="utf-8")
+        partial.replace(note)
+    return int(note.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("generation", "dtype", "width"),
+    [pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow) for each in TARGETS],
+)
+def test_kernels_compile_and_fit_into_registers_and_shared_memory(
+    generation: int, dtype: str, width: int, kernel_cache: Path
 ) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    x = torch.empty(1, 2, 64, 128, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    """Every kernel for A100 and H100; a whole table takes about a minute when nothing is cached."""
+    x = torch.empty(1, 2, 64, width, dtype=DTYPES[dtype])
     mask = torch.ones(1, 64, dtype=torch.bool)
     problem = Problem(x, x[:, :1], x[:, :1], torch.ones(1, 64), True, mask, None, 0.1)
-    compiled = compile_for(generation, kernel, dtype, problem, want_top=True)
-    assert compiled.asm["cubin"]
-    assert compiled.metadata.shared <= SMALLEST_SHARED_MEMORY
+    for kernel in KERNELS:
+        compiled = compile_for(generation, kernel, dtype, problem, want_top=True)
+        assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= SMALLEST_SHARED_MEMORY, kernel
+        assert spilled_bytes(compiled, generation, kernel_cache) <= SPILLED[dtype], kernel
 
 
 @pytest.mark.gpu

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import torch
+import triton
 from triton.runtime import interpreter
 
 from tests.dynamic.attention.attention_cases import CASES, draw, relative_errors, run
@@ -20,6 +22,7 @@ RUNS = {
     "bidirectional_padded": (torch.float32, 0.003),
     "left_padding": (torch.float32, 0.0),
     "grouped": (torch.float16, 0.0),
+    "right_padding": (torch.bfloat16, 0.0),
 }
 """Case, dtype and eps of each run: together they take every branch of the kernels."""
 
@@ -38,9 +41,26 @@ def _mend_interpreter() -> None:
     interpreter._patch_lang_tensor = patch_and_mend
 
 
+def _multiply_bfloat16() -> None:
+    """Let products take bfloat16 factors: numpy has no such type, the interpreter keeps their bits as integers."""
+    product = interpreter.InterpreterBuilder.create_dot
+
+    def widened(factor: Any) -> Any:
+        if factor.dtype.scalar != triton.language.bfloat16:
+            return factor
+        bits = factor.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), triton.language.float32)
+
+    def create_dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return product(builder, widened(a), widened(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
 def main() -> None:
     """Print `{case: {tensor: [error of the kernels, error of eager]}}`."""
     _mend_interpreter()
+    _multiply_bfloat16()
     report = {}
     for name, (dtype, eps) in RUNS.items():
         tensors, arguments = draw(CASES[name], dtype)

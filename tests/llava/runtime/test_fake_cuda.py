@@ -32,6 +32,7 @@ EXTENSIONS = {
     "dynamic": "--dynamic True",
     "mma": "--mma True --visual_input llava",
 }
+ATTACHED = {"block": ["hydralora"], "dynamic": ["dynamic"], "mma": ["mma"]}
 WAITS_OF_A_STEP = 2  # whether the loss is finite, and one more
 WAITS_OF_A_TOKEN = 4  # measured below; the prompt's are in PROMPT
 each_extension = pytest.mark.parametrize("name", EXTENSIONS)
@@ -95,7 +96,7 @@ def test_packed_rows_take_the_bounds_of_their_samples(
         assert set(masks) == {(2, 1, 96, 96)}
 
 
-@pytest.mark.parametrize("name", ["none"])
+@each_extension
 def test_generation_stays_on_one_device(name: str, folder: Path) -> None:
     command = read_command(words(folder, name))
     tokenizer = load_tokenizer(str(folder / "tiny-vicuna"), model_max_length=96)
@@ -106,6 +107,7 @@ def test_generation_stays_on_one_device(name: str, folder: Path) -> None:
     with on_device(fake):
         with torch.device(CUDA):
             model = bare_model(planned_model(command.args, tokenizer, None, None)).eval()
+        assert [item.extension.name for item in model.extensions] == ATTACHED.get(name, [])
         ids, mask, images = map(fake.put, (prompts, shown, pixels))
         waits = []
         for tokens in (2, 6):
