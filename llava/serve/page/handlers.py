@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava.errors import FlagError, LlavaError
 from llava.serve.page.client import Sampling, stream_answer
@@ -16,6 +16,9 @@ from llava.serve.page.conversation import Conversation, data_url, read_upload
 from llava.serve.page.drawing import details_html, words_html
 from llava.serve.page.feedback import Feedback
 from llava.serve.page.models import NONE, ModelList
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 LONGEST_QUESTION = 20_000
 """Characters."""
@@ -25,6 +28,9 @@ FIELDS = ("Temperature", "Top p", "Longest answer in tokens")
 
 RANGES = ((0.0, 2.0), (0.0, 1.0), (1.0, 2.0**31))
 """What they may be; a server may take less."""
+
+DECODED_AT_ONCE = 4
+"""Uploads that are decoded at the same time, by all visitors together; each may take a gigabyte."""
 
 Shown = list[dict[str, str]]
 Column = tuple[Conversation, Shown, str]
@@ -57,6 +63,12 @@ class Handlers:
 
     def __init__(self, models: ModelList, uploads: str | Path, feedback: Feedback | None) -> None:
         self.models, self.uploads, self.feedback = models, uploads, feedback
+        self._decoding = asyncio.Semaphore(DECODED_AT_ONCE)
+
+    async def _read(self, image: object) -> tuple[bytes, Image.Image]:
+        """`read_upload` outside the event loop, a few at a time."""
+        async with self._decoding:
+            return await asyncio.to_thread(read_upload, image, self.uploads)
 
     async def look(self) -> tuple[list[str], str]:
         """The choices of models now, and what is wrong with servers."""
@@ -82,7 +94,7 @@ class Handlers:
                 raise FlagError("no model is chosen; choose one")
             # Decoded here, in a thread, so that a wrong file is refused before any server is asked.
             if image is not None:
-                await asyncio.to_thread(read_upload, image, self.uploads)
+                await self._read(image)
         except LlavaError as error:
             return text, _notice(error), list(conversations)
         path = image if isinstance(image, str) else None
@@ -128,7 +140,7 @@ class Handlers:
             model = self.models.find(turn.model)
             url = None
             if conversation.image is not None:
-                content, _ = await asyncio.to_thread(read_upload, conversation.image, self.uploads)
+                content, _ = await self._read(conversation.image)
                 url = await asyncio.to_thread(data_url, content)
             async for piece in stream_answer(model, conversation.messages(url), sampling, details=bool(wants_details)):
                 last = conversation.turns[-1]
@@ -154,7 +166,7 @@ class Handlers:
         try:
             image = None
             if conversation.image is not None:
-                _, image = await asyncio.to_thread(read_upload, conversation.image, self.uploads)
+                _, image = await self._read(conversation.image)
             await asyncio.to_thread(self.feedback.vote, kind, conversation, image, visitor)
         except LlavaError as error:
             return conversation, _notice(error)
