@@ -40,7 +40,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the command's own batch fits."""
-        return self.share.total + OUTSIDE <= self.command.gpu_memory * GIB
+        return self.share.total + outside(self.command) <= self.command.gpu_memory * GIB
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers as JSON types; bytes of one GPU."""
@@ -78,7 +78,7 @@ def make_plan(command: Command) -> Plan:
             known[batch] = share(rehearsal.measure(batch)).total
         return known[batch]
 
-    room = int(command.gpu_memory * GIB) - OUTSIDE
+    room = int(command.gpu_memory * GIB) - outside(command)
     return Plan(command, update, share(update), largest_batch(bytes_of, command.batch, room))
 
 
@@ -106,3 +106,8 @@ def largest_batch(bytes_of: Callable[[int], int], start: int, room: int) -> int:
     while guess < LARGEST and bytes_of(guess + 1) <= room:
         guess += 1
     return guess
+
+
+def outside(command: Command) -> int:
+    """`OUTSIDE` on a GPU; nothing of that kind is on a CPU."""
+    return OUTSIDE if command.device.type == "cuda" else 0

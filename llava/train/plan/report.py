@@ -9,7 +9,7 @@ from rich.table import Table
 
 from llava.runtime.output import replace_text
 from llava.runtime.program import package_versions
-from llava.train.plan.plan import GIB, OUTSIDE, Plan
+from llava.train.plan.plan import GIB, Plan, outside
 
 
 def show(plan: Plan) -> None:
@@ -22,9 +22,11 @@ def show(plan: Plan) -> None:
     rows = {str(part): number for part, number in plan.share.parts.items()} | {"communication": plan.share.buffers}
     for name, number in rows.items():
         table.add_row(name, f"{number / GIB:.2f}")
-    table.add_row("CUDA and libraries (assumed)", f"{OUTSIDE / GIB:.2f}")
+    assumed = outside(command)
+    if assumed:
+        table.add_row("CUDA and libraries (assumed)", f"{assumed / GIB:.2f}")
     table.add_section()
-    table.add_row("all", f"{(plan.share.total + OUTSIDE) / GIB:.2f}")
+    table.add_row("all", f"{(plan.share.total + assumed) / GIB:.2f}")
     console = Console()
     console.print(table)
     for line in lines(plan):

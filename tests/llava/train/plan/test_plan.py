@@ -16,7 +16,7 @@ from llava.runtime.rehearsal.memory import MemoryMeter, Part
 from llava.train.evaluation.rows import NoRows
 from llava.train.plan.__main__ import main
 from llava.train.plan.command import read_command
-from llava.train.plan.plan import GIB, largest_batch
+from llava.train.plan.plan import GIB, largest_batch, outside
 from llava.train.plan.rows import planned_rows
 from llava.train.plan.shares import share_of
 from llava.train.plan.update import Update, measure
@@ -208,6 +208,7 @@ def test_settings_of_a_launcher_are_refused(folder: Path) -> None:
 def test_values_of_switches_are_read(options: str, half: bool, device: str, folder: Path) -> None:
     command = read_command([*words(folder), *options.split()])
     assert (command.args.training.bf16, command.device.type) == (half, device)
+    assert outside(command) == (GIB if device == "cuda" else 0), "a CPU has no context of CUDA"
 
 
 def test_the_program_shows_and_writes_a_plan_for_a_gpu(
