@@ -175,6 +175,7 @@ class SplicePlan:
         padding: `left` or `right`, or `none` if all rows are equally long.
         options: what the plan was made with.
         segments: one per sample, in the positions of its row.
+        source: (B, T) int64 with image tokens, the ids that it was made of, where they were then.
         packed: where the samples are, if rows may have several of them; None: every row is one.
     """
 
@@ -191,6 +192,7 @@ class SplicePlan:
     padding: str
     options: SpliceOptions
     segments: list[Segments]
+    source: Tensor
     packed: PackedRows | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> SplicePlan:
@@ -206,7 +208,7 @@ class SplicePlan:
         return replace(self, **pinned, packed=self.packed and self.packed.pin_memory())
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name != "source"}
 
 
 @dataclass

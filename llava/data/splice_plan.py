@@ -122,7 +122,7 @@ def plan_splice(
         layout = _Layout(limits, arrange(limits, capacity), "right")
     else:
         layout = _Layout.of_rows(limits, options.padding_side)
-    plan = _assembled(rows, segments, None if image_lengths is None else features, options, layout)
+    plan = _assembled(rows, segments, None if image_lengths is None else features, options, layout, input_ids)
     return replace(plan, packed=_packed_rows(layout)) if packing else plan
 
 
@@ -201,7 +201,12 @@ class _Layout:
 
 
 def _assembled(
-    rows: Sequence[_Row], segments: Sequence[Segments], features: int | None, options: SpliceOptions, layout: _Layout
+    rows: Sequence[_Row],
+    segments: Sequence[Segments],
+    features: int | None,
+    options: SpliceOptions,
+    layout: _Layout,
+    source: Tensor,
 ) -> SplicePlan:
     """Cut the samples and put them in their places."""
     batch, longest = layout.shape
@@ -242,6 +247,7 @@ def _assembled(
         padding="none" if bool(mask.all()) else layout.side,
         options=options,
         segments=moved,
+        source=source,
     )
 
 

@@ -84,13 +84,21 @@ def carry_out(plan: SplicePlan, images: Sequence[Tensor] | None, embed_tokens: n
 def check_plan(plan: SplicePlan, input_ids: Tensor, options: SpliceOptions) -> None:
     """Refuse a plan that was not made of this batch for this model.
 
+    Ids are compared where they are on the CPU; elsewhere their shape alone, since looking at them would be waited for.
+
     Raises:
-        ValueError: it has another number of rows, or was made with other lengths and sides; names both.
+        ValueError: it was made of other ids, or with other lengths and sides; names both.
     """
-    if len(plan.segments) != len(input_ids):
+    if plan.source.shape != input_ids.shape:
         raise ValueError(
-            f"the plan is of {len(plan.segments)} rows, the batch has {len(input_ids)}; plan each batch by itself, or "
-            "leave `plan` out"
+            f"the plan is of ids of shape {tuple(plan.source.shape)}, the batch has {tuple(input_ids.shape)}; "
+            "plan each batch by itself, or leave `plan` out"
+        )
+    rows = [] if torch.compiler.is_compiling() else _other_rows(plan.source, input_ids)
+    if rows:
+        raise ValueError(
+            f"the plan is of other ids than those of the batch in rows {rows}; plan each batch by itself, or leave "
+            "`plan` out"
         )
     wanted = replace(options, max_length=None) if plan.features is None else options
     if plan.options != wanted:
@@ -98,6 +106,13 @@ def check_plan(plan: SplicePlan, input_ids: Tensor, options: SpliceOptions) -> N
             f"the plan was made with {plan.options}, but the configuration of the model says {wanted}; make it by "
             "`model.splice_planner()` with the settings of now, or leave `plan` out"
         )
+
+
+def _other_rows(planned: Tensor, given: Tensor) -> list[int]:
+    """Rows (B, T) that differ, as far as it can be seen without waiting for a device."""
+    if planned is given or planned.device.type != "cpu" or given.device.type != "cpu" or torch.equal(planned, given):
+        return []
+    return (planned != given).any(dim=1).nonzero().flatten().tolist()
 
 
 def count_targets(input_ids: Tensor, labels: Tensor, image_lengths: Sequence[int], max_length: int | None) -> Tensor:

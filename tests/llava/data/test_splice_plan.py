@@ -210,8 +210,16 @@ def test_planned_and_unplanned_batches_are_the_same(
 def test_a_plan_of_another_batch_or_model_is_refused(model: LlavaLlamaForCausalLM) -> None:
     batch = batch_of(model)
     plan = batch["plan"]
-    with pytest.raises(ValueError, match="the plan is of 3 rows, the batch has 2"):
+    length = batch["input_ids"].shape[1]
+    with pytest.raises(
+        ValueError, match=rf"the plan is of ids of shape \(3, {length}\), the batch has \(2, {length}\)"
+    ):
         model(**(batch | {"input_ids": batch["input_ids"][:2]}))
+    stale = batch["input_ids"].clone()
+    stale[1, 0] += 1
+    with pytest.raises(ValueError, match=r"the plan is of other ids than those of the batch in rows \[1\]"):
+        model(**(batch | {"input_ids": stale}))
+    model(**(batch | {"input_ids": batch["input_ids"].clone()}))  # equal ids, as after a copy between processes
     with pytest.raises(ValueError, match="`plan` goes with the `input_ids` of a first pass"):
         model(inputs_embeds=torch.zeros(3, 2, model.config.hidden_size), plan=plan)
     with pytest.raises(ValueError, match=r"max_length=3.*configuration of the model says.*max_length"):
@@ -228,5 +236,6 @@ def test_a_plan_goes_to_a_device_whole(model: LlavaLlamaForCausalLM) -> None:
     assert plan.to("cpu") is plan
     tensors = {name for name, value in vars(plan).items() if isinstance(value, Tensor)}
     assert len(tensors) >= 7
-    assert {getattr(moved, name).device.type for name in tensors} == {"meta"}
+    assert {getattr(moved, name).device.type for name in tensors - {"source"}} == {"meta"}
+    assert moved.source is plan.source, "what the plan was made of stays where the ids were"
     assert moved.targets == plan.targets
