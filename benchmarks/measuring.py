@@ -105,11 +105,35 @@ def interleaved_times(
     return {name: values[warmup:] for name, values in times.items()}
 
 
+def take_turns(
+    ways: Mapping[str, Callable[[], object]], clock: Clock, rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each way in each of `rounds` rounds, which follow `warmup` others that do not count.
+
+    Each round begins with another way.
+    """
+    names = list(ways)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(warmup + rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            gc.collect()
+            start = clock.read()
+            ways[name]()
+            times[name].append(clock.read() - start)
+    return {name: values[warmup:] for name, values in times.items()}
+
+
+def quotient(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """The spread of the ratios of two ways, taken within each round."""
+    return spread([one / other for one, other in zip(above, below, strict=True)])
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Minimum, median and quartiles; one value is all of them."""
+    """Minimum, median, quartiles and maximum; one value is all of them."""
     quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     lower, median, upper = quartiles
-    return {"min": min(values), "lower_quartile": lower, "median": median, "upper_quartile": upper}
+    return {"min": min(values), "lower_quartile": lower, "median": median, "upper_quartile": upper, "max": max(values)}
 
 
 class _Kept:

@@ -35,6 +35,7 @@ class Size:
     Attributes:
         layers, width, inner, heads: of the decoder.
         patches: P image tokens.
+        vocabulary: rows of the table and of the head.
     """
 
     layers: int = 16
@@ -42,6 +43,7 @@ class Size:
     inner: int = 1376
     heads: int = 8
     patches: int = 576
+    vocabulary: int = VOCABULARY
 
 
 def build(size: Size, settings: SparseConfig | None, device: torch.device, dtype: torch.dtype) -> Any:
@@ -52,7 +54,7 @@ def build(size: Size, settings: SparseConfig | None, device: torch.device, dtype
     """
     torch.manual_seed(0)
     config = LlavaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=size.vocabulary,
         hidden_size=size.width,
         intermediate_size=size.inner,
         num_hidden_layers=size.layers,
@@ -122,15 +124,19 @@ def make_prompt(model: Any, size: Size, batch: int) -> Prompt:
 @torch.no_grad()
 def prefill(model: Any, prompt: Prompt) -> Any:
     """The cache after a prompt; the logits of its last position are computed too."""
-    cache = model.extensions.make_cache(model)
-    output = model(
+    return cache_of(prefill_output(model, prompt, model.extensions.make_cache(model)))
+
+
+@torch.no_grad()
+def prefill_output(model: Any, prompt: Prompt, cache: Any) -> Any:
+    """The output of a prompt with the logits of its last position."""
+    return model(
         inputs_embeds=prompt.embeddings,
         segments=prompt.segments,
         cache=cache,
         use_cache=True,
         logits_to_keep=1,
     )
-    return cache_of(output)
 
 
 @torch.no_grad()
@@ -155,7 +161,9 @@ def recompute(model: Any, prompt: Prompt, ids: Tensor) -> None:
 def random_ids(model: Any, batch: int, tokens: int) -> Tensor:
     """Given tokens (B, T), the same for every model."""
     generator = torch.Generator().manual_seed(2)
-    return torch.randint(VOCABULARY, (batch, tokens), generator=generator).to(model.device)
+    return torch.randint(min(VOCABULARY, model.config.vocab_size), (batch, tokens), generator=generator).to(
+        model.device
+    )
 
 
 def cache_bytes(cache: Any) -> int:

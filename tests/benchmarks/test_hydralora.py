@@ -165,7 +165,7 @@ def test_methods_take_turns() -> None:
 
 def test_spread() -> None:
     found = spread([5.0, 1.0, 3.0, 2.0, 4.0])
-    assert found == {"min": 1.0, "lower_quartile": 2.0, "median": 3.0, "upper_quartile": 4.0}
+    assert found == {"min": 1.0, "lower_quartile": 2.0, "median": 3.0, "upper_quartile": 4.0, "max": 5.0}
     assert set(spread([7.0]).values()) == {7.0}
 
 

@@ -55,8 +55,8 @@ def tokenizer_text(asked: Iterable[Asked], template: str) -> list[str]:
     return lines
 
 
-def train_tokenizer(lines: Sequence[str], vocabulary: int) -> bytes:
-    """Content of a `tokenizer.model` with the special ids of Llama."""
+def train_tokenizer(lines: Sequence[str], vocabulary: int, required: str = "") -> bytes:
+    """Content of a `tokenizer.model` with the special ids of Llama; characters of `required` get a piece each."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -66,6 +66,7 @@ def train_tokenizer(lines: Sequence[str], vocabulary: int) -> bytes:
         split_by_whitespace=False,
         split_by_unicode_script=False,
         split_by_number=False,
+        required_chars=required,
         max_sentencepiece_length=LONGEST_PIECE,
         byte_fallback=True,
         normalization_rule_name="identity",
