@@ -15,6 +15,9 @@ from torch import Tensor
 
 REPEATS = 5
 
+READ = 2**28
+"""Bytes that are read; more than caches hold."""
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -48,8 +51,7 @@ def measure_rates(rows: int, width: int, inner: int, dtype: torch.dtype) -> Rate
     """
     x, weight = torch.randn(rows, width).to(dtype), torch.randn(inner, width).to(dtype)
     product = _best(x, weight)
-    # More bytes than caches hold.
-    table = torch.randn(-(-(2**27) // width), width).to(dtype)
+    table = torch.full((-(-READ // (width * dtype.itemsize)), width), 0.5, dtype=dtype)
     reading = _best(x[:1], table)
     return Rates(2 * rows * width * inner / product, table.numel() * table.element_size() / reading)
 

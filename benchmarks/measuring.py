@@ -9,11 +9,12 @@ Memory: what autograd keeps between forward and backward, each storage once, par
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,10 +85,7 @@ def interleaved_times(
     """
     names = list(methods)
     times: dict[str, list[float]] = {name: [] for name in names}
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
+    with _without_collecting():
         for number in range(warmup + rounds):
             first = number % len(names)
             for name in names[first:] + names[:first]:
@@ -99,10 +97,20 @@ def interleaved_times(
                 passes = STEPS if cotangent is None else 1
                 times[name].append(1e3 * (clock.read() - start) / passes)
             after_round()
+    return {name: values[warmup:] for name, values in times.items()}
+
+
+@contextlib.contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Collect garbage once, and not while something is timed."""
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
     finally:
         if collecting:
             gc.enable()
-    return {name: values[warmup:] for name, values in times.items()}
 
 
 def take_turns(
@@ -114,13 +122,13 @@ def take_turns(
     """
     names = list(ways)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(warmup + rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            gc.collect()
-            start = clock.read()
-            ways[name]()
-            times[name].append(clock.read() - start)
+    with _without_collecting():
+        for number in range(warmup + rounds):
+            first = number % len(names)
+            for name in names[first:] + names[:first]:
+                start = clock.read()
+                ways[name]()
+                times[name].append(clock.read() - start)
     return {name: values[warmup:] for name, values in times.items()}
 
 

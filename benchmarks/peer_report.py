@@ -101,7 +101,7 @@ def _server(found: Mapping[str, Any]) -> Iterator[Row]:
     if "peer_over_ours" in found:
         goal = "server, one client" if found["clients"] == 1 else "server"
         yield Row(
-            f"server, {found['clients']} clients", peer_server.PEER, goal, *_quotient(found["peer_over_ours"]), None
+            f"server, {found['clients']} client{'s' if found['clients'] > 1 else ''}", peer_server.PEER, goal, *_quotient(found["peer_over_ours"]), None
         )
 
 
