@@ -100,9 +100,8 @@ def _answers(found: Mapping[str, Any]) -> Iterator[Row]:
 def _server(found: Mapping[str, Any]) -> Iterator[Row]:
     if "peer_over_ours" in found:
         goal = "server, one client" if found["clients"] == 1 else "server"
-        yield Row(
-            f"server, {found['clients']} client{'s' if found['clients'] > 1 else ''}", peer_server.PEER, goal, *_quotient(found["peer_over_ours"]), None
-        )
+        clients = f"{found['clients']} client" + ("s" if found["clients"] > 1 else "")
+        yield Row(f"server, {clients}", peer_server.PEER, goal, *_quotient(found["peer_over_ours"]), None)
 
 
 def _sparse(found: Mapping[str, Any]) -> Iterator[Row]:
