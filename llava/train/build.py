@@ -267,7 +267,7 @@ def use_fused_loss(llava: LlavaForCausalLM, args: RunArguments) -> None:
     """Let liger-kernel compute the loss on a GPU, where it is installed; its kernels run nowhere else."""
     head = llava.get_output_embeddings()
     fused = liger_loss() if args.training.device.type == "cuda" else None
-    if isinstance(head, LanguageHead) and fused is not None:
+    if isinstance(head, LanguageHead) and head.bias is None and fused is not None:
         head.fused = fused
         say(args, "loss", "of trained tokens, fused by liger-kernel")
 
@@ -313,12 +313,12 @@ def build_model(args: RunArguments, tokenizer: Any, attn_implementation: str | N
         llava.extensions.attach(llava, available[name], config)
     train_on(llava, recorded, announce=args.training.should_log)
     say(args, "extensions", ", ".join(llava.extensions.configs) or "none")
-    use_fused_loss(llava, args)
     model: nn.Module = llava
     if args.training.peft_config is not None:
         model = add_adapter(llava, args.training.peft_config)
     elif args.training.lora_enable:
         model = add_lora(llava, args.training)
+    use_fused_loss(llava, args)  # after adapters, which may be around the head: there is no kernel for such a head
     counts = freeze(model, args)
     set_precision(model, args.training)
     declare_parameters(llava, args.training)
