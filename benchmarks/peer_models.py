@@ -51,13 +51,13 @@ def build_pair(folder: Path, shape: Shape, images: int) -> Pair:
     written = write_llava(folder, shape, torch.float32)
     with contextlib.redirect_stdout(io.StringIO()):
         to_hf(written.llava, folder / "hf")
-    pictures = folder / "images"
-    pictures.mkdir()
+    drawn = folder / "images"
+    drawn.mkdir()
     random = Random(1)
     for number in range(images):
         size = (shape.image, shape.image)
-        Image.frombytes("RGB", size, random.randbytes(3 * size[0] * size[1])).save(pictures / f"{number}.png")
-    return Pair(written.llava, folder / "hf", written.tower, pictures, shape)
+        Image.frombytes("RGB", size, random.randbytes(3 * size[0] * size[1])).save(drawn / f"{number}.png")
+    return Pair(written.llava, folder / "hf", written.tower, drawn, shape)
 
 
 def tasks_of(pair: Pair, count: int) -> list[Task]:
