@@ -38,6 +38,7 @@ KNOWN = (
     Known("Passing `fsdp` as a string is deprecated", "published command lines pass words, which transformers reads"),
     Known("Passing `generation_config` together with", "assisted decoding of transformers calls `generate` so itself"),
     Known("'future.no_silent_downcasting' is deprecated", "gradio asks pandas for it where it counts its own calls"),
+    Known("The copy keyword is deprecated", "gradio passes it to pandas in the same place"),
     Known("`torch.jit.script_method` is deprecated", "raised inside torch when torchvision is imported"),
 )
 
