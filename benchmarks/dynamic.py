@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks import sparse_models as models
 from benchmarks.dynamic_report import document, plot
-from benchmarks.measuring import Clock, clock_for, run_once, saved_bytes
+from benchmarks.measuring import Clock, clock_for, run_once, saved_bytes, take_turns
 from benchmarks.record import check_run, provenance, show, write_files
 from dynamic import flops
 from dynamic.config import SparseConfig
@@ -106,16 +106,8 @@ Passes = Mapping[str, Callable[[], object]]
 
 def times(passes: Passes, clock: Clock, rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each pass in each round; the passes take turns, after one round that does not count."""
-    names = list(passes)
-    found: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds + 1):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            start = clock.read()
-            passes[name]()
-            if number:
-                found[name].append(1e3 * (clock.read() - start))
-    return found
+    found = take_turns(passes, clock, rounds)
+    return {name: [1e3 * seconds for seconds in values] for name, values in found.items()}
 
 
 def compare(passes: Passes, base: str, other: str, clock: Clock, rounds: int, ideal: float) -> dict[str, Any]:

@@ -7,13 +7,14 @@ ones, so that writing takes as long as the disk; a file is filled and written be
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, GenerationConfig
@@ -91,6 +92,25 @@ class Folders:
 def question(random: Random) -> str:
     """A question of 3 to 24 words."""
     return " ".join(random.choices(WORDS, k=random.randint(3, 24))).capitalize() + "?"
+
+
+def write_image(path: Path, side: int, random: Random) -> None:
+    """A square image of noise."""
+    Image.frombytes("RGB", (side, side), random.randbytes(3 * side * side)).save(path)
+
+
+def write_rows(path: Path, images: Sequence[str], words: int) -> None:
+    """Training rows in upstream's format, one for each image: a question, and an answer of so many words."""
+    random = Random(3)
+    rows = []
+    for number, image in enumerate(images):
+        answer = " ".join(question(random) for _ in range(words)).split()[:words]
+        turns = [
+            {"from": "human", "value": f"<image>\n{question(random)}"},
+            {"from": "gpt", "value": " ".join(answer)},
+        ]
+        rows.append({"id": str(number), "image": image, "conversations": turns})
+    write_json(path, rows)
 
 
 def write_llava(

@@ -83,21 +83,14 @@ def interleaved_times(
     Timed are forward and backward, or, without a cotangent, one forward pass without gradients (the mean of `STEPS`).
     `after_round` is called after every one (a progress bar).
     """
-    names = list(methods)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    with _without_collecting():
-        for number in range(warmup + rounds):
-            first = number % len(names)
-            for name in names[first:] + names[:first]:
-                start = clock.read()
-                if cotangent is None:
-                    run_tokens(methods[name], x)
-                else:
-                    run_once(methods[name], x, cotangent)
-                passes = STEPS if cotangent is None else 1
-                times[name].append(1e3 * (clock.read() - start) / passes)
-            after_round()
-    return {name: values[warmup:] for name, values in times.items()}
+    passes = STEPS if cotangent is None else 1
+
+    def way(module: nn.Module) -> Callable[[], object]:
+        return lambda: run_tokens(module, x) if cotangent is None else run_once(module, x, cotangent)
+
+    ways = {name: way(module) for name, module in methods.items()}
+    times = take_turns(ways, clock, rounds, warmup, after_round)
+    return {name: [1e3 * seconds / passes for seconds in values] for name, values in times.items()}
 
 
 @contextlib.contextmanager
@@ -114,11 +107,15 @@ def _without_collecting() -> Iterator[None]:
 
 
 def take_turns(
-    ways: Mapping[str, Callable[[], object]], clock: Clock, rounds: int, warmup: int = 1
+    ways: Mapping[str, Callable[[], object]],
+    clock: Clock,
+    rounds: int,
+    warmup: int = 1,
+    after_round: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds of each way in each of `rounds` rounds, which follow `warmup` others that do not count.
 
-    Each round begins with another way.
+    Each round begins with another way. `after_round` is called after every one (a progress bar).
     """
     names = list(ways)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -129,6 +126,7 @@ def take_turns(
                 start = clock.read()
                 ways[name]()
                 times[name].append(clock.read() - start)
+            after_round()
     return {name: values[warmup:] for name, values in times.items()}
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 import threading
 from pathlib import Path
 from types import TracebackType
+
+import torch
+
+from llava.runtime.monitoring.speed import peak_memory
 
 STATUS = Path("/proc/self/status")
 FIELDS = {"resident": "VmRSS", "private": "RssAnon", "mapped_files": "RssFile"}
@@ -15,13 +18,18 @@ SECONDS = 0.05
 """Between two looks."""
 
 
-def memory_now() -> dict[str, int]:
-    """Bytes by kind; nothing where Linux does not tell."""
+def process_status() -> dict[str, int]:
+    """Bytes by the names of `STATUS`; nothing where Linux does not tell."""
     if not STATUS.is_file():
         return {}
     lines = (line.split() for line in STATUS.read_text(encoding="utf-8").splitlines())
-    found = {words[0].removesuffix(":"): words for words in lines if words}
-    return {name: 1024 * int(found[field][1]) for name, field in FIELDS.items() if field in found}
+    return {words[0].removesuffix(":"): 1024 * int(words[1]) for words in lines if words[2:] == ["kB"]}
+
+
+def memory_now() -> dict[str, int]:
+    """Bytes by kind; nothing where Linux does not tell."""
+    found = process_status()
+    return {name: found[field] for name, field in FIELDS.items() if field in found}
 
 
 class PeakMemory:
@@ -57,4 +65,4 @@ class PeakMemory:
 
     def record(self) -> dict[str, int]:
         """The peaks, and the largest resident size that the system has seen of this process in all its life."""
-        return self.peaks | {"resident_in_all": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+        return self.peaks | {"resident_in_all": peak_memory(torch.device("cpu"))}

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks import mma_models as models
 from benchmarks import sparse_models
-from benchmarks.measuring import Clock, clock_for, run_once, saved_bytes
+from benchmarks.measuring import Clock, clock_for, run_once, saved_bytes, take_turns
 from benchmarks.record import check_run, provenance, show, write_files
 from llava.runtime.program import run_program
 
@@ -85,17 +85,8 @@ Passes = Mapping[str, Callable[[], object]]
 
 def times(passes: Passes, clock: Clock, rounds: int, after_round: Callable[[], object]) -> dict[str, list[float]]:
     """Milliseconds of each pass in each round; the passes take turns, after two rounds that do not count."""
-    names = list(passes)
-    found: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(-2, rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            begun = clock.read()
-            passes[name]()
-            if number >= 0:
-                found[name].append(1e3 * (clock.read() - begun))
-        after_round()
-    return found
+    found = take_turns(passes, clock, rounds, 2, after_round)
+    return {name: [1e3 * seconds for seconds in values] for name, values in found.items()}
 
 
 def ratios(found: Mapping[str, list[float]], base: str) -> dict[str, dict[str, float]]:

@@ -15,17 +15,13 @@ from random import Random
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from benchmarks.llava_models import Shape, question, write_json, write_llava
+from benchmarks.llava_models import Shape, question, write_image, write_llava
 from llava.convert.hf import to_hf
 from llava.errors import FlagError
 from llava.eval.answering.answers import Task
 from llava.eval.answering.loading import LoadedModel, load_model
-
-ANSWER_WORDS = 64
-"""Words of an answer that is trained on."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +51,7 @@ def build_pair(folder: Path, shape: Shape, images: int) -> Pair:
     drawn.mkdir()
     random = Random(1)
     for number in range(images):
-        size = (shape.image, shape.image)
-        Image.frombytes("RGB", size, random.randbytes(3 * size[0] * size[1])).save(drawn / f"{number}.png")
+        write_image(drawn / f"{number}.png", shape.image, random)
     return Pair(written.llava, folder / "hf", written.tower, drawn, shape)
 
 
@@ -64,20 +59,6 @@ def tasks_of(pair: Pair, count: int) -> list[Task]:
     """Questions, each about an image of its own."""
     random = Random(2)
     return [Task(number, question(random), "", (f"{number}.png",), f"question {number}") for number in range(count)]
-
-
-def write_rows(pair: Pair, path: Path, count: int) -> None:
-    """Training rows in upstream's format: an image, a question and an answer of `ANSWER_WORDS` words."""
-    random = Random(3)
-    rows = []
-    for number in range(count):
-        answer = " ".join(question(random) for _ in range(ANSWER_WORDS)).split()[:ANSWER_WORDS]
-        turns = [
-            {"from": "human", "value": f"<image>\n{question(random)}"},
-            {"from": "gpt", "value": " ".join(answer)},
-        ]
-        rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
-    write_json(path, rows)
 
 
 def load_ours(pair: Pair) -> LoadedModel:

@@ -172,5 +172,5 @@ def write_page(path: Path, record: Mapping[str, Any]) -> None:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise FlagError(f"{path}: there is no place for the table; it goes between '{BEGIN}' and '{END}'")
+        raise FlagError(f"{path}: it has no place for the table, which goes between '{BEGIN}' and '{END}'")
     replace_text(path, f"{before}{BEGIN}\n\n{origin(record)}\n\n{table(record)}\n\n{END}{after}")

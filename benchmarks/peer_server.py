@@ -144,7 +144,7 @@ def measure(
         FlagError: answers differ, or a server does not start.
     """
     if not COMMAND.is_file():
-        return {"left_out": {PEER: f"there is no program {COMMAND.name}"}}
+        return {"left_out": {PEER: f"{COMMAND} is not installed"}}
     tasks = tasks_of(pair, clients * requests)
     answers: dict[str, list[str]] = {}
     with ours(pair, work) as here, theirs(pair, work) as there:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
 
 from benchmarks.floors import Rates
+from benchmarks.llava_models import write_rows
 from benchmarks.measuring import Clock, quotient, spread, take_turns
-from benchmarks.peer_models import Pair, check_equal, write_rows
+from benchmarks.peer_models import Pair, check_equal
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.convert.hf_format import to_hf_name
 from llava.model.checkpoint import bare_model
@@ -28,6 +29,9 @@ from llava.runtime.rehearsal.memory import MemoryMeter
 from llava.train.train import Parts, build_run, parse_args
 
 RANK, ALPHA, EXPERTS = 16, 32, 3
+ANSWER_WORDS = 64
+"""Words of an answer that is trained on."""
+
 PEER = "transformers + PEFT"
 METHODS = {
     "LoRA": f"--lora_enable True --lora_r {RANK} --lora_alpha {ALPHA}",
@@ -79,7 +83,7 @@ class Stepper:
 
 def ours(pair: Pair, method: str, dropout: float, work: Path, rows: int) -> Stepper:
     """Our Trainer, built from the command line of a training."""
-    write_rows(pair, work / "rows.json", rows)
+    write_rows(work / "rows.json", [f"{number}.png" for number in range(rows)], ANSWER_WORDS)
     words = (
         f"--model_name_or_path {pair.ours} --vision_tower {pair.tower} --version v1 --data_path {work}/rows.json "
         f"--image_folder {pair.images} --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --use_cpu True "

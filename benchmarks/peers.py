@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,25 +86,18 @@ def measured_parts(
     """What is measured: section, name of the part within it, and what measures it."""
     parts: list[tuple[str, str, Callable[[], dict[str, Any]]]] = []
     for dropout in args.dropout if "train" in args.sections else ():
-        run = lambda dropout=dropout: peer_training.measure(  # noqa: E731
-            pair, folder / "training", dropout, args.rows, clock, args.rounds, rates
-        )
-        parts.append(("train", f"dropout {dropout:g}", run))
+        train = partial(peer_training.measure, pair, folder / "training", dropout, args.rows, clock, args.rounds, rates)
+        parts.append(("train", f"dropout {dropout:g}", train))
     for size in args.batch_sizes if "eval" in args.sections else ():
-        answer = lambda size=size: peer_answers.measure(  # noqa: E731
-            pair, folder, args.tokens, size, clock, args.rounds, rates
-        )
+        answer = partial(peer_answers.measure, pair, folder, args.tokens, size, clock, args.rounds, rates)
         parts.append(("eval", f"batch {size}", answer))
     wall = Clock("wall", time.perf_counter)
     for clients in args.clients if "serve" in args.sections else ():
-        serve = lambda clients=clients: peer_server.measure(  # noqa: E731
-            pair, folder, args.tokens, clients, args.requests, wall, args.rounds
-        )
+        serve = partial(peer_server.measure, pair, folder, args.tokens, clients, args.requests, wall, args.rounds)
         parts.append(("serve", f"{clients} clients", serve))
+    sizes = (args.tokens, args.compile, clock, args.rounds, rates)
     for batch in args.sparse_batches if "sparse" in args.sections else ():
-        sparse = lambda batch=batch: peer_sparse.measure(  # noqa: E731
-            args.shape, args.keep_rate, batch, args.tokens, args.compile, clock, args.rounds, rates
-        )
+        sparse = partial(peer_sparse.measure, args.shape, args.keep_rate, batch, *sizes)
         parts.append(("sparse", f"batch {batch}", sparse))
     return parts
 

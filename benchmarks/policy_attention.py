@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import platform
-import re
 import shlex
 import statistics
 import sys
@@ -30,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.memory import STATUS, process_status
 from benchmarks.record import check_run
 from dynamic.attention import policy_attention
 from llava.errors import FlagError
@@ -132,11 +132,10 @@ def resident_bytes(field: str) -> int:
     Raises:
         FlagError: this system does not say.
     """
-    status = Path("/proc/self/status")
-    found = re.search(rf"^{field}:\s*(\d+) kB", status.read_text(encoding="utf-8"), re.M) if status.is_file() else None
-    if found is None:
-        raise FlagError("memory on the CPU is read from /proc/self/status, which is not here; measure on Linux")
-    return 1024 * int(found[1])
+    found = process_status()
+    if field not in found:
+        raise FlagError(f"memory on the CPU is read from {STATUS}, which is not here; measure on Linux")
+    return found[field]
 
 
 def measure(length: int, args: argparse.Namespace, after: Callable[[], object]) -> dict[str, Any]:

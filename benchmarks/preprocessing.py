@@ -35,6 +35,7 @@ from transformers import (
     LlavaProcessor,
 )
 
+from benchmarks.measuring import Clock, take_turns
 from benchmarks.record import ROOT, check_run, provenance, show_and_write
 from llava.data.dataset import LazySupervisedDataset
 from llava.data.images import ImageTransform, load_image
@@ -157,15 +158,10 @@ def of_file(processor: Any, folder: Path, **options: Any) -> Any:
 def measure(runs: Mapping[str, Run], rounds: int) -> dict[str, Any]:
     """Milliseconds of every way, their ratios, and how far their values differ from ours."""
     made: dict[str, Tensor] = {name: run() for name, run in runs.items()}
-    spent: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds):
-        for name in list(runs)[:: 1 if number % 2 else -1]:
-            start = time.process_time()
-            runs[name]()
-            spent[name].append(1000 * (time.process_time() - start))
+    spent = take_turns(runs, Clock("process", time.process_time), rounds, warmup=0)
     others = [name for name in runs if name != "ours"]
     return {
-        "milliseconds": {name: statistics.median(each) for name, each in spent.items()},
+        "milliseconds": {name: 1e3 * statistics.median(each) for name, each in spent.items()},
         "ratio": {
             name: statistics.median(a / b for a, b in zip(spent["ours"], spent[name], strict=True)) for name in others
         },

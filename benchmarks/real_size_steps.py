@@ -8,11 +8,10 @@ from random import Random
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from benchmarks.floors import measure_rates
-from benchmarks.llava_models import Folders, Shape, question, write_json, write_llava
+from benchmarks.llava_models import Folders, Shape, question, write_image, write_llava, write_rows
 from benchmarks.memory import PeakMemory
 from benchmarks.update_parts import UpdateParts
 from llava.data.images import load_image
@@ -47,8 +46,7 @@ def weights(folder: Path, shape: Shape) -> dict[str, Any]:
     with PeakMemory() as memory:
         write_llava(folder, shape, torch.bfloat16, print)
     seconds = time.perf_counter() - start
-    size = (shape.image, shape.image)
-    Image.frombytes("RGB", size, Random(1).randbytes(3 * size[0] * size[1])).save(folder / IMAGE)
+    write_image(folder / IMAGE, shape.image, Random(1))
     written = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     return {"seconds": seconds, "bytes": written, "memory": memory.record()}
 
@@ -107,16 +105,7 @@ def command(folders: Folders, folder: Path) -> list[str]:
 
 def update(folders: Folders, folder: Path, words: int) -> dict[str, Any]:
     """One update by the training program's own Trainer: seconds by part, and peaks of memory."""
-    random = Random(3)
-    rows = []
-    for number in range(MICRO_BATCHES):
-        answer_words = " ".join(question(random) for _ in range(words)).split()[:words]
-        turns = [
-            {"from": "human", "value": f"<image>\n{question(random)}"},
-            {"from": "gpt", "value": " ".join(answer_words)},
-        ]
-        rows.append({"id": str(number), "image": IMAGE, "conversations": turns})
-    write_json(folder / "rows.json", rows)
+    write_rows(folder / "rows.json", [IMAGE] * MICRO_BATCHES, words)
     start = time.perf_counter()
     with PeakMemory() as memory:
         run = build_run(parse_args(command(folders, folder)))

@@ -318,7 +318,7 @@ def build_model(args: RunArguments, tokenizer: Any, attn_implementation: str | N
         model = add_adapter(llava, args.training.peft_config)
     elif args.training.lora_enable:
         model = add_lora(llava, args.training)
-    use_fused_loss(llava, args)  # after adapters, which may be around the head: there is no kernel for such a head
+    use_fused_loss(llava, args)  # after adapters: one around the head rules the kernel out
     counts = freeze(model, args)
     set_precision(model, args.training)
     declare_parameters(llava, args.training)
