@@ -229,7 +229,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image.load()
         image.info.pop("transparency")  # Pillow warns that it is lost, which is meant
     rgb = image.convert("RGB")
-    rgb.info.pop("transparency", None)  # newer processors would make this colour white
+    rgb.info.pop("transparency", None)  # newer processors would make this color white
     return rgb
 
 

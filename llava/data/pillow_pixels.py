@@ -36,7 +36,7 @@ SEPARABLE = (
 Box = tuple[int, int, int, int]
 """Left, upper, right and lower border in pixels."""
 
-Colour = tuple[int, ...]
+Color = tuple[int, ...]
 
 
 def is_known(image: Image.Image, image_processor: Any) -> bool:
@@ -56,32 +56,32 @@ def _given(size: Any) -> dict[str, int]:
     return {key: value for key, value in dict(size or {}).items() if value}
 
 
-def pixel_values(image: Image.Image, image_processor: Any, background: Colour | None = None) -> Tensor:
+def pixel_values(image: Image.Image, image_processor: Any, background: Color | None = None) -> Tensor:
     """What the processor makes of an RGB image.
 
     Args:
         image: RGB image of any size.
         image_processor: as `is_known` accepts it.
-        background: centre the image on a square of this colour first.
+        background: center the image on a square of this color first.
 
     Returns:
-        (3, height, width), float32 if the processor rescales or normalises, else uint8.
+        (3, height, width), float32 if the processor rescales or normalizes, else uint8.
     """
     return looked_up(_cropped(image, image_processor, background), image_processor)
 
 
-def _cropped(image: Image.Image, image_processor: Any, background: Colour | None) -> Image.Image:
+def _cropped(image: Image.Image, image_processor: Any, background: Color | None) -> Image.Image:
     """The image padded, scaled and cropped."""
     side = max(image.size)
     padded = image.size if background is None else (side, side)
     size = resized_size(padded, image_processor) if image_processor.do_resize else padded
-    box = _centre(size, image_processor.crop_size) if image_processor.do_center_crop else (0, 0, *size)
+    box = _center(size, image_processor.crop_size) if image_processor.do_center_crop else (0, 0, *size)
     # A row of the image is one with what is padded on its left and right, so that comes first.
     if background is not None and (image.width < side or not image_processor.do_resize):
         image = on_canvas(image, padded, background)
     if image.width != size[0]:
         image = image.resize((size[0], image.height), image_processor.resample)
-    # A row of padding above or below keeps its one colour, whatever it is scaled to.
+    # A row of padding above or below keeps its one color, whatever it is scaled to.
     if background is not None and image.height < padded[1]:
         image = on_canvas(image, (size[0], padded[1]), background)
     if (box[0], box[2]) != (0, size[0]):
@@ -91,13 +91,13 @@ def _cropped(image: Image.Image, image_processor: Any, background: Colour | None
     return image if (box[1], box[3]) == (0, size[1]) else image.crop((0, box[1], image.width, box[3]))
 
 
-def _centre(size: tuple[int, int], crop: Any) -> Box:
+def _center(size: tuple[int, int], crop: Any) -> Box:
     """Box of the processor's crop; where it reaches over the image, Pillow and the processor both fill in black."""
     left, top = (size[0] - crop["width"]) // 2, (size[1] - crop["height"]) // 2
     return left, top, left + crop["width"], top + crop["height"]
 
 
-def on_canvas(image: Image.Image, size: tuple[int, int], background: Colour) -> Image.Image:
+def on_canvas(image: Image.Image, size: tuple[int, int], background: Color) -> Image.Image:
     """The image in the middle of a canvas of `size` (width, height); where halves differ, up and to the left."""
     canvas = Image.new(image.mode, size, background)
     canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))

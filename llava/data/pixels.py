@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava.data.image_bounds import check_made, resized_size
-from llava.data.pillow_pixels import PILLOW_PROCESSORS, Colour, is_known, on_canvas, pixel_values
+from llava.data.pillow_pixels import PILLOW_PROCESSORS, Color, is_known, on_canvas, pixel_values
 from llava.data.tiling import (
     GridPinpoints,
     divide_to_patches,
@@ -35,7 +35,7 @@ ASPECT_RATIOS = ("pad", "square", "resize", "stretch", "anyres")
 """Known values of `--image_aspect_ratio`."""
 
 
-def expand2square(image: Image.Image, background: Colour) -> Image.Image:
+def expand2square(image: Image.Image, background: Color) -> Image.Image:
     """Centre an RGB image on a square canvas whose side is the image's longer one; the image itself if square."""
     side = max(image.size)
     if image.size == (side, side):
@@ -98,8 +98,8 @@ def preprocess_image(
     return _processed(image, image_processor, background)
 
 
-def _processed(image: Image.Image, image_processor: Any, background: Colour | None = None) -> Tensor:
-    """What the processor makes of an image, (3, height, width), after padding it to a square if there is a colour."""
+def _processed(image: Image.Image, image_processor: Any, background: Color | None = None) -> Tensor:
+    """What the processor makes of an image, (3, height, width), padded to a square of `background` if it is given."""
     if is_known(image, image_processor):
         return pixel_values(image, image_processor, background)
     if background is not None:

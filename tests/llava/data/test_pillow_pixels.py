@@ -157,8 +157,8 @@ def saved(folder: Path) -> dict[str, tuple[str, Image.Image]]:
         "L": ("l.png", image.convert("L"), {}),
         "1": ("1.png", image.convert("1"), {}),
         "P": ("p.png", palette, {}),
-        "P with a transparent colour": ("t.png", palette, {"transparency": 3}),
-        "RGB with a transparent colour": ("key.png", half, {"transparency": (10, 20, 30)}),
+        "P with a transparent color": ("t.png", palette, {"transparency": 3}),
+        "RGB with a transparent color": ("key.png", half, {"transparency": (10, 20, 30)}),
         "L with a transparent grey": (
             "grey.png",
             half.convert("L"),
@@ -173,7 +173,7 @@ def saved(folder: Path) -> dict[str, tuple[str, Image.Image]]:
         content.save(folder / name, **options)
     shown = {kind: Image.open(folder / name) for kind, (name, _, _) in kinds.items()}
     shown["16 bit"] = Image.fromarray((deep >> 8).astype(np.uint8))
-    # Arrays, because a transparent colour would go on with the image.
+    # Arrays, because a transparent color would go on with the image.
     return {kind: (kinds[kind][0], Image.fromarray(np.asarray(image.convert("RGB")))) for kind, image in shown.items()}
 
 
