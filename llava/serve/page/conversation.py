@@ -19,18 +19,18 @@ from llava.serve.uploads import uploaded_file
 
 
 class Start:
-    """Whether an answer is generated already: one for a turn and all its later versions; it alone changes here.
+    """Whether an answer is generated already, or not wanted any more: one for a turn and all its later versions.
 
-    Several steps of a page may come to the same turn; the first one answers.
+    It alone changes here. Several steps of a page may come to the same turn; the first one answers.
     """
 
     def __init__(self) -> None:
-        self.begun = False
+        self.begun = self.abandoned = False
 
     def take(self) -> bool:
         """True for the first one that asks."""
         begun, self.begun = self.begun, True
-        return not begun
+        return not begun and not self.abandoned
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Turn:
         problem: why there is no answer, or no whole one.
         details: what the server says of the answer.
         voted: what the visitor said of it.
-        start: taken by what generates the answer.
+        start: taken by what generates the answer, and told when nobody wants it any more.
     """
 
     question: str
@@ -86,6 +86,16 @@ class Conversation:
     def stopped(self) -> Conversation:
         """With what has come of an answer that was under way."""
         return self.last(ended=True) if self.is_open else self
+
+    def about(self, image: str | None) -> Conversation:
+        """Itself if it is about this image; else a new one, and whoever is answering here is told to end."""
+        return self if self.image == image else self.abandoned()
+
+    def abandoned(self) -> Conversation:
+        """A new conversation; whoever is answering in this one is told to end."""
+        for turn in self.turns:
+            turn.start.abandoned = True
+        return Conversation()
 
     def messages(self, image: str | None) -> list[dict[str, Any]]:
         """What a server is asked, as OpenAI's API has it; turns without an answer are left out, but for the open one.

@@ -80,12 +80,14 @@ class Handlers:
     ) -> tuple[str, str, list[Conversation]]:
         """A question to every column that has a model: the text box, a notice, and the conversations with it.
 
-        What is wrong with it is the notice, and nothing changes.
+        Another image than that of a conversation begins a new one. What is wrong with a question is the notice, and
+        nothing changes.
         """
         # Half a surrogate pair, which no reply to the browser can hold, becomes a question mark.
         text = question.encode("utf-8", "replace").decode() if isinstance(question, str) else ""
+        path = image if isinstance(image, str) else None
         try:
-            _refuse_open(conversations)
+            _refuse_open([conversation for conversation in conversations if conversation.image == path])
             if not text.strip():
                 raise FlagError("there is no question; type one")
             if len(text) > LONGEST_QUESTION:
@@ -97,12 +99,22 @@ class Handlers:
                 await self._read(image)
         except LlavaError as error:
             return text, _notice(error), list(conversations)
-        path = image if isinstance(image, str) else None
         asked = [
-            conversation if choice == NONE else Conversation(conversation.turns, path).ask(text.strip(), str(choice))
+            conversation
+            if choice == NONE
+            else Conversation(conversation.about(path).turns, path).ask(text.strip(), str(choice))
             for choice, conversation in zip(choices, conversations, strict=True)
         ]
         return "", "", asked
+
+    @staticmethod
+    def new_image(image: object, conversations: Sequence[Conversation]) -> list[Conversation | None]:
+        """New conversations for those that are not about the image that is there now; None for the others.
+
+        Whenever this step comes, also behind a question about the new image: nothing of that is lost.
+        """
+        path = image if isinstance(image, str) else None
+        return [None if conversation.image == path else conversation.about(path) for conversation in conversations]
 
     def again(self, choices: Sequence[object], conversations: Sequence[Conversation]) -> tuple[str, list[Conversation]]:
         """The last question of every column once more: a notice and the conversations."""
@@ -127,7 +139,7 @@ class Handlers:
         """The answer to the open question of a column as it grows; what is wrong ends it in words.
 
         Nothing comes if somebody else generates it already: a question or `again` that was refused meanwhile is
-        followed by this step, too.
+        followed by this step, too. It ends without a word once the conversation is abandoned.
         """
         if not conversation.is_open:
             yield conversation, conversation.shown(), _drawing(conversation)
@@ -146,12 +158,16 @@ class Handlers:
                 last = conversation.turns[-1]
                 details = last.details if piece.details is None else piece.details
                 conversation = conversation.last(answer=last.answer + piece.text, details=details)
+                if conversation.turns[-1].start.abandoned:
+                    return
                 if piece.text:
                     yield conversation, conversation.shown(), ""
         except LlavaError as error:
             conversation = conversation.last(ended=True, problem=str(error))
         else:
             conversation = conversation.last(ended=True)
+        if conversation.turns[-1].start.abandoned:
+            return
         yield conversation, conversation.shown(), _drawing(conversation)
 
     async def vote(self, kind: str, conversation: Conversation, visitor: str) -> tuple[Conversation, str]:

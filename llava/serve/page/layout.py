@@ -151,13 +151,30 @@ def _connect(parts: Parts, handlers: Handlers, concurrency: int) -> None:
     ]
     # An answer that is stopped stays as far as it came; its server notices that nobody reads any more.
     stop.click(lambda *all_: stopped(all_), states, [*states, *shown], cancels=answers, api_name="stop")
-    # Another image or an emptied window begins new conversations.
+
+    # A step that is late must not undo what came after it: another image begins new conversations only where they are
+    # about the one before, since the question about it may have been quicker.
+    def look_at(picture: Any, *given: Any) -> list[Any]:
+        found = handlers.new_image(picture, given)
+        emptied = [[gr.skip() if new is None else value for new in found] for value in ([], "")]
+        return ["", *(gr.skip() if new is None else new for new in found), *emptied[0], *emptied[1]]
+
+    everything = [parts.notice, *states, *shown, *drawn]
     gr.on(
-        [clear.click, parts.image.upload, parts.image.clear, *(window.clear for window in shown)],
-        lambda: ["", *[Conversation()] * count, *[[]] * count, *[""] * count],
-        None,
-        [parts.notice, *states, *shown, *drawn],
-        cancels=answers,
+        [parts.image.upload, parts.image.clear],
+        look_at,
+        [parts.image, *states],
+        everything,
+        cancels=[asked_again],
+        api_name="new_image",
+    )
+    # Whoever empties the window wants to see nothing more, neither of what is answered nor of what is being asked.
+    gr.on(
+        [clear.click, *(window.clear for window in shown)],
+        lambda *all_: ["", *(each.abandoned() for each in all_), *[[]] * count, *[""] * count],
+        states,
+        everything,
+        cancels=[asked, asked_again, *answers],
         api_name="clear",
     )
 

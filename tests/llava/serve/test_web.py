@@ -313,6 +313,39 @@ def test_nothing_is_asked_of_no_model_or_under_way(handlers: Handlers) -> None:
     assert "nothing was asked yet" in handlers.again(["m"], [Conversation()])[0]
 
 
+def test_another_image_begins_a_new_conversation_whenever_that_is_noticed(handlers: Handlers, uploads: Path) -> None:
+    path = str(uploads / DIGEST / "mine.png")
+    _, _, (old, other) = asked(handlers, "What?")
+    before = answered(handlers, old)[-1][0]
+    # The step of the upload comes behind the question about it: nothing is left to do, and nothing is lost.
+    _, notice, (new, _) = asked(handlers, "And here?", path, conversations=[before, other])
+    assert notice == ""
+    assert [turn.question for turn in new.turns] == ["And here?"]
+    assert handlers.new_image(path, [new, new]) == [None, None]
+    assert answered(handlers, new)[-1][0].turns[-1].problem is None
+    # It comes in front of it.
+    assert handlers.new_image(path, [before, new]) == [Conversation(), None]
+    assert handlers.new_image(None, [before, new]) == [None, Conversation()]
+
+
+def test_an_answer_that_nobody_wants_any_more_ends_without_a_word(handlers: Handlers) -> None:
+    _, _, (first, second) = asked(handlers, "What?")
+
+    async def read(conversation: Conversation, wanted: int) -> list[str]:
+        shown = []
+        async for step in handlers.answer(conversation, (0, 0.7, 6), False):
+            shown.append(step[1][-1]["content"])
+            if len(shown) == wanted:
+                conversation.abandoned()
+        return shown
+
+    assert len(asyncio.run(read(first, 2))) == 2
+    assert len(asyncio.run(read(second, 99))) > 3
+    _, _, (third, _) = asked(handlers, "What?")
+    third.abandoned()
+    assert asyncio.run(read(third, 1)) == []
+
+
 @pytest.mark.parametrize("values", [(None, 0.7, 6), (3, 0.7, 6), (0, 2, 6), (0, 0.7, 0), ("1", 0.7, 6), (True, 0.7, 6)])
 def test_numbers_are_checked(handlers: Handlers, values: Any) -> None:
     with pytest.raises(FlagError, match="the field '"):

@@ -6,13 +6,15 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from llava.serve import web
+from llava.serve.page import handlers
+from llava.serve.page.client import stream_answer
 from llava.serve.page.feedback import Feedback
 from llava.serve.page.layout import build_page
 from llava.serve.page.models import ModelList
@@ -23,17 +25,18 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-MILLISECONDS = 60_000
+MILLISECONDS = 180_000
 TOKENS = 24
 QUESTION = "What is shown here?"
 
 
 class Visit(NamedTuple):
-    """An opened page, the servers behind it, and its log."""
+    """An opened page, the servers behind it, its log, and the models that have given an answer, in their order."""
 
     tab: Any
     servers: tuple[Served, Served]
     votes: Path
+    answers: list[str]
 
 
 @pytest.fixture
@@ -41,6 +44,14 @@ def visit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Visit]:
     pytest.importorskip("gradio", reason="the extra `serve` is not installed")
     playwright = pytest.importorskip("playwright.sync_api", reason="the extra `dev` is not installed")
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    answers: list[str] = []
+
+    async def counted(model: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        async for piece in stream_answer(model, *args, **kwargs):
+            yield piece
+        answers.append(model.label)
+
+    monkeypatch.setattr(handlers, "stream_answer", counted)
     with two_servers(tmp_path) as servers:
         models = ModelList([served.server for served in servers])
         models.look_now()
@@ -52,7 +63,7 @@ def visit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Visit]:
                 tab = browser.new_page(viewport={"width": 1280, "height": 1100})
                 tab.set_default_timeout(MILLISECONDS)
                 tab.goto(page.local_url)
-                yield Visit(tab, servers, tmp_path / "votes")
+                yield Visit(tab, servers, tmp_path / "votes", answers)
                 browser.close()
         finally:
             page.close()
@@ -61,6 +72,15 @@ def visit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Visit]:
 def ask(tab: Any, question: str) -> None:
     tab.get_by_label("Question").fill(question)
     tab.get_by_role("button", name="Send").click()
+
+
+def wait_for_answers(visit: Visit, count: int) -> None:
+    """Wait until the models together have given as many answers."""
+    for _ in range(MILLISECONDS // 50):
+        if len(visit.answers) >= count:
+            return
+        visit.tab.wait_for_timeout(50)
+    raise AssertionError(f"{len(visit.answers)} answers after {MILLISECONDS} ms, not {count}")
 
 
 def column(tab: Any, number: int) -> Any:
@@ -133,7 +153,9 @@ def test_a_visit(visit: Visit, tmp_path: Path) -> None:
     # The conversation continues; the last question can be asked again.
     ask(tab, "And now?")
     tab.wait_for_function(ANSWERED, arg=2)
+    wait_for_answers(visit, 4)
     tab.get_by_role("button", name="Regenerate").click()
+    wait_for_answers(visit, 6)  # those of before, which are the same, are still on the page when the step begins
     tab.wait_for_function(ANSWERED, arg=2)
     assert column(tab, 1).get_by_test_id("user").count() == 2
     # Another file begins a new conversation, and one that is not an image is refused in words.
