@@ -154,8 +154,8 @@ def _connect(parts: Parts, handlers: Handlers, concurrency: int) -> None:
 
     # A step that is late must not undo what came after it: another image begins new conversations only where they are
     # about the one before, since the question about it may have been quicker.
-    def look_at(picture: Any, *given: Any) -> list[Any]:
-        found = handlers.new_image(picture, given)
+    def look_at(image: Any, *given: Any) -> list[Any]:
+        found = handlers.new_image(image, given)
         emptied = [[gr.skip() if new is None else value for new in found] for value in ([], "")]
         return ["", *(gr.skip() if new is None else new for new in found), *emptied[0], *emptied[1]]
 
