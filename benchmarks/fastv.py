@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from benchmarks.sparse_models import Prompt
-from dynamic.layer import kept_count
+from dynamic.config import kept_count
 from llava.segments import Span
 
 

@@ -21,7 +21,7 @@ from llava.segments import Segments, Span
 from mma.config import MmaConfig
 from mma.decoder_layer import FIRST_POSITION, ROUTING
 from mma.extension import MmaExtension
-from mma.lavin.merge import merge
+from mma.lavin.merging import merge
 from mma.layer import RepAdapter
 from mma.modality import start
 

@@ -130,3 +130,8 @@ FLAG_RANGES: Mapping[str, Range] = {
     "predictor_weight_decay": NOT_NEGATIVE,
 }
 """What the numbers of `SparseOptions` may be; `SparseConfig` checks what depends on several."""
+
+
+def kept_count(tokens: int, keep_rate: float) -> int:
+    """How many of `tokens` are kept: `tokens * keep_rate` rounded down as in the original, but never none of them."""
+    return min(tokens, max(1, int(tokens * keep_rate)))

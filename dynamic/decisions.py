@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dynamic.config import SparseConfig
-from dynamic.layer import hard_keep, kept_count, top_keep
+from dynamic.config import SparseConfig, kept_count
+from dynamic.layer import hard_keep, top_keep
 from dynamic.model import Predictors
 from dynamic.spans import Parts, Range
 

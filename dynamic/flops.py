@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dynamic.config import SparseConfig
-from dynamic.layer import kept_count
+from dynamic.config import SparseConfig, kept_count
 from llava.errors import CheckpointError, FlagError
 from llava.runtime.files import read_json
 from llava.runtime.program import run_program

@@ -181,11 +181,6 @@ def hard_keep(logits: Tensor) -> Tensor:
     return logits[..., KEEP] > logits[..., 1 - KEEP]
 
 
-def kept_count(tokens: int, keep_rate: float) -> int:
-    """How many of `tokens` are kept: `tokens * keep_rate` rounded down as in the original, but never none of them."""
-    return min(tokens, max(1, int(tokens * keep_rate)))
-
-
 def top_keep(logits: Tensor, count: int) -> Tensor:
     """Indices (B, count), ascending, of the `count` tokens with the highest probability of being kept.
 

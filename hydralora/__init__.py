@@ -7,18 +7,15 @@ routed MLP, `model.py` and `linears.py` how blocks and updates enter a model, `f
 plug into llava, `convert.py`, `original.py` and `moe_args.py` published checkpoints in and out, `patch.py` the way into
 a model of upstream's class.
 
-With a PEFT older than 0.21, as upstream's LLaVA has it, the method of PEFT is absent and the rest works.
+With a PEFT older than 0.21, as upstream's LLaVA has it, the method of PEFT is absent and the rest works. A program of
+this package (`python -m hydralora.NAME`) imports the names below when they are first used, and answers `--help` before.
 """
 
+import importlib
 import logging
+import sys
 from importlib import metadata
-
-from hydralora.block import RoutedMLP
-from hydralora.callback import RoutingCallback
-from hydralora.config import RoutedMLPConfig
-from hydralora.layer import Routing, expert_balance_loss
-from hydralora.model import added_parameters, attach, record_routing, routed_blocks
-from hydralora.patch import LlavaPatch, patch_llava
+from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "HydraLoraConfig",
@@ -47,6 +44,24 @@ __all__ = [
     "set_step",
 ]
 
+MODULES = {
+    "RoutedMLP": "hydralora.block",
+    "RoutingCallback": "hydralora.callback",
+    "RoutedMLPConfig": "hydralora.config",
+    "Routing": "hydralora.layer",
+    "expert_balance_loss": "hydralora.layer",
+    "added_parameters": "hydralora.model",
+    "attach": "hydralora.model",
+    "record_routing": "hydralora.model",
+    "routed_blocks": "hydralora.model",
+    "LlavaPatch": "hydralora.patch",
+    "patch_llava": "hydralora.patch",
+}
+"""Where each name of the LLaVA variant is defined; the others of `__all__` are the method of PEFT, in `tuner/`."""
+
+PROGRAM = sys.argv[:1] == ["-m"]
+"""Whether Python is locating a program of this package, which is the first to import it."""
+
 
 def _old_peft() -> str:
     """Version of a PEFT that `tuner/` does not support, or that there is none; empty if it does."""
@@ -62,7 +77,15 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
     lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
 )
 
-if not _old_peft():
+if TYPE_CHECKING or not PROGRAM:
+    from hydralora.block import RoutedMLP
+    from hydralora.callback import RoutingCallback
+    from hydralora.config import RoutedMLPConfig
+    from hydralora.layer import Routing, expert_balance_loss
+    from hydralora.model import added_parameters, attach, record_routing, routed_blocks
+    from hydralora.patch import LlavaPatch, patch_llava
+
+if TYPE_CHECKING or not (PROGRAM or _old_peft()):
     from hydralora.tuner import (
         HydraLoraConfig,
         HydraLoraLayer,
@@ -80,7 +103,15 @@ if not _old_peft():
     )
 
 
-def __getattr__(name: str) -> object:
-    if name in __all__:  # found above, unless PEFT is too old
+def __getattr__(name: str) -> Any:
+    """A public name that is not there yet: of a program, or of a method that PEFT is too old for."""
+    if name not in __all__:
+        raise AttributeError(f"module 'hydralora' has no attribute '{name}'")
+    if name not in MODULES and _old_peft():
         raise ImportError(f"hydralora.{name} is a method of PEFT >= 0.21; {_old_peft()}")
-    raise AttributeError(f"module 'hydralora' has no attribute '{name}'")
+    return getattr(importlib.import_module(MODULES.get(name, "hydralora.tuner")), name)
+
+
+def __dir__() -> list[str]:
+    """What the module has, names that are not there yet included."""
+    return sorted({*globals(), *__all__})

@@ -13,20 +13,18 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from hydralora.analysis.clusters import Clustering, dbscan, k_means
-from hydralora.analysis.features import embeddings, tf_idf, typical_words
-from hydralora.analysis.figures import plot_distances, plot_scores
-from hydralora.text.messages import asked
-from hydralora.text.samples import read_samples
 from llava.errors import FlagError
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file
 from llava.runtime.program import run_program
+
+if TYPE_CHECKING:
+    from hydralora.analysis.clusters import Clustering
 
 RESULT_FILE = "components.json"
 EXAMPLES = 3
@@ -69,11 +67,16 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise FlagError(f"{', '.join(missing)}: no such file")
+    from hydralora.text.messages import asked
+    from hydralora.text.samples import read_samples
+
     return [asked(record) for path in paths for record in read_samples(path)]
 
 
 def describe(texts: Sequence[str], clustering: Clustering) -> list[dict[str, Any]]:
     """Size, typical words and first instructions of each cluster."""
+    from hydralora.analysis.features import typical_words
+
     words = typical_words(texts, clustering.labels)
     members: dict[int, list[str]] = {}
     for label, text in zip(clustering.labels, texts, strict=True):
@@ -119,6 +122,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """
     args = build_parser().parse_args(argv)
     refuse_file("--output-dir", args.output_dir / RESULT_FILE, [Input("DATA", path) for path in args.data])
+    from hydralora.analysis.clusters import dbscan, k_means
+    from hydralora.analysis.features import embeddings, tf_idf
+    from hydralora.analysis.figures import plot_distances, plot_scores
+
     texts = read_texts(args.data)
     features = tf_idf(texts, args.seed) if args.model is None else embeddings(texts, args.model)
     if args.method == "kmeans":

@@ -14,9 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydralora.to_lora import convert_files, convert_measured
-from hydralora.tuner.export.constant import UNIFORM, Weights
-from hydralora.tuner.original import export_adapter, import_adapter
+from hydralora.choices import UNIFORM, Weights
 from llava.errors import FlagError, LlavaError
 from llava.runtime.program import run_program
 
@@ -84,6 +82,8 @@ def _to_lora(args: argparse.Namespace) -> None:
     if args.base is not None:
         if args.weights:
             raise FlagError("--weights and --records are two choices of weights; pass one of them")
+        from hydralora.to_lora import convert_measured
+
         for found in convert_measured(
             args.source, args.target, args.base, args.records, args.by, args.clusters, args.max_length
         ):
@@ -94,6 +94,8 @@ def _to_lora(args: argparse.Namespace) -> None:
                     f"{report.divergence:.4f} nats, and {report.agreement:.1%} of the next tokens stay"
                 )
         return
+    from hydralora.to_lora import convert_files
+
     named = args.weights or []
     if len({name for name, _ in named}) < len(named) or (len(named) > 1 and any(not name for name, _ in named)):
         raise FlagError("several --weights need a different NAME= each")
@@ -106,6 +108,8 @@ def _to_lora(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program; a folder that cannot be converted ends it with a message and status 1."""
     args = build_parser().parse_args(argv)
+    from hydralora.tuner.original import export_adapter, import_adapter
+
     try:
         if args.command == "from-original":
             config = import_adapter(args.source, args.target)

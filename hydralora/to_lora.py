@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hydralora.block import KINDS
+from hydralora.choices import MEAN, Weights
 from hydralora.config import HydraLoraSettings
 from hydralora.extension import HydraLoraExtension
 from hydralora.linears import CHILD
@@ -26,7 +27,7 @@ from hydralora.text.samples import read_samples, tokenize
 from hydralora.tuner.config import HydraLoraConfig
 from hydralora.tuner.export import LoraExport, save_as_lora, save_clusters_as_lora, save_tasks_as_lora
 from hydralora.tuner.export import folder as files
-from hydralora.tuner.export.constant import MEAN, RoutedPart, Weights, plain_lora, vectors
+from hydralora.tuner.export.constant import RoutedPart, plain_lora, vectors
 from hydralora.tuner.loading import load_adapter
 from hydralora.tuner.original import (
     ORIGINAL_WEIGHTS,

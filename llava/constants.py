@@ -18,3 +18,6 @@ IMAGE_PLACEHOLDER = "<image-placeholder>"
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Names of the dtypes that weights are stored and loaded in; torch's attributes of the same names."""
+
+MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+"""Values of `--mm_patch_merge_type`; `llava/model/tiles.py` carries them out."""

@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava.convert.__main__ import ANY_CHECKPOINT, add_hf_options, write_hf
-from llava.convert.hf import to_hf
 from llava.runtime.program import run_program
+from llava.runtime.starting.late_names import late_names
+
+if TYPE_CHECKING:
+    from llava.convert.hf import to_hf
 
 __all__ = ["build_parser", "main", "to_hf"]
+
+__getattr__ = late_names(__name__, {"to_hf": "llava.convert.hf"})
 
 
 def build_parser() -> argparse.ArgumentParser:

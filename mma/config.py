@@ -20,6 +20,9 @@ ADAPTER_TYPES = ("attn", "block", "none")
 VISUAL_ADAPTER_TYPES = ("normal", "router", "router_block", "none")
 """In the vision tower: plain before attention; routed before attention; routed before attention and MLP; nowhere."""
 
+MODALITIES = ("text", "image")
+"""Rows of the modality embedding."""
+
 TOWER = "openai/clip-vit-large-patch14"
 """The tower of the original, which has no option for it."""
 

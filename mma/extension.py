@@ -25,7 +25,7 @@ from llava.runtime.ranges import check_ranges
 from llava.segments import DecoderState, MultimodalInputs
 from mma import cache, modality
 from mma import model as adapted_model
-from mma.config import FLAG_RANGES, VISUAL_INPUTS, MmaConfig, MmaOptions
+from mma.config import FLAG_RANGES, MODALITIES, VISUAL_INPUTS, MmaConfig, MmaOptions
 from mma.decoder_layer import ROUTING
 from mma.modality import Routing, Table, Witness
 
@@ -247,7 +247,7 @@ class _Mixed:
             for index, adapters in enumerate(weights)
             for place, pair in zip(places, adapters, strict=False)
         )
-        kind = adapted_model.MODALITIES[modality_row]
+        kind = MODALITIES[modality_row]
         return [Shares(f"Weights of the adapters for samples of {kind}", ("first path", "second path"), rows)]
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mma.config import MODALITIES
 from mma.layer import PointwiseConv, RepAdapter, RoutedRepAdapter
 from mma.modality import routing_table
-from mma.model import EMBEDDING, MODALITIES, adapters, detach, norms
+from mma.model import EMBEDDING, adapters, detach, norms
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 MLP = ("gate_proj", "up_proj")

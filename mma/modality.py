@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from mma.config import MODALITIES
 from mma.decoder_layer import FIRST_POSITION, ROUTING, PassRouting
 from mma.layer import Mixed
-from mma.model import EMBEDDING, MODALITIES, adapters
+from mma.model import EMBEDDING, adapters
 
 
 @dataclass(frozen=True)

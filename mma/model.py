@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mma.config import MmaConfig
+from mma.config import MODALITIES, MmaConfig
 from mma.decoder_layer import CHILD, AdaptedLayer, adapt, problem, release
 from mma.layer import RepAdapter, RoutedRepAdapter
 from mma.tower_norm import adapt_norm, norm_problem, release_norm
@@ -24,9 +24,6 @@ NORMS = (("input_layernorm", "post_attention_layernorm"), ("layer_norm1", "layer
 
 EMBEDDING = "adapter_modality_embedding"
 """Name of the modality embedding within the decoder: the original's."""
-
-MODALITIES = ("text", "image")
-"""Rows of the modality embedding."""
 
 
 def norms(layer: nn.Module) -> tuple[nn.Module, nn.Module]:

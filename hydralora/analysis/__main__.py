@@ -13,16 +13,17 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from hydralora.analysis.adapters import AdaptedLayer, read_adapter
-from hydralora.analysis.figures import plot_matrices
-from hydralora.analysis.similarity import between_adapters, between_experts, mean_of
 from llava.errors import FlagError
 from llava.runtime.output import replace_text
 from llava.runtime.program import run_program
+
+if TYPE_CHECKING:
+    from hydralora.analysis.adapters import AdaptedLayer
 
 RESULT_FILE = "similarity.json"
 NO_FIGURES = "none"
@@ -59,6 +60,8 @@ def named_adapters(arguments: Sequence[str]) -> dict[str, dict[str, AdaptedLayer
         CheckpointError: a folder is no adapter.
         FlagError: an argument has no name, or a name occurs twice.
     """
+    from hydralora.analysis.adapters import read_adapter
+
     adapters: dict[str, dict[str, AdaptedLayer]] = {}
     for argument in arguments:
         name, separator, folder = argument.partition("=")
@@ -112,6 +115,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """
     args = build_parser().parse_args(argv)
     adapters = named_adapters(args.adapters or adapters_of_environment())
+    from hydralora.analysis.figures import plot_matrices
+    from hydralora.analysis.similarity import between_adapters, between_experts, mean_of
+
     record: dict[str, dict] = {}
     if len(adapters) > 1:
         rows = between_adapters(adapters)

@@ -15,8 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llava.convert.hf import DTYPES, from_hf, to_hf
-from llava.convert.original import export_original
+from llava.constants import DTYPES
 from llava.runtime.files import read_json
 from llava.runtime.program import run_program
 
@@ -42,18 +41,24 @@ def add_hf_options(parser: argparse.ArgumentParser) -> None:
 
 def write_hf(args: argparse.Namespace) -> Path:
     """Run `to-hf` and print how to serve the folder."""
+    from llava.convert.hf import to_hf
+
     written = to_hf(args.checkpoint, args.output, args.model_base, args.dtype, args.conv_mode)
     print(SERVING.format(folder=written, name=read_json(written / "config.json")["architectures"][0]))
     return written
 
 
 def _read_hf(args: argparse.Namespace) -> Path:
+    from llava.convert.hf import from_hf
+
     written = from_hf(args.checkpoint, args.output, args.image_aspect_ratio, args.conv_mode)
     print(f"written: {written}")
     return written
 
 
 def _write_original(args: argparse.Namespace) -> Path:
+    from llava.convert.original import export_original
+
     written = export_original(args.checkpoint, args.output, args.model_base)
     print(f"written: {written}")
     return written

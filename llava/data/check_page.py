@@ -14,7 +14,8 @@ from pathlib import Path
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.image_names import RowImage, StoredImage, image_names
-from llava.data.inspection import EXPLANATIONS, Kind, RowReport, RowReports, Settings, thumbnail
+from llava.data.inspection import RowReport, RowReports, Settings, thumbnail
+from llava.data.kinds import EXPLANATIONS, Kind
 from llava.data.rows import Row
 from llava.data.statistics import PERCENTILES, DataSummary
 from llava.errors import BadSampleError

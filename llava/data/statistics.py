@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from llava.data.inspection import Kind, RowReport
+from llava.data.inspection import RowReport
+from llava.data.kinds import Kind
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 

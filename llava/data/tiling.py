@@ -17,9 +17,6 @@ from torch import Tensor
 
 from llava.errors import FlagError
 
-MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
-"""Values of `--mm_patch_merge_type`; `llava/model/tiles.py` carries them out."""
-
 Size = tuple[int, int]
 GridPinpoints = str | Sequence[Sequence[int]]
 """Possible resolutions as (width, height), or their Python literal, as `image_grid_pinpoints` holds them."""

@@ -1,9 +1,12 @@
-"""The model: tower, projector, decoder, checkpoints (upstream `llava/model`)."""
+"""The model: tower, projector, decoder, checkpoints (upstream `llava/model`).
 
-from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
-from llava.model.language_model.llava_qwen2 import LlavaQwen2Config, LlavaQwen2ForCausalLM
-from llava.model.language_model.llava_qwen3 import LlavaQwen3Config, LlavaQwen3ForCausalLM
+Importing it makes its classes known to transformers' Auto classes. A program of this package
+(`python -m llava.model.NAME`) imports them when they are first used, and answers `--help` before.
+"""
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "LlavaConfig",
@@ -15,3 +18,24 @@ __all__ = [
     "LlavaQwen3Config",
     "LlavaQwen3ForCausalLM",
 ]
+
+if TYPE_CHECKING or sys.argv[:1] != ["-m"]:  # that is what it is while Python locates a program of this package
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+    from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
+    from llava.model.language_model.llava_qwen2 import LlavaQwen2Config, LlavaQwen2ForCausalLM
+    from llava.model.language_model.llava_qwen3 import LlavaQwen3Config, LlavaQwen3ForCausalLM
+
+MODULES = ("llava_llama", "llava_mistral", "llava_qwen2", "llava_qwen3")
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, in a program of this package; all classes are made known together."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    modules = [importlib.import_module(f"llava.model.language_model.{module}") for module in MODULES]
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
+
+
+def __dir__() -> list[str]:
+    """What the module has, names that are not there yet included."""
+    return sorted({*globals(), *__all__})

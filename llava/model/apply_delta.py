@@ -10,7 +10,6 @@ import operator
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.model.delta import combine
 from llava.runtime.program import run_program
 
 
@@ -26,6 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     args = build_parser().parse_args(argv)
+    from llava.model.delta import combine
+
     folders = Path(args.base_model_path), Path(args.delta_path), Path(args.target_model_path)
     output = combine(*folders, operation=operator.add, difference=True)
     print(f"written: {output}")

@@ -10,8 +10,6 @@ import argparse
 from collections.abc import Sequence
 
 from llava.errors import CheckpointError
-from llava.model.formats import inspect_checkpoint
-from llava.model.full_weights import write_full_weights
 from llava.runtime.program import run_program
 
 
@@ -30,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         CheckpointError: `--src` holds no full weights, or `--dst` exists.
     """
     args = build_parser().parse_args(argv)
+    from llava.model.formats import inspect_checkpoint
+    from llava.model.full_weights import write_full_weights
+
     if inspect_checkpoint(args.src).needs_base:
         raise CheckpointError(f"{args.src}: holds no full weights; merge it with scripts/merge_lora_weights.py")
     print(f"written: {write_full_weights(args.src, args.dst)}")

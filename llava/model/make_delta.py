@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.errors import FlagError
-from llava.model.delta import combine
 from llava.runtime.program import run_program
 
 
@@ -36,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise FlagError(
             f"--hub-repo-id: nothing is uploaded here; run `hf upload {args.hub_repo_id} {args.delta_path}`"
         )
+    from llava.model.delta import combine
+
     output = combine(
         Path(args.base_model_path), Path(args.target_model_path), Path(args.delta_path), operation=operator.sub
     )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava.data.tiling import MERGE_TYPES, unpad_margins
+from llava.constants import MERGE_TYPES
+from llava.data.tiling import unpad_margins
 from llava.errors import FlagError
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llava.constants import MERGE_TYPES
 from llava.data.dataset import ON_BAD_SAMPLE
 from llava.data.pixels import ASPECT_RATIOS
 from llava.data.rows import source_problem
-from llava.data.tiling import MERGE_TYPES, parse_grid_pinpoints
+from llava.data.tiling import parse_grid_pinpoints
 from llava.errors import CheckpointError, FlagError
 from llava.extension import installed_extensions
 from llava.model.components import Component

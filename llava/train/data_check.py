@@ -11,27 +11,25 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers.hf_argparser import string_to_bool
 
-from llava.data.answer_end import end_problem, turn_end
-from llava.data.check_page import PAGE_HEAD, write_page
-from llava.data.inspection import EXPLANATIONS, TRAINABLE, Kind, RowReport, RowReports, mark_duplicates
-from llava.data.rows import open_rows
-from llava.data.statistics import PERCENTILES, DataSummary, summarise
-from llava.data.tiling import MERGE_TYPES
+from llava.constants import MERGE_TYPES
+from llava.data.kinds import EXPLANATIONS, TRAINABLE, Kind
 from llava.errors import FlagError
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input, refuse_file, same_place, split_weight
 from llava.runtime.program import run_program
 from llava.runtime.recognize import refuse_foreign
-from llava.train.data_check_settings import settings_of
+from llava.runtime.starting.boolean import boolean
+
+if TYPE_CHECKING:
+    from llava.data.inspection import RowReport, RowReports
+    from llava.data.statistics import DataSummary
 
 DESCRIPTION = r"""Check data files before training: every problem of every row, lengths, and a page of sample prompts.
 
@@ -83,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--mm_use_im_start_end",
         nargs="?",
         const=True,
-        type=string_to_bool,
+        type=boolean,
         help="<im_start> and <im_end> stand around images; default: as in the base, or False",
     )
     # What counts as a problem.
@@ -111,6 +109,8 @@ def refuse_inputs(args: argparse.Namespace) -> None:
     Raises:
         FlagError: one would; the message names both options.
     """
+    from llava.data.check_page import PAGE_HEAD
+
     inputs = [
         *(Input("DATA", split_weight(path)[0]) for path in args.data),
         Input("--image_folder", args.image_folder),
@@ -127,6 +127,10 @@ def refuse_inputs(args: argparse.Namespace) -> None:
 
 def check_rows(rows: RowReports, num_workers: int) -> list[RowReport]:
     """Reports of all rows in their order, with a progress bar."""
+    from torch.utils.data import DataLoader
+
+    from llava.data.inspection import mark_duplicates
+
     loader: DataLoader[Any] = DataLoader(
         rows, batch_size=ROWS_PER_STEP, num_workers=min(num_workers, len(rows) // ROWS_PER_STEP), collate_fn=list
     )
@@ -186,6 +190,8 @@ def print_problems(console: Console, reports: Sequence[RowReport], summary: Data
 
 def print_statistics(console: Console, summary: DataSummary) -> None:
     """A table of the distributions."""
+    from llava.data.statistics import PERCENTILES
+
     table = Table(title="Lengths (percentiles)", title_justify="left")
     table.add_column("")
     for percentile in PERCENTILES:
@@ -244,6 +250,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     refuse_inputs(args)
+    from llava.data.answer_end import end_problem, turn_end
+    from llava.data.check_page import write_page
+    from llava.data.inspection import RowReports
+    from llava.data.rows import open_rows
+    from llava.data.statistics import summarise
+    from llava.train.data_check_settings import settings_of
+
     settings = settings_of(args)
     turn = turn_end(settings.template, settings.tokenizer)
     rows = RowReports(open_rows(args.data), settings)

@@ -11,19 +11,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-
-from transformers.hf_argparser import string_to_bool
+from typing import TYPE_CHECKING
 
 from llava.errors import FlagError
-from llava.extension import installed_extensions
 from llava.runtime.files import read_json
 from llava.runtime.program import run_program
-from llava.runtime.publishing.access import AT_END, check_access, destination_of, hub_problems
-from llava.runtime.publishing.card import Score
-from llava.runtime.publishing.publish import named, publish_adapter
-from llava.runtime.publishing.staging import ADAPTER_CONFIG
-from llava.runtime.values import refuse
-from llava.train.publication import CONFIG_FILE, publish_llava
+from llava.runtime.starting.boolean import boolean
+
+if TYPE_CHECKING:
+    from llava.runtime.publishing.card import Score
 
 RESULT_KEYS = frozenset({"benchmark", "split", "metrics"})
 
@@ -40,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="owner/name of the repository, or a name of yours; made if it is not there",
     )
-    add("--hub_private_repo", type=string_to_bool, default=None, help="whether a new repository is private")
+    add("--hub_private_repo", type=boolean, default=None, help="whether a new repository is private")
     add("--hub_revision", help="branch to publish on; default: the main one")
     add("--hub_token", help="token; default: HF_TOKEN, or that of `hf auth login`")
     add("--hub_base_model", help="id of the base on the hub, where the run read it from a folder")
@@ -57,6 +53,8 @@ def read_scores(paths: Sequence[Path]) -> list[Score]:
     Raises:
         FlagError: a file is not one.
     """
+    from llava.runtime.publishing.card import Score
+
     scores = []
     for path in paths:
         result = read_json(path)
@@ -80,6 +78,13 @@ def main(argv: Sequence[str] | None = None) -> str:
         LlavaError: the folder is not a finished one, or the hub refuses it.
     """
     args = build_parser().parse_args(argv)
+    from llava.extension import installed_extensions
+    from llava.runtime.publishing.access import AT_END, check_access, destination_of, hub_problems
+    from llava.runtime.publishing.publish import named, publish_adapter
+    from llava.runtime.publishing.staging import ADAPTER_CONFIG
+    from llava.runtime.values import refuse
+    from llava.train.publication import CONFIG_FILE, publish_llava
+
     args.push_to_hub, args.hub_strategy, args.output_dir = True, AT_END, args.folder
     refuse(hub_problems(args))
     scores = read_scores(args.results)

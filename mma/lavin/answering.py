@@ -33,10 +33,11 @@ from llava.runtime.hub import get_model_name_from_path
 from llava.runtime.places import Input, refuse_file, refuse_folder, same_place
 from llava.runtime.ranges import NOT_NEGATIVE, check_ranges
 from llava.runtime.weights.fingerprint import weights_fingerprint
-from mma.lavin.convert import ready_folder
+from mma.lavin.adapter_files import ready_folder
 from mma.lavin.data.tokens import prompt_ids
 from mma.lavin.eval_options import ADAPTER_OPTIONS, ANSWER_RANGES, BITS, MODEL_RANGES, check_adapters
-from mma.lavin.weights.base import AUTO, BaseWeights, base_folder
+from mma.lavin.weights.base import BaseWeights, base_folder
+from mma.lavin.weights.choices import AUTO
 from mma.original import SETTINGS, is_bottleneck
 
 CONV_MODE = "lavin"

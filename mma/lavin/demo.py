@@ -14,13 +14,8 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from llava.errors import FlagError
-from llava.eval.answering.loading import choose_device
-from llava.eval.answering.processes import joined
 from llava.runtime.program import run_program
 from llava.runtime.ranges import COUNT, Range, check_ranges
-from llava.serve.engine import Engine
-from mma.lavin.answering import find_folders, given_options, load_lavin
-from mma.lavin.chat import LavinChat
 from mma.lavin.eval_options import MODEL_RANGES, add_model_options
 
 DEFAULTS = {
@@ -63,15 +58,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         LlavaError: a flag or the checkpoint is wrong; the message says what to do.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    args, given = build_parser().parse_args(words), given_options(build_parser(), words)
+    args = build_parser().parse_args(words)
     check_ranges(args, MODEL_RANGES | PAGE_RANGES)
     if args.options:
         raise FlagError(f"--options {' '.join(args.options)}: has no effect in the original; leave it out")
     if importlib.util.find_spec("gradio") is None:
         raise FlagError("the demo needs gradio: pip install 'llava-extensions[serve]'")
+    from llava.eval.answering.loading import choose_device
+    from llava.eval.answering.processes import joined
+    from llava.serve.engine import Engine
     from llava.serve.uploads import launch_limits
+    from mma.lavin.answering import find_folders, given_options, load_lavin
+    from mma.lavin.chat import LavinChat
     from mma.lavin.page import build_page
 
+    given = given_options(build_parser(), words)
     with joined() as processes:
         if processes.count > 1:
             raise FlagError(f"{processes.count} processes: one page is served by one; start with --nproc_per_node 1")

@@ -14,17 +14,18 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava.errors import FlagError
 from llava.eval.answering.answers import Task
-from llava.eval.answering.processes import joined
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input
 from llava.runtime.program import run_program
-from mma.lavin.answering import answer_all, generation_options, given_options, output_folder
-from mma.lavin.data.scienceqa import ScienceQA, check_prompt_format, read_split
 from mma.lavin.eval_options import add_answer_options, add_model_options, add_scienceqa_options
 from mma.lavin.scoring.scienceqa import ScienceQAScore, score
+
+if TYPE_CHECKING:
+    from mma.lavin.data.scienceqa import ScienceQA
 
 MAX_NEW_TOKENS = 64
 """Longest answer in the original."""
@@ -78,7 +79,12 @@ def main(argv: Sequence[str] | None = None) -> ScienceQAScore:
         LlavaError: a flag, a file, an image or the checkpoint is wrong; the message says what to do.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    args, given = build_parser().parse_args(words), given_options(build_parser(), words)
+    args = build_parser().parse_args(words)
+    from llava.eval.answering.processes import joined
+    from mma.lavin.answering import answer_all, generation_options, given_options, output_folder
+    from mma.lavin.data.scienceqa import check_prompt_format, read_split
+
+    given = given_options(build_parser(), words)
     options = generation_options(args, args.max_new_tokens)
     check_prompt_format(args.prompt_format)
     if args.use_caption and args.caption_file is None:

@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.eval.answering.answers import Task
-from llava.eval.answering.processes import joined
 from llava.eval.eval_mme import TaskScore, score_task, table, totals
 from llava.runtime.output import replace_text
 from llava.runtime.places import Input
 from llava.runtime.program import run_program
-from mma.lavin.answering import answer_all, generation_options, given_options, output_folder
 from mma.lavin.data.prompts import instruction_prompt
 from mma.lavin.eval_options import add_answer_options, add_model_options, add_scienceqa_options
 from mma.lavin.scoring.mme import LabelSource, MmeQuestion, read_benchmark, report, rows_of
@@ -69,7 +67,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, TaskScore]:
         LlavaError: a flag, a file, an image or the checkpoint is wrong; the message says what to do.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    args, given = build_parser().parse_args(words), given_options(build_parser(), words)
+    args = build_parser().parse_args(words)
+    from llava.eval.answering.processes import joined
+    from mma.lavin.answering import answer_all, generation_options, given_options, output_folder
+
+    given = given_options(build_parser(), words)
     options = generation_options(args, args.max_new_tokens)
     questions, others = read_benchmark(args.root_dir_, args.labels)
     if others:

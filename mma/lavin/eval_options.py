@@ -12,8 +12,8 @@ from typing import Any
 from llava.errors import FlagError
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range
 from mma.lavin.data.prompts import OPTIONS
-from mma.lavin.train_options import BITS as TRAINING_BITS
-from mma.lavin.weights.base import AUTO, VICUNA_CHOICES, VICUNA_HELP
+from mma.lavin.weights.choices import AUTO, VICUNA_CHOICES, VICUNA_HELP
+from mma.lavin.weights.choices import BITS as TRAINING_BITS
 
 BITS = {"16bits": 16, **TRAINING_BITS}
 """The original's evaluation has another word for the full precision than its training."""

@@ -31,8 +31,9 @@ from mma.config import FLAG_RANGES, TOWER
 from mma.lavin.data.instructions import MIXTURE_FILE
 from mma.lavin.data.scienceqa import IMAGES_FOLDER, PROBLEMS_FILE, SPLITS_FILE
 from mma.lavin.schedule import Schedule, absolute_learning_rate
-from mma.lavin.train_options import BITS, build_parser, given
-from mma.lavin.weights.base import AUTO, BaseWeights
+from mma.lavin.train_options import build_parser, given
+from mma.lavin.weights.base import BaseWeights
+from mma.lavin.weights.choices import AUTO, BITS
 
 INSTEAD = {
     "model_name_or_path": "--llama_model_path and --llm_model",

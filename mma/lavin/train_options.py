@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from llava.runtime.config_files.words import add_config
 from mma.config import TOWER, MmaConfig
 from mma.lavin.data.prompts import FORMATS, OPTIONS
-from mma.lavin.weights.base import AUTO, VICUNA_CHOICES, VICUNA_HELP
-
-BITS = {"4bit": 4, "8bit": 8, "16bit": 16}
+from mma.lavin.weights.choices import AUTO, BITS, VICUNA_CHOICES, VICUNA_HELP
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dynamic.config import SparseConfig
+from dynamic.config import SparseConfig, kept_count
 from dynamic.inspection import record_decisions
-from dynamic.layer import hard_keep, kept_count, top_keep
+from dynamic.layer import hard_keep, top_keep
 from dynamic.model import predictors
 from dynamic.sequence import take_positions, with_mask
 from llava.extension import Attached, Extension, ExtensionSet

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dynamic.config import kept_count
 from dynamic.layer import (
     TextPredictor,
     VisionPredictor,
@@ -14,7 +15,6 @@ from dynamic.layer import (
     gumbel_noise,
     hard_keep,
     keep_rate_loss,
-    kept_count,
     reset_predictor,
     temperature,
     top_keep,

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import dynamic.training
+from dynamic.config import kept_count
 from dynamic.extension import DynamicExtension
-from dynamic.layer import gumbel_noise, kept_count
+from dynamic.layer import gumbel_noise
 from llava.segments import MultimodalInputs, Segments, Span
 from tests.checkpointed import keep_activations
 from tests.dynamic.golden_model import arch, golden_model

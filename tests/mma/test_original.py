@@ -21,7 +21,8 @@ from mma import original as convert
 from mma.config import MmaConfig
 from mma.lavin import demo
 from mma.lavin import eval as mma_eval
-from mma.lavin.convert import export_file, import_file, main, ready_folder
+from mma.lavin.adapter_files import export_file, import_file, ready_folder
+from mma.lavin.convert import main
 from tests.golden import golden_dir, load_case
 from tests.llava.train.test_training import BASE, LLAVA, command_line
 from tests.llava.train.test_training import main as train

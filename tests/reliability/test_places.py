@@ -28,9 +28,9 @@ from llava.model.delta import combine
 from llava.model.full_weights import write_full_weights
 from llava.runtime.places import Input, folder_problems
 from llava.train.arguments import parse_args as parse_llava
-from mma.lavin.convert import export_file, import_file
+from mma.lavin.adapter_files import export_file, import_file
 from mma.lavin.data import mixture
-from mma.lavin.merge import merge_checkpoint
+from mma.lavin.merging import merge_checkpoint
 from mma.lavin.train_arguments import parse_args as parse_lavin
 from scripts import extract_mm_projector
 from tests.command_lines import ROOT

@@ -12,13 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Weights = str | int | Sequence[float] | Mapping[str, Sequence[float]] | None
-"""Choice of constant weights: `uniform`; the number of one expert; a weight for each expert; or such by router.
-
-None: there is one expert, or the adapter knows its weights itself.
-"""
-
-UNIFORM, MEAN = "uniform", "mean-routing"
+from hydralora.choices import MEAN, UNIFORM, Weights
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from hydralora.block import KINDS
+from hydralora.choices import MEAN, Weights
 from hydralora.linears import CHILD, routed_updates
 from hydralora.model import routed_blocks
 from hydralora.split import refuse_split
 from hydralora.tuner.bases import is_transposed
 from hydralora.tuner.export import folder as files
-from hydralora.tuner.export.constant import MEAN, PlainLora, RoutedPart, Weights, plain_lora, vectors
+from hydralora.tuner.export.constant import PlainLora, RoutedPart, plain_lora, vectors
 from hydralora.tuner.export.rows import Rows, measured_rows, rows_of, similar_rows
 from hydralora.tuner.linear import HydraLoraLayer
 from hydralora.tuner.merging import MergeReport, in_use, report

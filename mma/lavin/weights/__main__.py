@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llava.errors import FlagError
 from llava.runtime.program import run_program
-from mma.lavin.weights.base import AUTO, VICUNA_CHOICES, VICUNA_HELP, BaseWeights, convert, ready_folder
+from mma.lavin.weights.choices import AUTO, VICUNA_CHOICES, VICUNA_HELP
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     args = build_parser().parse_args(argv)
     if args.vicuna_weights != AUTO and not args.use_vicuna:
         raise FlagError(f"--vicuna_weights {args.vicuna_weights}: needs --use_vicuna")
+    from mma.lavin.weights.base import BaseWeights, convert, ready_folder
+
     wanted = BaseWeights(args.llama_model_path, args.llm_model, args.use_vicuna, args.vicuna_weights, args.out)
     ready = ready_folder(wanted)
     if ready is None:

@@ -19,21 +19,12 @@ from llava.runtime.output import new_path
 from llava.runtime.tokenizer import LlamaTokenizer
 from llava.runtime.weights.derived import check_frequencies
 from llava.runtime.weights.weight_files import weights_of
+from mma.lavin.weights.choices import AUTO, VicunaKind
 from mma.lavin.weights.meta import PARAMS_FILE, open_meta
 from mma.lavin.weights.tensors import Weights, open_folder, write_folder
-from mma.lavin.weights.vicuna import VicunaKind, add_delta, kind_by_itself, kind_of, original_sum
+from mma.lavin.weights.vicuna import add_delta, kind_by_itself, kind_of, original_sum
 
 TOKENIZER = "tokenizer.model"
-AUTO = "auto"
-
-VICUNA_CHOICES = (AUTO, *VicunaKind)
-"""Values of `--vicuna_weights`."""
-
-VICUNA_HELP = (
-    "what vicuna_<llm_model> holds: full weights or the difference to LLaMA; auto: found from the weights; original: "
-    "the difference, added as LaVIN's own code adds it, for adapters that it trained on Vicuna"
-)
-"""The same for every program that has the option."""
 
 
 @dataclass(frozen=True)

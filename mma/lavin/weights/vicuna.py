@@ -8,7 +8,6 @@ before they are added; the published adapters that LaVIN trained on its own sum 
 
 from __future__ import annotations
 
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from llava.errors import CheckpointError
+from mma.lavin.weights.choices import VicunaKind
 from mma.lavin.weights.meta import to_half_split
 from mma.lavin.weights.tensors import LazyTensor, Weights
 
@@ -30,14 +30,6 @@ SMALL = 0.05
 
 ROTATED = {"self_attn.q_proj.weight": "num_attention_heads", "self_attn.k_proj.weight": "num_key_value_heads"}
 """Projections whose rows are in another order in Meta's layout, and the setting with the number of their heads."""
-
-
-class VicunaKind(StrEnum):
-    """How a Vicuna is stored, and how a difference is added."""
-
-    FULL = "full"
-    DELTA = "delta"
-    ORIGINAL = "original"
 
 
 def kind_by_itself(vicuna: Weights) -> VicunaKind | None:

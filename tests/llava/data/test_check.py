@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from llava.constants import MERGE_TYPES
 from llava.data.check import build_parser, main, settings_of
 from llava.data.image_names import image_names
-from llava.data.inspection import Kind, RowReport, RowReports
+from llava.data.inspection import RowReport, RowReports
+from llava.data.kinds import Kind
 from llava.data.rows import open_rows
 from llava.data.statistics import distribution, summarise
-from llava.data.tiling import MERGE_TYPES
 from llava.errors import CheckpointError, FlagError
 from llava.train.train import build_run, parse_args
 from tests.golden import golden_dir

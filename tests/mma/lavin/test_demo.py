@@ -19,9 +19,9 @@ from llava.eval.answering.processes import Processes
 from llava.serve.engine import Engine
 from llava.serve.uploads import MAX_UPLOAD_BYTES, NoProxy, uploaded_file
 from mma.lavin import demo
+from mma.lavin.adapter_files import export_file
 from mma.lavin.answering import find_folders, given_options, load_lavin
 from mma.lavin.chat import LavinChat, chat_prompt, shown_answer
-from mma.lavin.convert import export_file
 from mma.lavin.page import Handlers, build_page, chosen_options
 from tests.golden import load_case
 from tests.mma.lavin.lavin_files import LavinFiles

@@ -18,6 +18,7 @@ from llava.eval.answering.processes import Processes
 from llava.eval.answering.runner import stripped_text
 from mma.lavin import eval as mma_eval
 from mma.lavin import eval_mme
+from mma.lavin.adapter_files import export_file
 from mma.lavin.answering import (
     answer_settings,
     continued_text,
@@ -28,7 +29,6 @@ from mma.lavin.answering import (
     make_prompt,
     output_folder,
 )
-from mma.lavin.convert import export_file
 from mma.lavin.data.scienceqa import read_split
 from mma.lavin.scoring.scienceqa import score
 from tests.golden import load_case

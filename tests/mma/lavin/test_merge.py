@@ -17,7 +17,8 @@ from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import save_checkpoint
 from llava.model.language_model.backbones import backbone_class, load_config
 from mma.config import MmaConfig
-from mma.lavin.merge import declare_biases, main, merge
+from mma.lavin.merge import main
+from mma.lavin.merging import declare_biases, merge
 from mma.layer import RepAdapter
 from tests.llava.model.test_generation import prompts
 from tests.mma.adapted_models import BASE, CLOSE, adapted_llava, attach_adapters

@@ -57,7 +57,7 @@ def play(count: int, work: Callable[[Processes], Any]) -> list[Any]:
 def run(lavin_files: LavinFiles, lavin_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> RunProgram:
     """Evaluate by so many processes: `run(count, folder, *flags)`, the scores of each."""
     here, one_at_a_time = threading.local(), threading.Lock()
-    monkeypatch.setattr(mma_eval, "joined", lambda: contextlib.nullcontext(here.process))
+    monkeypatch.setattr("llava.eval.answering.processes.joined", lambda: contextlib.nullcontext(here.process))
     load_model = answering.load_model
 
     def load(*args: Any, **kwargs: Any) -> Any:

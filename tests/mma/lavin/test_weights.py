@@ -20,14 +20,15 @@ from llava.eval.answering.processes import Processes
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.backbones import backbone_class
 from llava.runtime.tokenizer import load_tokenizer
+from mma.lavin.adapter_files import export_file
 from mma.lavin.answering import find_folders, given_options
-from mma.lavin.convert import export_file
 from mma.lavin.train import parse_args, prepare_base
 from mma.lavin.weights.__main__ import main
 from mma.lavin.weights.base import BaseWeights, base_folder
+from mma.lavin.weights.choices import VicunaKind
 from mma.lavin.weights.meta import places, shard_files, to_half_split
 from mma.lavin.weights.tensors import LazyTensor, of_tensor, open_folder
-from mma.lavin.weights.vicuna import VicunaKind, kind_by_itself
+from mma.lavin.weights.vicuna import kind_by_itself
 from tests.mma.lavin.base_files import (
     DELTA,
     DELTA_TENSORS,
