@@ -1,0 +1,130 @@
+"""One unit of budget for all rules: how many image tokens stay, as a share, a number, or an average over the layers.
+
+The layer before which tokens are dropped is the first that works on fewer; the layers in front of it count in full, as
+in FastV's own average (arXiv 2403.06764). Shares and numbers are of one image; of an image in tiles, of all its tiles.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from llava.errors import FlagError
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A budget as it was asked for.
+
+    Attributes:
+        value: a share from 0 to 1, or a number of tokens.
+        kind: `share`, `count`, or `average`: tokens on average over the decoder's layers.
+    """
+
+    value: float
+    kind: str
+
+    @classmethod
+    def parse(cls, text: str) -> Keep:
+        """`0.25`, `128` or `avg:128`.
+
+        Raises:
+            FlagError: it is neither.
+        """
+        match = re.fullmatch(r"(avg:)?(\d+(?:\.\d+)?)", text.strip())
+        if match is None:
+            raise FlagError(f"--keep {text}: give a share as 0.25, tokens of an image as 128, or avg:128 for an average")
+        value = float(match.group(2))
+        if match.group(1):
+            kind = "average"
+        else:
+            kind = "share" if "." in text else "count"
+        if value <= 0 or kind == "share" and value > 1 or kind != "share" and value < 1:
+            raise FlagError(f"--keep {text}: a share is above 0 and at most 1.0, a number of tokens at least 1")
+        if kind == "count" and value != int(value):
+            raise FlagError(f"--keep {text}: a number of tokens is whole")
+        return cls(value, kind)
+
+    def __str__(self) -> str:
+        number = repr(self.value) if self.kind == "share" else f"{self.value:g}"
+        return f"avg:{number}" if self.kind == "average" else number
+
+    def count(self, tokens: int) -> int:
+        """How many of the `tokens` of an image stay where this budget is reached; not for averages.
+
+        A share is rounded down as in Dynamic-LLaVA, and one token always stays.
+        """
+        if self.kind == "average":
+            raise ValueError("an average is solved by `solve_average`")
+        wanted = int(tokens * self.value) if self.kind == "share" else int(self.value)
+        return min(tokens, max(1, wanted))
+
+
+def average(tokens: int, counts: Sequence[int], starts: Sequence[int], layers: int) -> float:
+    """Image tokens of a layer on average.
+
+    Args:
+        tokens: of the image.
+        counts: that stay from each of `starts` on.
+        starts: layers before which tokens are dropped, ascending; 0 for rules in front of the decoder.
+        layers: of the decoder.
+    """
+    bounds = [*starts, layers]
+    total = tokens * bounds[0]
+    for count, start, end in zip(counts, bounds, bounds[1:], strict=False):
+        total += count * (end - start)
+    return total / layers
+
+
+def solve_average(
+    wanted: float, tokens: int, counts: Callable[[int], Sequence[int]], starts: Sequence[int], layers: int
+) -> int:
+    """The last count of a rule whose average comes closest to `wanted` from below.
+
+    Args:
+        wanted: tokens on average.
+        tokens: of the image.
+        counts: of a rule for a last count, not falling as that grows.
+        starts: see `average`.
+        layers: of the decoder.
+
+    Raises:
+        FlagError: even a single token is more, or the average is above all tokens; names the least one.
+    """
+    least = average(tokens, counts(1), starts, layers)
+    if wanted < least or wanted > tokens:
+        raise FlagError(
+            f"--keep avg:{wanted:g}: before layers {list(starts)} of {layers} this rule reaches averages from "
+            f"{least:.1f} to {tokens}; drop earlier, or keep more"
+        )
+    low, high = 1, tokens  # low fits, and nothing above high is asked for
+    while low < high:
+        middle = (low + high + 1) // 2
+        if average(tokens, counts(middle), starts, layers) <= wanted:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def largest_remainder(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
+    """`total` shared out in proportion to `weights`, none above its size; what rounding leaves goes by remainders.
+
+    Of equal remainders the first one is served first. Weights that are all zero count as equal.
+    """
+    total = min(total, sum(sizes))
+    given = [0] * len(sizes)
+    while (left := total - sum(given)) > 0:
+        open_ = [index for index, size in enumerate(sizes) if given[index] < size]
+        mass = sum(weights[index] for index in open_)
+        shares = {index: left * (weights[index] / mass if mass > 0 else 1 / len(open_)) for index in open_}
+        whole = {index: min(math.floor(shares[index]), sizes[index] - given[index]) for index in open_}
+        if not any(whole.values()):  # less than one each: by remainders
+            for index in sorted(open_, key=lambda index: (-shares[index], index))[:left]:
+                given[index] += 1
+            continue
+        for index, number in whole.items():
+            given[index] += number
+    return given
