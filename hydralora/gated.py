@@ -98,9 +98,11 @@ def reference(mlp: nn.Module) -> tuple[Tensor, Tensor] | None:
     dtype = linear.weight.dtype if linear.weight.is_floating_point() else torch.float32
     x = torch.randn(*TOKENS, linear.in_features, generator=torch.Generator().manual_seed(0))
     x = x.to(linear.weight.device, dtype)
+    # With gradients: bitsandbytes repacks 4-bit weights for inference at the first pass without them on some CPUs.
     with _quiet(mlp):
         try:
-            output = type(mlp).forward(mlp, x.clone())
+            with torch.enable_grad():
+                output = type(mlp).forward(mlp, x.clone().requires_grad_())
         except RuntimeError:
             return None
         except Exception as error:
@@ -108,7 +110,7 @@ def reference(mlp: nn.Module) -> tuple[Tensor, Tensor] | None:
     if not isinstance(output, Tensor) or output.shape != x.shape:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"{type(mlp).__name__} returns {got} for hidden states {tuple(x.shape)}, expected that shape")
-    return x, output
+    return x, output.detach()
 
 
 def check(block: RoutedMLP, x: Tensor, expected: Tensor) -> None:
@@ -120,11 +122,12 @@ def check(block: RoutedMLP, x: Tensor, expected: Tensor) -> None:
     kind, calls = block.base_class.__name__, Counter[str]()
     with _quiet(block), _zero_experts(block):
         try:
-            handed = block.begin(x.clone())
+            handed = block.begin(x.clone().requires_grad_())
             call = block.call_class(block, handed)
             for name in KINDS:
                 setattr(call, name, partial(_counted, calls, name, getattr(call, name)))
-            output = block.base_class.forward(call, handed.x)
+            with torch.enable_grad():
+                output = block.base_class.forward(call, handed.x).detach()
         except Exception as error:
             raise ValueError(
                 f"{kind} cannot run with adapted linear layers ({type(error).__name__}: {error}); it has to call "
