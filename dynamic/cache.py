@@ -2,7 +2,8 @@
 
 Corresponds to `cache_utils.py` of the original, which lets attention see the padding of a batch; here it is masked. The
 dense layers below the sparse one store every position. From the sparse layer on each sample has its own number of
-tokens, at the front of its slots (`slots.py`). The numbers stay on the device; the host knows a bound of them and reads
+tokens, at the front of its slots (`slots.py`). Rules may drop tokens before several layers: the layers between two of
+them are a stage, with numbers of its own. The numbers stay on the device; the host knows a bound of them and reads
 them when that reaches the number of slots, so decoding waits for the device no more often than a dense model does.
 
 Shape letters: B batch, K key heads, S stored positions (of the longest sample), n new positions, C width of a head.
@@ -121,22 +122,37 @@ class CacheReport:
 
 
 class SparseCache(Cache):
-    """Cache of one batch; `Extension.before_layer` plans each pass, the layers then carry it out.
+    """Cache of one batch; whoever drops tokens plans each pass, stage by stage, and the layers carry it out.
 
     `get_seq_length()` is that of the first layer and counts every position, dropped ones included: positions and the
     2-D mask of `generate` go by it.
 
     Args:
         layers: number of decoder layers.
-        sparse_layer: first layer that holds kept tokens only, at least 1.
+        sparse_layer: first layer that holds kept tokens only; 0: every layer does.
+        further: layers, ascending, from which on still fewer tokens are kept.
 
     """
 
-    def __init__(self, layers: int, sparse_layer: int) -> None:
-        self.ledger = Ledger()
-        self.sparse_layer = sparse_layer
-        dense = [WholeLayer() for _ in range(sparse_layer)]
-        super().__init__(layers=[*dense, *(KeptLayer(self.ledger) for _ in range(sparse_layer, layers))])
+    def __init__(self, layers: int, sparse_layer: int, *further: int) -> None:
+        self.starts = (sparse_layer, *further)
+        bounds = [*self.starts, layers]
+        if bounds != sorted(set(bounds)) or sparse_layer < 0:
+            raise ValueError(f"stages begin at layers {self.starts} of {layers}; expected ascending ones from 0 on")
+        self.ledgers = tuple(Ledger() for _ in self.starts)
+        self._positions, self._is_planned = 0, False  # of a first layer that holds kept tokens only
+        kept = (KeptLayer(ledger) for ledger, *ends in zip(self.ledgers, bounds, bounds[1:]) for _ in range(*ends))
+        super().__init__(layers=[*(WholeLayer() for _ in range(sparse_layer)), *kept])
+
+    @property
+    def sparse_layer(self) -> int:
+        """First layer that holds kept tokens only."""
+        return self.starts[0]
+
+    @property
+    def ledger(self) -> Ledger:
+        """That of the first stage."""
+        return self.ledgers[0]
 
     @property
     def is_filled(self) -> bool:
@@ -147,21 +163,26 @@ class SparseCache(Cache):
         """(B, S) bool, False at the padding of samples with fewer tokens than the longest; waits for the device."""
         return _first(self.ledger.kept, self.ledger.longest()).to(device)
 
-    def plan_pass(self, keep: Tensor, valid: Tensor) -> Tensor:
-        """Say what the sparse layers will store of the coming pass; call once, before the first of them runs.
+    def plan_pass(self, keep: Tensor, valid: Tensor, stage: int = 0, positions: int | None = None) -> Tensor:
+        """Say what the layers of a stage will store of the coming pass; call once, before the first of them runs.
 
         Args:
             keep: (B, n) bool.
             valid: (B, n) or (B, more) bool, False at padding: what the dense layers have seen.
+            stage: of the layers, from 0.
+            positions: of the pass, dropped ones and padding included, where stage 0 begins at layer 0; None: n.
 
         Returns:
             (B, keys) bool: which of the keys that the sparse layers return hold a token that may be seen. For one token
             on top of others they are the slots of its row, else the stored positions and behind them the n new ones.
         """
-        if self.is_filled and keep.shape[1] == 1:
-            return self._plan_token(keep, valid)
-        ledger = self.ledger
-        if not self.is_filled:
+        if stage == 0 and self.sparse_layer == 0:
+            self._positions += keep.shape[1] if positions is None else positions
+            self._is_planned = True
+        ledger = self.ledgers[stage]
+        if ledger.plan is not None and keep.shape[1] == 1:
+            return self._plan_token(ledger, keep, valid)
+        if ledger.plan is None:
             ledger.kept = torch.zeros(len(keep), dtype=torch.long, device=keep.device)
             ledger.seen = torch.zeros_like(ledger.kept)
         before = ledger.kept.clone()
@@ -177,12 +198,12 @@ class SparseCache(Cache):
         ledger.plan = Pass(keep.shape[1], longest_before, ledger.slots, index=index)
         return torch.cat([full[:, :longest_before], valid[:, -keep.shape[1] :]], dim=1)
 
-    def _plan_token(self, keep: Tensor, valid: Tensor) -> Tensor:
+    @staticmethod
+    def _plan_token(ledger: Ledger, keep: Tensor, valid: Tensor) -> Tensor:
         """As `plan_pass`, for one token of each row: written into the first free slot, without waiting for the device.
 
         If it is not kept, the next one is written into the same slot.
         """
-        ledger = self.ledger
         if ledger.bound + 1 > ledger.slots:
             ledger.make_room()
         write = ledger.kept[:, None].clone()
@@ -205,25 +226,52 @@ class SparseCache(Cache):
         """
         if not self.is_filled:
             raise ValueError(f"reserve({tokens}) follows the prompt, but this cache is empty; run the prompt first")
-        ledger = self.ledger
-        ledger.reserved = ledger.slots = max(ledger.slots, slots_for(ledger.bound + tokens))
-        for layer in self.layers[: self.sparse_layer]:
-            layer.resize(max(layer.slots, slots_for(layer.get_seq_length() + tokens)))
-        for layer in self.layers[self.sparse_layer :]:
-            layer.resize(ledger.slots)
+        for ledger in self.ledgers:
+            ledger.reserved = ledger.slots = max(ledger.slots, slots_for(ledger.bound + tokens))
+        for layer in self.layers:
+            if isinstance(layer, KeptLayer):
+                layer.resize(layer.counts.slots)
+            else:
+                layer.resize(max(layer.slots, slots_for(layer.get_seq_length() + tokens)))
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """What the layer stores and returns."""
+        if layer_idx == 0:
+            self._is_planned = False
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _counts_positions(self, layer_idx: int) -> bool:
+        """Whether the first layer is asked by somebody who knows nothing of what will be dropped in front of it."""
+        return layer_idx == 0 and self.sparse_layer == 0 and not self._is_planned
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions stored in a layer; of the first one always all that went through the decoder."""
+        if layer_idx == 0 and self.sparse_layer == 0:
+            return self._positions
+        return super().get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length of the keys that attention sees in a layer, and their offset."""
+        if self._counts_positions(layer_idx):
+            return self._positions + query_length, 0
+        return super().get_mask_sizes(query_length, layer_idx)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Where the first query of the present pass is among the keys that attention sees."""
-        plan = self.ledger.plan
-        if layer_idx < self.sparse_layer:
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, KeptLayer) or self._counts_positions(layer_idx):
             return self.get_seq_length(layer_idx)
+        plan = layer.counts.plan
         return 0 if plan is None else plan.keys - plan.new
 
     def report(self) -> CacheReport:
         """Lengths by layer and sample, and the memory behind them; waits for the device."""
-        ledger = self.ledger
-        counts = {KeptLayer: ledger.kept.tolist(), WholeLayer: ledger.seen.tolist()}
-        lengths = [counts[type(layer)] if layer.is_initialized else [] for layer in self.layers]
+        seen = self.ledger.seen.tolist()
+        kept = {id(ledger): ledger.kept.tolist() for ledger in self.ledgers}
+        lengths = [
+            [] if not layer.is_initialized else kept[id(layer.counts)] if isinstance(layer, KeptLayer) else seen
+            for layer in self.layers
+        ]
         held = needed = free = 0
         for layer, tokens in zip(self.layers, lengths, strict=True):
             for states in layer.buffers or ():
@@ -237,7 +285,9 @@ class SparseCache(Cache):
         """Forget everything; the next pass is a first one."""
         for layer in self.layers:
             layer.reset()
-        vars(self.ledger).update(vars(Ledger()))
+        for ledger in self.ledgers:
+            vars(ledger).update(vars(Ledger()))
+        self._positions, self._is_planned = 0, False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: which of the last tokens were stored differs from sample to sample.
@@ -253,19 +303,21 @@ class SparseCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes row `beam_idx[i]` (beam search)."""
         super().reorder_cache(beam_idx)
-        self.ledger.set_rows(beam_idx)
+        for ledger in self.ledgers:
+            ledger.set_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times."""
         super().batch_repeat_interleave(repeats)
-        ledger = self.ledger
-        ledger.kept, ledger.seen = (counts.repeat_interleave(repeats) for counts in (ledger.kept, ledger.seen))
+        for ledger in self.ledgers:
+            ledger.kept, ledger.seen = (counts.repeat_interleave(repeats) for counts in (ledger.kept, ledger.seen))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """The rows `indices` alone; slots that only the others needed go with the next token."""
         super().batch_select_indices(indices)
-        self.ledger.set_rows(indices)
-        self.ledger.bound, self.ledger.reading = self.ledger.slots, None
+        for ledger in self.ledgers:
+            ledger.set_rows(indices)
+            ledger.bound, ledger.reading = ledger.slots, None
 
 
 def _first(counts: Tensor, places: int) -> Tensor:

@@ -189,9 +189,11 @@ class Counts(Protocol):
 
     Attributes:
         plan: of the present pass, None before the first.
+        slots: of a row.
     """
 
     plan: Pass | None
+    slots: int
 
     def longest(self) -> int:
         """Tokens of the longest row."""

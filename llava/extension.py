@@ -26,6 +26,8 @@ from llava.segments import DecoderState, MultimodalInputs
 if TYPE_CHECKING:
     from transformers import Cache, TrainerCallback
 
+    from llava.model.encoded_images import EncodedImages
+
 ENTRY_POINT_GROUP = "llava.extensions"
 
 Config = dict[str, Any]
@@ -103,6 +105,9 @@ class Extension:
     core_options: ClassVar[tuple[str, ...]] = ()
     """Options of the core about LoRA that it reads, so that they have an effect although LoRA is off."""
 
+    transient: ClassVar[bool] = False
+    """True: it is in use for a while, and part of no checkpoint."""
+
     adjustable: ClassVar[frozenset[str]] = frozenset()
     """Settings that may be edited in a checkpoint's `extensions/<name>/config.json`, to use it in another way."""
 
@@ -133,6 +138,13 @@ class Extension:
     def on_inputs(self, model: nn.Module, config: Config, inputs: MultimodalInputs) -> MultimodalInputs:
         """See and change a spliced batch; called once per sequence, not for each decoded token."""
         return inputs
+
+    def on_images(self, model: nn.Module, config: Config, images: EncodedImages) -> None:
+        """See the images of a batch between tower and projector, and set their `features` or `notes`.
+
+        Only called of extensions that have it; for the others nothing is recorded. The number of positions of an image
+        stays: to leave some out, note them, and drop them before a layer.
+        """
 
     # 3. Modules
     def attach(self, model: nn.Module, config: Config) -> None:
@@ -237,7 +249,33 @@ class ExtensionSet:
     @property
     def configs(self) -> dict[str, Config]:
         """Configuration by name, as written into `config.json`."""
-        return {item.extension.name: item.config for item in self}
+        return {item.extension.name: item.config for item in self if not item.extension.transient}
+
+    def with_extension(self, extension: Extension, config: Config) -> ExtensionSet:
+        """Another set that has one more, or another configuration of one that is there; for one call.
+
+        What watches this set now watches the other one too.
+        """
+        found = ExtensionSet(item for item in self if item.extension.name != extension.name)
+        found._attached.append(Attached(extension, config))
+        found._observations = self._observations
+        return found
+
+    def without(self, name: str) -> ExtensionSet:
+        """Another set that lacks one."""
+        found = ExtensionSet(item for item in self if item.extension.name != name)
+        found._observations = self._observations
+        return found
+
+    @property
+    def sees_images(self) -> bool:
+        """True if one of them has `on_images`."""
+        return any(type(item.extension).on_images is not Extension.on_images for item in self)
+
+    def on_images(self, model: nn.Module, images: EncodedImages) -> None:
+        """Seam 2, in front of the projector, of all extensions in turn."""
+        for item in self:
+            item.extension.on_images(model, item.config, images)
 
     def attach(self, model: nn.Module, extension: Extension, config: Config) -> None:
         """Attach one more extension to `model`.
@@ -245,7 +283,7 @@ class ExtensionSet:
         Raises:
             FlagError: it is attached already, or needs another attention than an attached one.
         """
-        if extension.name in self.configs:
+        if any(extension.name == item.extension.name for item in self):
             raise FlagError(f"the extension '{extension.name}' is attached to this model already")
         attention = extension.attention_implementation(config)
         for item in self:

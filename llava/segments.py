@@ -6,7 +6,7 @@ loop and the extensions read them (Dynamic-LLaVA's rules of segments; seams 2 an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +29,8 @@ class Segments:
     """Where the parts of one sample lie in the spliced sequence, padding included (Dynamic-LLaVA, segment rules).
 
     `instruct` reaches from the last image to the last answer and so holds earlier turns; `last_instruct` is the part
-    of it that begins at the last user marker. Empty spans have `start == end`.
+    of it that begins at the last user marker. Empty spans have `start == end`. `notes` has what extensions noted of the
+    images in `on_inputs`, by their name; it goes with the sample, to every beam of it.
     """
 
     system: Span
@@ -37,6 +38,7 @@ class Segments:
     instruct: Span
     last_instruct: Span
     answer: Span
+    notes: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def has_image(self) -> bool:
@@ -224,6 +226,8 @@ class MultimodalInputs:
         plan: what the batch was made by, if by a plan; knows where padding and
             targets are. Whoever changes lengths or labels sets it to None.
         packed: see `SplicePlan`; `segments` has one entry per sample, not per row.
+        image_notes: for each image, the dummies of rows without any included, what extensions noted in `on_images`;
+            None if there are no images or nobody asked for them.
     """
 
     inputs_embeds: Tensor
@@ -233,6 +237,7 @@ class MultimodalInputs:
     segments: list[Segments]
     plan: SplicePlan | None = None
     packed: PackedRows | None = None
+    image_notes: list[dict[str, Any]] | None = None
 
 
 @dataclass

@@ -5,7 +5,8 @@ Mixins for a decoder and its causal language model, with upstream's method names
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data.splice_plan import SplicePlanner
 from llava.data.tiling import ImageLength, get_anyres_image_grid_shape
 from llava.errors import FlagError
 from llava.extension import ExtensionSet
+from llava.model.encoded_images import LINE_END, EncodedImages, texts_behind_images
 from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.multimodal_encoder.builder import set_normalization
 from llava.model.multimodal_encoder.identity import lasting_name
@@ -178,6 +181,48 @@ class LlavaMetaForCausalLM:
             merged.append(merge_tiles(features, merge_type, self._tile_grid(size), size, newline))
         return merged
 
+    def encoded_images(
+        self,
+        images: Images,
+        image_sizes: Sequence[tuple[int, int]] | None,
+        texts: Callable[[], list[Tensor]],
+    ) -> EncodedImages:
+        """The images for extensions that look at them, encoded and not yet projected.
+
+        Args:
+            images: see `Images`.
+            image_sizes: see `image_features`.
+            texts: see `EncodedImages`.
+        """
+        model, block_inputs = self.get_model(), {}
+        stacks = [image[None] if image.ndim == 3 else image for image in images]
+        pixels = torch.cat(list(stacks))  # (N, 3, height, width)
+        features = model.get_vision_tower()(pixels, block_inputs=block_inputs)  # (N, P, D_vision)
+        numbers = torch.arange(features.shape[0] * features.shape[1], device=features.device).view(len(features), -1, 1)
+        sources = numbers.split([len(stack) for stack in stacks])
+        newline = getattr(model, "image_newline", None)
+        if not (isinstance(images, Tensor) and images.ndim == 4):
+            # Numbers take the way of features: whatever merging does, it is known where each of them went.
+            line_end = None if newline is None else torch.tensor([LINE_END], device=features.device)
+            merge_type = getattr(self.config, "mm_patch_merge_type", "flat")
+            sizes = [None] * len(stacks) if image_sizes is None else [tuple(size) for size in image_sizes]
+            sources = [
+                merge_tiles(each, merge_type, self._tile_grid(size), size, line_end)
+                for each, size in zip(sources, sizes, strict=True)
+            ]
+        return EncodedImages(
+            pixels=pixels,
+            tiles=tuple(len(stack) for stack in stacks),
+            tower_features=features,
+            sources=[each.flatten() for each in sources],
+            tower=model.get_vision_tower(),
+            block_inputs=block_inputs,
+            projector=model.mm_projector,
+            newline=newline,
+            texts=texts,
+            notes=[{} for _ in stacks],
+        )
+
     def _tile_grid(self, size: tuple[int, int] | None) -> tuple[int, int] | None:
         """Tiles across and down of an `anyres` image; None for any other aspect setting."""
         if getattr(self.config, "image_aspect_ratio", None) != "anyres" or size is None:
@@ -225,6 +270,7 @@ class LlavaMetaForCausalLM:
         image_sizes: Sequence[tuple[int, int]] | None = None,
         padding_side: str | None = None,
         plan: SplicePlan | None = None,
+        extensions: ExtensionSet | None = None,
     ) -> MultimodalInputs:
         """Embeddings, labels, masks and segments of a batch, before any extension has seen them.
 
@@ -236,21 +282,30 @@ class LlavaMetaForCausalLM:
             image_sizes: see `image_features`.
             padding_side: overrides the configuration; generation pads on the left.
             plan: of the batch, made where it was collated; the ids are then not looked at.
+            extensions: that look at the images; None: those of the model.
 
         Raises:
             ValueError: images and image tokens do not match in number, or the plan is of another batch or of a model
                 with other settings.
         """
-        features = None
+        features = notes = None
+        extensions = self.extensions if extensions is None else extensions
         if images is not None and self.get_vision_tower() is not None:
-            features = self.image_features(images, image_sizes)
+            if extensions.sees_images:
+                texts = functools.partial(texts_behind_images, input_ids, attention_mask, IMAGE_TOKEN_INDEX)
+                encoded = self.encoded_images(images, image_sizes, texts)
+                extensions.on_images(self, encoded)  # type: ignore[arg-type]
+                features, notes = encoded.finished(), encoded.notes
+            else:
+                features = self.image_features(images, image_sizes)
         options = self.splice_options()
         if plan is not None:
             check_plan(plan, input_ids, options)
             inputs = carry_out(plan.to(input_ids.device), features, self.get_model().embed_tokens)
-            return inputs if labels is not None else replace(inputs, labels=None)
+            return replace(inputs, labels=None if labels is None else inputs.labels, image_notes=notes)
         options = replace(options, padding_side=options.padding_side if padding_side is None else padding_side)
-        return splice(input_ids, labels, attention_mask, features, self.get_model().embed_tokens, options)
+        inputs = splice(input_ids, labels, attention_mask, features, self.get_model().embed_tokens, options)
+        return replace(inputs, image_notes=notes)
 
     @takes_cache
     def prepare_inputs_labels_for_multimodal(

@@ -109,6 +109,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         num_items_in_batch: Tensor | int | None = None,
         plan: SplicePlan | None = None,
         skip_logits: bool = False,
+        extensions: ExtensionSet | None = None,
         **kwargs: Any,
     ) -> LlavaOutput:
         """Logits, and the loss if `labels` are given.
@@ -128,6 +129,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             num_items_in_batch: target positions of the whole global batch, to divide the LM loss by.
             plan: of `input_ids`, made by the collator; without one it is made here, for which the ids are waited for.
             skip_logits: with labels, compute the loss of trained tokens alone; `logits` is None then.
+            extensions: of this call, for example with another configuration of one of them; None: those of the model.
             kwargs: handed to every layer.
 
         Returns:
@@ -140,6 +142,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         targets: Targets | None = None
         right_padded: bool | None = None
         packed: PackedRows | None = None
+        own = self.extensions if extensions is None else extensions
         starts_sequence = cache is None or cache.get_seq_length() == 0
         if plan is not None and (inputs_embeds is not None or not starts_sequence):
             raise ValueError("`plan` goes with the `input_ids` of a first pass, not with embeddings or a filled cache")
@@ -147,11 +150,13 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             # A prompt that was padded on the left stays so: the last position is the one to continue from.
             planned = plan is not None or labels is not None
             padding_side = None if planned else self._input_padding_side(attention_mask)
-            inputs = self.build_inputs(input_ids, attention_mask, labels, images, image_sizes, padding_side, plan)
+            inputs = self.build_inputs(
+                input_ids, attention_mask, labels, images, image_sizes, padding_side, plan, own
+            )
             if self.training and self.noise_alpha:
                 noised = text_positions(inputs)
                 inputs.inputs_embeds = with_noise(inputs.inputs_embeds, noised, self.noise_alpha, inputs.packed)
-            inputs = self.extensions.on_inputs(self, inputs)
+            inputs = own.on_inputs(self, inputs)
             # What the plan knows holds as long as no extension puts other tensors in place.
             plan = inputs.plan
             if plan is not None and inputs.labels is plan.labels:
@@ -171,6 +176,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             segments=segments,
             right_padded=right_padded,
             packed=packed,
+            extensions=extensions,
             **kwargs,
         )
         hidden, losses = outputs.last_hidden_state, None  # (B, L, D)
@@ -189,7 +195,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             losses = {"lm": lm}
             # Whoever gives embeddings has called the hooks of the extensions, and asks for their losses too.
             if inputs is not None:
-                losses |= self.extensions.losses(self, inputs)
+                losses |= own.losses(self, inputs)
         return LlavaOutput(
             loss=None if losses is None else torch.stack([loss.float() for loss in losses.values()]).sum(),
             logits=logits,
@@ -213,6 +219,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         images: Images | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
         cache: Cache | None = None,
+        extensions: ExtensionSet | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Continue a batch of prompts.
@@ -223,6 +230,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             image_sizes: width and height per image, for tiled images.
             cache: to fill, or to continue: `inputs` and `images` are then the whole conversation, whose beginning the
                 cache holds. Also under the name that transformers uses.
+            extensions: of this call; None: those of the model.
             kwargs: `attention_mask` and everything that transformers' `generate` knows; with `use_cache=False` every
                 step computes the whole sequence again.
 
@@ -240,16 +248,18 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         decoding.check_options(self, given, kwargs)
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         kwargs.pop("position_ids", None)
-        offered = self.extensions.make_cache(self)
+        own = self.extensions if extensions is None else extensions
+        offered = own.make_cache(self)
         implementation = kwargs.get("cache_implementation") or (given or self.generation_config).cache_implementation
         decoding.check_cache(cache, offered is not None, kwargs, implementation)
-        spliced = self.build_inputs(ids, kwargs.pop("attention_mask", None), None, images, image_sizes, "left")
+        mask = kwargs.pop("attention_mask", None)
+        spliced = self.build_inputs(ids, mask, None, images, image_sizes, "left", extensions=own)
         segments: list[Segments] | None
         if cache is not None and cache.get_seq_length() > 0:
             decoding.check_continuation(cache, spliced.attention_mask, kwargs, given or self.generation_config)
             segments = None  # what comes is a later part of sequences that the extensions have seen begin
         else:
-            spliced = self.extensions.on_inputs(self, spliced)
+            spliced = own.on_inputs(self, spliced)
             segments = spliced.segments
         if kwargs.pop("use_cache", given is None or given.use_cache) is False:
             kwargs["recompute"] = True
@@ -257,6 +267,8 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             cache = offered
         if cache is not None:
             kwargs |= cache_argument(GenerationMixin.prepare_inputs_for_generation, cache)
+        if extensions is not None:
+            kwargs["extensions"] = extensions
         watched = WatchedGeneration(self, kwargs, rows=len(spliced.inputs_embeds))
         output = super().generate(
             inputs_embeds=spliced.inputs_embeds,

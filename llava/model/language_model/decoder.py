@@ -57,6 +57,7 @@ class LlavaDecoder(LlavaMetaModel):
         segments: list[Segments] | None = None,
         right_padded: bool | None = None,
         packed: PackedRows | None = None,
+        extensions: ExtensionSet | None = None,
         **layer_kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
@@ -72,6 +73,7 @@ class LlavaDecoder(LlavaMetaModel):
             segments: see `DecoderState`.
             right_padded: True: `attention_mask` is known to be padded on the right alone; see `layer_masks`.
             packed: where the samples of rows with several of them are; such rows leave no cache.
+            extensions: of this pass; None: those of the model.
             layer_kwargs: handed to every layer and its attention function.
 
         Raises:
@@ -86,10 +88,11 @@ class LlavaDecoder(LlavaMetaModel):
             use_cache = False
         # Extensions are attached to the causal model where there is one, and find their parts from there.
         host = self.host[0] if self.host else self
+        extensions = self.extensions if extensions is None else extensions
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, L, D)
         # An extension that drops tokens keeps fewer of them in some layers, so it may bring a cache of its own.
         if use_cache and cache is None:
-            cache = self.extensions.make_cache(host)
+            cache = extensions.make_cache(host)
             if cache is None:
                 cache = DynamicCache(config=self.config)
         # Like transformers' decoders: what the cache holds has been counted already.
@@ -116,7 +119,7 @@ class LlavaDecoder(LlavaMetaModel):
             layer_kwargs,
             packed=packed,
         )
-        visits = self.extensions.layer_visits(host, state)
+        visits = extensions.layer_visits(host, state)
         # Collected here, before each layer: between two layers an extension may have dropped tokens.
         record_all = bool(state.layer_kwargs.pop("output_hidden_states", False))
         recorded: list[Tensor] = []

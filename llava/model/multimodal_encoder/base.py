@@ -153,6 +153,10 @@ class VisionTower(nn.Module, abc.ABC):
         """One block: (N, P, D_vision) to the same shape."""
 
     @abc.abstractmethod
+    def queries_and_keys(self, block: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, H, P, C) each, of the attention of a block whose input is `hidden` (N, P, D_vision)."""
+
+    @abc.abstractmethod
     def save(self, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
         """Write network and image processor so that the folder alone is a tower of this kind.
 
@@ -265,11 +269,12 @@ class VisionTower(nn.Module, abc.ABC):
         """Training mode for a tower that is trained; a frozen one always stays in evaluation mode."""
         return super().train(mode and self.trainable)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, block_inputs: dict[int, Tensor] | None = None) -> Tensor:
         """Features of a batch of images.
 
         Args:
             images: (N, 3, height, width) normalised pixels, any floating dtype.
+            block_inputs: to be filled with what enters the first and the last block that runs, by their number.
 
         Returns:
             (N, P, D_vision) in the dtype of `images`; P + 1 rows with the class token for `cls_patch`, one row for
@@ -281,6 +286,8 @@ class VisionTower(nn.Module, abc.ABC):
         with context:
             hidden = self.embed(network, images.to(device=self.device, dtype=self.dtype))
             for number, block in enumerate(self.blocks(network)[: self.num_blocks], start=1):
+                if block_inputs is not None and number in (1, self.num_blocks):
+                    block_inputs[number - 1] = hidden
                 hidden = self.run_block(block, hidden)
                 if self.interval is not None and number % self.interval == 0:
                     class_tokens.append(hidden[:, 0])

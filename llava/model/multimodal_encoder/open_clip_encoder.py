@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from llava.errors import CheckpointError, FlagError
@@ -213,6 +214,14 @@ class OpenClipVisionTower(VisionTower):
     def run_block(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """One block; every patch sees every other."""
         return block(hidden)
+
+    def queries_and_keys(self, block: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, H, P, C) each; open_clip's blocks have one matrix for queries, keys and values."""
+        attention, width = block.attn, hidden.shape[-1]
+        bias = None if attention.in_proj_bias is None else attention.in_proj_bias[: 2 * width]
+        both = F.linear(block.ln_1(hidden), attention.in_proj_weight[: 2 * width], bias)  # (N, P, 2 D_vision)
+        queries, keys = both.unflatten(-1, (2, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return queries, keys
 
     def save(self, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
         """Write the folder as on model hubs, with the image model alone."""

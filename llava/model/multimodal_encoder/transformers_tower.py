@@ -152,6 +152,14 @@ class TransformersTower(VisionTower):
         """One encoder layer; every patch sees every other."""
         return block(hidden, attention_mask=None)
 
+    def queries_and_keys(self, block: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, H, P, C) each."""
+        attention, normed = block.self_attn, block.layer_norm1(hidden)
+        return tuple(  # type: ignore[return-value]
+            project(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for project in (attention.q_proj, attention.k_proj)
+        )
+
     def save(self, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
         """Write the folder as transformers does."""
         self.loaded().save_pretrained(folder, state_dict=tensors)
