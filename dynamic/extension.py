@@ -127,6 +127,9 @@ class DynamicExtension(Extension):
         if index != config.get("sparse_layer", SparseConfig.sparse_layer):
             return state
         settings = sparse_model.settings(model)
+        rate = config.get("vision_keep_rate", settings.vision_keep_rate)
+        if rate != settings.vision_keep_rate:  # of this call
+            settings = dataclasses.replace(settings, vision_keep_rate=rate)
         if model in self._passes and state.segments is not None:
             policy = self._passes[model].decide(
                 settings, sparse_model.predictors(model), state.hidden_states, state.segments

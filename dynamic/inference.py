@@ -60,7 +60,7 @@ def drop_tokens(model: nn.Module, config: SparseConfig, state: State) -> State:
         for log in logs_of(model):
             log.prompts.append(PromptDecision(keep.cpu(), state.segments))
     if not torch.equal(keep, valid):
-        state = shorten(model, config, state, keep, valid)
+        state = shorten(model, config.sparse_layer, state, keep, valid)
         keep = valid_positions(state)
     if cache is not None:
         cache.plan_pass(keep, valid)
@@ -108,8 +108,8 @@ def _later_pass(model: nn.Module, config: SparseConfig, state: State, cache: Spa
         log.new_tokens.append(keep.cpu())
     visible = cache.plan_pass(keep, valid)
     if valid.shape[1] > 1:
-        return with_mask(model, config, state, visible)
+        return with_mask(model, config.sparse_layer, state, visible)
     # A single token: free slots are always masked, so nothing is asked of the device to find out.
-    state = with_mask(model, config, state, visible, always=True)
+    state = with_mask(model, config.sparse_layer, state, visible, always=True)
     # Behind the slots as behind stored positions: what others read of the mask is which new tokens are padding.
     return replace(state, attention_mask=torch.cat([visible, valid], dim=1))

@@ -47,6 +47,28 @@ class PromptDecision:
         return self.keep[row, slice(*span)].nonzero().flatten()
 
 
+@dataclass(frozen=True)
+class StageDecision:
+    """What is left of a batch of prompts from a decoder layer on.
+
+    Attributes:
+        layer: before which tokens were dropped.
+        decision: in positions of the whole prompts.
+    """
+
+    layer: int
+    decision: PromptDecision
+
+
+def tokens_by_layer(stages: Sequence[StageDecision], row: int, layers: int) -> list[int]:
+    """Image tokens of a row in each of `layers` layers; `stages` are those of one pass, and at least one."""
+    found = [sum(end - start for start, end in stages[0].decision.segments[row].images)] * layers
+    for stage in stages:
+        left = sum(len(kept) for kept in stage.decision.images(row))
+        found[stage.layer :] = [left] * (layers - stage.layer)
+    return found
+
+
 def patch_indices(kept: Tensor, first: int, patches: int) -> list[int]:
     """Which patches of an image are among its kept tokens; of a tiled one those of its overview, which comes first.
 
@@ -64,10 +86,12 @@ class DecisionLog:
 
     Attributes:
         prompts: one for each pass over prompts; without cache every step of generation is one.
+        stages: for each of `prompts` that a plan of rules has decided, layer by layer.
         new_tokens: (B, n) bool for each pass on a filled cache: which of the n tokens the sparse layers stored.
     """
 
     prompts: list[PromptDecision] = field(default_factory=list)
+    stages: list[list[StageDecision]] = field(default_factory=list)
     new_tokens: list[Tensor] = field(default_factory=list)
 
     def stored(self) -> Tensor:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
-from dynamic.config import SparseConfig
 from llava.runtime.cache_name import cache_argument
 
 
@@ -52,7 +51,7 @@ def valid_positions(state: State) -> Tensor:
     return state.attention_mask[:, -length:].bool().to(state.hidden_states.device)
 
 
-def shorten(model: nn.Module, config: SparseConfig, state: State, keep: Tensor, valid: Tensor) -> State:
+def shorten(model: nn.Module, layer: int, state: State, keep: Tensor, valid: Tensor) -> State:
     """The sequence of the kept positions, in their order, with everything that belongs to a position.
 
     Samples that keep fewer than others are padded on the side on which the batch was padded; a batch without padding is
@@ -60,7 +59,7 @@ def shorten(model: nn.Module, config: SparseConfig, state: State, keep: Tensor, 
 
     Args:
         model: the causal language model.
-        config: of the predictors.
+        layer: that is entered.
         state: of L positions.
         keep: (B, L) bool.
         valid: (B, L) bool, False at padding.
@@ -81,7 +80,7 @@ def shorten(model: nn.Module, config: SparseConfig, state: State, keep: Tensor, 
         before = torch.cat([keep.new_zeros(len(keep), 1), keep], dim=1).cumsum(dim=1).tolist()  # L + 1 each
         moved = [_move(*row) for row in zip(state.segments, before, offsets, strict=True)]
         state = replace(state, segments=moved)
-    return with_mask(model, config, state, filled)
+    return with_mask(model, layer, state, filled)
 
 
 def take_positions(state: State, index: Tensor) -> State:
@@ -116,8 +115,8 @@ def _move(segments: Any, before: Sequence[int], offset: int) -> Any:
     )
 
 
-def with_mask(model: nn.Module, config: SparseConfig, state: State, visible: Tensor, *, always: bool = False) -> State:
-    """`state` with masks for keys of which `visible` (B, S + L) are to be seen.
+def with_mask(model: nn.Module, layer: int, state: State, visible: Tensor, *, always: bool = False) -> State:
+    """`state` with masks in front of `layer` for keys of which `visible` (B, S + L) are to be seen.
 
     Where all are, there is no mask; to find out, the host waits for the device. With `always` there is one in any case.
     """
@@ -127,7 +126,7 @@ def with_mask(model: nn.Module, config: SparseConfig, state: State, visible: Ten
         config=host.get_decoder().config,
         inputs_embeds=state.hidden_states,
         attention_mask=mask,
-        layer_idx=config.sparse_layer,
+        layer_idx=layer,
         allow_is_causal_skip=not always,
         # No position_ids: their gaps would be taken for the borders of packed sequences.
         **cache_argument(create_causal_mask, state.cache),

@@ -142,9 +142,13 @@ class Extension:
     def on_images(self, model: nn.Module, config: Config, images: EncodedImages) -> None:
         """See the images of a batch between tower and projector, and set their `features` or `notes`.
 
-        Only called of extensions that have it; for the others nothing is recorded. The number of positions of an image
+        Called of all extensions if one of them `wants_images`; else nothing is recorded. The number of positions of an image
         stays: to leave some out, note them, and drop them before a layer.
         """
+
+    def wants_images(self, config: Config) -> bool:
+        """Whether `on_images` has something to see; by default it has if the extension defines it."""
+        return type(self).on_images is not Extension.on_images
 
     # 3. Modules
     def attach(self, model: nn.Module, config: Config) -> None:
@@ -256,8 +260,14 @@ class ExtensionSet:
 
         What watches this set now watches the other one too.
         """
-        found = ExtensionSet(item for item in self if item.extension.name != extension.name)
-        found._attached.append(Attached(extension, config))
+        new, there = Attached(extension, config), False
+        found = ExtensionSet()
+        for item in self:
+            same = item.extension.name == extension.name
+            found._attached.append(new if same else item)
+            there = there or same
+        if not there:
+            found._attached.append(new)
         found._observations = self._observations
         return found
 
@@ -267,10 +277,16 @@ class ExtensionSet:
         found._observations = self._observations
         return found
 
+    def replace_by(self, other: ExtensionSet) -> ExtensionSet:
+        """Become `other`, and return what this set was; nothing is attached or taken away in the model."""
+        before = ExtensionSet(self._attached)
+        self._attached = list(other)
+        return before
+
     @property
     def sees_images(self) -> bool:
-        """True if one of them has `on_images`."""
-        return any(type(item.extension).on_images is not Extension.on_images for item in self)
+        """True if one of them wants to see images."""
+        return any(item.extension.wants_images(item.config) for item in self)
 
     def on_images(self, model: nn.Module, images: EncodedImages) -> None:
         """Seam 2, in front of the projector, of all extensions in turn."""

@@ -112,6 +112,19 @@ class AdaptedLayer(nn.Module):
             return output, torch.stack([first] if second is None else [first, second], dim=1)
         return _returned(output, reported, kwargs)
 
+    def attention_input(
+        self, hidden_states: Tensor, modality_routing: LayerRouting | PassRouting | None = None, **kwargs: Any
+    ) -> Tensor:
+        """(B, L, D): what the attention of this layer is given, with arguments as of `forward`.
+
+        Whoever computes attention weights of a layer in front of it asks for this.
+        """
+        chosen = None
+        if isinstance(modality_routing, PassRouting):
+            chosen, modality_routing = modality_routing.chosen, modality_routing.layers[self.layer_index]
+        routing = FIRST_POSITION if modality_routing is None else modality_routing
+        return _adapted(self.input_layernorm, hidden_states, routing, 0, chosen)[0]
+
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments behind the hidden states by the names that the plain layer has for them."""
         named = dict(zip(self.arguments, args, strict=False))

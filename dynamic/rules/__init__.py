@@ -2,3 +2,7 @@
 
 `rule.py` is the seam, `plan.py` reads a plan from text, `extension.py` carries it out; each rule has a file.
 """
+
+from dynamic.rules.attach import Handle, attach, reduced
+
+__all__ = ["Handle", "attach", "reduced"]

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from dynamic.rules.selection import Selection
-from llava.segments import Span
 
 VARIANTS = ("paper", "code")
 """Values of `variant` in rules whose published code does something else than their paper."""
@@ -171,16 +170,6 @@ def register(rule: type[Rule]) -> type[Rule]:
     return rule
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One rule of a plan with its budget.
-
-    Attributes:
-        rule: with its options.
-        keep: see `budget.Keep`.
-        layers: where a `LayerRule` acts; empty for rules in front of the decoder.
-    """
-
-    rule: Rule
-    keep: Any
-    layers: tuple[int, ...] = field(default=())
+def registered() -> Mapping[str, type[Rule]]:
+    """The rules of all modules that were imported so far."""
+    return _registered
