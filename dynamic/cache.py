@@ -141,7 +141,8 @@ class SparseCache(Cache):
             raise ValueError(f"stages begin at layers {self.starts} of {layers}; expected ascending ones from 0 on")
         self.ledgers = tuple(Ledger() for _ in self.starts)
         self._positions, self._is_planned = 0, False  # of a first layer that holds kept tokens only
-        kept = (KeptLayer(ledger) for ledger, *ends in zip(self.ledgers, bounds, bounds[1:]) for _ in range(*ends))
+        ranges = zip(self.ledgers, bounds, bounds[1:], strict=False)
+        kept = (KeptLayer(ledger) for ledger, start, end in ranges for _ in range(start, end))
         super().__init__(layers=[*(WholeLayer() for _ in range(sparse_layer)), *kept])
 
     @property

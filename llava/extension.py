@@ -142,8 +142,8 @@ class Extension:
     def on_images(self, model: nn.Module, config: Config, images: EncodedImages) -> None:
         """See the images of a batch between tower and projector, and set their `features` or `notes`.
 
-        Called of all extensions if one of them `wants_images`; else nothing is recorded. The number of positions of an image
-        stays: to leave some out, note them, and drop them before a layer.
+        Called of all extensions if one of them `wants_images`; else nothing is recorded. The number of positions of an
+        image stays: to leave some out, note them, and drop them before a layer.
         """
 
     def wants_images(self, config: Config) -> bool:

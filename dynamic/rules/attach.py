@@ -1,9 +1,9 @@
 """Putting a plan of rules on a model that is loaded, and taking it off again; for one call, or until it is taken off.
 
-    with dynamic.attach(model, rule="fastv", keep=0.25):
-        model.generate(ids, images=images)
+with dynamic.attach(model, rule="fastv", keep=0.25):
+    model.generate(ids, images=images)
 
-    model.generate(ids, images=images, extensions=reduced(model, "divprune+cen", 128))
+model.generate(ids, images=images, extensions=reduced(model, "divprune+cen", 128))
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def _learned(model: Any, keep: str | None, positions: str, tokens: int | None) -
     if found is None or not found.config.get("use_vision_predictor", True):
         raise FlagError(f"--reduce {LEARNED}: this checkpoint has no predictor of image tokens; name another rule")
     if positions != "original":
-        raise FlagError(f"--reduce {LEARNED} --positions {positions}: the predictors were trained with original positions")
+        raise FlagError(
+            f"--reduce {LEARNED} --positions {positions}: the predictors were trained with original positions"
+        )
     if keep is None:
         return extensions
     budget = Keep.parse(keep)

@@ -35,13 +35,12 @@ class Keep:
         """
         match = re.fullmatch(r"(avg:)?(\d+(?:\.\d+)?)", text.strip())
         if match is None:
-            raise FlagError(f"--keep {text}: give a share as 0.25, tokens of an image as 128, or avg:128 for an average")
+            raise FlagError(
+                f"--keep {text}: give a share as 0.25, tokens of an image as 128, or avg:128 for an average"
+            )
         value = float(match.group(2))
-        if match.group(1):
-            kind = "average"
-        else:
-            kind = "share" if "." in text else "count"
-        if value <= 0 or kind == "share" and value > 1 or kind != "share" and value < 1:
+        kind = "average" if match.group(1) else "share" if "." in text else "count"
+        if value <= 0 or (kind == "share" and value > 1) or (kind != "share" and value < 1):
             raise FlagError(f"--keep {text}: a share is above 0 and at most 1.0, a number of tokens at least 1")
         if kind == "count" and value != int(value):
             raise FlagError(f"--keep {text}: a number of tokens is whole")

@@ -200,7 +200,7 @@ class Walk:
         return _with_last(keep, valid)
 
     def _record(self, index: int, keep: Tensor) -> None:
-        """Note for those who listen which positions of the whole prompts are left; `keep` is of those that are there."""
+        """Note for those who listen which positions of the prompts are left; `keep` is of those that are there."""
         logs = logs_of(self.model)
         if not logs:
             return
@@ -231,13 +231,13 @@ def _checked_cache(state: DecoderState, plan: Plan) -> SparseCache | None:
     if not isinstance(cache, SparseCache) or cache.starts != plan.starts:
         kind = type(cache).__name__
         raise FlagError(
-            f"--reduce {plan.text} needs a cache of its own, with stages at layers {plan.starts}, but got a {kind}; pass "
-            "none and let the model make one. Static caches and continuing with another plan do not work."
+            f"--reduce {plan.text} needs a cache of its own, with stages at layers {plan.starts}, but got a {kind}; "
+            "pass none and let the model make one. Static caches and continuing with another plan do not work."
         )
     if cache.is_filled and state.segments is not None:
         raise ValueError(
-            f"a prompt begins a sequence, but the cache holds {cache.get_seq_length()} positions already; pass an empty "
-            "cache, or continue with `model(input_ids=..., cache=cache)`"
+            f"a prompt begins a sequence, but the cache holds {cache.get_seq_length()} positions already; pass an "
+            "empty cache, or continue with `model(input_ids=..., cache=cache)`"
         )
     return cache
 
@@ -254,4 +254,3 @@ def _moved(origin: Tensor, keep: Tensor, left: Tensor) -> Tensor:
     found = torch.zeros(left.shape, dtype=origin.dtype, device=origin.device)
     found[left] = origin[keep]
     return found
-

@@ -247,4 +247,3 @@ def place_features(batch: Batch, reduced: Sequence[Reduced]) -> list[Tensor]:
             features[is_class] = encoded.projector(encoded.tower_features.flatten(0, 1)[source[is_class]])
         found.append(encoded.placed(source, features))
     return found
-

@@ -154,7 +154,9 @@ def _options(text: str, kind: type[Rule], written: str | None) -> dict[str, Any]
             )
         try:
             default = defaults[name]
-            found[name] = {"true": True, "false": False}[value.lower()] if isinstance(default, bool) else type(default)(value)
+            found[name] = (
+                {"true": True, "false": False}[value.lower()] if isinstance(default, bool) else type(default)(value)
+            )
         except (ValueError, KeyError) as error:
             wanted = type(defaults[name]).__name__
             raise FlagError(f"--reduce {text}: {name}={value} is not of type {wanted}") from error
@@ -165,7 +167,9 @@ def _layers(text: str, rule: Rule, place: str | None) -> tuple[int, ...]:
     """Where a rule acts: what is written, or what it says itself."""
     if isinstance(rule, ImageRule):
         if place not in (None, rule.place):
-            raise FlagError(f"--reduce {text}: '{rule.name}' acts at @{rule.place}, in front of the decoder, not @{place}")
+            raise FlagError(
+                f"--reduce {text}: '{rule.name}' acts at @{rule.place}, in front of the decoder, not @{place}"
+            )
         return ()
     if not isinstance(rule, LayerRule):
         raise FlagError(f"--reduce {text}: '{rule.name}' is neither an ImageRule nor a LayerRule")
@@ -182,8 +186,10 @@ def _check_order(text: str, stages: tuple[Stage, ...]) -> None:
     inner = [layer for layer in layers if layer >= 0]
     if layers != sorted(layers) or len(set(inner)) < len(inner) or 0 in inner:
         raise FlagError(
-            f"--reduce {text}: the rules act at {['in front' if n < 0 else f'layer {n}' for n in layers]}; write them in "
-            "the order in which they act, each layer once, and from layer 1 on"
+            f"--reduce {text}: the rules act at {['in front' if n < 0 else f'layer {n}' for n in layers]}; write them "
+            "in the order in which they act, each layer once, and from layer 1 on"
         )
     if len(stages) > 1 and any(stage.keep.kind == "average" for stage in stages):
-        raise FlagError(f"--reduce {text}: an average (avg:) is the budget of a single rule; give shares or numbers here")
+        raise FlagError(
+            f"--reduce {text}: an average (avg:) is the budget of a single rule; give shares or numbers here"
+        )

@@ -48,8 +48,10 @@ class ImageView(Protocol):
 
     @property
     def received(self) -> Tensor:
-        """(n,) float32: attention that each patch receives from the class token, mean over the heads, in the last block
-        that runs; from a tower without class token the mean over all queries."""
+        """(n,) float32: attention of the class token to each patch in the last block that runs, mean over the heads.
+
+        Of a tower without class token it is the mean over all queries.
+        """
 
     @property
     def received_early(self) -> Tensor:
@@ -72,7 +74,7 @@ class RowView(Protocol):
 
     @property
     def layer(self) -> int:
-        """k."""
+        """K."""
 
     @property
     def hidden(self) -> Tensor:

@@ -39,7 +39,7 @@ class Selection:
         kept = self.kept
         if kept.ndim != 1 or kept.dtype != torch.long or len(kept) != wanted:
             raise ValueError(f"rule '{rule}': asked for {wanted} of {tokens} tokens, returned {tuple(kept.shape)}")
-        if len(kept.unique()) != wanted or wanted and not 0 <= int(kept.min()) <= int(kept.max()) < tokens:
+        if len(kept.unique()) != wanted or (wanted and not 0 <= int(kept.min()) <= int(kept.max()) < tokens):
             raise ValueError(f"rule '{rule}': the {wanted} indices are not different ones from 0 to {tokens - 1}")
         if self.merge is not None and self.merge.shape != (wanted, tokens):
             raise ValueError(

@@ -95,8 +95,9 @@ class EncodedImages:
 
 
 def texts_behind_images(input_ids: Tensor, attention_mask: Tensor | None, image_token: int) -> list[Tensor]:
-    """For each image (T,) ids of its row behind the row's last image; a row without images has one image that is not
-    shown, and all of its ids.
+    """For each image (T,) ids of its row behind the row's last image.
+
+    A row without images has one that is not shown, with all ids of the row.
 
     Args:
         input_ids: (B, T) with image tokens.
@@ -104,9 +105,11 @@ def texts_behind_images(input_ids: Tensor, attention_mask: Tensor | None, image_
         image_token: the id that stands for an image.
     """
     found: list[Tensor] = []
-    rows: Sequence[Tensor] = input_ids if attention_mask is None else [
-        ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)
-    ]
+    rows: Sequence[Tensor] = (
+        input_ids
+        if attention_mask is None
+        else [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
+    )
     for ids in rows:
         places = (ids == image_token).nonzero().flatten().tolist()
         text = ids[places[-1] + 1 :] if places else ids

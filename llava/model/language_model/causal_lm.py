@@ -150,9 +150,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             # A prompt that was padded on the left stays so: the last position is the one to continue from.
             planned = plan is not None or labels is not None
             padding_side = None if planned else self._input_padding_side(attention_mask)
-            inputs = self.build_inputs(
-                input_ids, attention_mask, labels, images, image_sizes, padding_side, plan, own
-            )
+            inputs = self.build_inputs(input_ids, attention_mask, labels, images, image_sizes, padding_side, plan, own)
             if self.training and self.noise_alpha:
                 noised = text_positions(inputs)
                 inputs.inputs_embeds = with_noise(inputs.inputs_embeds, noised, self.noise_alpha, inputs.packed)

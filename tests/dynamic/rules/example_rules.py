@@ -1,4 +1,4 @@
-"""Two rules that somebody else might publish, in the fewest lines: one merges in front of the decoder, one cuts within."""
+"""Two rules that somebody else might publish: one merges in front of the decoder, one drops before a layer."""
 
 from __future__ import annotations
 

@@ -58,6 +58,7 @@ def test_with_cache_is_without(plan: str) -> None:
 def test_beams_of_a_row_do_not_depend_on_its_neighbors(plan: str) -> None:
     model, rows = tiny_llava(), list(prompts())
     options = {"num_beams": 3, "num_return_sequences": 3, "do_sample": False, "max_new_tokens": 5}
+
     def beams(number: int | None) -> torch.Tensor:
         batch = batch_of(rows if number is None else [rows[number]])
         return model.generate(**batch._asdict(), extensions=reduced(model, plan), min_new_tokens=5, **options)
