@@ -32,20 +32,24 @@ def chunk_rows(vocabulary: int) -> int:
     return max(CHUNK_STEP, CHUNK_BYTES // (4 * vocabulary) // CHUNK_STEP * CHUNK_STEP)
 
 
-def selected_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """Summed cross entropy in fp32 of logits (n, V) and targets (n,), -100 where ignored."""
+def selected_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float, each: bool = False) -> Tensor:
+    """Cross entropy in fp32 of logits (n, V) and targets (n,), -100 where ignored: the sum, or `each` of them, (n,)."""
     return nn.functional.cross_entropy(
-        logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=smoothing
+        logits.float(),
+        targets,
+        ignore_index=IGNORE_INDEX,
+        reduction="none" if each else "sum",
+        label_smoothing=smoothing,
     )
 
 
 def _in_chunks(
-    head: Callable[[Tensor], Tensor], rows: int, hidden: Tensor, targets: Tensor, smoothing: float
+    head: Callable[[Tensor], Tensor], rows: int, hidden: Tensor, targets: Tensor, smoothing: float, each: bool
 ) -> Tensor:
-    """`summed_loss` by chunks of `rows`; only one of them has its logits at any time."""
+    """`summed_loss` or `token_losses` by chunks of `rows`; only one of them has its logits at any time."""
 
     def of_chunk(some: Tensor, wanted: Tensor) -> Tensor:
-        return selected_cross_entropy(head(some), wanted, smoothing)
+        return selected_cross_entropy(head(some), wanted, smoothing, each)
 
     if len(targets) <= rows:
         return of_chunk(hidden, targets)
@@ -53,7 +57,7 @@ def _in_chunks(
         checkpoint(of_chunk, some, wanted, use_reentrant=False)
         for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
-    return torch.stack(parts).sum()
+    return torch.cat(parts) if each else torch.stack(parts).sum()
 
 
 class LanguageHead(nn.Linear):
@@ -65,13 +69,15 @@ class LanguageHead(nn.Linear):
 
     fused: FusedLoss | None = None
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
-        """Logits (..., V) of `hidden` (..., D); with `targets` what `summed_loss` says."""
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, smoothing: float = 0.0, each: bool = False
+    ) -> Tensor:
+        """Logits (..., V) of `hidden` (..., D); with `targets` what `summed_loss` says, or `token_losses` if `each`."""
         if targets is None:
             return super().forward(hidden)
-        if self.fused is not None and self.bias is None and torch.is_grad_enabled():
+        if self.fused is not None and self.bias is None and torch.is_grad_enabled() and not each:
             return self.fused(hidden, self.weight, targets, smoothing)
-        return _in_chunks(super().forward, chunk_rows(self.out_features), hidden, targets, smoothing)
+        return _in_chunks(super().forward, chunk_rows(self.out_features), hidden, targets, smoothing, each)
 
 
 def summed_loss(head: nn.Module, hidden: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -84,12 +90,21 @@ def summed_loss(head: nn.Module, hidden: Tensor, targets: Tensor, smoothing: flo
         targets: (n,) int64, -100 where ignored.
         smoothing: of the labels, see `cross_entropy_sum`.
     """
+    return _loss(head, hidden, targets, smoothing, each=False)
+
+
+def token_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of each target, (n,) in fp32, 0 where ignored; arguments as of `summed_loss`."""
+    return _loss(head, hidden, targets, 0.0, each=True)
+
+
+def _loss(head: nn.Module, hidden: Tensor, targets: Tensor, smoothing: float, each: bool) -> Tensor:
     if isinstance(head, LanguageHead):
-        return head(hidden, targets, smoothing)
+        return head(hidden, targets, smoothing, each)
     weights = list(head.parameters())
     whole = any(is_split(weight) for weight in weights) or not weights
     rows = len(targets) if whole else chunk_rows(max(len(weight) for weight in weights))
-    return _in_chunks(head, rows, hidden, targets, smoothing)
+    return _in_chunks(head, rows, hidden, targets, smoothing, each)
 
 
 @functools.cache

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+import torch
 from torch import Tensor, nn
 
 from llava.constants import IGNORE_INDEX
 from llava.data.targets import Targets, find_targets
-from llava.model.head import summed_loss
+from llava.model.head import summed_loss, token_losses
 from llava.runtime.trainer_options.smoothing import cross_entropy_sum
 
 
@@ -47,7 +48,7 @@ def language_model_loss(
     Returns:
         fp32 scalar; 0 for a batch without any target.
     """
-    return _reduced(cross_entropy_sum(logits, labels, smoothing), labels, reduction, num_items_in_batch, positions)
+    return reduced(cross_entropy_sum(logits, labels, smoothing), labels, reduction, num_items_in_batch, positions)
 
 
 def target_loss(
@@ -77,18 +78,31 @@ def target_loss(
     Raises:
         ValueError: there are more or fewer hidden states than labels.
     """
+    places, wanted = _on_device(hidden, labels, targets)
+    total = summed_loss(head, hidden.flatten(0, 1).index_select(0, places), wanted, smoothing)  # of (n, D)
+    return reduced(total, labels, reduction, num_items_in_batch, positions)
+
+
+def row_totals(head: nn.Module, hidden: Tensor, labels: Tensor, targets: Targets | None) -> Tensor:
+    """Summed cross entropy of each row, (B,) in fp32, without smoothing; arguments and errors as of `target_loss`."""
+    places, wanted = _on_device(hidden, labels, targets)
+    each = token_losses(head, hidden.flatten(0, 1).index_select(0, places), wanted)  # (n,)
+    rows = torch.arange(len(labels), device=places.device)[:, None]  # (B, 1)
+    return torch.where(places // labels.shape[1] == rows, each, 0).sum(1)  # of (B, n)
+
+
+def _on_device(hidden: Tensor, labels: Tensor, targets: Targets | None) -> Targets:
+    """The targets where the hidden states are; errors as of `target_loss`."""
     if hidden.shape[:2] != labels.shape:
         raise ValueError(
             f"there are hidden states of {tuple(hidden.shape[:2])} positions and labels of {tuple(labels.shape)}; what "
             "drops tokens from a pass with a loss must drop their labels too"
         )
     places, wanted = find_targets(labels) if targets is None else targets
-    selected = hidden.flatten(0, 1).index_select(0, places.to(hidden.device))  # (n, D)
-    total = summed_loss(head, selected, wanted.to(hidden.device), smoothing)
-    return _reduced(total, labels, reduction, num_items_in_batch, positions)
+    return Targets(places.to(hidden.device), wanted.to(hidden.device))
 
 
-def _reduced(
+def reduced(
     total: Tensor,
     labels: Tensor,
     reduction: LossReduction,

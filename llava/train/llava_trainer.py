@@ -22,7 +22,7 @@ from llava.model.checkpoint import bare_model, load_full_weights, load_trained, 
 from llava.model.formats import inspect_checkpoint
 from llava.model.loss import LossReduction
 from llava.model.splice import count_targets
-from llava.runtime.monitoring.losses import RowLosses, over_batches, over_positions, over_targets, row_losses
+from llava.runtime.monitoring.losses import RowLosses, of_totals, over_batches, over_positions, over_targets
 from llava.runtime.monitoring.trainer import MonitoredTrainer
 from llava.runtime.monitoring.untouched import random_states_kept
 from llava.runtime.run_record import copy_run_record
@@ -195,9 +195,9 @@ class LLaVATrainer(MonitoredTrainer):
 
     def row_losses(self, model: nn.Module, batch: dict[str, Any]) -> RowLosses:
         """The language-model losses of a batch's rows, and the losses of the extensions."""
-        outputs = model(**batch)
+        outputs = model(**batch, skip_logits=True, by_row=True)
         others = {name: value for name, value in outputs.losses.items() if name != "lm"}
-        return row_losses(outputs.logits, outputs.labels, others)
+        return of_totals(outputs.row_totals, outputs.labels, others)
 
     def row_groups(self, row: int) -> Sequence[str]:
         """The modality and the task of a row."""

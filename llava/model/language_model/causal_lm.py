@@ -22,7 +22,7 @@ from llava.model import decoding
 from llava.model.head import LanguageHead
 from llava.model.language_model.decoder import LlavaDecoder
 from llava.model.llava_arch import Images, LlavaMetaForCausalLM
-from llava.model.loss import LossReduction, language_model_loss, target_loss
+from llava.model.loss import LossReduction, language_model_loss, reduced, row_totals, target_loss
 from llava.runtime.cache_name import cache_argument, cache_keyword, cache_of, takes_cache
 from llava.runtime.finite_logits import WatchedGeneration
 from llava.runtime.offloading import execution_device
@@ -38,10 +38,12 @@ class LlavaOutput(CausalLMOutputWithPast):
     Attributes:
         losses: the parts of `loss` by name: `lm`, and `<extension>/<loss>` already weighted.
         labels: (B, L) int64 at the positions of the logits, images spliced in; None without a loss.
+        row_totals: (B,) float32, summed cross entropy of each row where it was asked for.
     """
 
     losses: dict[str, Tensor] | None = None
     labels: Tensor | None = None
+    row_totals: Tensor | None = None
 
 
 _OUTPUT_CACHE = cache_keyword(LlavaOutput)
@@ -110,6 +112,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         plan: SplicePlan | None = None,
         skip_logits: bool = False,
         extensions: ExtensionSet | None = None,
+        by_row: bool = False,
         **kwargs: Any,
     ) -> LlavaOutput:
         """Logits, and the loss if `labels` are given.
@@ -130,6 +133,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             plan: of `input_ids`, made by the collator; without one it is made here, for which the ids are waited for.
             skip_logits: with labels, compute the loss of trained tokens alone; `logits` is None then.
             extensions: of this call, for example with another configuration of one of them; None: those of the model.
+            by_row: with `skip_logits`, the loss of each row as well, as `row_totals`; for an evaluation.
             kwargs: handed to every layer.
 
         Returns:
@@ -179,14 +183,17 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         )
         hidden, losses = outputs.last_hidden_state, None  # (B, L, D)
         # Of all positions times the vocabulary: the largest tensor of a training step, if it is made.
-        logits = None
+        logits = totals = None
         if labels is None or not skip_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, keep])  # (B, L, V)
         if labels is not None:
             smoothing = self.label_smoothing if self.training else 0.0  # an evaluation's loss is a perplexity's
             divided = (self.loss_reduction, num_items_in_batch, smoothing, None if packed is None else packed.positions)
-            if logits is None:
+            if logits is None and by_row:
+                totals = row_totals(self.lm_head, hidden, labels, targets)  # (B,)
+                lm = reduced(totals.sum(), labels, self.loss_reduction, num_items_in_batch, divided[-1])
+            elif logits is None:
                 lm = target_loss(self.lm_head, hidden, labels, targets, *divided)
             else:
                 lm = language_model_loss(logits, labels, *divided)
@@ -200,6 +207,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             hidden_states=outputs.hidden_states,
             losses=losses,
             labels=labels,
+            row_totals=totals,
             **{_OUTPUT_CACHE: cache_of(outputs)},
         )
 

@@ -53,19 +53,32 @@ class RowLosses(NamedTuple):
     others: Mapping[str, Tensor]
 
 
-def row_losses(logits: Tensor, labels: Tensor, others: Mapping[str, Tensor] | None = None) -> RowLosses:
+def predicting_positions(labels: Tensor) -> Tensor:
+    """The positions (n,) of which any row's prediction counts, of labels (B, L); the first one if none does."""
+    places = (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero().flatten()
+    return places if len(places) else places.new_zeros(1)
+
+
+def row_losses(logits: Tensor, labels: Tensor, positions: Tensor | None = None) -> RowLosses:
     """The losses of rows.
 
     Args:
-        logits: (B, L, V), any floating dtype.
+        logits: (B, L, V), any floating dtype; (B, n, V) beside `positions`.
         labels: (B, L), -100 where ignored.
-        others: further losses of the batch.
+        positions: (n,), where the logits are of these alone, see `predicting_positions`.
     """
     shifted = labels[:, 1:]  # (B, L - 1)
+    kept = shifted if positions is None else shifted[:, positions]  # (B, n)
     each = nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), shifted.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-    ).view(shifted.shape)  # (B, L - 1)
-    return RowLosses(each.sum(1), (shifted != IGNORE_INDEX).sum(1), shifted.shape[1], others or {})
+        logits[:, : kept.shape[1]].float().flatten(0, 1), kept.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    ).view(kept.shape)  # (B, n)
+    return of_totals(each.sum(1), labels)
+
+
+def of_totals(totals: Tensor, labels: Tensor, others: Mapping[str, Tensor] | None = None) -> RowLosses:
+    """The losses of rows whose sums (B,) are known, with labels (B, L) and further losses of the batch."""
+    shifted = labels[:, 1:]  # (B, L - 1)
+    return RowLosses(totals, (shifted != IGNORE_INDEX).sum(1), shifted.shape[1], others or {})
 
 
 class Losses:

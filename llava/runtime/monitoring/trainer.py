@@ -6,6 +6,7 @@ LLaVA and of the text HydraLoRA say what the losses of a batch are.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,26 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 from transformers.integrations import deepspeed_init
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from llava.errors import CheckpointError, FlagError
 from llava.runtime.failure import good_batches
 from llava.runtime.fsdp.evaluation import split_again
-from llava.runtime.monitoring.losses import Losses, Reduction, RowLosses, over_targets, row_losses
+from llava.runtime.monitoring.losses import Losses, Reduction, RowLosses, over_targets, predicting_positions, row_losses
 from llava.runtime.monitoring.shares import LEFT_OUT, ShareSampler, share_loader
 from llava.runtime.monitoring.speed import SpeedMeter, shifted_targets
 from llava.runtime.monitoring.stopping import metric_key
 from llava.runtime.monitoring.untouched import untouched
 from llava.runtime.resumable_trainer import ResumableTrainer
 from llava.runtime.saving import is_checkpoint
+
+
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether the model of transformers in `model`, which may be wrapped, takes `logits_to_keep`."""
+    causal = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    return causal is not None and "logits_to_keep" in inspect.signature(causal.forward).parameters
 
 
 class MonitoredTrainer(ResumableTrainer):
@@ -76,9 +84,15 @@ class MonitoredTrainer(ResumableTrainer):
     # Evaluation; what a program's trainer says of its rows comes first
 
     def row_losses(self, model: nn.Module, batch: dict[str, Any]) -> RowLosses:
-        """The losses of a batch's rows, by a causal language model of transformers."""
+        """The losses of a batch's rows, by a causal language model of transformers.
+
+        Logits are of the positions that any row predicts a trained token from, where the model can be told so.
+        """
         labels = batch.pop("labels")
-        return row_losses(model(**batch).logits, labels)
+        if not keeps_logits(model):
+            return row_losses(model(**batch).logits, labels)
+        positions = predicting_positions(labels)
+        return row_losses(model(**batch, logits_to_keep=positions).logits, labels, positions)
 
     @property
     def eval_collator(self) -> Any:

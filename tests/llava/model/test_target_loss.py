@@ -20,7 +20,8 @@ from llava.model import head as heads
 from llava.model import loss as losses
 from llava.model.checkpoint import bare_model
 from llava.model.head import LanguageHead, chunk_rows, liger_loss, selected_cross_entropy
-from llava.model.loss import LossReduction, language_model_loss, target_loss
+from llava.model.loss import LossReduction, language_model_loss, row_totals, target_loss
+from llava.runtime.monitoring.losses import row_losses
 from llava.train.train import build_run, parse_args
 from tests.llava.train.test_training import HYDRA, command_line
 
@@ -158,6 +159,27 @@ def test_many_targets_are_computed_in_chunks(
         torch.testing.assert_close(value, wanted, **EQUAL)
 
 
+@pytest.mark.parametrize("chunk", [heads.CHUNK_BYTES, 0], ids=["whole", "chunks"])
+@pytest.mark.parametrize("wrap", [lambda head: head, adapted], ids=["head", "lora"])
+def test_the_losses_of_rows_are_those_of_all_logits(
+    wrap: Callable[[LanguageHead], nn.Module], chunk: int, head: LanguageHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a row without targets; and what is wrong with one row is in its own loss alone."""
+    monkeypatch.setattr(heads, "CHUNK_BYTES", chunk)
+    hidden, labels = batch(targets=0.7)
+    labels[1] = IGNORE_INDEX
+    module = wrap(head)
+    with torch.no_grad():
+        expected = row_losses(module(hidden), labels).totals
+        for targets in (None, find_targets(labels)):
+            torch.testing.assert_close(row_totals(module, hidden, labels, targets), expected, **EQUAL)
+        hidden[2] = torch.nan
+        broken = row_totals(module, hidden, labels, None)
+    assert expected[0] > 0 == expected[1]
+    torch.testing.assert_close(broken[:2], expected[:2], **EQUAL)
+    assert broken[2].isnan()
+
+
 def test_the_head_is_called_once_however_many_chunks(head: LanguageHead, monkeypatch: pytest.MonkeyPatch) -> None:
     """ZeRO-3 and FSDP gather a weight for each call of its module, and all processes must call equally often."""
     monkeypatch.setattr(heads, "CHUNK_BYTES", 0)
@@ -252,6 +274,28 @@ def test_a_run_makes_no_logits_of_all_positions(method: str, tmp_path: Path) -> 
             found[1][name], value, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
     assert positions > sizes.largest > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_evaluation_makes_no_logits_of_all_positions(method: str, tmp_path: Path) -> None:
+    """Of every method: the losses of rows are those of a pass with logits."""
+    run = build_run(parse_args(command_line(tmp_path / "out", **METHODS[method])))
+    model = run.model.eval()
+    rows = run.trainer.data_collator([run.dataset[index] for index in range(4)])
+    with torch.no_grad():
+        torch.manual_seed(6)
+        outputs = model(**rows)
+        expected = row_losses(outputs.logits, outputs.labels)
+        torch.manual_seed(6)
+        with Sizes(bare_model(model).config.vocab_size) as sizes:
+            found = run.trainer.row_losses(model, dict(rows))
+    assert 0 < sizes.largest < outputs.labels.numel()
+    torch.testing.assert_close(found.totals, expected.totals, rtol=1e-4, atol=1e-5)
+    assert found.targets.tolist() == expected.targets.tolist()
+    assert found.positions == expected.positions
+    others = {name for name in outputs.losses if name != "lm"}
+    assert found.others.keys() == others
+    assert all(torch.equal(found.others[name], outputs.losses[name]) for name in others)
 
 
 def test_whoever_does_not_ask_finds_logits(tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava.errors import BadSampleError
 from llava.runtime.monitoring.losses import (
@@ -21,6 +24,7 @@ from llava.runtime.monitoring.losses import (
     row_losses,
 )
 from llava.runtime.monitoring.shares import ShareSampler
+from llava.runtime.monitoring.trainer import MonitoredTrainer
 from llava.runtime.monitoring.untouched import untouched
 
 FIRST = RowLosses(torch.tensor([6.0, 4.0]), torch.tensor([3, 1]), 5, {"plugin/balance": torch.tensor(0.5)})
@@ -71,6 +75,39 @@ def test_losses_of_rows_are_those_of_torch() -> None:
         assert found.totals[row].item() == pytest.approx(loss.item(), rel=1e-5)
     assert found.targets.tolist() == [3, 5, 0]
     assert found.positions == 5
+
+
+class WithoutChoice(LlamaForCausalLM):
+    """A model that gives all logits, whoever asks."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask)
+
+
+@pytest.mark.parametrize("trained", [slice(5, 9), slice(0, 0)], ids=["answers", "nothing"])
+@pytest.mark.parametrize("kind", ["plain", "adapted", "without the choice"])
+def test_a_language_model_gives_the_logits_that_count(kind: str, trained: slice) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    class_ = WithoutChoice if kind == "without the choice" else LlamaForCausalLM
+    model: Any = class_(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    if kind == "adapted":
+        model = get_peft_model(model, LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False))
+    ids = torch.randint(0, 60, (3, 12))
+    labels = torch.full_like(ids, -100)
+    labels[0, trained] = ids[0, trained]
+    labels[2, trained] = ids[2, trained]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    made: list[int] = []
+    head = next(module for name, module in model.named_modules() if name.endswith("lm_head"))
+    head.register_forward_hook(lambda module, args, logits: made.append(logits.shape[1]))
+    with torch.no_grad():
+        expected = row_losses(model(**batch).logits, labels)
+        found = MonitoredTrainer.row_losses(None, model, batch | {"labels": labels})  # type: ignore[arg-type]
+    torch.testing.assert_close(found.totals, expected.totals, rtol=1e-5, atol=1e-6)
+    assert found.targets.tolist() == expected.targets.tolist()
+    assert found.positions == expected.positions == 11
+    assert made == [12, 12 if kind == "without the choice" else max(1, len(range(12)[trained]))]
 
 
 @pytest.mark.parametrize(("rows", "batch", "processes"), [(10, 2, 2), (9, 2, 2), (1, 4, 3), (7, 1, 4)])
