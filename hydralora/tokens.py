@@ -81,18 +81,22 @@ class RealTokens:
         return mask.to(device=device, dtype=torch.float32, non_blocking=True)
 
 
-def real_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RealTokens:
+def real_tokens(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: tuple[str, ...] | None = None
+) -> RealTokens:
     """The real tokens of a call of `module`.
 
     Args:
         module: its `forward` names the positional arguments.
         args: positional arguments.
         kwargs: the others.
+        names: of its positional arguments, where they are known; None: they are read from `forward`.
     """
     given = dict(kwargs)
     if args:
-        parameters = inspect.signature(module.forward).parameters.values()
-        names = [item.name for item in parameters if item.kind < item.VAR_POSITIONAL]
+        if names is None:
+            parameters = inspect.signature(module.forward).parameters.values()
+            names = tuple(item.name for item in parameters if item.kind < item.VAR_POSITIONAL)
         given |= dict(zip(names, args, strict=False))
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         return RealTokens(refusal=PAIR)

@@ -8,6 +8,7 @@ Shape letters: B batch, T tokens, E experts.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,6 +28,10 @@ from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
 LayerLoss = Callable[[Tensor, Tensor, str], Tensor]
 """Scalar loss of one layer: of its router's probabilities (B, T, E) float32, of which tokens are real (B, T) float32,
 and of the layer's name. Called once for each layer and backward pass."""
+
+
+Averaged = Callable[[str, Tensor], Tensor]
+"""The running mean (E,) of the shares of a layer, of its name and the shares (E,) of a batch in it."""
 
 
 class Term(NamedTuple):
@@ -81,6 +86,21 @@ class AdapterTerms:
         pooled = self.config.balance_weight and self.config.balance != BalanceForm.BATCH
         return self.config.routing == RoutingUnit.SEQUENCE and not pooled
 
+    @property
+    def by_sequence(self) -> bool:
+        """Whether the router decides for whole sequences."""
+        return self.config.routing == RoutingUnit.SEQUENCE
+
+    def forms(self, averaged: Averaged) -> dict[str, LayerLoss | None]:
+        """The losses that act at some time, by name, as `Term.of_layer` has them; `averaged` keeps running means."""
+        found: dict[str, LayerLoss | None] = {}
+        if self.config.balance_weight:
+            by_layer = functools.partial(self._balance, averaged)
+            found["balance_loss"] = by_layer if self.config.balance == BalanceForm.BATCH else None
+        if self.config.information_weight:
+            found["information_loss"] = self._information
+        return found
+
     def at(self, step: int | None) -> list[Term]:
         """The losses that act after `step` updates; None: nobody said how many there were.
 
@@ -93,18 +113,17 @@ class AdapterTerms:
                 f"balance_warmup={config.balance_warmup}: the adapter does not know how many updates have been made; "
                 "call hydralora.set_step(model, step) before each"
             )
-        weight = warmed_up(config.balance_weight, step or 0, config.balance_warmup)
-        by_layer = self._balance if config.balance == BalanceForm.BATCH else None
-        found = [Term("balance_loss", weight, by_layer)] if weight else []
-        if config.information_weight:
-            found.append(Term("information_loss", config.information_weight, self._information))
-        return found
+        weights = {
+            "balance_loss": warmed_up(config.balance_weight, step or 0, config.balance_warmup),
+            "information_loss": config.information_weight,
+        }
+        forms = self.forms(self.shares.update)
+        return [Term(name, weights[name], of_layer) for name, of_layer in forms.items() if weights[name]]
 
-    def _balance(self, probabilities: Tensor, valid: Tensor, layer: str) -> Tensor:
+    def _balance(self, averaged: Averaged, probabilities: Tensor, valid: Tensor, layer: str) -> Tensor:
         """`balance='batch'`; the running shares belong to the backward pass that counts them."""
         decided = self._decided(probabilities, valid)
-        shares = self.shares.update(layer, expert_shares(*decided))
-        return batch_balance(*decided, shares)
+        return batch_balance(*decided, averaged(layer, expert_shares(*decided)))
 
     def _information(self, probabilities: Tensor, valid: Tensor, layer: str) -> Tensor:
         return -information(*self._decided(probabilities, valid))

@@ -45,6 +45,11 @@ class OfThread(Generic[T]):
         """What `put` would replace here: while tracing, a value from before the trace is not touched."""
         return self._traced if torch.compiler.is_compiling() else self._by_thread.get(threading.get_ident())
 
+    @property
+    def outside(self) -> bool:
+        """Whether a thread has a value that was not set while tracing."""
+        return bool(self._by_thread)
+
     @contextmanager
     def holding(self, value: T | None) -> Iterator[None]:
         """The value within a block; the one before comes back afterwards."""
