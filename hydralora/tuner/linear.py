@@ -21,6 +21,7 @@ from hydralora.layer import RoutedModule, in_forward_mode
 from hydralora.tuner.balance.auxiliary import AuxiliaryLosses
 from hydralora.tuner.bases import features, in_stored_form, quantization
 from hydralora.tuner.config import HydraLoraConfig, RoutingUnit
+from hydralora.tuner.decoding import one_token
 from hydralora.tuner.head_dropout import HeadDropout
 from hydralora.tuner.initialization import Initialization
 from hydralora.tuner.parts import Experts, Router, SharedA
@@ -171,6 +172,10 @@ class HydraLoraLayer(ScaledLayer, RoutedModule):
             rows: see `acting_weights`.
             onto: (..., out_features); None: what the adapter adds, alone.
         """
+        if rows is None and onto is not None and not torch.is_grad_enabled():
+            added = one_token(self, adapter_name, x, onto)
+            if added is not None:
+                return added
         shared_a, experts_b = self.lora_A[adapter_name], self.lora_B[adapter_name]
         dtype = shared_a.weight.dtype
         if x.dtype != dtype:
