@@ -28,6 +28,7 @@ from hydralora.tuner.registration import PREFIX
 from hydralora.tuner.routing.calls import asked_routing
 from hydralora.tuner.routing.rule import check_patterns
 from hydralora.tuner.stored import from_earlier, without_lone_routers
+from hydralora.tuner.trained_tokens import refuse_other_tying
 from hydralora.tuner.versions import warn_of_untested
 
 
@@ -63,6 +64,7 @@ class HydraLoraModel(BaseTuner):
             "Its own weights would be whole, and train apart in each process. Add adapters first, then split the model",
         )
         check_patterns(config, model)
+        refuse_other_tying(model, adapter_name, config.trainable_token_indices)
         if "hydralora_passes" not in self.__dict__:
             self.hydralora_passes = passes_of(model)
             layers = hydralora_layers(model).values()  # of adapters that were each injected by itself
