@@ -7,8 +7,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from dynamic.attention.blockwise import blockwise
 from dynamic.attention.function import PolicyAttention
+from dynamic.attention.operators import kernels_named, operators
 from dynamic.attention.problem import Kernels
 from dynamic.attention.reference import reference_attention
 
@@ -87,12 +87,12 @@ def _kernels(implementation: str, q: Tensor, mask: Tensor | None) -> Kernels:
     """
     obstacle = _obstacle_for_triton(q, mask)
     if implementation == "blockwise" or (implementation == "auto" and (obstacle or not q.is_cuda)):
-        return blockwise()
-    if obstacle:
+        chosen = "blockwise"
+    elif obstacle:
         raise ValueError(f"policy attention cannot run with Triton: {obstacle}; use implementation='blockwise'")
-    from dynamic.attention.triton_launch import triton_kernels
-
-    return triton_kernels(q)
+    else:
+        chosen = "triton"
+    return operators(chosen) if torch.compiler.is_compiling() else kernels_named(chosen, q)
 
 
 def _obstacle_for_triton(q: Tensor, mask: Tensor | None) -> str | None:

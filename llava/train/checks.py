@@ -19,6 +19,7 @@ from llava.runtime.publishing.access import hub_problems
 from llava.runtime.quantization import QUANT_TYPES
 from llava.runtime.values import refuse
 from llava.runtime.zero import zero_stage
+from llava.train.compilation import compile_problems
 from llava.train.evaluation.options import evaluation_problems
 from llava.train.freeze import trained_components
 from llava.train.inputs import output_problems
@@ -192,7 +193,7 @@ def check_arguments(args: RunArguments) -> None:
     """
     problems = _values(args) + _rates(args) + _tiles(args) + _files(args)
     problems += _contradictions(args) + _switched_off(args) + output_problems(args)
-    problems += stream_problems(args) + packing_problems(args)
+    problems += stream_problems(args) + packing_problems(args) + compile_problems(args)
     problems += evaluation_problems(args.evaluation, args.training)
     problems += fsdp_problems(args.training, args.training.bits, "--bits") + hub_problems(args.training)
     problems += file_problems(args.training.peft_config, args.given, args.training.lora_enable)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from llava.data.streams.dataset import StreamedDataset, stream_loader
 from llava.eval.answering.loading import LoadedModel
 from llava.model.checkpoint import bare_model, load_full_weights, load_trained, save_checkpoint
+from llava.model.compiled import uncompiled
 from llava.model.formats import inspect_checkpoint
 from llava.model.loss import LossReduction
 from llava.model.splice import count_targets
@@ -57,6 +59,8 @@ class LLaVATrainer(MonitoredTrainer):
         self._rates: dict[str, float] = {}  # learning rate of each parameter group in the latest update
         with _adapters_declared(kwargs["model"]):
             super().__init__(args=run.training, **kwargs)
+        # Layers are compiled in their places (`compile_layers`); accelerate would wrap the whole model.
+        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
         # The loss is divided by the targets of the whole global batch in `compute_loss`, not by the Trainer.
         self.model_accepts_loss_kwargs = True
         self.neftune_noise_alpha = None  # the model has its own, see `train`
@@ -211,7 +215,7 @@ class LLaVATrainer(MonitoredTrainer):
         tower = llava.get_vision_tower()
         processor = None if tower is None else tower.image_processor
         loaded = LoadedModel("training", self.processing_class, llava, processor, "--bf16 True in place of --fp16")
-        with self.compute_loss_context_manager():
+        with self.compute_loss_context_manager(), uncompiled():
             scores = self.examination.scores(loaded, self.state.global_step)
         return {f"{prefix}_{name}": value for name, value in scores.items()}
 

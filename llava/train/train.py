@@ -37,6 +37,7 @@ from llava.runtime.tokenizer import load_tokenizer
 from llava.runtime.zero import join_processes, prepare_resume
 from llava.train.arguments import parse_args
 from llava.train.build import build_model, check_answer_end, skipped_file, training_data
+from llava.train.compilation import compile_model
 from llava.train.evaluation.rows import EvaluationRows, NoRows, evaluation_rows
 from llava.train.evaluation.scores import examination
 from llava.train.inputs import inputs_of
@@ -96,6 +97,7 @@ def build_run(
     llava = model.get_base_model() if training.has_adapter else model
     if args.data.packing:
         use_packed_attention(llava)
+    compile_model(args, llava)
     dataset = parts.dataset(args, tokenizer, llava)
     say_data(args, dataset)
     say_packing(args, llava)
