@@ -103,13 +103,21 @@ class LlavaMetaModel:
         tower = self.load_vision_tower(near, stored=stored, identify=True)
         config.mm_vision_tower = lasting_name(tower.vision_tower_name)
         config.mm_vision_tower_sha256 = tower.digest
-        width_changed = getattr(config, "mm_hidden_size", tower.hidden_size) != tower.hidden_size
-        if self.mm_projector is not None and width_changed:
+        self.initialize_projector(model_args, tower.hidden_size)
+
+    def initialize_projector(self, model_args: Any, width: int) -> None:
+        """Make a projector for features of a width, or keep that of the base.
+
+        Raises:
+            FlagError: that of the base is of another kind than `--mm_projector_type`, or takes another width.
+        """
+        config = self.config
+        if self.mm_projector is not None and getattr(config, "mm_hidden_size", width) != width:
             raise FlagError(
-                f"--vision_tower {model_args.vision_tower} is {tower.hidden_size} wide, but the projector of the base "
+                f"--vision_tower {model_args.vision_tower} is {width} wide, but the projector of the base "
                 f"model takes {config.mm_hidden_size}; use the tower that the base was trained with"
             )
-        config.mm_hidden_size = tower.hidden_size
+        config.mm_hidden_size = width
         if self.mm_projector is None:
             config.mm_projector_type = model_args.mm_projector_type
             self.mm_projector = build_vision_projector(config)

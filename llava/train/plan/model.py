@@ -20,7 +20,6 @@ from llava.model.language_model.causal_lm import LlavaForCausalLM
 from llava.model.loss import LossReduction
 from llava.model.multimodal_encoder.builder import resolve_vision_tower, set_normalization, tower_at
 from llava.model.multimodal_encoder.transformers_tower import TransformersTower
-from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.runtime.quantization import FULL_PRECISION_MODULES, quantisation_config
 from llava.train.build import record_settings, weight_dtype
 from llava.train.freeze import freeze, trained_components
@@ -117,13 +116,9 @@ def _add_vision(llava: LlavaForCausalLM, args: RunArguments) -> None:
     tower.vision_tower = tower.model_class._from_config(tower.config, dtype=dtype).requires_grad_(False)
     tower.eval()
     decoder.vision_tower = tower
-    config.mm_hidden_size = tower.hidden_size
-    if decoder.mm_projector is None:
-        config.mm_projector_type = args.model.mm_projector_type
-        decoder.mm_projector = build_vision_projector(config)
+    decoder.initialize_projector(args.model, tower.hidden_size)
     for weight in decoder.mm_projector.parameters():
         weight.data = weight.data.float()
-    decoder._init_newline()
 
 
 def trained(model: nn.Module) -> list[Tensor]:

@@ -20,6 +20,9 @@ OUTSIDE = GIB
 LARGEST = 4096
 """Rows of a micro batch at which the search for the largest one ends."""
 
+CLEAR = 0.8
+"""Share of the bytes of a row by which a batch has to be too large for it not to be measured."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -61,6 +64,7 @@ class Plan:
             "trained": self.update.trained,
             "flops": self.update.flops,
             "waits": dict(self.update.waits),
+            "step_waits": dict(self.update.step_waits),
         }
 
 
@@ -71,25 +75,29 @@ def make_plan(command: Command) -> Plan:
     share = partial(share_of, gpus=command.gpus, zero=command.zero, width=config.hidden_size, half_bytes=half_bytes)
     rehearsal = Rehearsal(command)
     update = rehearsal.measure(command.batch)
-    known = {command.batch: share(update).total}
+    own = share(update)
+    room = int(command.gpu_memory * GIB) - outside(command)
+    if command.zero is None and own.total > room and update.passes + own.buffers < own.total:
+        return Plan(command, update, own, 0)  # the optimizer's step does not fit, whatever the batch
+    known = {command.batch: update}
 
     def bytes_of(batch: int) -> int:
         if batch not in known:
-            known[batch] = share(rehearsal.measure(batch)).total
-        return known[batch]
+            known[batch] = rehearsal.measure(batch, steps=False)
+        return share(known[batch]).total if command.zero is not None else known[batch].passes + own.buffers
 
-    room = int(command.gpu_memory * GIB) - outside(command)
-    return Plan(command, update, share(update), largest_batch(bytes_of, command.batch, room))
+    return Plan(command, update, own, largest_batch(bytes_of, command.batch, room))
 
 
 def largest_batch(bytes_of: Callable[[int], int], start: int, room: int) -> int:
     """The largest batch whose bytes are at most `room`.
 
     Bytes grow almost in proportion to the batch, so a line through two of them says where to look; what it says is
-    measured and corrected.
+    measured and corrected. The next larger batch is measured too where the line does not say clearly that it is too
+    large.
 
     Args:
-        bytes_of: bytes of a batch, which never fall; measured, so asked few times.
+        bytes_of: bytes of a batch, which grow; measured, so asked few times.
         start: a batch to begin with.
         room: bytes.
 
@@ -103,7 +111,7 @@ def largest_batch(bytes_of: Callable[[int], int], start: int, room: int) -> int:
     while guess > 0 and bytes_of(guess) > room:
         guess -= max(1, int((bytes_of(guess) - room) / slope))
     guess = max(guess, 0)
-    while guess < LARGEST and bytes_of(guess + 1) <= room:
+    while guess < LARGEST and not (guess and bytes_of(guess) + CLEAR * slope > room) and bytes_of(guess + 1) <= room:
         guess += 1
     return guess
 

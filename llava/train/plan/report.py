@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -37,7 +38,6 @@ def lines(plan: Plan) -> list[str]:
     """The sentences below the table."""
     command, training = plan.command, plan.command.args.training
     zero = "none" if command.zero is None else f"stage {command.zero.get('zero_optimization', {}).get('stage', 0)}"
-    waits = ", ".join(f"{kind}: {number}" for kind, number in sorted(plan.update.waits.items())) or "none"
     verdict = "fits into" if plan.fits else "does not fit into"
     found = [
         (
@@ -47,11 +47,19 @@ def lines(plan: Plan) -> list[str]:
         f"largest batch that fits: {plan.largest}",
         f"trained parameters: {plan.update.trained:,}",
         f"floating-point operations of an update and GPU: {plan.update.flops:.3e}",
-        f"host waits of a micro batch: {sum(plan.update.waits.values())} ({waits})",
+        f"host waits of a micro batch: {_counts(plan.update.waits)}",
     ]
+    if command.zero is None:
+        found.append(f"host waits of the optimizer's step: {_counts(plan.update.step_waits)}")
     if plan.share.host:
         found.append(f"memory of the machine for each GPU: {plan.share.host / GIB:.2f} GiB")
     return found
+
+
+def _counts(waits: Mapping[str, int]) -> str:
+    """A number of waits, and of each kind."""
+    kinds = ", ".join(f"{kind}: {number}" for kind, number in sorted(waits.items()))
+    return f"{sum(waits.values())} ({kinds or 'none'})"
 
 
 def write(plan: Plan) -> None:

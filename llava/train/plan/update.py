@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
@@ -49,21 +50,25 @@ class Update:
 
     Attributes:
         peak: bytes of each part when their sum was largest.
+        passes: bytes of all parts when their sum was largest before the optimizer's step; these grow with the batch.
         work: activations and logits when their sum was largest, whatever else there was.
         weights: bytes of all weights.
         trained: number of trained parameters.
         state: bytes of the optimizer's state for float32 weights; 0 without DeepSpeed, where it is in `peak`.
         flops: floating-point operations of all micro batches.
         waits: host waits of one micro batch, by kind.
+        step_waits: those of clipping and the optimizer's step.
     """
 
     peak: dict[Part, int]
+    passes: int
     work: dict[Part, int]
     weights: int
     trained: int
     state: int
     flops: int
     waits: dict[str, int]
+    step_waits: dict[str, int]
 
 
 class Rehearsal:
@@ -80,6 +85,7 @@ class Rehearsal:
         half = torch.bfloat16 if command.args.training.bf16 else None
         sharded = command.zero is not None
         self.command = command
+        self.state: int | None = None
         self.fake = FakeDevice(command.device, unknown_truth=True)
         parts = Parts(
             dataset=planned_rows,
@@ -105,27 +111,41 @@ class Rehearsal:
         finally:
             self.fake.unknown_number = None
 
-    def measure(self, batch: int) -> Update:
-        """One update with micro batches of `batch` rows."""
+    def measure(self, batch: int, steps: bool = True) -> Update:
+        """One update with micro batches of `batch` rows.
+
+        Args:
+            batch: rows.
+            steps: make the optimizer's step too, which takes the same whatever the batch; `peak` is without it if not.
+        """
         accumulation, fake = self.command.args.training.gradient_accumulation_steps, self.fake
         # Where gradients of an earlier micro batch are kept, the second one is the larger.
         micro_batches = min(2, accumulation)
         rows = self.trainer.data_collator([self.row] * batch)
         meter = MemoryMeter(fake.device, self.model.config.vocab_size)
-        fake.waits.clear()
         with on_device(fake), meter:
             batches = [tree_map(partial(_placed, fake), rows) for _ in range(micro_batches)]
-            counted = one_update(self.trainer, batches, meter, steps=self.command.zero is None)
-            waits = dict(fake.waits)
-            state = _optimizer_state(self.trainer, fake) if self.command.zero is not None else 0
+            optimizer = None if self.command.zero is not None else prepared_optimizer(self.trainer, meter.device)
+            begin(self.trainer.model, optimizer, meter)
+            weights = meter.now[Part.WEIGHTS]
+            waits = _counted(fake, partial(run_passes, self.trainer, batches, meter))
+            passes, flops = meter.peak_bytes, meter.flops
+            last = partial(run_step, self.trainer, optimizer) if steps and optimizer is not None else tuple
+            step_waits = _counted(fake, last)
+            meter.close()
+            peak, work = dict(meter.peak), dict(meter.peak_work)  # what follows is of no update
+            if steps and self.command.zero is not None and self.state is None:
+                self.state = _optimizer_state(self.trainer, fake)
         return Update(
-            peak=counted.peak,
-            work=counted.work,
-            weights=counted.weights,
+            peak=peak,
+            passes=passes,
+            work=work,
+            weights=weights,
             trained=sum(weight.numel() for weight in trained(self.model)),
-            state=state,
-            flops=round(counted.flops * accumulation / micro_batches),
+            state=self.state or 0,
+            flops=round(flops * accumulation / micro_batches),
             waits={kind: -(-number // micro_batches) for kind, number in waits.items()},
+            step_waits=step_waits,
         )
 
 
@@ -142,52 +162,54 @@ def prepare(trainer: Any) -> None:
         trainer.model.forward = convert_outputs_to_fp32(trainer.model.forward)
 
 
-@dataclass(frozen=True)
-class Counted:
-    """What a meter saw of an update; see `Update`."""
+def prepared_optimizer(trainer: Any, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of a run in its course: with the states that a first step makes."""
+    optimizer: torch.optim.Optimizer = trainer.create_optimizer()
+    if not optimizer.state:
+        _as_on_device(optimizer, device)
+        for weight in trained(trainer.model):
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
 
-    peak: dict[Part, int]
-    work: dict[Part, int]
-    weights: int
-    flops: int
+
+def begin(model: nn.Module, optimizer: torch.optim.Optimizer | None, meter: MemoryMeter) -> None:
+    """Let the meter, which is on, know weights and states, and count from here."""
+    model.zero_grad()
+    meter.watch(model)
+    if optimizer is not None:
+        meter.watch_optimizer(optimizer)
+    meter.forget_peak()
 
 
-def one_update(trainer: Any, batches: list[dict[str, Any]], meter: MemoryMeter, steps: bool) -> Counted:
-    """Micro batches, clipping and the optimizer's step, as `transformers.Trainer` makes them; the meter is on.
+def run_passes(trainer: Any, batches: list[dict[str, Any]], meter: MemoryMeter) -> None:
+    """Forward and backward of the micro batches of an update, as `transformers.Trainer` makes them.
 
     Args:
         trainer: of the run.
         batches: micro batches on the planned device.
         meter: counts.
-        steps: whether torch's optimizer makes the step; not under DeepSpeed, whose own one does.
     """
-    model, training = trainer.model, trainer.args
-    meter.watch(model)
-    weights = meter.now[Part.WEIGHTS]
-    weighted = trained(model)
-    optimizer = trainer.create_optimizer() if steps else None
-    if optimizer is not None:
-        _as_on_device(optimizer, meter.device)
-        if not optimizer.state:  # those of a run in its course
-            for weight in weighted:
-                weight.grad = torch.zeros_like(weight)
-            optimizer.step()
-            optimizer.zero_grad()
-        meter.watch_optimizer(optimizer)
-    if optimizer is None:
-        trainer.model.zero_grad()
-    meter.forget_peak()
     number = trainer._get_num_items_in_batch(batches, meter.device)
     trainer.current_gradient_accumulation_steps = len(batches)
     for batch in batches:
-        trainer.training_step(model, dict(batch), number)
-    if optimizer is not None:
-        if training.max_grad_norm:
-            nn.utils.clip_grad_norm_(weighted, training.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-    meter.close()
-    return Counted(dict(meter.peak), dict(meter.peak_work), weights, meter.flops)
+        trainer.training_step(trainer.model, dict(batch), number)
+
+
+def run_step(trainer: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Clipping and the step of torch's optimizer; under DeepSpeed its own one makes it."""
+    if trainer.args.max_grad_norm:
+        nn.utils.clip_grad_norm_(trained(trainer.model), trainer.args.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _counted(fake: FakeDevice, work: Callable[[], object]) -> dict[str, int]:
+    """The host waits of some work."""
+    fake.waits.clear()
+    work()
+    return dict(fake.waits)
 
 
 def _as_on_device(optimizer: torch.optim.Optimizer, device: torch.device) -> None:

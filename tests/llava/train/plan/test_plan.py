@@ -16,10 +16,10 @@ from llava.runtime.rehearsal.memory import MemoryMeter, Part
 from llava.train.evaluation.rows import NoRows
 from llava.train.plan.__main__ import main
 from llava.train.plan.command import read_command
-from llava.train.plan.plan import GIB, largest_batch, outside
+from llava.train.plan.plan import GIB, largest_batch, make_plan, outside
 from llava.train.plan.rows import planned_rows
 from llava.train.plan.shares import share_of
-from llava.train.plan.update import Update, measure
+from llava.train.plan.update import Rehearsal, Update, measure
 from llava.train.train import Parts, build_run
 from playground.tiny import Sizes, build_tiny
 
@@ -85,6 +85,7 @@ def test_planned_bytes_are_those_of_a_real_run(method: str, folder: Path) -> Non
 # What is on one GPU
 
 MEASURED = Update(
+    passes=900,
     peak={Part.WEIGHTS: 500, Part.GRADIENTS: 100, Part.OPTIMIZER: 200, Part.ACTIVATIONS: 70, Part.LOGITS: 30},
     work={Part.ACTIVATIONS: 80, Part.LOGITS: 40},
     weights=400,
@@ -92,6 +93,7 @@ MEASURED = Update(
     state=800,
     flops=1,
     waits={},
+    step_waits={},
 )
 SHARED = {
     # stage: weights, gradients (bf16), optimizer (a float32 copy and Adam's two moments) of one of 4 processes
@@ -134,6 +136,63 @@ def test_the_largest_batch_is_found_whatever_the_start(start: int, room: int) ->
     found = largest_batch(bytes_of, start, room)
     assert found == 0 or bytes_of(found) <= room
     assert bytes_of(found + 1) > room
+
+
+@pytest.mark.parametrize(("room", "largest", "asked"), [(1_080, 20, 3), (1_049, 19, 4)])
+def test_few_batches_are_measured_where_bytes_are_in_proportion(room: int, largest: int, asked: int) -> None:
+    """Two and what they lead to; the next one only where it is too large by less than a fifth of a row."""
+    measured: set[int] = set()
+
+    def bytes_of(batch: int) -> int:
+        measured.add(batch)
+        return 50 + 50 * batch
+
+    assert largest_batch(bytes_of, 8, room) == largest
+    assert len(measured) == asked
+
+
+def test_the_step_is_measured_apart_from_the_passes(folder: Path) -> None:
+    """In full fine-tuning the step is the peak; it does not grow with the batch, and has waits of its own."""
+    rehearsal = Rehearsal(read_command(words(folder, "--bf16 True --max_grad_norm 1")))
+    whole, passes, larger = rehearsal.measure(1), rehearsal.measure(1, steps=False), rehearsal.measure(2, steps=False)
+    assert sum(whole.peak.values()) > whole.passes == passes.passes == sum(passes.peak.values())
+    assert larger.passes > passes.passes
+    assert whole.waits == passes.waits
+    assert passes.step_waits == {}
+    assert whole.work == passes.work
+    plan = make_plan(read_command(words(folder, "--bf16 True --per_device_train_batch_size 1 --gpu_memory 1.02")))
+    assert plan.share.total == sum(whole.peak.values())
+    assert plan.largest == 0 or plan.fits
+
+
+def test_memory_of_an_update_does_not_depend_on_the_states_of_deepspeed(folder: Path) -> None:
+    """They are measured once, next to the updates."""
+    settings = json.dumps({"zero_optimization": {"stage": 2}}, separators=(",", ":"))
+    rehearsal = Rehearsal(read_command([*words(folder, "--bf16 True"), "--deepspeed", settings]))
+    first, second = rehearsal.measure(1), rehearsal.measure(1, steps=False)
+    assert first.state == second.state == pytest.approx(8 * first.trained, rel=1e-4)  # and the counts of steps
+    assert first.work == second.work
+    assert first.passes == second.passes
+    assert first.step_waits == {}
+
+
+def test_another_projector_than_the_base_has_is_refused_as_in_training(folder: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(folder / "tiny-vicuna", base)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    tower = json.loads((folder / "tiny-clip" / "config.json").read_text(encoding="utf-8"))
+    images = {"mm_projector_type": "linear", "mm_hidden_size": tower["hidden_size"], "image_aspect_ratio": "pad"}
+    config |= images | {"model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"]}
+    config |= {"mm_vision_tower": str(folder / "tiny-clip"), "use_mm_proj": True, "mm_vision_select_layer": -2}
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    given = words(folder)
+    given[given.index("--model_name_or_path") + 1] = str(base)
+    with pytest.raises(
+        FlagError, match="--mm_projector_type is 'mlp2x_gelu', but the base model has a 'linear' projector"
+    ):
+        measure(read_command(given), 1)
+    given[given.index("--mm_projector_type") + 1] = "linear"
+    assert measure(read_command(given), 1).passes > 0
 
 
 # The command
