@@ -1,9 +1,12 @@
-r"""Show which patches and words a sparse model keeps while it answers (upstream `dynamic_eval/visualize.py`).
+r"""Show which patches and words a model keeps while it answers (upstream `dynamic_eval/visualize.py`).
 
 python -m llava.dynamic_eval.visualize --model-path results/dynamic-llava-7b --image-file view.jpg \
     --query "What is shown?" --output-dir kept
+python -m llava.dynamic_eval.visualize --model-path liuhaotian/llava-v1.5-7b --reduce divprune --keep 64 \
+    --image-file view.jpg --query "What is shown?" --output-dir kept
 
-Writes `kept.png` and `kept.html`: each image beside the patches that the layers from the sparse one on work with, the
+A Dynamic-LLaVA checkpoint shows what its predictors keep, any model what a rule keeps. Writes `kept.png` and
+`kept.html`: each image beside the patches that the last layers work with, the
 words of the last instruction and of the answer with the forgotten ones crossed out.
 """
 
@@ -17,6 +20,7 @@ from typing import TYPE_CHECKING
 from llava.errors import CheckpointError, FlagError
 from llava.eval import run_llava
 from llava.eval.answering.answers import Task
+from llava.inference_options import put_on
 from llava.runtime.output import replace_text, replacing
 from llava.runtime.places import Input, folder_problem, refuse_file
 from llava.runtime.program import run_program
@@ -111,8 +115,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     task = Task(0, args.query, args.query, names, where="--query")
     refuse_outputs(args, names)
     loaded = load_model(args.model_path, args.model_base, device=args.device, torch_dtype=args.torch_dtype)
-    if "dynamic" not in loaded.model.extensions.configs:
-        raise CheckpointError(f"{args.model_path}: a dense model, which keeps everything; name a sparse one")
+    put_on(loaded, args)
+    if args.reduce is None and "dynamic" not in loaded.model.extensions.configs:
+        raise CheckpointError(
+            f"{args.model_path}: a dense model, which keeps everything; name a sparse one, or a rule by --reduce"
+        )
     prompt, images = make_prompt("0", task, loaded, conv_mode), load_images(task, loaded, run_llava.open_image)
     # The decisions of the whole prompt and of each token of the answer are noted while the model answers.
     with record_decisions(loaded.model) as log, torch.no_grad():

@@ -3,6 +3,19 @@
 `rule.py` is the seam, `plan.py` reads a plan from text, `extension.py` carries it out; each rule has a file.
 """
 
-from dynamic.rules.attach import Handle, attach, reduced
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dynamic.rules.attach import Handle, attach, reduced
 
 __all__ = ["Handle", "attach", "reduced"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when they are used: torch takes seconds."""
+    if name in __all__:
+        return getattr(importlib.import_module("dynamic.rules.attach"), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -160,6 +160,9 @@ class Walk:
         cache = cast(SparseCache, self.cache)
         before = cache.ledgers[number].kept.clone()
         visible = cache.plan_pass(valid, valid, number)
+        if index == self.plan.starts[0]:
+            for log in logs_of(self.model):
+                log.new_tokens.append(valid.cpu())
         always = valid.shape[1] == 1  # free slots are masked, and nobody waits to find out whether there are any
         mask = torch.cat([visible, valid], dim=1) if always else None
         state = with_mask(self.model, index, state, visible, always=always)

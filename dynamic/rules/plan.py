@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynamic.rules.budget import Keep, solve_average
+from dynamic.rules.flags import POSITIONS
 from dynamic.rules.registry import find_rule
 from dynamic.rules.rule import ImageRule, LayerRule, Rule
 from llava.errors import FlagError
-
-POSITIONS = ("original", "renumber")
-"""`original`: a token keeps the position that it had, as does the answer; `renumber`: what is left is counted anew."""
 
 _PART = re.compile(r"(?P<rule>[\w-]+)(?:\[(?P<options>[^\]]*)\])?(?::(?P<keep>[\w.:]+))?(?:@(?P<place>[\w,]+))?")
 
@@ -58,7 +56,8 @@ class Plan:
 
     Attributes:
         stages: in the order in which they act.
-        positions: one of `POSITIONS`.
+        positions: `original`: a token keeps the position that it had, as does the answer; `renumber`: what is left is
+            counted from 0.
         text: as it was written.
     """
 

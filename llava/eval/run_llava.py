@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from llava.errors import BadImageError
 from llava.eval.answering.answers import Task
 from llava.eval.answering.options import TEMPLATE_HELP, add_model_options, add_sampling_options
+from llava.inference_options import put_on
 from llava.runtime.program import run_program
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def eval_model(args: Any) -> str:
         device=getattr(args, "device", None),
         torch_dtype=getattr(args, "torch_dtype", "auto"),
     )
+    put_on(loaded, args)
     prompt = make_prompt("0", task, loaded, conv_mode)
     answer = answer_batch([prompt], [load_images(task, loaded, open_image)], loaded, options)[prompt.key]
     print(answer)

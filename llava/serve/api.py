@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from llava.errors import FlagError
 from llava.eval.answering.options import TEMPLATE_HELP, add_model_options
+from llava.inference_options import put_on
 from llava.runtime.program import run_program
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range, check_ranges
 from llava.serve.body import BodyLimits
@@ -200,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         load_8bit=args.load_8bit,
         load_4bit=args.load_4bit,
     )
+    put_on(loaded, args)
     # What is loaded stays, so the collector need not look through it while requests wait.
     gc.collect()
     gc.freeze()

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 from llava import __version__
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.errors import LlavaError
+from llava.errors import FlagError, LlavaError
 from llava.eval.answering.answers import Task
 from llava.eval.answering.loading import LoadedModel
 from llava.eval.answering.prompts import prompt_ids
 from llava.eval.answering.runner import load_images
+from llava.inference_options import call_extensions
 from llava.serve.answer import Answer, events, sent, whole
 from llava.serve.body import HELD_BODIES, BodyLimits, Held, read_json
 from llava.serve.chat_request import ChatRequest, conversation_of, read_request
@@ -95,7 +96,13 @@ def make_job(
         raise RequestError(f"the conversation has {length} positions, and the model takes {limit}", "messages")
     end = loaded.answer_end(settings.conv_mode)
     stops = (*request.stops, *end.texts)
-    return Job(ids, images, request.options, stops, positions, end.ids, request.wants_details)
+    try:
+        extensions = call_extensions(loaded.model, dict(request.inference))
+    except FlagError as error:
+        raise RequestError(str(error), request.inference[0][0]) from error
+    return Job(
+        ids, images, request.options, stops, positions, end.ids, request.wants_details, request.inference, extensions
+    )
 
 
 class Routes:

@@ -16,6 +16,7 @@ from llava.constants import IMAGE_PLACEHOLDER
 from llava.conversation import Conversation
 from llava.eval.answering.generation import GenerationOptions
 from llava.eval.answering.prompts import add_image_markers, new_conversation
+from llava.inference_options import option_names
 from llava.serve.defaults import Defaults
 from llava.serve.problems import RequestError, short
 from llava.serve.schema import TAGS, ChatCompletionRequest, ChatMessage, TextPart
@@ -42,6 +43,7 @@ class ChatRequest:
         stream: send the answer as it comes.
         include_usage: end the stream with the numbers of tokens.
         wants_details: say what the extensions did, too.
+        inference: options of installed packages for this request alone, see `llava.inference_options`.
     """
 
     model: str
@@ -51,6 +53,7 @@ class ChatRequest:
     stream: bool
     include_usage: bool
     wants_details: bool = False
+    inference: tuple[tuple[str, str], ...] = ()
 
     @property
     def images(self) -> tuple[str, ...]:
@@ -87,7 +90,20 @@ def read_request(body: Any, defaults: Defaults) -> ChatRequest:
         stream=bool(asked.stream),
         include_usage=bool(asked.stream_options and asked.stream_options.include_usage),
         wants_details=bool(asked.details),
+        inference=_inference(asked),
     )
+
+
+def _inference(asked: ChatCompletionRequest) -> tuple[tuple[str, str], ...]:
+    """Options of installed packages as a command line has them: a whole number from 1 on is a number of tokens."""
+    keep = asked.keep
+    if isinstance(keep, float):
+        keep = str(int(keep)) if keep >= 1 and keep == int(keep) else repr(keep)
+    given = {"reduce": asked.reduce, "keep": keep, "positions": asked.positions}
+    found = tuple((name, str(value)) for name, value in given.items() if value is not None)
+    if unknown := [name for name, _ in found if name not in option_names()]:
+        raise RequestError(f"the parameter '{unknown[0]}' is of a package that is not installed here", unknown[0])
+    return found
 
 
 def _refusal(error: ValidationError) -> RequestError:

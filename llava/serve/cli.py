@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from llava.conversation import Conversation, SeparatorStyle
 from llava.errors import FlagError, LlavaError
 from llava.eval.answering.options import TEMPLATE_HELP, add_model_options
+from llava.inference_options import put_on
 from llava.runtime.program import run_program
 from llava.runtime.ranges import COUNT, check_ranges
 
@@ -72,6 +73,7 @@ def start_chat(args: argparse.Namespace) -> Chat:
         load_8bit=args.load_8bit,
         load_4bit=args.load_4bit,
     )
+    put_on(loaded, args)
     chat = Chat(loaded, conv_mode, options, open_image)
     chat.show(args.image_file)
     return chat

@@ -27,6 +27,7 @@ from llava.errors import LlavaError
 from llava.eval.answering.generation import GenerationOptions, RowSampler
 from llava.eval.answering.loading import LoadedModel
 from llava.eval.answering.runner import image_arguments, pad_left
+from llava.extension import ExtensionSet
 from llava.runtime.chat.token_text import TokenDecoder
 from llava.runtime.finite_logits import LogitsWatch
 from llava.serve.details import row_details
@@ -55,6 +56,8 @@ class Job:
         positions: what the images take in the sequence.
         ends: tokens that end the answer; None: those of a prompt without template.
         wants_details: say what the extensions did, too; see `llava.serve.details`.
+        inference: options of installed packages; jobs with the same ones share a batch.
+        extensions: what follows from them; None: the model's own.
     """
 
     input_ids: Tensor
@@ -64,6 +67,8 @@ class Job:
     positions: int = 0
     ends: tuple[int, ...] | None = None
     wants_details: bool = False
+    inference: tuple[tuple[str, str], ...] = ()
+    extensions: ExtensionSet | None = None
 
 
 class Row:
@@ -210,7 +215,8 @@ def describing(rows: Sequence[Row], loaded: LoadedModel) -> Iterator[None]:
     wanted = [(index, row) for index, row in enumerate(rows) if row.job.wants_details]
     with contextlib.ExitStack() as stack:
         if wanted:
-            observed = stack.enter_context(loaded.model.extensions.observe(loaded.model))
+            extensions = rows[0].job.extensions or loaded.model.extensions
+            observed = stack.enter_context(extensions.observe(loaded.model))
         for index, row in wanted:
             row.describe = partial(_details_of, index=index, observed=observed, loaded=loaded)
         yield
@@ -281,10 +287,13 @@ class Engine:
     def _work(self) -> None:
         while not self._closing.is_set():
             self.answering = self._gather()
-            if self.answering:
-                self.batches.append(len(self.answering))
-                self._answer(self.answering)
-                self.answering = []
+            alike: dict[Any, list[Row]] = {}
+            for row in self.answering:
+                alike.setdefault(row.job.inference, []).append(row)
+            for rows in alike.values():
+                self.batches.append(len(rows))
+                self._answer(rows)
+            self.answering = []
         with contextlib.suppress(queue.Empty):
             while True:
                 row = self._waiting.get_nowait()
@@ -309,7 +318,7 @@ class Engine:
         return rows
 
     def _answer(self, rows: list[Row]) -> None:
-        """Answer one batch; a failure ends its rows with an error and nothing else."""
+        """Answer one batch of jobs with the same `inference`; a failure ends its rows with an error and nothing else."""
         try:
             self._generate(rows)
         except torch.OutOfMemoryError:
@@ -352,6 +361,7 @@ class Engine:
                 stopping_criteria=StoppingCriteriaList([_Ends(rows)]),
                 streamer=_Streams(rows, self.loaded, watch, ends),
                 use_cache=True,
+                extensions=rows[0].job.extensions,
                 pad_token_id=pad,
                 **({"eos_token_id": common} if common else {}),
             )

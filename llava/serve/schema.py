@@ -18,6 +18,9 @@ MAX_STOPS = 4
 MAX_STOP_CHARS = 1000
 """Characters of one stop string."""
 
+MAX_PLAN_CHARS = 500
+"""Characters of a plan of rules."""
+
 MAX_MESSAGES = 2048
 """Messages of a request, and parts of a message."""
 
@@ -151,6 +154,15 @@ class ChatCompletionRequest(_Asked):
 
     details: bool | None = None
     """Of this server: say what the extensions did for the answer; see `Details`."""
+
+    reduce: Annotated[str, Field(min_length=1, max_length=MAX_PLAN_CHARS)] | None = None
+    """Of this server: drop image tokens by this plan of rules; without one, as the server was started."""
+
+    keep: Annotated[float, Field(gt=0)] | Annotated[str, Field(min_length=1, max_length=MAX_PLAN_CHARS)] | None = None
+    """Its budget: a share below 1, a number of tokens, or a text as `avg:128`."""
+
+    positions: Literal["original", "renumber"] | None = None
+    """Positions of the tokens that are left."""
 
     # Without influence on the answer.
     user: str | None = None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llava.constants import DTYPES
 from llava.eval.answering.answers import Task, settings_path
 from llava.eval.answering.questions import MissingChunkError, get_chunk
+from llava.inference_options import add_inference_options
 from llava.runtime.places import Input, refuse_file
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, check_ranges
 
@@ -42,7 +43,7 @@ def batch_size(text: str) -> int | None:
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
-    """`--model-path` and `--model-base` as upstream, and our `--device` and `--torch-dtype`."""
+    """`--model-path` and `--model-base` as upstream, our `--device` and `--torch-dtype`, and what packages add."""
     default = None if required else "facebook/opt-350m"
     parser.add_argument("--model-path", type=str, default=default, required=required, help="checkpoint folder")
     parser.add_argument("--model-base", type=str, default=None, help="base model of an adapter or projector checkpoint")
@@ -53,6 +54,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, required: bool = False
         default="auto",
         help="dtype of the weights; auto: float16 on a GPU, float32 on a CPU",
     )
+    add_inference_options(parser)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int | None = None) -> None:

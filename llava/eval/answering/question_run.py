@@ -25,6 +25,7 @@ from llava.eval.answering.loading import choose_device, choose_dtype, load_model
 from llava.eval.answering.options import chosen, json_values, refuse_input_as_answers, sampling_options
 from llava.eval.answering.questions import Question, read_questions
 from llava.eval.answering.runner import OpenImage, Speed, answer_tasks
+from llava.inference_options import given_options, put_on
 from llava.runtime.hub import get_model_name_from_path
 from llava.runtime.weights.fingerprint import weights_fingerprint
 
@@ -110,7 +111,9 @@ def answer_and_measure(
     if answers.pending:
         speed = answer_tasks(
             answers,
-            load_model(args.model_path, args.model_base, device=args.device, torch_dtype=args.torch_dtype),
+            put_on(
+                load_model(args.model_path, args.model_base, device=args.device, torch_dtype=args.torch_dtype), args
+            ),
             open_image,
             options,
             conv_mode=conv_mode,
@@ -132,4 +135,5 @@ def answer_settings(args: argparse.Namespace, options: GenerationOptions, conv_m
         "torch_dtype": str(choose_dtype(args.torch_dtype, choose_device(args.device))),
         "conv_mode": conv_mode,
         **vars(options),
+        **given_options(args),
     }

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -29,6 +30,7 @@ from llava.eval.answering.prefetch import Prefetcher
 from llava.eval.answering.runner import answer_batch, make_prompt, most_together
 from llava.eval.lmms.likelihood import Likelihood, likelihoods, make_candidate
 from llava.eval.lmms.requests import Request, cut, generation_options, load_request, read_requests
+from llava.inference_options import option_names, put_on
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, check_ranges
 
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ class BatchedModel:
         max_batch_size: limit on `auto`.
         seed: of sampling, where a task samples.
         workers: threads that read and preprocess images.
+        options: those that installed packages add, for example `reduce` and `keep` of `dynamic`.
 
     Raises:
         FlagError: an option is refused, or the device is not available.
@@ -93,8 +96,11 @@ class BatchedModel:
         max_batch_size: int | None = None,
         seed: int = 0,
         workers: int = 4,
+        **options: Any,
     ) -> None:
         super().__init__()
+        if unknown := sorted(set(options) - set(option_names())):
+            raise FlagError(f"--model_args {unknown[0]}=...: not known; next to the named ones: {list(option_names())}")
         template = Fallback("vicuna_v1") if conv_template is None else conv_template
         self.conv_mode = conv_mode_of_questions(template, pretrained, option="conv_template")
         self.batch_size = read_batch_size(batch_size)
@@ -109,6 +115,7 @@ class BatchedModel:
             load_8bit=load_8bit,
             load_4bit=load_4bit,
         )
+        put_on(loaded, SimpleNamespace(**options))
         self.loaded: LoadedModel = replace(loaded, dtype_option="dtype={} in --model_args")
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
