@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from llava.errors import FlagError
 
@@ -111,19 +112,27 @@ def solve_average(
 def largest_remainder(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
     """`total` shared out in proportion to `weights`, none above its size; what rounding leaves goes by remainders.
 
-    Of equal remainders the first one is served first. Weights that are all zero count as equal.
+    What is above a size is shared out among the others in the same proportion. Of equal remainders the first one is
+    served first. Weights that are all zero count as equal.
     """
     total = min(total, sum(sizes))
-    given = [0] * len(sizes)
-    while (left := total - sum(given)) > 0:
-        open_ = [index for index, size in enumerate(sizes) if given[index] < size]
-        mass = sum(weights[index] for index in open_)
-        shares = {index: left * (weights[index] / mass if mass > 0 else 1 / len(open_)) for index in open_}
-        whole = {index: min(math.floor(shares[index]), sizes[index] - given[index]) for index in open_}
-        if not any(whole.values()):  # less than one each: by remainders
-            for index in sorted(open_, key=lambda index: (-shares[index], index))[:left]:
-                given[index] += 1
-            continue
-        for index, number in whole.items():
-            given[index] += number
+    exact = [Fraction(weight) for weight in weights]  # equal remainders compare as equal
+    shares = [Fraction(0)] * len(sizes)
+    open_ = list(range(len(sizes)))
+    left = Fraction(total)
+    while open_:
+        mass = sum(exact[index] for index in open_)
+        for index in open_:
+            shares[index] = left * exact[index] / mass if mass else left / len(open_)
+        full = [index for index in open_ if shares[index] > sizes[index]]
+        if not full:
+            break
+        for index in full:
+            shares[index] = Fraction(sizes[index])
+            left -= sizes[index]
+        open_ = [index for index in open_ if index not in full]
+    given = [math.floor(share) for share in shares]
+    by_remainder = sorted(range(len(sizes)), key=lambda index: (given[index] - shares[index], index))
+    for index in by_remainder[: total - sum(given)]:
+        given[index] += 1
     return given
