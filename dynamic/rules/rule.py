@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from dynamic.rules.regions import Region
 from dynamic.rules.selection import Selection
 
 VARIANTS = ("paper", "code")
@@ -36,7 +37,11 @@ class ImageView(Protocol):
 
     @property
     def places(self) -> Tensor:
-        """(n, 2) float32: row and column of each patch, in units of a patch, within its tile or its merged tiles."""
+        """(n, 2) float32: row and column of each patch within its tile."""
+
+    @property
+    def region(self) -> Region | None:
+        """What this tile shows of its image; None if tiles have no layout, or of several tiles together."""
 
     @property
     def tower(self) -> Tensor:
