@@ -81,7 +81,7 @@ def average(tokens: int, counts: Sequence[int], starts: Sequence[int], layers: i
 def solve_average(
     wanted: float, tokens: int, counts: Callable[[int], Sequence[int]], starts: Sequence[int], layers: int
 ) -> int:
-    """The last count of a rule whose average comes closest to `wanted` from below.
+    """The last count of a rule whose average comes closest to `wanted`, as published counts do; of two the lower one.
 
     Args:
         wanted: tokens on average.
@@ -106,7 +106,9 @@ def solve_average(
             low = middle
         else:
             high = middle - 1
-    return low
+    above = min(low + 1, tokens)
+    over, under = (abs(average(tokens, counts(last), starts, layers) - wanted) for last in (above, low))
+    return above if over < under else low
 
 
 def largest_remainder(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
