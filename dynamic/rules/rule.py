@@ -109,6 +109,12 @@ class RowView(Protocol):
     def normed(self) -> Tensor:
         """(L, D): the input of layer k behind the last norm of the decoder."""
 
+    def entered(self) -> tuple[Tensor, Tensor]:
+        """(images, D) and (text, D): image tokens of the row and tokens of `text_places` as they entered layer 0.
+
+        All of them, those included that rules before layers have dropped since.
+        """
+
 
 @dataclass(frozen=True)
 class Rule(abc.ABC):
