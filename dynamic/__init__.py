@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dynamic.rules.attach import attach, reduced
+    from dynamic.rules.handle import attach, reduced
 
 __all__ = ["attach", "reduced"]
 
@@ -18,5 +18,5 @@ __all__ = ["attach", "reduced"]
 def __getattr__(name: str) -> Any:
     """The public names, imported when they are used: torch takes seconds."""
     if name in __all__:
-        return getattr(importlib.import_module("dynamic.rules.attach"), name)
+        return getattr(importlib.import_module("dynamic.rules.handle"), name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dynamic.rules.attach import Handle, attach, reduced
+    from dynamic.rules.handle import Handle, attach, reduced
 
 __all__ = ["Handle", "attach", "reduced"]
 
@@ -17,5 +17,5 @@ __all__ = ["Handle", "attach", "reduced"]
 def __getattr__(name: str) -> Any:
     """The public names, imported when they are used: torch takes seconds."""
     if name in __all__:
-        return getattr(importlib.import_module("dynamic.rules.attach"), name)
+        return getattr(importlib.import_module("dynamic.rules.handle"), name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

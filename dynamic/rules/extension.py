@@ -19,7 +19,7 @@ from dynamic.cache import SparseCache
 from dynamic.inspection import PromptDecision, StageDecision, logs_of
 from dynamic.rules.images import Batch, place_features, reduce_image
 from dynamic.rules.plan import Plan
-from dynamic.rules.rows import LayerInput, Row
+from dynamic.rules.rows import Entered, LayerInput, Row
 from dynamic.rules.rule import LayerRule
 from dynamic.sequence import shorten, valid_positions, with_mask
 from llava.errors import FlagError
@@ -121,6 +121,7 @@ class Walk:
         self.begins = self.cache is None or not self.cache.is_filled
         self.stages = {layer: (stage, at) for stage in plan.layer_stages for at, layer in enumerate(stage.layers)}
         self.before: LayerInput | None = None
+        self.start: Entered | None = None
         self.images: list[list[int]] = []  # tokens of each image of each row, before anything is dropped
         self.decided: list[StageDecision] = []
         # Of the prompts before anything is dropped, and where what is left of them was then.
@@ -131,6 +132,8 @@ class Walk:
         if index in self.plan.starts:
             number = self.plan.starts.index(index)
             state = self._begin(index, number, state) if self.begins else self._go_on(index, number, state)
+        if index == 0 and self.stages and state.segments is not None:
+            self.start = Entered(state.hidden_states, state.segments)
         self.before = LayerInput.of(self.decoder.layers[index], state) if index + 1 in self.stages else None
         return state
 
@@ -188,7 +191,7 @@ class Walk:
             places = valid[number].nonzero().flatten()
             if not segments.images or not len(places):
                 continue
-            row = Row(number, index, now, self.before, places, segments, self.decoder.norm)
+            row = Row(number, index, now, self.before, places, segments, self.decoder.norm, cast(Entered, self.start))
             depth = len(self.decoder.layers)
             wanted = sum(stage.counts(tokens, depth)[at] for tokens in self.images[number])
             wanted = min(wanted, len(row.image_places))

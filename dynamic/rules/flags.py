@@ -43,6 +43,6 @@ def extensions(
     if reduce is None:
         flag = f"--keep {keep}" if keep is not None else f"--positions {positions}"
         raise FlagError(f"{flag} is the budget of a rule; name one by --reduce")
-    from dynamic.rules.attach import reduced
+    from dynamic.rules.handle import reduced
 
     return reduced(model, reduce, keep, positions or "original")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamic.rules.budget import Keep
+from dynamic.rules.regions import Region, tile_regions
 from dynamic.rules.rule import ImageRule
 from dynamic.rules.selection import Selection
 from llava.errors import FlagError
@@ -99,6 +100,16 @@ class View:
         """(n, 2) float32: row and column within its tile."""
         columns = self.grid[1]
         return torch.stack([self.patch // columns, self.patch % columns], dim=1).float()
+
+    @property
+    def region(self) -> Region | None:
+        """What the tile shows of its image, see `rule.ImageView`."""
+        encoded, tiles = self.batch.encoded, self.tile.unique().tolist()
+        layout = encoded.layouts[self.image]
+        if layout is None or len(tiles) != 1:
+            return None
+        first = sum(encoded.tiles[: self.image])
+        return tile_regions(layout[0], encoded.tower.image_size, layout[1])[tiles[0] - first]
 
     @property
     def projected(self) -> Tensor:

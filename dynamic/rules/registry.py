@@ -14,7 +14,21 @@ from llava.errors import FlagError
 
 ENTRY_POINT_GROUP = "llava.reduction_rules"
 
-BUILT_IN: tuple[str, ...] = ()
+BUILT_IN = (
+    "sampled",
+    "grid",
+    "pool",
+    "visionzip",
+    "hired",
+    "divprune",
+    "scope",
+    "vispruner",
+    "cdpruner",
+    "fastv",
+    "dart",
+    "pyramiddrop",
+    "sparsevlm",
+)
 """Modules of this folder, a rule each."""
 
 LEARNED = "learned"

@@ -9,7 +9,7 @@ Shape letters: B batch, L positions of a row without padding, D width, H attenti
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,26 @@ class LayerInput:
 
 
 @dataclass(frozen=True)
+class Entered:
+    """What entered layer 0, where rules in front of the decoder have left it.
+
+    Attributes:
+        hidden: (B, L, D).
+        segments: of each row then.
+    """
+
+    hidden: Tensor
+    segments: Sequence[Segments]
+
+    def of(self, row: int) -> tuple[Tensor, Tensor]:
+        """(images, D) and (text, D): image tokens of a row, and tokens of its last instruction."""
+        mine = self.segments[row]
+        parts = [self.hidden[row, start:end] for start, end in mine.images]
+        start, end = mine.last_instruct
+        return torch.cat(parts) if parts else self.hidden[row, :0], self.hidden[row, start:end]
+
+
+@dataclass(frozen=True)
 class Row:
     """One row; see `rule.RowView`.
 
@@ -80,6 +100,7 @@ class Row:
         valid: (L,) int64 places of the row that are not padding.
         segments: of the row as it is now.
         norm: the last norm of the decoder.
+        start: what entered layer 0.
     """
 
     number: int
@@ -89,6 +110,7 @@ class Row:
     valid: Tensor
     segments: Segments
     norm: nn.Module
+    start: Entered
 
     @functools.cached_property
     def hidden(self) -> Tensor:
@@ -143,3 +165,8 @@ class Row:
     def normed(self) -> Tensor:
         """(L, D)."""
         return self.norm(self.hidden)
+
+    def entered(self) -> tuple[Tensor, Tensor]:
+        """(images, D) and (text, D); without a text behind the images the last position stands for it."""
+        images, text = self.start.of(self.number)
+        return images, text if len(text) else self.start.hidden[self.number, -1:]

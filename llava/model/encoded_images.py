@@ -34,6 +34,8 @@ class EncodedImages:
         block_inputs: (N, P, D_vision), with the class token if there is one, what entered these blocks of the tower.
         projector: (..., D_vision) to (..., D).
         newline: (D,), or None if no line has an end.
+        layouts: for each image its tiles across and down, and its width and height in pixels; None: one tile, or tiles
+            without a layout.
         texts: gives for each image the (T,) int64 ids of its row behind the last image, without padding.
         features: for each image (P_i, D), set by an extension; None: those of all positions.
         notes: for each image, what extensions have to say of it later, by their name.
@@ -47,6 +49,7 @@ class EncodedImages:
     block_inputs: dict[int, Tensor]
     projector: Callable[[Tensor], Tensor]
     newline: Tensor | None
+    layouts: list[tuple[tuple[int, int], tuple[int, int]] | None]
     texts: Callable[[], list[Tensor]]
     features: list[Tensor] | None = None
     notes: list[dict[str, Any]] = field(default_factory=list)

@@ -209,11 +209,16 @@ class LlavaMetaForCausalLM:
         numbers = torch.arange(features.shape[0] * features.shape[1], device=features.device).view(len(features), -1, 1)
         sources = numbers.split([len(stack) for stack in stacks])
         newline = getattr(model, "image_newline", None)
+        layouts: list[Any] = [None] * len(stacks)
         if not (isinstance(images, Tensor) and images.ndim == 4):
             # Numbers take the way of features: whatever merging does, it is known where each of them went.
             line_end = None if newline is None else torch.tensor([LINE_END], device=features.device)
             merge_type = getattr(self.config, "mm_patch_merge_type", "flat")
             sizes = [None] * len(stacks) if image_sizes is None else [tuple(size) for size in image_sizes]
+            grids = [
+                self._tile_grid(size) if len(stack) > 1 else None for stack, size in zip(stacks, sizes, strict=True)
+            ]
+            layouts = [None if grid is None else (grid, size) for grid, size in zip(grids, sizes, strict=True)]
             sources = [
                 merge_tiles(each, merge_type, self._tile_grid(size), size, line_end)
                 for each, size in zip(sources, sizes, strict=True)
@@ -227,6 +232,7 @@ class LlavaMetaForCausalLM:
             block_inputs=block_inputs,
             projector=model.mm_projector,
             newline=newline,
+            layouts=layouts,
             texts=texts,
             notes=[{} for _ in stacks],
         )

@@ -318,7 +318,7 @@ class Engine:
         return rows
 
     def _answer(self, rows: list[Row]) -> None:
-        """Answer one batch of jobs with the same `inference`; a failure ends its rows with an error and nothing else."""
+        """Answer one batch of jobs with the same `inference`; a failure ends its rows with an error, nothing else."""
         try:
             self._generate(rows)
         except torch.OutOfMemoryError:

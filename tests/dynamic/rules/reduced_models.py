@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from dynamic.inspection import record_decisions
-from dynamic.rules.attach import reduced
+from dynamic.rules.handle import reduced
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.language_model.backbones import backbone_class, load_config
 from tests.llava.model.towers import shaken

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tests.dynamic.rules.example_rules  # noqa: F401  # two more rules
-from dynamic.rules.attach import reduced
+from dynamic.rules.handle import reduced
 from dynamic.rules.registry import rules
 from dynamic.rules.rule import LayerRule
 from tests.dynamic.rules.reduced_models import PATCHES, batch_of, logits_of, long_way, prompts, tiny_llava
