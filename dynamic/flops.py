@@ -14,9 +14,10 @@ with MLP width I and K the width of keys and values. Norms, embeddings, the head
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dynamic.config import SparseConfig, kept_count
 from llava.errors import CheckpointError, FlagError
@@ -165,6 +166,18 @@ def table(decoder: Decoder, config: SparseConfig, work: Workload) -> str:
     return "\n".join(lines)
 
 
+def decoder_of(stored: Mapping[str, Any]) -> Decoder:
+    """Sizes of a decoder by its configuration.
+
+    Raises:
+        KeyError: a size is missing.
+    """
+    width, heads = stored["hidden_size"], stored["num_attention_heads"]
+    head = stored.get("head_dim") or width // heads
+    kv_heads = stored.get("num_key_value_heads") or heads
+    return Decoder(width, stored["num_hidden_layers"], stored["intermediate_size"], head * kv_heads, head * heads)
+
+
 def read_model(name: str) -> tuple[Decoder, SparseConfig]:
     """Sizes of "7b", "13b" or of a checkpoint folder, with the folder's predictors if it has some.
 
@@ -181,12 +194,7 @@ def read_model(name: str) -> tuple[Decoder, SparseConfig]:
     stored = read_json(path)
     predictors = (stored.get("extensions") or {}).get("dynamic") or stored.get("sparse_config") or {}
     try:
-        width, heads = stored["hidden_size"], stored["num_attention_heads"]
-        head = stored.get("head_dim") or width // heads
-        kv_heads = stored.get("num_key_value_heads") or heads
-        decoder = Decoder(
-            width, stored["num_hidden_layers"], stored["intermediate_size"], head * kv_heads, head * heads
-        )
+        decoder = decoder_of(stored)
         config = SparseConfig.from_dict(predictors)
         return decoder, config if config.use_vision_predictor else replace(config, vision_keep_rate=1.0)
     except KeyError as error:

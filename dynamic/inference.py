@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dynamic.cache import SparseCache
 from dynamic.config import SparseConfig
 from dynamic.decisions import later_decision, prompt_decision
-from dynamic.inspection import PromptDecision, logs_of
+from dynamic.inspection import PromptDecision, StageDecision, logs_of
 from dynamic.model import predictors
 from dynamic.sequence import State, shorten, valid_positions, with_mask
 
@@ -58,7 +58,8 @@ def drop_tokens(model: nn.Module, config: SparseConfig, state: State) -> State:
     if state.segments is not None:
         keep = prompt_decision(config, predictors(model), state.hidden_states, state.segments, valid)
         for log in logs_of(model):
-            log.prompts.append(PromptDecision(keep.cpu(), state.segments))
+            decision = PromptDecision(keep.cpu(), state.segments)
+            log.add_prompts(decision, [StageDecision(config.sparse_layer, decision)])
     if not torch.equal(keep, valid):
         state = shorten(model, config.sparse_layer, state, keep, valid)
         keep = valid_positions(state)
@@ -105,7 +106,9 @@ def _later_pass(model: nn.Module, config: SparseConfig, state: State, cache: Spa
     """
     keep = later_decision(predictors(model), state.hidden_states, valid)
     for log in logs_of(model):
-        log.new_tokens.append(keep.cpu())
+        log.add_tokens(keep)
+        if log.wants_cache:
+            log.add_cache(cache.report())
     visible = cache.plan_pass(keep, valid)
     if valid.shape[1] > 1:
         return with_mask(model, config.sparse_layer, state, visible)

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from dynamic.cache import CacheReport
 from dynamic.spans import Parts, Range
 
 
@@ -94,6 +95,23 @@ class DecisionLog:
     stages: list[list[StageDecision]] = field(default_factory=list)
     new_tokens: list[Tensor] = field(default_factory=list)
 
+    @property
+    def wants_cache(self) -> bool:
+        """True: the next pass on a filled cache calls `add_cache`, which waits for the device."""
+        return False
+
+    def add_prompts(self, decision: PromptDecision, stages: Sequence[StageDecision]) -> None:
+        """What was decided for a batch of prompts: at the end, and stage by stage."""
+        self.prompts.append(decision)
+        self.stages.append(list(stages))
+
+    def add_tokens(self, keep: Tensor) -> None:
+        """(B, n) bool: which of n tokens on a filled cache are stored by the layers that drop any."""
+        self.new_tokens.append(keep.cpu())
+
+    def add_cache(self, report: CacheReport) -> None:
+        """What the cache holds behind a batch of prompts."""
+
     def stored(self) -> Tensor:
         """(B, T) bool: which of the tokens that followed the prompt are in the cache. The last token is never fed."""
         if not self.new_tokens:
@@ -105,10 +123,15 @@ _logs: WeakKeyDictionary[nn.Module, list[DecisionLog]] = WeakKeyDictionary()
 
 
 @contextmanager
-def record_decisions(model: nn.Module) -> Iterator[DecisionLog]:
-    """Record every decision that `model` (bare or inside a PEFT model) takes at inference while the block runs."""
+def record_decisions(model: nn.Module, log: DecisionLog | None = None) -> Iterator[DecisionLog]:
+    """Record every decision that `model` (bare or inside a PEFT model) takes at inference while the block runs.
+
+    Args:
+        model: that decides.
+        log: that is told; None: a new one, which keeps all.
+    """
     decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
-    log = DecisionLog()
+    log = DecisionLog() if log is None else log
     logs = _logs.setdefault(decoder, [])
     logs.append(log)
     try:

@@ -5,6 +5,7 @@ Such an entry point names a module that imports no torch, so that `--help` is an
     OPTIONS = ("reduce", "keep")                      names of its options; None: not given
     def add_options(parser): ...                      adds them to an argparse parser
     def extensions(model, **values): ...              the `ExtensionSet` for calls with these values
+    def watch(model): ...                             a context that gives a function: what to say of the calls in it
 
 `dynamic/rules/flags.py` is one. The options of training are those of `Extension.options`.
 """
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -37,6 +39,9 @@ class InferenceOptions(Protocol):
         Raises:
             FlagError: they cannot be carried out.
         """
+
+    def watch(self, model: Any) -> AbstractContextManager[Callable[[], str | None]]:
+        """A context; what it gives says in words what the calls within were like, or None."""
 
 
 class Loaded(Protocol):
@@ -84,6 +89,14 @@ def call_extensions(model: Any, given: Mapping[str, Any]) -> ExtensionSet | None
         if values:
             return module.extensions(model, **values)
     return None
+
+
+@contextmanager
+def watched(model: Any) -> Iterator[Callable[[], list[str]]]:
+    """What all modules say of the calls of a model in this context."""
+    with ExitStack() as stack:
+        say = [stack.enter_context(module.watch(model)) for module in installed_options()]
+        yield lambda: [words for each in say if (words := each())]
 
 
 def put_on(loaded: L, args: Any) -> L:

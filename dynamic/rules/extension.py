@@ -165,7 +165,9 @@ class Walk:
         visible = cache.plan_pass(valid, valid, number)
         if index == self.plan.starts[0]:
             for log in logs_of(self.model):
-                log.new_tokens.append(valid.cpu())
+                log.add_tokens(valid)
+                if log.wants_cache:
+                    log.add_cache(cache.report())
         always = valid.shape[1] == 1  # free slots are masked, and nobody waits to find out whether there are any
         mask = torch.cat([visible, valid], dim=1) if always else None
         state = with_mask(self.model, index, state, visible, always=always)
@@ -216,8 +218,7 @@ class Walk:
         self.decided.append(StageDecision(index, PromptDecision(kept.cpu(), self.whole or ())))
         if index == self.plan.starts[-1]:
             for log in logs:
-                log.prompts.append(self.decided[-1].decision)
-                log.stages.append(self.decided)
+                log.add_prompts(self.decided[-1].decision, self.decided)
 
     def _renumbered(self, state: DecoderState, valid: Tensor, before: Tensor | None) -> DecoderState:
         """`state` with positions that count what is left, if the plan says so; `before` (B,) are in the cache."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from llava.errors import FlagError
@@ -30,6 +32,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--positions", choices=POSITIONS, default=None, help="of the tokens that are left (default: original)"
     )
+
+
+def watch(model: Any) -> AbstractContextManager[Callable[[], str | None]]:
+    """See what is kept of the images while a program asks a model."""
+    from dynamic.rules.report import metered
+
+    return metered(model)
 
 
 def extensions(

@@ -25,7 +25,7 @@ from llava.eval.answering.loading import choose_device, choose_dtype, load_model
 from llava.eval.answering.options import chosen, json_values, refuse_input_as_answers, sampling_options
 from llava.eval.answering.questions import Question, read_questions
 from llava.eval.answering.runner import OpenImage, Speed, answer_tasks
-from llava.inference_options import given_options, put_on
+from llava.inference_options import given_options, put_on, watched
 from llava.runtime.hub import get_model_name_from_path
 from llava.runtime.weights.fingerprint import weights_fingerprint
 
@@ -109,17 +109,18 @@ def answer_and_measure(
     )
     print(f"{args.answers_file}: {len(answers.rows)} of {len(tasks)} questions are answered")
     if answers.pending:
-        speed = answer_tasks(
-            answers,
-            put_on(
-                load_model(args.model_path, args.model_base, device=args.device, torch_dtype=args.torch_dtype), args
-            ),
-            open_image,
-            options,
-            conv_mode=conv_mode,
-            batch_size=args.batch_size,
-            workers=args.num_workers,
-        )
+        loaded = load_model(args.model_path, args.model_base, device=args.device, torch_dtype=args.torch_dtype)
+        with watched(put_on(loaded, args).model) as words:
+            speed = answer_tasks(
+                answers,
+                loaded,
+                open_image,
+                options,
+                conv_mode=conv_mode,
+                batch_size=args.batch_size,
+                workers=args.num_workers,
+            )
+        print(*words(), sep="\n", end="\n" if words() else "")
     answers.finish()
     return answers, speed
 
