@@ -3,7 +3,7 @@
 FLOPs are those of `dynamic.flops.Decoder.layer`. What a rule itself computes is not counted, and neither are norms,
 embeddings, the head and the vision tower: times are measured, not computed here.
 
-Shape letters: N tokens of a layer, C width of the decoder, Q of its queries, K of its keys, I of its MLP.
+In formulas: N tokens of a layer, C width of the decoder, Q of its queries, K of its keys, I of its MLP.
 """
 
 from __future__ import annotations

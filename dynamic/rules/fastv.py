@@ -78,7 +78,7 @@ def received(row: RowView) -> Tensor:
     """(n,) attention that each image token receives in layer k - 1, mean over the tokens behind it and the heads."""
     places, length = row.image_places, len(row.hidden)
     total = torch.zeros(len(places), device=places.device)
-    for queries in torch.arange(int(places[0]) + 1, length, device=places.device).split(QUERIES_AT_ONCE):
+    for queries in torch.split(torch.arange(int(places[0]) + 1, length, device=places.device), QUERIES_AT_ONCE):
         weights = row.attention(queries)[:, :, places].mean(dim=0)  # (queries, n)
         total += weights.masked_fill(queries[:, None] <= places, 0).sum(dim=0)
     return total / (length - 1 - places).clamp(min=1)  # a token at the end of the row receives nothing

@@ -49,7 +49,7 @@ class PyramidDropRule(LayerRule):
 
 def root(number: int, degree: int) -> int:
     """The largest whole number whose power of `degree` is at most `number`."""
-    found = round(number ** (1 / degree))
+    found: int = round(number ** (1 / degree))
     while found**degree > number:
         found -= 1
     while (found + 1) ** degree <= number:

@@ -53,7 +53,8 @@ class RandomRow:
     @functools.cached_property
     def image_places(self) -> Tensor:
         """(n,)."""
-        places, start = [], self.between
+        places: list[int] = []
+        start = self.between
         for tokens in self.images:
             places += range(start, start + tokens)
             start += tokens + self.between
@@ -76,7 +77,7 @@ class RandomRow:
         """(H, queries, L)."""
         q, k = self.heads_of(self.layer - 1 if layer is None else layer, rotary)
         k = k.repeat_interleave(HEADS // KEY_HEADS, dim=1)  # (L, H, C)
-        scores = torch.einsum("qhc,lhc->hql", q[queries], k) / math.sqrt(HEAD_WIDTH)
+        scores: Tensor = torch.einsum("qhc,lhc->hql", q[queries], k) / math.sqrt(HEAD_WIDTH)
         future = torch.arange(self.length) > queries[:, None]
         return scores.masked_fill(future, -torch.inf).softmax(dim=-1)
 
@@ -86,7 +87,7 @@ class RandomRow:
 
     def normed(self) -> Tensor:
         """(L, D)."""
-        return self.hidden / self.hidden.norm(dim=-1, keepdim=True) * torch.linspace(0.5, 2, WIDTH)
+        return torch.nn.functional.normalize(self.hidden, dim=-1) * torch.linspace(0.5, 2, WIDTH)
 
     def entered(self) -> tuple[Tensor, Tensor]:
         """(images, D), some of which are gone by now, and (text, D)."""
