@@ -26,7 +26,7 @@ from llava.segments import DecoderState, MultimodalInputs
 if TYPE_CHECKING:
     from transformers import Cache, TrainerCallback
 
-    from llava.model.encoded_images import EncodedImages
+    from llava.encoded_images import EncodedImages
 
 ENTRY_POINT_GROUP = "llava.extensions"
 

@@ -14,6 +14,9 @@ from fractions import Fraction
 
 from llava.errors import FlagError
 
+POSITIONS = ("original", "renumber")
+"""Which positions the tokens that are left have: their own, or counted from 0."""
+
 
 @dataclass(frozen=True)
 class Keep:

@@ -29,7 +29,7 @@ from llava.segments import DecoderState, MultimodalInputs
 if TYPE_CHECKING:
     from transformers import Cache
 
-    from llava.model.encoded_images import EncodedImages
+    from llava.encoded_images import EncodedImages
 
 NAME = "reduction"
 
@@ -199,7 +199,8 @@ class Walk:
             wanted = min(wanted, len(row.image_places))
             if wanted == len(row.image_places):
                 continue
-            selection = rule.select(row, wanted)
+            with torch.no_grad():
+                selection = rule.select(row, wanted)
             selection.check(len(row.image_places), wanted, rule.name)
             if selection.merge is not None:
                 raise ValueError(f"rule '{rule.name}' merges tokens before a layer, which is not carried out")

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from dynamic.rules.budget import POSITIONS
 from llava.errors import FlagError
 
 if TYPE_CHECKING:
     from llava.extension import ExtensionSet
 
 OPTIONS = ("reduce", "keep", "positions")
-POSITIONS = ("original", "renumber")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -22,8 +22,8 @@ from dynamic.rules.budget import Keep
 from dynamic.rules.regions import Region, tile_regions
 from dynamic.rules.rule import ImageRule
 from dynamic.rules.selection import Selection
+from llava.encoded_images import LINE_END, EncodedImages
 from llava.errors import FlagError
-from llava.model.encoded_images import LINE_END, EncodedImages
 
 
 class Batch:

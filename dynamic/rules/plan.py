@@ -14,8 +14,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from dynamic.rules.budget import Keep, solve_average
-from dynamic.rules.flags import POSITIONS
+from dynamic.rules.budget import POSITIONS, Keep, solve_average
 from dynamic.rules.registry import find_rule
 from dynamic.rules.rule import ImageRule, LayerRule, Rule
 from llava.errors import FlagError

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data.splice_plan import SplicePlanner
 from llava.data.tiling import ImageLength, get_anyres_image_grid_shape
+from llava.encoded_images import LINE_END, EncodedImages, texts_behind_images
 from llava.errors import FlagError
 from llava.extension import ExtensionSet
-from llava.model.encoded_images import LINE_END, EncodedImages, texts_behind_images
 from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.multimodal_encoder.builder import set_normalization
 from llava.model.multimodal_encoder.identity import lasting_name

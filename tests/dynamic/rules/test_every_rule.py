@@ -12,6 +12,7 @@ from dynamic.rules.handle import reduced
 from dynamic.rules.registry import rules
 from dynamic.rules.rule import LayerRule
 from tests.dynamic.rules.reduced_models import PATCHES, batch_of, logits_of, long_way, prompts, tiny_llava
+from tests.dynamic.rules.table import table, written
 
 NEAR = {"atol": 2e-5, "rtol": 0}
 
@@ -28,6 +29,10 @@ def plans() -> list[str]:
 @pytest.fixture(params=plans())
 def plan(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+def test_the_readme_has_the_rules_of_the_code() -> None:
+    assert written() == table()
 
 
 def test_a_row_alone_is_what_explicit_masks_give(plan: str) -> None:

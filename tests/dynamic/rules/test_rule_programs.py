@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_an_evaluation_says_what_was_kept_and_continues_with_the_same_rule_only(
 @pytest.mark.parametrize("keep", [2, 0.5, "0.5", 2.0])
 def test_each_request_may_have_its_own_rule(keep: Any) -> None:
     loaded = load_model(str(BASE), device="cpu")
-    url = f"data:image/png;base64,{__import__('base64').b64encode((IMAGES / 'im0.png').read_bytes()).decode()}"
+    url = f"data:image/png;base64,{base64.b64encode((IMAGES / 'im0.png').read_bytes()).decode()}"
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is shown?"}]
 
     with running(loaded, SETTINGS, gather_seconds=0.2) as (client, engine):
@@ -106,7 +107,8 @@ def test_the_terminal_and_a_single_question(capsys: pytest.CaptureFixture[str]) 
 def test_a_rule_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     visualize(
         ["--model-path", str(BASE), "--device", "cpu", "--image-file", str(IMAGES / "im0.png"), "--query", "What?",
-         "--output-dir", str(tmp_path), "--max_new_tokens", "3", "--conv-mode", "vicuna_v1", "--temperature", "0", *PLAN]
+         "--output-dir", str(tmp_path), "--max_new_tokens", "3", "--conv-mode", "vicuna_v1", "--temperature", "0",
+         *PLAN]
     )  # fmt: skip
     assert "2 of 4 patches kept" in capsys.readouterr().out
     assert (tmp_path / "kept.png").stat().st_size > 1000

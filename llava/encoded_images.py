@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.model.multimodal_encoder.base import VisionTower
-
 LINE_END = -1
 """In place of the number of a feature: the learned vector behind a line of tiles."""
 
@@ -30,7 +28,7 @@ class EncodedImages:
         tower_features: (N, P, D_vision).
         sources: for each image (P_i,) int64: which row of the flattened (N P, D_vision) is at each of its positions, or
             `LINE_END`.
-        tower: that made the features.
+        tower: that made the features, a `VisionTower`.
         block_inputs: (N, P, D_vision), with the class token if there is one, what entered these blocks of the tower.
         projector: (..., D_vision) to (..., D).
         newline: (D,), or None if no line has an end.
@@ -45,7 +43,7 @@ class EncodedImages:
     tiles: tuple[int, ...]
     tower_features: Tensor
     sources: list[Tensor]
-    tower: VisionTower
+    tower: Any
     block_inputs: dict[int, Tensor]
     projector: Callable[[Tensor], Tensor]
     newline: Tensor | None
