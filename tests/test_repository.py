@@ -28,7 +28,14 @@ from tests.structure import (
 
 EXTENSIONS = ("hydralora", "dynamic", "mma", "moe_patch")
 MAX_LINES = 500
-WITHOUT_A_MODEL = ("llava.constants", "llava.errors", "llava.segments", "llava.runtime")
+WITHOUT_A_MODEL = (
+    "llava.constants",
+    "llava.errors",
+    "llava.segments",
+    "llava.encoded_images",
+    "llava.data.tiling",
+    "llava.runtime",
+)
 """Modules and folders of llava that know nothing of its model; anybody may use them."""
 MAX_MODULES = 32
 

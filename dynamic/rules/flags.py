@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dynamic.rules.budget import POSITIONS
 from llava.errors import FlagError
-
-if TYPE_CHECKING:
-    from llava.extension import ExtensionSet
 
 OPTIONS = ("reduce", "keep", "positions")
 
@@ -43,8 +40,8 @@ def watch(model: Any) -> AbstractContextManager[Callable[[], str | None]]:
 
 def extensions(
     model: Any, reduce: str | None = None, keep: float | str | None = None, positions: str | None = None
-) -> ExtensionSet:
-    """The extensions of calls in which a plan drops image tokens.
+) -> Any:
+    """The `ExtensionSet` of calls in which a plan drops image tokens.
 
     Raises:
         FlagError: the plan cannot be read or carried out, or there is none.

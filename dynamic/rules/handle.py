@@ -16,7 +16,6 @@ from dynamic.rules.extension import NAME, ReductionExtension
 from dynamic.rules.plan import parse_plan
 from dynamic.rules.registry import LEARNED
 from llava.errors import FlagError
-from llava.extension import ExtensionSet
 
 PREDICTORS = "dynamic"
 """Name of the extension with learned predictors."""
@@ -24,8 +23,8 @@ PREDICTORS = "dynamic"
 
 def reduced(
     model: Any, rule: str, keep: float | str | None = None, positions: str = "original", tokens: int | None = None
-) -> ExtensionSet:
-    """The extensions of a model for one call in which a plan of rules drops image tokens.
+) -> Any:
+    """The `ExtensionSet` of a model for one call in which a plan of rules drops image tokens.
 
     Args:
         model: a LLaVA, bare or inside a PEFT model.
@@ -38,7 +37,7 @@ def reduced(
         FlagError: the plan cannot be read or carried out.
     """
     given = None if keep is None else str(keep)
-    extensions: ExtensionSet = model.extensions
+    extensions = model.extensions
     if rule == LEARNED:
         return _learned(model, given, positions, tokens)
     plan = parse_plan(rule, given, positions)
@@ -48,9 +47,9 @@ def reduced(
     return extensions.without(PREDICTORS).with_extension(extension, config)
 
 
-def _learned(model: Any, keep: str | None, positions: str, tokens: int | None) -> ExtensionSet:
+def _learned(model: Any, keep: str | None, positions: str, tokens: int | None) -> Any:
     """The predictors of a checkpoint with another keep rate."""
-    extensions: ExtensionSet = model.extensions
+    extensions = model.extensions
     found = {item.extension.name: item for item in extensions}.get(PREDICTORS)
     if found is None or not found.config.get("use_vision_predictor", True):
         raise FlagError(f"--reduce {LEARNED}: this checkpoint has no predictor of image tokens; name another rule")
@@ -72,7 +71,7 @@ def _learned(model: Any, keep: str | None, positions: str, tokens: int | None) -
 class Handle:
     """A plan that is in use until `remove` is called, or until the end of a `with` block."""
 
-    def __init__(self, model: Any, extensions: ExtensionSet) -> None:
+    def __init__(self, model: Any, extensions: Any) -> None:
         self.model, self._before = model, model.extensions.replace_by(extensions)
 
     def remove(self) -> None:

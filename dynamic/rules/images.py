@@ -147,7 +147,7 @@ class View:
         return int.from_bytes(hashlib.sha256(pixels.numpy().tobytes()).digest()[:8], "big")
 
     def part(self, chosen: Tensor) -> View:
-        """The tokens `chosen` (k,) alone."""
+        """The tokens `chosen` (n,) alone."""
         projected = None if self._projected is None else self._projected[chosen]
         return View(self.batch, self.image, self.rows[chosen], self.tower[chosen], projected)
 
@@ -157,10 +157,10 @@ class View:
         if selection.merge is None:
             return left
         if rule.place == "tower":
-            left.tower = (selection.merge @ self.tower.float()).to(self.tower.dtype)  # (k, D_vision)
+            left.tower = (selection.merge @ self.tower.float()).to(self.tower.dtype)  # (n, D_vision)
             left._projected = None
         else:
-            left._projected = (selection.merge @ self.projected.float()).to(self.projected.dtype)  # (k, D)
+            left._projected = (selection.merge @ self.projected.float()).to(self.projected.dtype)  # (n, D)
         return left
 
 
@@ -170,7 +170,7 @@ class Reduced:
 
     Attributes:
         view: the tokens that are left, ascending.
-        kept: (k,) int64 positions of the image that stay, class token and line ends included, ascending.
+        kept: (n,) int64 positions of the image that stay, class token and line ends included, ascending.
         counts: tokens in front of the first rule, and after each.
     """
 
@@ -246,7 +246,7 @@ def place_features(batch: Batch, reduced: Sequence[Reduced]) -> list[Tensor]:
     """For each image (P, D): what is left at its places, zeros where nothing will be seen."""
     encoded, found = batch.encoded, []
     for source, each in zip(encoded.sources, reduced, strict=True):
-        projected = each.view.projected  # (k, D)
+        projected = each.view.projected  # (n, D)
         features = projected.new_zeros(len(source), projected.shape[1])
         stays = torch.zeros(len(source), dtype=torch.bool, device=source.device)
         stays[each.kept] = True
