@@ -17,6 +17,12 @@ from llava.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range
 
 KEEP_RATE = Range(0, 1, above=True)
 
+GUMBEL = "gumbel"
+"""Each image token is drawn by itself from its two logits, and a loss pulls the share to the keep rate."""
+
+TOPK = "topk"
+"""Of each image exactly the tokens with the highest keep logits under noise, as many as at inference."""
+
 
 @dataclass(frozen=True)
 class SparseConfig(CheckedConfig):
@@ -45,6 +51,14 @@ class SparseConfig(CheckedConfig):
     use_vision_predictor: bool = option("drop image tokens", True)
 
     vision_keep_rate: float = option("share of each image's tokens that is kept", 0.2)
+
+    vision_decision: str = option(
+        "how training chooses image tokens: gumbel draws each by itself, and a loss pulls the share to the keep rate; "
+        "topk keeps exactly that share of each image, the best under noise that falls with the temperature",
+        GUMBEL,
+        choices=[GUMBEL, TOPK],
+    )
+    """The original knows the first alone. At inference both keep the best."""
 
     use_text_predictor: bool = option("drop text tokens; False switches both text predictors off", True)
     """Each of the two text predictors has a switch of its own too."""
@@ -80,6 +94,8 @@ class SparseConfig(CheckedConfig):
 
     def _out_of_range(self) -> list[str]:
         problems = super()._out_of_range()
+        if isinstance(self.vision_decision, str) and self.vision_decision not in (GUMBEL, TOPK):
+            problems.append(f"vision_decision is '{self.vision_decision}', expected '{GUMBEL}' or '{TOPK}'")
         if not problems and not self._wrong_types():
             if self.d_model % self.nhead:
                 problems.append(f"d_model {self.d_model} is not a multiple of nhead {self.nhead}")
@@ -108,7 +124,7 @@ class SparseOptions:
     _argument_group_name: ClassVar[str] = "Dynamic-LLaVA"
 
     dynamic: bool = option("train predictors that drop vision and text tokens (llava.train.train_sparse: True)", False)
-    gumbel_start_tau: float = option("temperature of the Gumbel-softmax at the first step", 1.0)
+    gumbel_start_tau: float = option("temperature of the decisions in training at the first step", 1.0)
     gumbel_end_tau: float = option("temperature that it falls to, exponentially", 0.1)
     predictor_lr: float = option("learning rate of the predictors", 3e-4)
     predictor_weight_decay: float = option("weight decay of the predictors", 0.0)

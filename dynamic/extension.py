@@ -22,7 +22,7 @@ from dynamic import inference
 from dynamic import model as sparse_model
 from dynamic import original as convert
 from dynamic.attention import interface
-from dynamic.config import FLAG_RANGES, SparseConfig, SparseOptions
+from dynamic.config import FLAG_RANGES, TOPK, SparseConfig, SparseOptions
 from dynamic.inspection import DecisionLog, patch_indices, record_decisions
 from dynamic.kept_text import KeptTokens, answer_tokens, instruction_tokens
 from dynamic.sequence import valid_positions
@@ -83,8 +83,10 @@ class DynamicExtension(Extension):
         """Settings of predictors that are switched off."""
         output = options["use_text_predictor"] and options["use_output_text_predictor"]
         instruct = options["use_text_predictor"] and options["use_instruct_predictor"]
-        of_vision = ("vision_keep_rate", "nhead", "dim_feedforward", "num_layers")
+        of_vision = ("vision_keep_rate", "vision_decision", "nhead", "dim_feedforward", "num_layers")
+        weighted = output or instruct or (options["use_vision_predictor"] and options["vision_decision"] != TOPK)
         return {
+            *(() if weighted else ("mask_loss_weight",)),
             *(() if options["use_vision_predictor"] else of_vision),
             *(() if options["use_text_predictor"] else ("use_output_text_predictor", "use_instruct_predictor")),
             *(() if output else ("output_text_keep_rate", "output_text_len_for_training")),
@@ -149,7 +151,10 @@ class DynamicExtension(Extension):
         return inference.make_cache(model, SparseConfig.from_dict(config))
 
     def losses(self, model: nn.Module, config: Config, inputs: MultimodalInputs) -> dict[str, Tensor]:
-        """The weighted keep-rate losses `image`, `output_text` and `instruct` of the predictors that exist."""
+        """The weighted keep-rate losses `image`, `output_text` and `instruct` of the predictors that exist.
+
+        With `vision_decision` "topk" the share of the image is exact, and the first is left out.
+        """
         masked = self._passes.pop(model, None)
         if masked is None:
             return {}
@@ -158,7 +163,7 @@ class DynamicExtension(Extension):
         return masked.losses(SparseConfig.from_dict(config), sparse_model.predictors(model))
 
     def metrics(self, model: nn.Module, config: Config) -> dict[str, float]:
-        """`kept_<predictor>`, the share of the judged tokens that was kept since the last call, and `tau`."""
+        """What `KeepStatistics.pop` says of the passes in training since the last call, and `tau`."""
         kept = self._statistics[model].pop() if model in self._statistics else {}
         return {**kept, "tau": self._schedule(model).tau}
 

@@ -1,8 +1,9 @@
 """The mathematics of Dynamic-LLaVA (arXiv 2412.00876): predictors, decisions, losses, temperature.
 
 A predictor gives each token two logits, channel 0 for keeping and channel 1 for dropping it. Training decides with
-straight-through Gumbel-softmax, inference by the larger logit or the k best. Modules carry the original's parameter
-names (`VisionPredictor` and `TextPredictor` in `dynamic_modeling_llama.py`). Imports torch alone.
+straight-through Gumbel-softmax or by the k best under noise, inference by the larger logit or the k best. Modules carry
+the original's parameter names (`VisionPredictor` and `TextPredictor` in `dynamic_modeling_llama.py`). Imports torch
+alone.
 
 Shape letters: B batch, n tokens that are judged, D width of the decoder, d width of a predictor.
 """
@@ -204,10 +205,46 @@ def top_keep_mask(logits: Tensor, keep_rate: float, valid: Tensor) -> Tensor:
         (B, n) bool, False at padding.
     """
     scores = F.log_softmax(logits.float(), dim=-1)[..., KEEP].masked_fill(~valid, -torch.inf)  # (B, n)
-    lengths = valid.sum(dim=-1)  # (B,)
-    counts = torch.minimum(lengths, (lengths.double() * keep_rate).long().clamp(min=1))
     ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return (ranks < counts[:, None]) & valid
+    return (ranks < _kept_counts(valid, keep_rate)[:, None]) & valid
+
+
+def _kept_counts(valid: Tensor, keep_rate: float) -> Tensor:
+    """`kept_count` of each row of `valid` (B, n), (B,) int64; 0 for a row without tokens."""
+    lengths = valid.sum(dim=-1)  # (B,)
+    return torch.minimum(lengths, (lengths.double() * keep_rate).long().clamp(min=1))
+
+
+def gumbel_top_keep(logits: Tensor, noise: Tensor, keep_rate: float, valid: Tensor, tau: float) -> Tensor:
+    """The k best of each row under noise, with a straight-through gradient at the threshold.
+
+    The score of a token is `keep logit - drop logit + tau * noise`, which without noise ranks as `top_keep` does. With
+    tau 1 that draws k tokens without replacement, by weights p(keep) / p(drop); the smaller tau, the closer to what
+    inference keeps. The gradient is that of `sigmoid((score - threshold) / tau)`, where the threshold, the mean of the
+    k-th and the (k + 1)-th score, counts as constant. A row whose tokens all stay has no gradient.
+
+    Args:
+        logits: (B, n, 2).
+        noise: (B, n), from `gumbel_noise`.
+        keep_rate: share of each row's valid tokens; the number k is that of `kept_count`.
+        valid: (B, n) bool, False at padding.
+        tau: temperature, positive.
+
+    Returns:
+        (B, n) float32, exactly 1 for kept tokens and exactly 0 for all others.
+    """
+    scores = logits[..., KEEP].float() - logits[..., 1 - KEEP].float() + tau * noise  # (B, n)
+    counts = _kept_counts(valid, keep_rate)[:, None]  # (B, 1)
+    ranked, order = scores.detach().masked_fill(~valid, -torch.inf).sort(dim=-1, descending=True, stable=True)
+    hard = (order.argsort(dim=-1) < counts) & valid
+    # The two scores around the gap; padding ranks last, so a row that keeps all of its tokens has no second one.
+    last_in = ranked.gather(-1, (counts - 1).clamp(min=0))  # (B, 1)
+    first_out = ranked.gather(-1, counts.clamp(max=valid.shape[-1] - 1))  # (B, 1)
+    chooses = counts < valid.sum(dim=-1, keepdim=True)  # (B, 1)
+    threshold = ((last_in + first_out) / 2).where(chooses, 0.0)
+    soft = torch.sigmoid((scores - threshold) / tau)
+    soft = soft.where(valid & chooses, soft.detach())
+    return hard.float() + (soft - soft.detach())  # the bracket is exactly 0
 
 
 def keep_rate_loss(
@@ -239,5 +276,5 @@ def keep_rate_loss(
 
 
 def temperature(step: int, total_steps: int, start: float, end: float) -> float:
-    """Temperature of the Gumbel-softmax after `step` of `total_steps` updates: exponential from `start` to `end`."""
+    """Temperature of the decisions after `step` of `total_steps` updates: exponential from `start` to `end`."""
     return start * (end / start) ** (step / total_steps)

@@ -28,6 +28,8 @@ SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 ADDED_FILE = "predictors.safetensors"
 """Where the predictors go beside weights in several files."""
+OWN_FIELDS = ("vision_decision",)
+"""Of the configuration what the original does not know. It acts in training alone, so its folders go without."""
 
 
 def prefixes(config: SparseConfig) -> list[str]:
@@ -104,7 +106,8 @@ def add_to_folder(folder: Path, config: SparseConfig, tensors: Mapping[str, Tens
             "predictors among them and has no other place for them"
         )
     path = folder / CONFIG_FILE
-    content = {**read_json(path), CONFIG_KEY: config.to_dict(), "architectures": [ARCHITECTURE]}
+    known = {name: value for name, value in config.to_dict().items() if name not in OWN_FIELDS}
+    content = {**read_json(path), CONFIG_KEY: known, "architectures": [ARCHITECTURE]}
     _write_object(path, content)
 
 

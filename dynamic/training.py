@@ -16,8 +16,16 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from dynamic.config import SparseConfig
-from dynamic.layer import gumbel_keep, gumbel_noise, hard_keep, keep_rate_loss, temperature, top_keep_mask
+from dynamic.config import TOPK, SparseConfig
+from dynamic.layer import (
+    gumbel_keep,
+    gumbel_noise,
+    gumbel_top_keep,
+    hard_keep,
+    keep_rate_loss,
+    temperature,
+    top_keep_mask,
+)
 from dynamic.model import Predictors
 from dynamic.spans import Parts, SpanTable, answers, gather, images, instructions, write
 
@@ -31,23 +39,40 @@ class Decision:
         kept: (R, n) float32, 1 where a token is kept and 0 where it is dropped, with the gradient of the decision.
         table: where the tokens lie.
         judged: (R, n) bool, the tokens that were judged: no padding, and none of a span that is too short.
+        top_rate: the share of each span that inference keeps by rank; None where it asks each token by itself.
     """
 
     logits: Tensor
     kept: Tensor
     table: SpanTable
     judged: Tensor
+    top_rate: float | None
 
 
 @dataclass(frozen=True)
 class Judge:
-    """One of the three predictors with its part of the configuration."""
+    """One of the three predictors with its part of the configuration.
+
+    Attributes:
+        name: of the predictor, in losses and metrics.
+        predictor: the module.
+        keep_rate: the share that is kept, or aimed at.
+        at_least: shorter spans are kept whole in training.
+        spans: which tokens it judges.
+        exact: True if training too keeps exactly the share of each span, so that no loss has to ask for it.
+    """
 
     name: str
     predictor: nn.Module
     keep_rate: float
     at_least: int
     spans: Callable[[Sequence[Parts], torch.device], SpanTable]
+    exact: bool = False
+
+    @property
+    def top_rate(self) -> float | None:
+        """The share that inference keeps by rank."""
+        return self.keep_rate if self.spans is images else None
 
 
 def judges(settings: SparseConfig, predictors: Predictors) -> list[Judge]:
@@ -55,7 +80,7 @@ def judges(settings: SparseConfig, predictors: Predictors) -> list[Judge]:
     s, p = settings, predictors
     found = []
     if p.image is not None:
-        found.append(Judge("image", p.image, s.vision_keep_rate, 0, images))
+        found.append(Judge("image", p.image, s.vision_keep_rate, 0, images, exact=s.vision_decision == TOPK))
     if p.output_text is not None:
         at_least = s.output_text_len_for_training
         found.append(Judge("output_text", p.output_text, s.output_text_keep_rate, at_least, answers))
@@ -65,7 +90,9 @@ def judges(settings: SparseConfig, predictors: Predictors) -> list[Judge]:
 
 
 def train_decision(judge: Judge, hidden: Tensor, samples: Sequence[Parts], tau: float) -> Decision:
-    """Decide by Gumbel-softmax; spans shorter than the configuration asks for are kept whole, without gradient.
+    """Decide under Gumbel noise, each token by itself or the best of each span.
+
+    Spans shorter than the configuration asks for are kept whole, without gradient.
 
     Args:
         judge: whose tokens are judged.
@@ -75,9 +102,13 @@ def train_decision(judge: Judge, hidden: Tensor, samples: Sequence[Parts], tau: 
     """
     table = judge.spans(samples, hidden.device)
     logits = _logits(judge, hidden, table)  # (R, n, 2)
-    kept = gumbel_keep(logits, gumbel_noise(logits.shape, logits.device), tau)  # (R, n)
+    if judge.exact:
+        noise = gumbel_noise(logits.shape[:-1], logits.device)
+        kept = gumbel_top_keep(logits, noise, judge.keep_rate, table.valid, tau)  # (R, n)
+    else:
+        kept = gumbel_keep(logits, gumbel_noise(logits.shape, logits.device), tau)  # (R, n)
     long_enough = (table.lengths >= judge.at_least)[:, None]
-    return Decision(logits, torch.where(long_enough, kept, 1.0), table, table.valid & long_enough)
+    return Decision(logits, torch.where(long_enough, kept, 1.0), table, table.valid & long_enough, judge.top_rate)
 
 
 def inference_decision(judge: Judge, hidden: Tensor, samples: Sequence[Parts]) -> Decision:
@@ -96,7 +127,7 @@ def inference_decision(judge: Judge, hidden: Tensor, samples: Sequence[Parts]) -
         keep = hard_keep(logits) | ~judged
     else:
         keep = hard_keep(logits)
-    return Decision(logits, keep.float(), table, judged)
+    return Decision(logits, keep.float(), table, judged, judge.top_rate)
 
 
 def _logits(judge: Judge, hidden: Tensor, table: SpanTable) -> Tensor:
@@ -120,7 +151,7 @@ class MaskedPass:
     """One forward pass with a loss.
 
     Attributes:
-        tau: temperature of the Gumbel-softmax; None decides as inference does.
+        tau: temperature of the decisions; None decides as inference does.
         decisions: by the names of `judges`; empty until the sparse layer is reached.
     """
 
@@ -152,7 +183,7 @@ class MaskedPass:
         return policy(hidden, list(self.decisions.values()))
 
     def losses(self, settings: SparseConfig, predictors: Predictors) -> dict[str, Tensor]:
-        """The keep-rate losses by name, each already weighted; means over the samples."""
+        """The keep-rate losses by name, each already weighted; means over the samples; none of exact decisions."""
         return {
             judge.name: settings.mask_loss_weight
             * keep_rate_loss(
@@ -163,7 +194,7 @@ class MaskedPass:
                 self.decisions[judge.name].table.weights,
             )
             for judge in judges(settings, predictors)
-            if judge.name in self.decisions
+            if judge.name in self.decisions and not judge.exact
         }
 
 

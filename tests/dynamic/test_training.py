@@ -94,7 +94,7 @@ def constant_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def draw(shape: torch.Size, device: Any = None) -> Tensor:
         torch.manual_seed(5)
-        return gumbel_noise((1, 64, 2))[:, : shape[1]].expand(shape)
+        return gumbel_noise((1, 64, *shape[2:]))[:, : shape[1]].expand(shape)
 
     monkeypatch.setattr(dynamic.training, "gumbel_noise", draw)
 

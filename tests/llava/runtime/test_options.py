@@ -104,7 +104,7 @@ def test_no_option_is_written_twice(config: type, options: type, file: str) -> N
     assert not _twice(text, config.__name__, options.__name__)
     shared = {item.name: item for item in dataclasses.fields(config)}
     flags = {item.name: item for item in dataclasses.fields(options)}
-    assert {"dynamic": 15, "mma": 7}[file.partition("/")[0]] == len(both := shared.keys() & flags.keys())
+    assert {"dynamic": 16, "mma": 7}[file.partition("/")[0]] == len(both := shared.keys() & flags.keys())
     assert all(_same(shared[name]) == _same(flags[name]) for name in both)
     types, flag_types = get_type_hints(config), get_type_hints(options)  # a parser resolves `Field.type` in place
     assert all(types[name] == flag_types[name] for name in both)
