@@ -34,7 +34,7 @@ from llava.extension import Config, Extension, ImportedState, ParameterGroup, Ru
 from llava.model.language_model.masks import layer_kinds
 from llava.runtime import checkpointing
 from llava.runtime.ranges import check_ranges
-from llava.segments import DecoderState, MultimodalInputs
+from llava.segments import DecoderState, MultimodalInputs, Segments
 
 if TYPE_CHECKING:
     from transformers import Cache, TrainerCallback
@@ -49,7 +49,6 @@ class DynamicExtension(Extension):
 
     def __init__(self) -> None:
         # Per model, and gone with it: one extension may serve several models.
-        self._passes: WeakKeyDictionary[nn.Module, MaskedPass] = WeakKeyDictionary()
         self._schedules: WeakKeyDictionary[nn.Module, TemperatureSchedule] = WeakKeyDictionary()
         self._statistics: WeakKeyDictionary[nn.Module, KeepStatistics] = WeakKeyDictionary()
 
@@ -119,10 +118,20 @@ class DynamicExtension(Extension):
 
     def on_inputs(self, model: nn.Module, config: Config, inputs: MultimodalInputs) -> MultimodalInputs:
         """Decide how this batch is made sparse: tokens are masked if a loss will be wanted, dropped otherwise."""
-        self._passes.pop(model, None)
+        masked = None
         if inputs.labels is not None:
-            self._passes[model] = MaskedPass(self._schedule(model).tau if model.training else None)
-        return inputs
+            masked = MaskedPass(self._schedule(model).tau if model.training else None)
+        # In the segments, so that it belongs to this batch alone, whatever becomes of the pass.
+        return dataclasses.replace(inputs, segments=[_noted(row, masked) for row in inputs.segments])
+
+    def loss_problem(self, config: Config, segments: Sequence[Segments] | None) -> str | None:
+        """Tokens are masked for a loss, and dropped without one: which it is, `on_inputs` decides."""
+        if _masked_pass(segments) is not None:
+            return None
+        return (
+            "it was not told that a loss is wanted; pass ids and images, or call `extensions.on_inputs` on what "
+            "`build_inputs` gives, with labels, and hand over the `segments` of its result"
+        )
 
     def before_layer(self, model: nn.Module, config: Config, index: int, state: DecoderState) -> DecoderState:
         """Let the predictors judge what enters the sparse layer; without a loss, drop what they do not keep."""
@@ -132,10 +141,9 @@ class DynamicExtension(Extension):
         rate = config.get("vision_keep_rate", settings.vision_keep_rate)
         if rate != settings.vision_keep_rate:  # of this call
             settings = dataclasses.replace(settings, vision_keep_rate=rate)
-        if model in self._passes and state.segments is not None:
-            policy = self._passes[model].decide(
-                settings, sparse_model.predictors(model), state.hidden_states, state.segments
-            )
+        masked = _masked_pass(state.segments)
+        if masked is not None:
+            policy = masked.decide(settings, sparse_model.predictors(model), state.hidden_states, state.segments)
             if policy is not None:
                 _pass_on(policy, model, state)
             inference.store_all(state)
@@ -155,7 +163,7 @@ class DynamicExtension(Extension):
 
         With `vision_decision` "topk" the share of the image is exact, and the first is left out.
         """
-        masked = self._passes.pop(model, None)
+        masked = _masked_pass(inputs.segments)
         if masked is None:
             return {}
         if model.training:
@@ -218,6 +226,18 @@ class DynamicExtension(Extension):
             convert.add_to_folder(folder, SparseConfig.from_dict(config), dict(sparse_model.added_parameters(model)))
         except ValueError as error:
             raise CheckpointError(str(error)) from error
+
+
+def _noted(row: Segments, masked: MaskedPass | None) -> Segments:
+    """A row that belongs to a pass with a loss, or to one without."""
+    others = {name: note for name, note in row.notes.items() if name != DynamicExtension.name}
+    return dataclasses.replace(row, notes=others if masked is None else others | {DynamicExtension.name: masked})
+
+
+def _masked_pass(segments: Sequence[Segments] | None) -> MaskedPass | None:
+    """The pass with a loss that a batch belongs to, or None."""
+    found: MaskedPass | None = segments[0].notes.get(DynamicExtension.name) if segments else None
+    return found
 
 
 @contextmanager

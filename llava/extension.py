@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from llava.details import AnsweredRow, Observation, Said
 from llava.errors import FlagError
-from llava.segments import DecoderState, MultimodalInputs
+from llava.segments import DecoderState, MultimodalInputs, Segments
 
 if TYPE_CHECKING:
     from transformers import Cache, TrainerCallback
@@ -149,6 +149,17 @@ class Extension:
     def wants_images(self, config: Config) -> bool:
         """Whether `on_images` has something to see; by default it has if the extension defines it."""
         return type(self).on_images is not Extension.on_images
+
+    def loss_problem(self, config: Config, segments: Sequence[Segments] | None) -> str | None:
+        """Why a loss cannot be computed of embeddings that a caller has spliced, or None.
+
+        Asked where `labels` come without ids, so that `on_inputs` was the caller's business.
+
+        Args:
+            config: of the extension.
+            segments: that the caller hands over.
+        """
+        return None
 
     # 3. Modules
     def attach(self, model: nn.Module, config: Config) -> None:
@@ -327,6 +338,17 @@ class ExtensionSet:
         for item in self:
             inputs = item.extension.on_inputs(model, item.config, inputs)
         return inputs
+
+    def check_loss(self, segments: Sequence[Segments] | None) -> None:
+        """Refuse a loss of embeddings that an extension cannot take part in (seam 2).
+
+        Raises:
+            FlagError: names the extension and the reason.
+        """
+        for item in self:
+            problem = item.extension.loss_problem(item.config, segments)
+            if problem is not None:
+                raise FlagError(f"a loss of embeddings with the extension '{item.extension.name}': {problem}")
 
     def layer_visits(self, model: nn.Module, state: DecoderState) -> tuple[LayerVisit, ...]:
         """Seam 4: what extensions and observations want called before each layer of one pass, in turn."""

@@ -10,6 +10,7 @@ Shape letters: B batch, L positions, n new tokens.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -24,7 +25,7 @@ from dynamic.rules.rule import LayerRule
 from dynamic.sequence import shorten, valid_positions, with_mask
 from llava.errors import FlagError
 from llava.extension import Config, Extension, LayerVisit
-from llava.segments import DecoderState, MultimodalInputs
+from llava.segments import DecoderState, MultimodalInputs, Segments
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -74,6 +75,10 @@ class ReductionExtension(Extension):
             mine = [next(noted)[NAME] for _ in range(max(1, len(row.images)))]
             segments.append(dataclasses.replace(row, notes={**row.notes, NAME: tuple(mine[: len(row.images)])}))
         return dataclasses.replace(inputs, segments=segments)
+
+    def loss_problem(self, config: Config, segments: Sequence[Segments] | None) -> str | None:
+        """A rule drops tokens that a loss over all positions needs."""
+        return f"the rule '{config['plan'].text}' drops tokens, and a loss over all positions needs them; take it off"
 
     def attach(self, model: nn.Module, config: Config) -> None:
         """Check that the plan fits; nothing is added.

@@ -14,6 +14,7 @@ import dynamic.training
 from dynamic.config import kept_count
 from dynamic.extension import DynamicExtension
 from dynamic.layer import gumbel_noise
+from llava.errors import FlagError
 from llava.segments import MultimodalInputs, Segments, Span
 from tests.checkpointed import keep_activations
 from tests.dynamic.golden_model import arch, golden_model
@@ -221,14 +222,43 @@ def test_every_sample_has_its_own_image_range(golden_tower: Path, monkeypatch: p
 def test_text_alone_does_not_switch_the_batch_off(golden_tower: Path) -> None:
     """The original skips all sparsification of a batch with a sample without image."""
     case, tensors = load_case("dynamic", "train_quirk_text_only_sample")
-    model, extension = golden_model(golden_tower, case["sparse_config"])
+    model, _ = golden_model(golden_tower, case["sparse_config"])
     model.train()
     names = ("input_ids", "attention_mask", "labels", "images")
     output = model(**{name: tensors[f"in/{name}"] for name in names})
     assert output.losses.keys() == {"lm", "dynamic/image", "dynamic/output_text"}
     assert float(output.losses["dynamic/image"].detach()) > 0
     assert abs(output.losses["lm"].item() - case["scalars"]["loss_lm"]) > 1e-3
-    assert not extension._passes
+
+
+def test_a_loss_of_embeddings_runs_the_same_seams_or_says_no(host: Any) -> None:
+    inputs = batch_of(["one"])
+    given = {"inputs_embeds": inputs.inputs_embeds, "attention_mask": inputs.attention_mask, "labels": inputs.labels}
+    for segments in (None, inputs.segments):
+        with pytest.raises(FlagError, match="it was not told that a loss is wanted"):
+            host(**given, segments=segments)
+    assert torch.isfinite(host(**given, segments=host.extensions.on_inputs(host, inputs).segments).loss)
+
+
+def test_a_pass_that_fails_half_way_leaves_nothing_behind(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next inference drops tokens as if there had been no pass with a loss."""
+    host.eval()
+    inputs = replace(batch_of(["one"]), labels=None)
+    prompt = {"inputs_embeds": inputs.inputs_embeds, "attention_mask": inputs.attention_mask}
+    with torch.no_grad():
+        expected = host(**prompt, segments=host.extensions.on_inputs(host, inputs).segments).logits
+    assert expected.shape[1] < inputs.inputs_embeds.shape[1]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("half way")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(host.get_decoder().layers[-1], "forward", fail)
+        with pytest.raises(RuntimeError, match="half way"):
+            run(host, batch_of(["one"]))
+    with torch.no_grad():
+        found = host(**prompt, segments=host.extensions.on_inputs(host, inputs).segments).logits
+    assert torch.equal(found, expected)
 
 
 def test_share_of_kept_tokens_and_temperature_are_metrics(host: Any) -> None:

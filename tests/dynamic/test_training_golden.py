@@ -49,7 +49,7 @@ class Recorded:
         self.inputs = inputs
         hook = model.get_decoder().layers[-1].register_forward_pre_hook(self._see, with_kwargs=True)
         inputs = model.extensions.on_inputs(model, inputs)
-        self.decisions = extension._passes[model].decisions
+        self.decisions = inputs.segments[0].notes["dynamic"].decisions
         self.output: LlavaOutput = model(
             inputs_embeds=inputs.inputs_embeds,
             attention_mask=inputs.attention_mask,

@@ -141,6 +141,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
 
         Raises:
             ValueError: images and image tokens do not match in number.
+            FlagError: an extension cannot take part in a loss of these embeddings.
         """
         inputs: MultimodalInputs | None = None
         targets: Targets | None = None
@@ -168,6 +169,8 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             input_ids, inputs_embeds, segments = None, inputs.inputs_embeds, inputs.segments
             position_ids, labels = inputs.position_ids, inputs.labels
             attention_mask, packed = inputs.attention_mask, inputs.packed
+        if labels is not None and inputs is None:
+            own.check_loss(segments)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
