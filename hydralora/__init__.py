@@ -59,8 +59,10 @@ MODULES = {
 }
 """Where each name of the LLaVA variant is defined; the others of `__all__` are the method of PEFT, in `tuner/`."""
 
-PROGRAM = sys.argv[:1] == ["-m"]
-"""Whether Python is locating a program of this package, which is the first to import it."""
+_located = sys.orig_argv[len(sys.orig_argv) - len(sys.argv)].removeprefix("-m") if sys.argv[:1] == ["-m"] else ""
+
+PROGRAM = _located.partition(".")[0] == "hydralora"
+"""Whether Python is locating a program of this package (`python -m hydralora.NAME`), the first to import it."""
 
 
 def _old_peft() -> str:

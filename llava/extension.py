@@ -254,6 +254,12 @@ class ExtensionSet:
     def __init__(self, attached: Iterable[Attached] = ()) -> None:
         self._attached: list[Attached] = list(attached)
         self._observations: list[Observation] = []
+        self._own: ExtensionSet | None = None
+
+    @property
+    def own(self) -> ExtensionSet:
+        """Those of the model itself, where others are in use for a call or for a while."""
+        return self if self._own is None else self._own
 
     def __iter__(self) -> Iterator[Attached]:
         return iter(self._attached)
@@ -264,7 +270,7 @@ class ExtensionSet:
     @property
     def configs(self) -> dict[str, Config]:
         """Configuration by name, as written into `config.json`."""
-        return {item.extension.name: item.config for item in self if not item.extension.transient}
+        return {item.extension.name: item.config for item in self.own if not item.extension.transient}
 
     def with_extension(self, extension: Extension, config: Config) -> ExtensionSet:
         """Another set that has one more, or another configuration of one that is there; for one call.
@@ -279,19 +285,22 @@ class ExtensionSet:
             there = there or same
         if not there:
             found._attached.append(new)
-        found._observations = self._observations
-        return found
+        return self._derived(found)
 
     def without(self, name: str) -> ExtensionSet:
         """Another set that lacks one."""
-        found = ExtensionSet(item for item in self if item.extension.name != name)
-        found._observations = self._observations
+        return self._derived(ExtensionSet(item for item in self if item.extension.name != name))
+
+    def _derived(self, found: ExtensionSet) -> ExtensionSet:
+        found._observations, found._own = self._observations, self.own
         return found
 
     def replace_by(self, other: ExtensionSet) -> ExtensionSet:
         """Become `other`, and return what this set was; nothing is attached or taken away in the model."""
         before = ExtensionSet(self._attached)
+        before._own = self._own
         self._attached = list(other)
+        self._own = before if other._own is self else other._own
         return before
 
     @property
@@ -411,7 +420,9 @@ class ExtensionSet:
     def named_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Parameters of all extensions by their name in `model` (seam 8)."""
         return {
-            name: parameter for item in self for name, parameter in item.extension.named_parameters(model, item.config)
+            name: parameter
+            for item in self.own
+            for name, parameter in item.extension.named_parameters(model, item.config)
         }
 
 

@@ -1,4 +1,4 @@
-"""Options that installed packages add to every program that asks a model, found by the entry points "llava.inference".
+"""Options that installed packages add to the programs that ask a LLaVA, found by the entry points "llava.inference".
 
 Such an entry point names a module that imports no torch, so that `--help` is answered at once, with
 

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import os
 import runpy
 import subprocess
 import sys
@@ -186,6 +187,7 @@ def check(program):
     if loaded: sys.exit(f"{{program}} imports {{loaded[0]}}")
 
 for program in words:
+    sys.orig_argv = ["python", "-m", program]
     found = importlib.import_module(program)
     module = importlib.import_module(f"{{program}}.__main__") if hasattr(found, "__path__") else found
     check(program)
@@ -237,6 +239,21 @@ def test_a_program_finds_the_names_of_its_package(package: str, known: str) -> N
     """Imported when they are used, as the same objects; what is made known to transformers and PEFT is then."""
     done = subprocess.run([sys.executable, "-c", LATE, package], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.returncode) == (known, 0), done.stderr
+
+
+def test_a_program_of_another_package_finds_everything_made_known(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "__init__.py").write_text("import hydralora, llava.model\n")
+    (tmp_path / "other" / "train.py").write_text(
+        "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known\n"
+        "from transformers import AutoConfig\n"
+        "print('HYDRALORA' in known, AutoConfig.for_model('llava_llama').model_type)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "other.train", "hydralora.x"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+    )  # fmt: skip
+    assert (done.stdout.strip(), done.returncode) == ("True llava_llama", 0), done.stderr
 
 
 def test_the_list_is_printed_at_once_without_torch(tmp_path: Path) -> None:

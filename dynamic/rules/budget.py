@@ -44,7 +44,7 @@ class Keep:
             )
         value = float(match.group(2))
         kind = "average" if match.group(1) else "share" if "." in text else "count"
-        if value <= 0 or (kind == "share" and value > 1) or (kind != "share" and value < 1):
+        if not math.isfinite(value) or value <= 0 or (kind == "share" and value > 1) or (kind != "share" and value < 1):
             raise FlagError(f"--keep {text}: a share is above 0 and at most 1.0, a number of tokens at least 1")
         if kind == "count" and value != int(value):
             raise FlagError(f"--keep {text}: a number of tokens is whole")
@@ -96,8 +96,9 @@ def solve_average(
     Raises:
         FlagError: even a single token is more, or the average is above all tokens; names the least one.
     """
+    wanted = min(wanted, tokens)  # as a number of tokens above those of an image keeps all of them
     least = average(tokens, counts(1), starts, layers)
-    if wanted < least or wanted > tokens:
+    if wanted < least:
         raise FlagError(
             f"--keep avg:{wanted:g}: before layers {list(starts)} of {layers} this rule reaches averages from "
             f"{least:.1f} to {tokens}; drop earlier, or keep more"

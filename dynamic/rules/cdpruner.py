@@ -86,13 +86,14 @@ def most_probable(similarity: Tensor, relevance: Tensor, keep: int) -> Tensor:
     kept = torch.empty(keep, dtype=torch.long, device=similarity.device)
     for step in range(keep):
         gain = relevance.square() * unexplained
-        pick = gain.masked_fill(taken, -torch.inf).argmax()
-        rest = unexplained[pick]
-        row = similarity[pick] - factor[:step].T @ factor[:step, pick]  # (n,)
+        pick = gain.masked_fill(taken, -torch.inf).argmax(dim=0, keepdim=True)  # (1,)
+        # An index of one number would be waited for.
+        rest = unexplained.index_select(0, pick)  # (1,)
+        row = similarity.index_select(0, pick)[0] - factor[:step].T @ factor[:step].index_select(1, pick)[:, 0]  # (n,)
         # A token without volume of its own explains nothing that the others do not
         factor[step] = torch.where(rest > 0, row * rest.clamp(min=DEPENDENT).rsqrt(), torch.zeros_like(row))
         unexplained = unexplained - factor[step].square()
         unexplained = unexplained.where(unexplained > DEPENDENT, torch.zeros_like(unexplained))
-        taken[pick] = True
-        kept[step] = pick
+        taken.index_fill_(0, pick, True)
+        kept[step : step + 1] = pick
     return kept

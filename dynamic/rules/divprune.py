@@ -48,8 +48,9 @@ class DivPruneRule(ImageRule):
         taken = torch.zeros_like(nearest, dtype=torch.bool)
         kept = torch.empty(keep, dtype=torch.long, device=distance.device)
         for step in range(keep):
-            pick = (weight * nearest).masked_fill(taken, -torch.inf).argmax()
-            nearest = distance[pick] if step == 0 else torch.minimum(nearest, distance[pick])
-            taken[pick] = True
-            kept[step] = pick
+            pick = (weight * nearest).masked_fill(taken, -torch.inf).argmax(dim=0, keepdim=True)  # (1,)
+            row = distance.index_select(0, pick)[0]  # (n,); an index of one number would be waited for
+            nearest = row if step == 0 else torch.minimum(nearest, row)
+            taken.index_fill_(0, pick, True)
+            kept[step : step + 1] = pick
         return Selection(kept)

@@ -52,7 +52,8 @@ class ReductionExtension(Extension):
             return
         batch = Batch(images, model.get_input_embeddings())  # type: ignore[operator]
         with torch.no_grad():
-            reduced = [reduce_image(batch, number, plan.image_stages) for number in range(len(images.sources))]
+            depth = len(model.get_decoder().layers)  # type: ignore[operator]
+            reduced = [reduce_image(batch, number, plan.image_stages, depth) for number in range(len(images.sources))]
             images.features = place_features(batch, reduced)
         for notes, each in zip(images.notes, reduced, strict=True):
             notes[NAME] = each.kept
@@ -88,6 +89,12 @@ class ReductionExtension(Extension):
         """
         host: Any = model
         config["plan"].check(len(host.get_decoder().layers))
+        tower = host.get_vision_tower()
+        if tower is not None and tower.interval is not None:
+            raise FlagError(
+                f"--reduce {config['plan'].text}: this model reads class tokens (--mm_vision_select_feature "
+                f"{tower.select_feature}), not patches, so there is nothing to reduce"
+            )
         kinds = set(getattr(host.config, "layer_types", None) or ())
         if kinds - {"full_attention"} or (not kinds and getattr(host.config, "sliding_window", None) is not None):
             raise FlagError(
@@ -148,6 +155,8 @@ class Walk:
         length = valid.shape[1]
         keep = valid
         if state.segments is not None:
+            if self.origin is not None:  # layers of one model may be on several devices
+                self.origin = self.origin.to(keep.device)
             if self.origin is None:
                 self.images = [[end - start for start, end in row.images] for row in state.segments]
                 self.origin = torch.arange(length, device=valid.device).expand(len(valid), -1)

@@ -21,9 +21,7 @@ PREDICTORS = "dynamic"
 """Name of the extension with learned predictors."""
 
 
-def reduced(
-    model: Any, rule: str, keep: float | str | None = None, positions: str = "original", tokens: int | None = None
-) -> Any:
+def reduced(model: Any, rule: str, keep: float | str | None = None, positions: str = "original") -> Any:
     """The `ExtensionSet` of a model for one call in which a plan of rules drops image tokens.
 
     Args:
@@ -31,15 +29,14 @@ def reduced(
         rule: a plan, see `dynamic.rules.plan`; `learned` stands for the predictors of a Dynamic-LLaVA checkpoint.
         keep: the budget: a share as 0.25, a number as 128, or "avg:128".
         positions: `original` or `renumber`.
-        tokens: of an image, to turn a number into a share for `learned`; None: those that the tower gives.
 
     Raises:
         FlagError: the plan cannot be read or carried out.
     """
     given = None if keep is None else str(keep)
-    extensions = model.extensions
+    extensions = model.extensions.own
     if rule == LEARNED:
-        return _learned(model, given, positions, tokens)
+        return _learned(model, given, positions)
     plan = parse_plan(rule, given, positions)
     extension, config = ReductionExtension(), {"plan": plan}
     extension.attach(model, config)
@@ -47,9 +44,9 @@ def reduced(
     return extensions.without(PREDICTORS).with_extension(extension, config)
 
 
-def _learned(model: Any, keep: str | None, positions: str, tokens: int | None) -> Any:
+def _learned(model: Any, keep: str | None, positions: str) -> Any:
     """The predictors of a checkpoint with another keep rate."""
-    extensions = model.extensions
+    extensions = model.extensions.own
     found = {item.extension.name: item for item in extensions}.get(PREDICTORS)
     if found is None or not found.config.get("use_vision_predictor", True):
         raise FlagError(f"--reduce {LEARNED}: this checkpoint has no predictor of image tokens; name another rule")
@@ -62,7 +59,9 @@ def _learned(model: Any, keep: str | None, positions: str, tokens: int | None) -
     budget = Keep.parse(keep)
     if budget.kind == "average":
         raise FlagError(f"--reduce {LEARNED} --keep {keep}: give a share or a number of tokens")
-    count = tokens or model.get_vision_tower().num_features
+    if budget.kind == "count" and getattr(model.config, "image_aspect_ratio", None) == "anyres":
+        raise FlagError(f"--reduce {LEARNED} --keep {keep}: images in tiles differ in their tokens; give a share")
+    count = model.get_vision_tower().num_features
     # Half a token more, so that rounding down gives the number that was asked for.
     rate = budget.value if budget.kind == "share" else min(1.0, (budget.count(count) + 0.5) / count)
     return extensions.with_extension(found.extension, {**found.config, "vision_keep_rate": rate})

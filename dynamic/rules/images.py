@@ -14,16 +14,16 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from dynamic.rules.budget import Keep
+from dynamic.rules.plan import Stage
 from dynamic.rules.regions import Region, tile_regions
 from dynamic.rules.rule import ImageRule
 from dynamic.rules.selection import Selection
 from llava.encoded_images import LINE_END, EncodedImages
-from llava.errors import FlagError
 
 
 class Batch:
@@ -36,11 +36,6 @@ class Batch:
 
     def __init__(self, encoded: EncodedImages, embed: nn.Module) -> None:
         tower = encoded.tower
-        if tower.interval is not None:
-            raise FlagError(
-                f"--mm_vision_select_feature {tower.select_feature}: this model reads class tokens, not patches, so "
-                "there is nothing to reduce"
-            )
         self.encoded, self.embed = encoded, embed
         self.first = tower.num_features - tower.num_patches  # 1 where the class token is handed over
 
@@ -179,16 +174,24 @@ class Reduced:
     counts: tuple[int, ...]
 
 
-def reduce_image(batch: Batch, image: int, stages: Sequence[tuple[ImageRule, Keep]]) -> Reduced:
-    """Run the rules on one image, one after another; shares are of the image as it was in front of all of them."""
+def reduce_image(batch: Batch, image: int, stages: Sequence[Stage], depth: int) -> Reduced:
+    """Run the rules on one image, one after another; shares are of the image as it was in front of all of them.
+
+    Args:
+        batch: of the image.
+        image: its number in the batch.
+        stages: in front of the decoder.
+        depth: layers of the decoder.
+    """
     source = batch.encoded.sources[image]
     patches = source % batch.encoded.tower_features.shape[1] >= batch.first
     places = (patches & (source != LINE_END)).nonzero().flatten()  # (n,) positions of the patches
     rows = source[places]
     tower = batch.encoded.tower_features.flatten(0, 1)[rows]  # (n, D_vision)
     view, total, counts = View(batch, image, rows, tower, None), len(rows), [len(rows)]
-    for rule, keep in stages:
-        wanted = min(keep.count(total), len(view.rows))
+    for stage in stages:
+        rule = cast(ImageRule, stage.rule)
+        wanted = min(stage.counts(total, depth)[0], len(view.rows))
         selection = _select(rule, view, wanted).ascending()
         selection.check(len(view.rows), wanted, rule.name)
         view, places = view.merged(selection, rule), places[selection.kept]

@@ -2,7 +2,7 @@
 
     plan  = part, then "+" and a part, as often as wanted
     part  = rule, in brackets its options `[seed=3]`, "+" and a modifier of it, ":" and its budget, "@" and its place
-    place = `tower` or `features`, which a rule has by itself, or decoder layers as `2` or `8,16,24`
+    place = `tower` or `features`, which a rule has by itself, or decoder layers as `2`, `8,16,24` or `8/16/24`
 
 A part without a budget takes the one that is given for the whole plan.
 """
@@ -19,7 +19,7 @@ from dynamic.rules.registry import find_rule
 from dynamic.rules.rule import ImageRule, LayerRule, Rule
 from llava.errors import FlagError
 
-_PART = re.compile(r"(?P<rule>[\w-]+)(?:\[(?P<options>[^\]]*)\])?(?::(?P<keep>[\w.:]+))?(?:@(?P<place>[\w,]+))?")
+_PART = re.compile(r"(?P<rule>[\w-]+)(?:\[(?P<options>[^\]]*)\])?(?::(?P<keep>[\w.:]+))?(?:@(?P<place>[\w,/]+))?")
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,17 @@ class Stage:
     layers: tuple[int, ...] = ()
 
     def counts(self, tokens: int, depth: int) -> list[int]:
-        """How many of `tokens` image tokens stay from each of its layers on, in a decoder of `depth` layers."""
+        """How many of `tokens` image tokens stay from each of its layers on, in a decoder of `depth` layers.
+
+        Raises:
+            FlagError: the rule cannot reach the average that is asked for.
+        """
         rule = self.rule
-        if not isinstance(rule, LayerRule):
-            return [round(self.keep.value) if self.keep.kind == "average" else self.keep.count(tokens)]
+        if not isinstance(rule, LayerRule):  # in front of the decoder the average is the number
+            wanted = round(self.keep.value) if self.keep.kind == "average" else self.keep.count(tokens)
+            return [min(max(1, wanted), tokens)]
+        if not tokens:  # of an image that was cut off with the end of its row
+            return [0] * len(self.layers)
         if self.keep.kind != "average":
             return rule.counts(self.keep.count(tokens), tokens, self.layers)
         last = solve_average(
@@ -65,9 +72,9 @@ class Plan:
     text: str = ""
 
     @property
-    def image_stages(self) -> list[tuple[ImageRule, Keep]]:
+    def image_stages(self) -> list[Stage]:
         """Those in front of the decoder."""
-        return [(stage.rule, stage.keep) for stage in self.stages if isinstance(stage.rule, ImageRule)]
+        return [stage for stage in self.stages if isinstance(stage.rule, ImageRule)]
 
     @property
     def layer_stages(self) -> list[Stage]:
@@ -173,13 +180,16 @@ def _layers(text: str, rule: Rule, place: str | None) -> tuple[int, ...]:
         raise FlagError(f"--reduce {text}: '{rule.name}' is neither an ImageRule nor a LayerRule")
     if place is None:
         return rule.layers
-    if not re.fullmatch(r"\d+(,\d+)*", place):
+    if not re.fullmatch(r"\d+([,/]\d+)*", place):
         raise FlagError(f"--reduce {text}: '{rule.name}' acts before decoder layers, as @2 or @8,16,24, not @{place}")
-    return tuple(int(number) for number in place.split(","))
+    return tuple(int(number) for number in re.split("[,/]", place))
 
 
 def _check_order(text: str, stages: tuple[Stage, ...]) -> None:
     """Rules in front of the decoder come first, and layers ascend; an average is of one rule alone."""
+    places = [stage.rule.place for stage in stages if isinstance(stage.rule, ImageRule)]
+    if places != sorted(places, reverse=True):
+        raise FlagError(f"--reduce {text}: a rule at @tower comes before those at @features, which see what it leaves")
     layers = [layer for stage in stages for layer in (stage.layers or (-1,))]
     inner = [layer for layer in layers if layer >= 0]
     if layers != sorted(layers) or len(set(inner)) < len(inner) or 0 in inner:

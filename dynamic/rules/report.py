@@ -27,10 +27,12 @@ class Meter(DecisionLog):
         self.kept = [0] * self.decoder.layers
         self.whole = self.text = self.prompts_with_images = self.seen = 0
         self.cache_bytes = self.cached_rows = 0
+        self.measured_at = self.last = 0  # prompts that were seen when the cache was measured, and in the last pass
 
     def add_prompts(self, decision: PromptDecision, stages: Sequence[StageDecision]) -> None:
         """Count the rows that have images."""
-        self.seen += len(decision.keep)
+        self.last = len(decision.keep)
+        self.seen += self.last
         for row, segments in enumerate(decision.segments):
             images = sum(end - start for start, end in segments.images)
             if not images:
@@ -47,11 +49,12 @@ class Meter(DecisionLog):
     @property
     def wants_cache(self) -> bool:
         """Once behind each batch of prompts."""
-        return self.cached_rows < self.seen
+        return self.measured_at < self.seen
 
     def add_cache(self, report: CacheReport) -> None:
         """Add up what is held."""
-        self.cached_rows = self.seen
+        self.measured_at = self.seen
+        self.cached_rows += self.last
         self.cache_bytes += report.bytes_held
 
     def words(self) -> str | None:

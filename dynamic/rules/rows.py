@@ -51,21 +51,26 @@ class LayerInput:
 
     def queries(self, row: int, places: Tensor, rotary: bool) -> Tensor:
         """(H, queries, C) at `places` of a row, padding counted."""
-        return self._projected("q", self.normed[row, places][None], row, places, rotary)
+        return self._projected("q", row, places, rotary)
 
     def keys(self, row: int, places: Tensor, rotary: bool) -> Tensor:
         """(K, L, C) at `places` of a row, padding counted."""
-        return self._projected("k", self.normed[row, places][None], row, places, rotary)
+        return self._projected("k", row, places, rotary)
 
-    def _projected(self, kind: str, normed: Tensor, row: int, places: Tensor, rotary: bool) -> Tensor:
+    def _projected(self, kind: str, row: int, places: Tensor, rotary: bool) -> Tensor:
+        """On the device of `places`, whichever the layer is on."""
         attention: Any = self.layer.self_attn
+        normed = self.normed[row, places.to(self.normed.device)][None]  # (1, places, D)
         states = getattr(attention, f"{kind}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
         norm = getattr(attention, f"{kind}_norm", None)  # Qwen3
         states = (states if norm is None else norm(states)).transpose(1, 2)  # (1, H or K, places, C)
         if rotary:
-            cos, sin = (part.expand(len(self.hidden), -1, -1)[row, places][None] for part in self.rotary)
-            states, _ = apply_rotary_pos_emb(states, states, cos.to(states.device), sin.to(states.device))
-        return states[0]
+            cos, sin = (
+                part.expand(len(self.hidden), -1, -1)[row, places.to(part.device)][None].to(states.device)
+                for part in self.rotary
+            )
+            states, _ = apply_rotary_pos_emb(states, states, cos, sin)
+        return states[0].to(places.device)
 
 
 @dataclass(frozen=True)
@@ -164,9 +169,10 @@ class Row:
 
     def normed(self) -> Tensor:
         """(L, D)."""
-        return self.norm(self.hidden)
+        return self.norm(self.hidden).to(self.valid.device)
 
     def entered(self) -> tuple[Tensor, Tensor]:
         """(images, D) and (text, D); without a text behind the images the last position stands for it."""
         images, text = self.start.of(self.number)
-        return images, text if len(text) else self.start.hidden[self.number, -1:]
+        text = text if len(text) else self.start.hidden[self.number, -1:]
+        return images.to(self.valid.device), text.to(self.valid.device)

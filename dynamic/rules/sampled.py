@@ -20,7 +20,8 @@ from dynamic.rules.selection import Selection
 class RandomRule(ImageRule):
     """`keep` of the n tokens, each subset equally likely.
 
-    The draw depends on the seed, the pixels of the image and n alone, so it is the same in any batch, row and device.
+    The draw depends on the seed, n, and the pixels of the image in the dtype of the model, so it is the same in any
+    batch and row.
     A smaller budget keeps a part of what a larger one keeps. Report several seeds.
 
     Attributes:

@@ -50,9 +50,10 @@ class ScopeRule(ImageRule):
         kept = torch.empty(keep, dtype=torch.long, device=weight.device)
         for step in range(keep):
             gain = (similarity - covered).clamp_(min=0).sum(dim=1)  # (n,)
-            pick = (gain * weight).masked_fill(taken, -torch.inf).argmax()
-            covered = torch.maximum(covered, similarity[pick])
-            covered[pick] = torch.inf  # what is chosen needs no more cover
-            taken[pick] = True
-            kept[step] = pick
+            pick = (gain * weight).masked_fill(taken, -torch.inf).argmax(dim=0, keepdim=True)  # (1,)
+            # An index of one number would be waited for.
+            covered = torch.maximum(covered, similarity.index_select(0, pick)[0])
+            covered.index_fill_(0, pick, torch.inf)  # what is chosen needs no more cover
+            taken.index_fill_(0, pick, True)
+            kept[step : step + 1] = pick
         return Selection(kept)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hydralora.layer import Routing
+from hydralora.tuner.parts import Experts, Router, SharedA
 from hydralora.tuner.routing.rule import Rule
 
 
@@ -43,12 +44,17 @@ def one_token(layer: DecodingLayer, adapter_name: str, x: Tensor, onto: Tensor) 
     """
     if x.numel() != x.shape[-1] or layer.training or layer.observers or not layer.rules[adapter_name].plain:
         return None
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or x.is_meta or torch.is_autocast_enabled(x.device.type):
         return None
     parts = layer._modules
-    router = _weight(parts["lora_router"], adapter_name)
-    shared_a, experts_b = _weight(parts["lora_A"], adapter_name), _weight(parts["lora_B"], adapter_name)
+    router = _weight(parts["lora_router"], adapter_name, Router)
+    shared_a = _weight(parts["lora_A"], adapter_name, SharedA)
+    experts_b = _weight(parts["lora_B"], adapter_name, Experts)
     if router is None or shared_a is None or experts_b is None:
+        return None
+    dropout: Any = parts["lora_dropout"]
+    dropout = dropout._modules[adapter_name]
+    if dropout.training and dropout.p:  # by itself, as for draws at inference
         return None
     rule, scaling = layer.rules[adapter_name], layer.scaling[adapter_name]
     if not x.dtype == onto.dtype == shared_a.dtype == router.dtype == experts_b.dtype:
@@ -66,14 +72,19 @@ def one_token(layer: DecodingLayer, adapter_name: str, x: Tensor, onto: Tensor) 
     return torch.add(onto, update, alpha=scaling)
 
 
-def _weight(parts: Any, adapter_name: str) -> Tensor | None:
+def _weight(parts: Any, adapter_name: str, kind: type[nn.Module]) -> Tensor | None:
     """The weight of an adapter's module, by the dictionaries of `nn.Module`; None: it has to be called.
 
     Hooks, as of offloading and sharding, and a `forward` put onto the module act in a call only. A weight that is no
-    plain parameter, such as a split or a quantized one, is the matter of the module too.
+    plain parameter, such as a split or a quantized one, is the matter of the module too, and so is one of another class
+    than `kind`, or one that draws since it is in training mode by itself.
     """
-    module: Mapping[str, Any] | None = getattr(parts._modules.get(adapter_name), "__dict__", None)
-    if module is None or module["_forward_hooks"] or module["_forward_pre_hooks"] or "forward" in module:
+    found: Any = parts._modules.get(adapter_name)
+    if type(found) is not kind:
+        return None
+    module: Mapping[str, Any] = found.__dict__
+    drawn = module["training"] and kind is Experts and found.head_dropout.drops
+    if drawn or module["_forward_hooks"] or module["_forward_pre_hooks"] or "forward" in module:
         return None
     weight = module["_parameters"].get("weight")
     return weight if type(weight) is nn.Parameter else None

@@ -28,6 +28,7 @@ from llava.eval.answering.runner import load_images, make_prompt
 from llava.eval.answering.stepwise import Stepper
 from llava.eval.scoring.meteor import find_wordnet, meteor
 from llava.eval.scoring.references import ReferenceConversation, read_conversations
+from llava.inference_options import given_options, put_on
 from llava.runtime.hub import get_model_name_from_path
 from llava.runtime.ranges import COUNT, NOT_NEGATIVE, check_ranges
 from llava.runtime.weights.fingerprint import weights_fingerprint
@@ -125,7 +126,7 @@ def main(
     rows = get_chunk(read_conversations(args.question_file), args.num_chunks, args.chunk_idx)
     results = _results_file(args, rows, metric, multi_round)
     if results.pending:
-        loaded = load(args.model_path, args.model_base, device=args.device, torch_dtype=args.torch_dtype)
+        loaded = put_on(load(args.model_path, args.model_base, device=args.device, torch_dtype=args.torch_dtype), args)
         by_place = {row.where: row for row in rows}
         with tqdm(total=len(rows), initial=len(results.rows), unit="conversation") as progress:
             for key, task in results.pending.items():
@@ -168,6 +169,7 @@ def _results_file(
         "metric": metric,
         "multi_round": multi_round,
         "max_new_tokens": getattr(args, "max_new_tokens", None),
+        **given_options(args),
     }
     return AnswersFile(
         args.answers_file,

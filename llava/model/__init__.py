@@ -19,7 +19,10 @@ __all__ = [
     "LlavaQwen3ForCausalLM",
 ]
 
-if TYPE_CHECKING or sys.argv[:1] != ["-m"]:  # that is what it is while Python locates a program of this package
+# What stands behind -m, while Python locates it.
+_located = sys.orig_argv[len(sys.orig_argv) - len(sys.argv)].removeprefix("-m") if sys.argv[:1] == ["-m"] else ""
+
+if TYPE_CHECKING or not f"{_located}.".startswith("llava.model."):
     from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
     from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
     from llava.model.language_model.llava_qwen2 import LlavaQwen2Config, LlavaQwen2ForCausalLM

@@ -95,11 +95,8 @@ def read_request(body: Any, defaults: Defaults) -> ChatRequest:
 
 
 def _inference(asked: ChatCompletionRequest) -> tuple[tuple[str, str], ...]:
-    """Options of installed packages as a command line has them: a whole number from 1 on is a number of tokens."""
-    keep = asked.keep
-    if isinstance(keep, float):
-        keep = str(int(keep)) if keep >= 1 and keep == int(keep) else repr(keep)
-    given = {"reduce": asked.reduce, "keep": keep, "positions": asked.positions}
+    """Options of installed packages as a command line has them."""
+    given = {"reduce": asked.reduce, "keep": asked.keep, "positions": asked.positions}
     found = tuple((name, str(value)) for name, value in given.items() if value is not None)
     if unknown := [name for name, _ in found if name not in option_names()]:
         raise RequestError(f"the parameter '{unknown[0]}' is of a package that is not installed here", unknown[0])

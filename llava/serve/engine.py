@@ -326,6 +326,10 @@ class Engine:
             if not halves or any(row.tokens for row in rows):  # what was sent cannot be taken back
                 self._fail(rows, "the device ran out of memory; ask for fewer tokens or smaller images")
                 return
+        except LlavaError as error:  # says what to do, for example with a budget that a rule cannot reach
+            logger.warning("a batch of %d requests was refused: %s", len(rows), error)
+            self._fail(rows, str(error))
+            return
         except Exception:  # the thread must outlive a bad batch; the log has the trace
             logger.exception("a batch of %d requests failed", len(rows))
             self._fail(rows, "the model failed on this request; see the server's log")

@@ -24,8 +24,8 @@ MAX_PLAN_CHARS = 500
 MAX_MESSAGES = 2048
 """Messages of a request, and parts of a message."""
 
-TEXT, LIST, OBJECT, IMAGE = "<text>", "<list>", "<object>", "<image>"
-TAGS = frozenset({TEXT, LIST, OBJECT, IMAGE})
+TEXT, LIST, OBJECT, IMAGE, COUNT, SHARE = "<text>", "<list>", "<object>", "<image>", "<count>", "<share>"
+TAGS = frozenset({TEXT, LIST, OBJECT, IMAGE, COUNT, SHARE})
 """Which form of a field was found; pydantic puts it into an error's path, where clients do not expect it."""
 
 
@@ -56,6 +56,12 @@ class Only:
 def _form(value: Any) -> str | None:
     """Which of the forms of a field this is; None if it is none of them."""
     forms: dict[type, str] = {str: TEXT, list: LIST, dict: OBJECT}
+    return forms.get(type(value))
+
+
+def _budget(value: Any) -> str | None:
+    """Which form a budget has; `true` is none."""
+    forms: dict[type, str] = {int: COUNT, float: SHARE, str: TEXT}
     return forms.get(type(value))
 
 
@@ -158,8 +164,16 @@ class ChatCompletionRequest(_Asked):
     reduce: Annotated[str, Field(min_length=1, max_length=MAX_PLAN_CHARS)] | None = None
     """Of this server: drop image tokens by this plan of rules; without one, as the server was started."""
 
-    keep: Annotated[float, Field(gt=0)] | Annotated[str, Field(min_length=1, max_length=MAX_PLAN_CHARS)] | None = None
-    """Its budget: a share below 1, a number of tokens, or a text as `avg:128`."""
+    keep: (
+        Annotated[
+            Annotated[int, Field(ge=1, le=10**6), Tag(COUNT)]
+            | Annotated[float, Field(gt=0, lt=1), Tag(SHARE)]
+            | Annotated[str, Field(min_length=1, max_length=MAX_PLAN_CHARS), Tag(TEXT)],
+            _one_of(_budget, "must be a whole number of tokens, a share below 1, or a text as avg:128"),
+        ]
+        | None
+    ) = None
+    """Its budget: a whole number of tokens, a share below 1, or a text as `avg:128`."""
 
     positions: Literal["original", "renumber"] | None = None
     """Positions of the tokens that are left."""

@@ -17,7 +17,7 @@ LLAVA_OPTIONS: Table = but(
     supported(
         "torch_compile",
         "torch: the layers of decoder and tower are compiled in their places, for any length (performance.md)",
-        limits="not together with `--deepspeed`, `--fsdp` or `--bits 4`; transformers allows TF32 with it",
+        limits="not together with `--deepspeed`, `--fsdp` or `--bits` 4 or 8; transformers allows TF32 with it",
     ),
     supported(
         "torch_compile_backend",

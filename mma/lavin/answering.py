@@ -29,7 +29,6 @@ from llava.eval.answering.options import json_values
 from llava.eval.answering.processes import Processes, part_of, put_together
 from llava.eval.answering.questions import read_jsonl
 from llava.eval.answering.runner import Prompt, answer_tasks
-from llava.inference_options import put_on
 from llava.runtime.hub import get_model_name_from_path
 from llava.runtime.places import Input, refuse_file, refuse_folder, same_place
 from llava.runtime.ranges import NOT_NEGATIVE, check_ranges
@@ -145,7 +144,7 @@ def load_lavin(args: argparse.Namespace, given: dict[str, Any], folders: Folders
     if args.shifted_decoding is not None:
         config["shifted_decoding"] = args.shifted_decoding
     loaded.model.config.tokenizer_model_max_length = args.max_seq_len - 1  # the modality token has no place here
-    return put_on(loaded, args)
+    return loaded
 
 
 def device_of(args: argparse.Namespace, processes: Processes) -> str:

@@ -77,7 +77,7 @@ def make_plan(command: Command) -> Plan:
     update = rehearsal.measure(command.batch)
     own = share(update)
     room = int(command.gpu_memory * GIB) - outside(command)
-    if command.zero is None and own.total > room and update.passes + own.buffers < own.total:
+    if command.zero is None and update.step + own.buffers > room:
         return Plan(command, update, own, 0)  # the optimizer's step does not fit, whatever the batch
     known = {command.batch: update}
 

@@ -51,6 +51,7 @@ class Update:
     Attributes:
         peak: bytes of each part when their sum was largest.
         passes: bytes of all parts when their sum was largest before the optimizer's step; these grow with the batch.
+        step: the same of clipping and the optimizer's step, whatever the batch; 0 if it was not made.
         work: activations and logits when their sum was largest, whatever else there was.
         weights: bytes of all weights.
         trained: number of trained parameters.
@@ -62,6 +63,7 @@ class Update:
 
     peak: dict[Part, int]
     passes: int
+    step: int
     work: dict[Part, int]
     weights: int
     trained: int
@@ -130,15 +132,20 @@ class Rehearsal:
             weights = meter.now[Part.WEIGHTS]
             waits = _counted(fake, partial(run_passes, self.trainer, batches, meter))
             passes, flops = meter.peak_bytes, meter.flops
-            last = partial(run_step, self.trainer, optimizer) if steps and optimizer is not None else tuple
-            step_waits = _counted(fake, last)
-            meter.close()
-            peak, work = dict(meter.peak), dict(meter.peak_work)  # what follows is of no update
+            peak, work, step, step_waits = dict(meter.peak), dict(meter.peak_work), 0, {}
+            if steps and optimizer is not None:
+                meter.forget_peak()
+                step_waits = _counted(fake, partial(run_step, self.trainer, optimizer))
+                step = meter.peak_bytes
+                peak = dict(meter.peak) if step > passes else peak
+                work = max(work, dict(meter.peak_work), key=lambda parts: sum(parts.values()))
+            meter.close()  # what follows is of no update
             if steps and self.command.zero is not None and self.state is None:
                 self.state = _optimizer_state(self.trainer, fake)
         return Update(
             peak=peak,
             passes=passes,
+            step=step,
             work=work,
             weights=weights,
             trained=sum(weight.numel() for weight in trained(self.model)),

@@ -171,6 +171,8 @@ def test_the_next_turn_continues_with_what_was_chosen() -> None:
         ("example-last-row[x=1]", "0.5", "no option of 'example-last-row'"),
         ("example-neighbors:avg:9+example-last-row:0.5", None, "the budget of a single rule"),
         ("example-last-row@2", "avg:3", "reaches averages from"),
+        ("pool:0.5+visionzip:0.25", None, "a rule at @tower comes before"),
+        ("example-neighbors", "9" * 400, "a number of tokens"),
         ("a b", "0.5", "is not of the form"),
         ("learned", "0.5", "has no predictor of image tokens"),
     ],
@@ -203,7 +205,13 @@ def test_learned_predictors_take_another_keep_rate() -> None:
         with record_decisions(model) as log:
             model.generate(ids, images=image, extensions=reduced(model, "learned", keep), max_new_tokens=2)
         assert len(log.prompts[0].images(0)[0]) == count
-    # Another rule takes the place of the predictors.
+    # Another rule takes the place of the predictors, and they are found again, also for a checkpoint, while it does.
+    with attach(model, "example-neighbors", 2):
+        assert "dynamic" in model.extensions.configs
+        assert any("image_score_predictor" in name for name in model.extensions.named_parameters(model))
+        with record_decisions(model) as log:
+            model.generate(ids, images=image, extensions=reduced(model, "learned", 1), max_new_tokens=2)
+        assert len(log.prompts[0].images(0)[0]) == 1
     output = model.generate(
         ids, images=image, extensions=reduced(model, "example-neighbors", 2), max_new_tokens=3, min_new_tokens=3,
         return_dict_in_generate=True,

@@ -137,12 +137,31 @@ def in_training(model: PeftModel) -> Any:
     return nullcontext()
 
 
+def dropout_in_training(model: PeftModel) -> Any:
+    """As for draws at inference; here it drops next to nothing, so that the numbers can be compared."""
+    dropout = only_layer(model).lora_dropout["default"]
+    dropout.train()
+    dropout.p = 1e-9
+    return nullcontext()
+
+
+def of_another_class(model: PeftModel) -> Any:
+    class Doubled(type(only_layer(model).lora_A["default"])):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            return super().forward(*args, **kwargs) * 2
+
+    only_layer(model).lora_A["default"].__class__ = Doubled
+    return nullcontext()
+
+
 REFUSED: dict[str, tuple[dict[str, Any], Callable[[PeftModel], Any]]] = {
     "hooks": ({}, hooked),
     "a forward of its own": ({}, put_on),
     "a computed weight": ({}, parametrized),
     "observers": ({}, observed),
     "training": ({}, in_training),
+    "dropout in training": ({}, dropout_in_training),
+    "another class": ({}, of_another_class),
     "a forced routing": ({}, lambda model: forced_routing(model, expert=1)),
     "autocast": ({}, lambda model: torch.autocast("cpu", torch.bfloat16)),
     "the best experts": ({"top_k": 1}, lambda model: nullcontext()),
@@ -162,7 +181,7 @@ def test_what_takes_the_other_way(case: str, taken: list[bool]) -> None:
         with other_way():
             assert torch.equal(only_layer(model)(x), found)
     assert taken == [False]
-    if case not in ("observers", "training"):
+    if case not in ("observers", "training", "dropout in training"):
         assert not torch.equal(only_layer(plain)(x), found)
         assert taken == [False, True]
 

@@ -86,6 +86,7 @@ def test_planned_bytes_are_those_of_a_real_run(method: str, folder: Path) -> Non
 
 MEASURED = Update(
     passes=900,
+    step=850,
     peak={Part.WEIGHTS: 500, Part.GRADIENTS: 100, Part.OPTIMIZER: 200, Part.ACTIVATIONS: 70, Part.LOGITS: 30},
     work={Part.ACTIVATIONS: 80, Part.LOGITS: 40},
     weights=400,
