@@ -92,10 +92,12 @@ def call_extensions(model: Any, given: Mapping[str, Any]) -> ExtensionSet | None
 
 
 @contextmanager
-def watched(model: Any) -> Iterator[Callable[[], list[str]]]:
-    """What all modules say of the calls of a model in this context."""
+def watched(loaded: Loaded, args: Any) -> Iterator[Callable[[], list[str]]]:
+    """What the modules whose options were given say of the calls of a model in this context."""
+    given = given_options(args)
     with ExitStack() as stack:
-        say = [stack.enter_context(module.watch(model)) for module in installed_options()]
+        modules = [module for module in installed_options() if any(name in given for name in module.OPTIONS)]
+        say = [stack.enter_context(module.watch(loaded.model)) for module in modules]
         yield lambda: [words for each in say if (words := each())]
 
 
@@ -105,7 +107,8 @@ def put_on(loaded: L, args: Any) -> L:
     Raises:
         FlagError: the options cannot be carried out on this model.
     """
-    extensions = call_extensions(loaded.model, given_options(args))
-    if extensions is not None:
-        loaded.model.extensions.replace_by(extensions)
+    if given := given_options(args):
+        extensions = call_extensions(loaded.model, given)
+        if extensions is not None:
+            loaded.model.extensions.replace_by(extensions)
     return loaded

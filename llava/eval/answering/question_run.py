@@ -110,7 +110,7 @@ def answer_and_measure(
     print(f"{args.answers_file}: {len(answers.rows)} of {len(tasks)} questions are answered")
     if answers.pending:
         loaded = load_model(args.model_path, args.model_base, device=args.device, torch_dtype=args.torch_dtype)
-        with watched(put_on(loaded, args).model) as words:
+        with watched(put_on(loaded, args), args) as words:
             speed = answer_tasks(
                 answers,
                 loaded,

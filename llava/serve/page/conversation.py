@@ -57,6 +57,11 @@ class Turn:
     voted: str | None = None
     start: Start = field(default_factory=Start, compare=False, repr=False)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more comes; also of a version from before the visitor pressed Stop."""
+        return self.ended or self.start.abandoned
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -73,7 +78,7 @@ class Conversation:
     @property
     def is_open(self) -> bool:
         """Whether an answer is under way."""
-        return bool(self.turns) and not self.turns[-1].ended
+        return bool(self.turns) and not self.turns[-1].is_over
 
     def ask(self, question: str, model: str) -> Conversation:
         """With another question."""
@@ -84,8 +89,11 @@ class Conversation:
         return replace(self, turns=(*self.turns[:-1], replace(self.turns[-1], **changes)))
 
     def stopped(self) -> Conversation:
-        """With what has come of an answer that was under way."""
-        return self.last(ended=True) if self.is_open else self
+        """With what has come of an answer that was under way; whoever is answering is told to end."""
+        if not self.is_open:
+            return self
+        self.turns[-1].start.abandoned = True
+        return self.last(ended=True)
 
     def about(self, image: str | None) -> Conversation:
         """Itself if it is about this image; else a new one, and whoever is answering here is told to end."""
@@ -105,13 +113,13 @@ class Conversation:
         """
         said: list[dict[str, Any]] = []
         for turn in self.turns:
-            if turn.ended and turn.problem is not None:
+            if turn.is_over and turn.problem is not None:
                 continue
             content: Any = turn.question
             if image is not None and not said:
                 content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": turn.question}]
             said.append({"role": "user", "content": content})
-            if turn.ended:
+            if turn.is_over:
                 said.append({"role": "assistant", "content": turn.answer})
         return said
 
@@ -120,7 +128,7 @@ class Conversation:
         said = []
         for turn in self.turns:
             said.append({"role": "user", "content": turn.question})
-            text = turn.answer if turn.ended else f"{turn.answer}▌"
+            text = turn.answer if turn.is_over else f"{turn.answer}▌"
             if turn.problem is not None:
                 text = f"{text}\n\nError: {turn.problem}".strip()
             said.append({"role": "assistant", "content": text or "(an empty answer)"})

@@ -141,6 +141,9 @@ class Handlers:
         Nothing comes if somebody else generates it already: a question or `again` that was refused meanwhile is
         followed by this step, too. It ends without a word once the conversation is abandoned.
         """
+        last = conversation.turns[-1] if conversation.turns else None
+        if last is not None and last.start.abandoned and not last.ended:
+            return
         if not conversation.is_open:
             yield conversation, conversation.shown(), _drawing(conversation)
             return
