@@ -212,9 +212,15 @@ def test_the_start_on_a_base_of_four_bits(tmp_path: Path) -> None:
 
     tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=bits, dtype=torch.float32)
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=bits, dtype=torch.float32)
+
+    base = load()
     before = logits(base)
     assert (before - logits(tiny_llama(hidden_size=64, intermediate_size=128))).abs().max() > 1e-3, "quantised"
     model = centered(base)
     assert (logits(model) - before).abs().max() < TOLERANCE
-    assert all(gradient.abs().max() > 1e-6 for gradient in first_gradients(model.train()).values())
+    # Of a base that was not run before: on CPUs with AVX512-BF16 bitsandbytes packs weights in evaluation, and
+    # passes no gradient through them then.
+    assert all(gradient.abs().max() > 1e-6 for gradient in first_gradients(centered(load()).train()).values())
