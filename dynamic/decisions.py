@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dynamic.config import SparseConfig, kept_count
 from dynamic.layer import hard_keep, top_keep
 from dynamic.model import Predictors
+from dynamic.sequence import last_positions, with_last
 from dynamic.spans import Parts, Range
 
 
@@ -43,12 +44,11 @@ def prompt_decision(
         instructions = [(start, end - 1) for start, end in (sample.last_instruct for sample in segments)]
         _keep_approved(judges.instruct, hidden, instructions, keep)
     if judges.output_text is not None:
-        newest = _last_position(valid)
+        newest = last_positions(valid).tolist()
         generated = [(sample.answer[0], end) for sample, end in zip(segments, newest, strict=True)]
         _keep_approved(judges.output_text, hidden, generated, keep)
     # Generation starts from the last position, be it of an image.
-    keep[torch.arange(len(valid), device=valid.device), _last_position(valid)] = valid.any(dim=1)
-    return keep
+    return with_last(keep, valid)
 
 
 def later_decision(judges: Predictors, hidden: Tensor, valid: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def later_decision(judges: Predictors, hidden: Tensor, valid: Tensor) -> Tensor:
         return valid
     keep = valid & hard_keep(_judge(judge, hidden))
     if valid.shape[1] > 1:  # the answer is generated from the last one
-        keep[torch.arange(len(valid), device=valid.device), _last_position(valid)] = valid.any(dim=1)
+        keep = with_last(keep, valid)
     return keep
 
 
@@ -99,8 +99,3 @@ def _keep_approved(predictor: nn.Module, hidden: Tensor, spans: Sequence[Range],
     places = torch.arange(hidden.shape[1], device=hidden.device)
     judged = keep & (places >= bounds[:, 0]) & (places < bounds[:, 1])  # (B, L)
     keep[judged] = hard_keep(_judge(predictor, hidden[judged]))
-
-
-def _last_position(valid: Tensor) -> list[int]:
-    """Index of the last position of each sample that is not padding."""
-    return (valid.shape[1] - 1 - valid.flip(1).to(torch.uint8).argmax(dim=1)).tolist()

@@ -6,7 +6,7 @@ python -m llava.dynamic_eval.visualize --model-path liuhaotian/llava-v1.5-7b --r
     --image-file view.jpg --query "What is shown?" --output-dir kept
 
 A Dynamic-LLaVA checkpoint shows what its predictors keep, any model what a rule keeps. Writes `kept.png` and
-`kept.html`: each image beside the patches that the last layers work with, the
+`kept.html`: each image next to the patches that the last layers work with, the
 words of the last instruction and of the answer with the forgotten ones crossed out.
 """
 

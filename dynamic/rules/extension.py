@@ -22,7 +22,7 @@ from dynamic.rules.images import Batch, place_features, reduce_image
 from dynamic.rules.plan import Plan
 from dynamic.rules.rows import Entered, LayerInput, Row
 from dynamic.rules.rule import LayerRule
-from dynamic.sequence import shorten, valid_positions, with_mask
+from dynamic.sequence import shorten, valid_positions, with_last, with_mask
 from llava.errors import FlagError
 from llava.extension import Config, Extension, LayerVisit
 from llava.segments import DecoderState, MultimodalInputs, Segments
@@ -65,10 +65,7 @@ class ReductionExtension(Extension):
             FlagError: a loss is asked for.
         """
         if inputs.labels is not None:
-            raise FlagError(
-                f"--reduce {config['plan'].text}: a rule drops tokens, and a loss over all positions needs them; take "
-                "the rule off to train or to compute a loss"
-            )
+            raise FlagError(self.loss_problem(config, inputs.segments))
         if inputs.image_notes is None or not config["plan"].image_stages:
             return inputs
         noted, segments = iter(inputs.image_notes), []
@@ -77,7 +74,7 @@ class ReductionExtension(Extension):
             segments.append(dataclasses.replace(row, notes={**row.notes, NAME: tuple(mine[: len(row.images)])}))
         return dataclasses.replace(inputs, segments=segments)
 
-    def loss_problem(self, config: Config, segments: Sequence[Segments] | None) -> str | None:
+    def loss_problem(self, config: Config, segments: Sequence[Segments] | None) -> str:
         """A rule drops tokens that a loss over all positions needs."""
         return f"the rule '{config['plan'].text}' drops tokens, and a loss over all positions needs them; take it off"
 
@@ -122,7 +119,8 @@ class Walk:
         state: in front of layer 0.
 
     Raises:
-        ValueError: the cache is of another kind, or a prompt comes on top of a filled one.
+        FlagError: the cache is of another kind or plan.
+        ValueError: a prompt comes on top of a filled cache.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, state: DecoderState) -> None:
@@ -196,7 +194,7 @@ class Walk:
             for (start, end), kept in zip(segments.images, segments.notes.get(NAME, ()), strict=False):
                 keep[row, start:end] = False
                 keep[row, start + kept[kept < end - start].to(keep.device)] = True
-        return _with_last(keep, valid)
+        return with_last(keep, valid)
 
     def _kept_before(self, index: int, state: DecoderState, valid: Tensor) -> Tensor:
         """(B, L) bool: what the rule of a layer leaves."""
@@ -220,7 +218,7 @@ class Walk:
                 raise ValueError(f"rule '{rule.name}' merges tokens before a layer, which is not carried out")
             keep[number, places[row.image_places]] = False
             keep[number, places[row.image_places[selection.kept]]] = True
-        return _with_last(keep, valid)
+        return with_last(keep, valid)
 
     def _record(self, index: int, keep: Tensor) -> None:
         """Note for those who listen which positions of the prompts are left; `keep` is of those that are there."""
@@ -262,13 +260,6 @@ def _checked_cache(state: DecoderState, plan: Plan) -> SparseCache | None:
             "empty cache, or continue with `model(input_ids=..., cache=cache)`"
         )
     return cache
-
-
-def _with_last(keep: Tensor, valid: Tensor) -> Tensor:
-    """`keep` (B, L) with the last position of each row: generation starts from there."""
-    last = valid.shape[1] - 1 - valid.flip(1).to(torch.uint8).argmax(dim=1)
-    keep[torch.arange(len(valid), device=valid.device), last] = valid.any(dim=1)
-    return keep
 
 
 def _moved(origin: Tensor, keep: Tensor, left: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ def _options(text: str, kind: type[Rule], written: str | None) -> dict[str, Any]
         name, separator, value = (part.strip() for part in word.partition("="))
         if not separator or name not in defaults:
             raise FlagError(
-                f"--reduce {text}: '{word}' is no option of '{kind.name}'; it has {sorted(defaults) or 'none'}"
+                f"--reduce {text}: '{word}' is not an option of '{kind.name}'; it has {sorted(defaults) or 'none'}"
             )
         try:
             default = defaults[name]

@@ -2,7 +2,7 @@
 
 The numbers are those of `HydraLoraLayer.update`, of the same operations, for the most common case alone: a router that
 decides for this token, and nothing that has to see the modules of the adapter being called. What that takes is looked
-up in every call, so that nothing has to be told of a change: no matrix is kept beside the weights. One product with A
+up in every call, so that nothing has to be told of a change: no matrix is kept next to the weights. One product with A
 and router stacked, which would need such a copy, is not faster than two, since its result has to be cut in two again.
 
 Shape letters: r rank, E experts.

@@ -168,7 +168,7 @@ def test_the_next_turn_continues_with_what_was_chosen() -> None:
         ("example-last-row@0", "0.5", "from layer 1 on"),
         ("example-last-row@2+example-last-row@1", "0.5", "in the order in which they act"),
         ("example-last-row@1+example-neighbors", "0.5", "in the order in which they act"),
-        ("example-last-row[x=1]", "0.5", "no option of 'example-last-row'"),
+        ("example-last-row[x=1]", "0.5", "not an option of 'example-last-row'"),
         ("example-neighbors:avg:9+example-last-row:0.5", None, "the budget of a single rule"),
         ("example-last-row@2", "avg:3", "reaches averages from"),
         ("pool:0.5+visionzip:0.25", None, "a rule at @tower comes before"),
