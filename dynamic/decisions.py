@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from dynamic.config import SparseConfig, kept_count
 from dynamic.layer import hard_keep, top_keep
 from dynamic.model import Predictors
-from dynamic.sequence import last_positions, with_last
 from dynamic.spans import Parts, Range
 
 
@@ -99,3 +98,14 @@ def _keep_approved(predictor: nn.Module, hidden: Tensor, spans: Sequence[Range],
     places = torch.arange(hidden.shape[1], device=hidden.device)
     judged = keep & (places >= bounds[:, 0]) & (places < bounds[:, 1])  # (B, L)
     keep[judged] = hard_keep(_judge(predictor, hidden[judged]))
+
+
+def last_positions(valid: Tensor) -> Tensor:
+    """(B,) int64: the last position of each sample that is not padding, by `valid` (B, L)."""
+    return valid.shape[1] - 1 - valid.flip(1).to(torch.uint8).argmax(dim=1)
+
+
+def with_last(keep: Tensor, valid: Tensor) -> Tensor:
+    """`keep` (B, L), changed in place, with the last position of each sample, from which generation starts."""
+    keep[torch.arange(len(valid), device=valid.device), last_positions(valid)] = valid.any(dim=1)
+    return keep

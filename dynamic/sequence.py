@@ -51,17 +51,6 @@ def valid_positions(state: State) -> Tensor:
     return state.attention_mask[:, -length:].bool().to(state.hidden_states.device)
 
 
-def last_positions(valid: Tensor) -> Tensor:
-    """(B,) int64: the last position of each sample that is not padding, by `valid` (B, L)."""
-    return valid.shape[1] - 1 - valid.flip(1).to(torch.uint8).argmax(dim=1)
-
-
-def with_last(keep: Tensor, valid: Tensor) -> Tensor:
-    """`keep` (B, L), changed in place, with the last position of each sample, from which generation starts."""
-    keep[torch.arange(len(valid), device=valid.device), last_positions(valid)] = valid.any(dim=1)
-    return keep
-
-
 def shorten(model: nn.Module, layer: int, state: State, keep: Tensor, valid: Tensor) -> State:
     """The sequence of the kept positions, in their order, with everything that belongs to a position.
 

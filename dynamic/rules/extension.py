@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from dynamic.cache import SparseCache
+from dynamic.decisions import with_last
 from dynamic.inspection import PromptDecision, StageDecision, logs_of
 from dynamic.rules.images import Batch, place_features, reduce_image
 from dynamic.rules.plan import Plan
 from dynamic.rules.rows import Entered, LayerInput, Row
 from dynamic.rules.rule import LayerRule
-from dynamic.sequence import shorten, valid_positions, with_last, with_mask
+from dynamic.sequence import shorten, valid_positions, with_mask
 from llava.errors import FlagError
 from llava.extension import Config, Extension, LayerVisit
 from llava.segments import DecoderState, MultimodalInputs, Segments
